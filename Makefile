@@ -1,0 +1,62 @@
+PYTHON ?= python3
+VENV := .venv
+GPU_LIMIT := timeout --kill-after=10 480
+GPU_STAGES := gpu-kernels gpu-optim gpu-step gpu-sample gpu-data
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -p no:benchmark -n 2 --dist loadgroup --durations=15
+
+# Compiled code is shared by the test workers and kept from run to run.
+export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
+export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help $(VENV) lint test test-full demo bench gpu gpu-test $(GPU_STAGES) clean
+
+help: ## list the targets
+	@grep -hE '^[a-z$$][A-Za-z$$() _-]*:.*## ' $(MAKEFILE_LIST) \
+		| sed 's/$$(VENV)/$(VENV)/; s/$$(GPU_STAGES)/$(GPU_STAGES)/' \
+		| awk -F ':.*## ' '{ printf "%s\n    %s\n", $$1, $$2 }'
+
+$(VENV): $(VENV)/.installed ## create the virtual environment (PYTHON >= 3.11) and install into it
+
+$(VENV)/.installed: constraints.txt pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit("PYTHON=$(PYTHON): need >= 3.11, got " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+lint: $(VENV)/.installed ## ruff check and ruff format --check
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+test: $(VENV)/.installed ## the tests that need no GPU, without the slow ones
+	@$(PYTEST) -m "not slow and not gpu"
+
+test-full: $(VENV)/.installed ## all tests that need no GPU
+	@$(PYTEST) -m "not gpu"
+
+demo: $(VENV)/.installed ## train on the bundled digits on a CPU, then evaluate
+	rm -rf runs/demo
+	$(VENV)/bin/python train.py --preset digits --output-dir runs --exp-name demo
+	$(VENV)/bin/python -m repa_fast.eval.digits runs/demo
+
+bench: $(VENV)/.installed ## kernel benchmarks (pytest-benchmark)
+	$(VENV)/bin/python -m pytest benchmarks/kernels --benchmark-only
+
+# The gpu stages use PYTHON, not the venv: a GPU machine brings its own torch.
+gpu: gpu-test $(GPU_STAGES) ## all gpu stages, each at most 8 minutes
+
+gpu-test: ## the tests marked gpu
+	@if ! $(PYTHON) -c 'import pytest, torch; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null; then \
+		echo "gpu-test: skipped, $(PYTHON) has no pytest, no torch or no CUDA device"; \
+	else \
+		$(GPU_LIMIT) $(PYTHON) -m pytest -m gpu tests; status=$$?; \
+		if [ $$status -eq 5 ]; then echo "gpu-test: skipped, no test is marked gpu"; else exit $$status; fi; \
+	fi
+
+$(GPU_STAGES): gpu-%: ## one benchmark stage
+	$(GPU_LIMIT) $(PYTHON) -m benchmarks.stage $*
+
+clean: ## remove build products and caches (not the venv, not runs)
+	rm -rf build dist *.egg-info .cache .pytest_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

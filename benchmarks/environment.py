@@ -1,0 +1,58 @@
+"""What every result row says about where it was measured."""
+
+import datetime
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def stamp() -> dict[str, str | int]:
+    """Date, commit, command, versions and device of this process."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "command": command(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": device(),
+        "cores": len(os.sched_getaffinity(0)),
+    }
+
+
+def commit() -> str:
+    """Short hash of HEAD, with a + where tracked files differ from it; "unknown" without git."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("diff", "HEAD", "--stat") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def command() -> str:
+    """The command line, as one would type it in the repository root."""
+    name = getattr(sys.modules["__main__"].__spec__, "name", None)
+    program = ["python", "-m", name] if name else ["python", os.path.relpath(sys.argv[0], ROOT)]
+    return shlex.join([*program, *sys.argv[1:]])
+
+
+def device() -> str:
+    """The GPU's name, or the CPU's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()

@@ -1,0 +1,5 @@
+"""LayerNorm without affine, modulated per sample (adaLN)."""
+
+from .op import adaln
+
+__all__ = ["adaln"]

@@ -1,0 +1,116 @@
+"""`repa-fast COMMAND ...`: train, prepare. Each command says what it takes with --help."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from repa_fast.configs import presets
+from repa_fast.configs.config import TrainConfig
+from repa_fast.data.dataset import LatentDataset, Metadata
+
+SD_VAE_FACTOR = 8
+"""Image pixels per latent pixel of the Stable Diffusion autoencoder."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; user errors end in one line and exit status 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    commands = {"train": train, "prepare": prepare}
+    if not argv or argv[0] not in commands:
+        print(f"usage: repa-fast {{{','.join(commands)}}} ... (--help after a command)")
+        return 0 if argv[:1] in (["-h"], ["--help"]) else 2
+    try:
+        commands[argv[0]](argv[1:])
+    except ValueError as error:
+        print(f"repa-fast: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train(argv: Sequence[str]) -> None:
+    """Train with the flags of TrainConfig, over a preset's values."""
+    config = parse_config(argv)
+    if config.dry_run:
+        print(describe(config))
+        return
+    from repa_fast.train.loop import TrainingDiverged
+    from repa_fast.train.loop import train as run
+
+    try:
+        run(config)
+    except TrainingDiverged as error:
+        raise SystemExit(f"repa-fast: {error}") from error
+
+
+def parse_config(argv: Sequence[str]) -> TrainConfig:
+    """The config of `--preset NAME` (default: TrainConfig's own values) with flags over it."""
+    import tyro
+
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chooser.add_argument("--preset")
+    chosen, flags = chooser.parse_known_args(argv)
+    default = presets.get(chosen.preset) if chosen.preset else TrainConfig()
+    config = tyro.cli(
+        TrainConfig,
+        args=flags,
+        default=default,
+        prog="train.py",
+        description=f"Train a SiT with REPA. --preset NAME, one of {', '.join(presets.PRESETS)}, "
+        "sets the defaults below; flags win over it.",
+    )
+    if not config.exp_name:
+        raise ValueError("exp_name is empty, expected --exp-name NAME (or a --preset)")
+    return config
+
+
+def prepare(argv: Sequence[str]) -> None:
+    """Write a native dataset."""
+    from repa_fast.data.prepare import DIGITS_DIR, prepare_digits
+
+    parser = argparse.ArgumentParser(prog="repa-fast prepare", description=prepare.__doc__)
+    parser.add_argument("source", choices=["digits"], help="digits: scikit-learn's bundled scans")
+    parser.add_argument("--out", type=Path, default=DIGITS_DIR, help="folder to write")
+    arguments = parser.parse_args(argv)
+    print(prepare_digits(arguments.out))
+
+
+def describe(config: TrainConfig) -> str:
+    """The resolved config, parameter counts, FLOPs per image and a memory estimate."""
+    from repa_fast.train.memory import budget
+
+    estimate = budget(config, expected_metadata(config))
+    local = config.batch_size
+    return "\n".join(
+        [
+            json.dumps(config.to_dict(), indent=2),
+            f"parameters: {estimate.parameters / 1e6:.0f} M, "
+            f"with projectors {estimate.parameters_with_projectors / 1e6:.0f} M",
+            f"training FLOPs per image: {estimate.train_flops / 1e9:.1f} GFLOP "
+            f"({estimate.encoder_flops / 1e9:.1f} of them the frozen encoders)",
+            f"memory, estimated: {estimate.state_bytes / 2**30:.1f} GiB of weights, gradients, "
+            f"optimizer and average; {estimate.activation_bytes / 2**20:.0f} MiB of activations "
+            f"per image ({local * estimate.activation_bytes / 2**30:.1f} GiB at batch {local} in "
+            "one pass)",
+        ]
+    )
+
+
+def expected_metadata(config: TrainConfig) -> Metadata:
+    """The dataset's metadata; where it is not there yet, what the flags make of it."""
+    from repa_fast.data.prepare import digits_metadata
+
+    if config.data_dir == "digits":
+        return digits_metadata()
+    if Path(config.data_dir).exists():
+        return LatentDataset(config.data_dir).metadata
+    side = config.resolution // SD_VAE_FACTOR
+    return Metadata(
+        resolution=config.resolution,
+        latent_shape=(4, side, side),
+        vae="sd-vae-ft-mse",
+        scale=0.18215,
+        bias=0.0,
+        class_names=tuple(map(str, range(config.num_classes))),
+    )

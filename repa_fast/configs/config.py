@@ -1,0 +1,154 @@
+"""One dataclass holds every choice of a training run. Flag names are REPA's where REPA has one."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from repa_fast.contracts import expect_choice
+from repa_fast.diffusion.draws import WEIGHTINGS
+from repa_fast.diffusion.path import PATHS
+
+POSITIVE = (
+    "batch_size",
+    "gradient_accumulation_steps",
+    "log_every",
+    "checkpointing_steps",
+    "num_workers",
+    "epochs",
+    "max_train_steps",
+    "max_bad_steps",
+)
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """A training run. Batch size is global; steps are optimizer steps."""
+
+    output_dir: str = "exps"
+    """Folder of all runs."""
+    exp_name: str = ""
+    """Name of this run; it lives in OUTPUT_DIR/EXP_NAME. The preset's name if empty."""
+    logging_dir: str = "logs"
+    """TensorBoard folder, inside the run."""
+    report_to: Literal["tensorboard", "none"] = "tensorboard"
+    """Where metrics go beside metrics.jsonl."""
+    log_every: int = 100
+    """Read the metrics, which stay on the device between, every so many steps."""
+    sampling_steps: int = 10_000
+    """Write a sample grid every so many steps; 0 writes none."""
+    checkpointing_steps: int = 50_000
+    """Write a checkpoint every so many steps; one is always written at the end."""
+    resume: Literal["never", "auto"] = "never"
+    """auto: go on from the newest complete checkpoint of the run, if there is one."""
+    resume_step: int = 0
+    """Go on from the checkpoint of this step; 0 is none."""
+    dry_run: bool = False
+    """Print the resolved config, parameter count, FLOPs and a memory estimate, and stop."""
+
+    model: str = "SiT-XL/2"
+    """SiT-{S,B,L,XL}/{2,4,8}."""
+    hidden_size: int | None = None
+    """Overrides the model's width."""
+    depth: int | None = None
+    """Overrides the model's number of blocks."""
+    num_heads: int | None = None
+    """Overrides the model's number of heads."""
+    patch_size: int | None = None
+    """Overrides the model's patch size."""
+    num_classes: int = 1000
+    """Number of classes; the embedding table has one more row, the null label."""
+    encoder_depth: int = 8
+    """The block (1-based) whose output is aligned."""
+    projector_dim: int = 2048
+    """Hidden width of the projectors."""
+    fused_attn: bool = True
+    """scaled_dot_product_attention; otherwise the explicit softmax."""
+    qk_norm: bool = False
+    """LayerNorm on queries and keys."""
+
+    data_dir: str = "../data/imagenet256"
+    """Dataset folder; `digits` stands for the bundled set, written to data/digits on first use."""
+    resolution: int = 256
+    """Image resolution; must be the dataset's."""
+    batch_size: int = 256
+    """Global batch size, over all processes; accumulation multiplies it."""
+    gradient_accumulation_steps: int = 1
+    """Batches per optimizer step, as upstream: the effective batch is this times BATCH_SIZE."""
+    micro_batch: str = "auto"
+    """Images per forward pass of one process, or auto: the most that fit into memory."""
+    num_workers: int = 4
+    """Threads that decode images."""
+
+    seed: int = 0
+    """Determines initial weights, sample order and all noise."""
+    allow_tf32: bool = False
+    """TF32 matrix products for fp32 tensors on CUDA."""
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    """auto is bf16 on CUDA and fp32 (no) on CPU."""
+    compile: bool = False
+    """torch.compile each block (fullgraph)."""
+
+    epochs: int = 1400
+    """Stop after so many passes over the data."""
+    max_train_steps: int = 400_000
+    """Stop after so many steps."""
+    learning_rate: float = 1e-4
+    """Constant learning rate of AdamW."""
+    adam_beta1: float = 0.9
+    """AdamW's beta1."""
+    adam_beta2: float = 0.999
+    """AdamW's beta2."""
+    adam_weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient to this global norm."""
+    max_bad_steps: int = 100
+    """Stop after so many consecutive steps skipped for a non-finite loss or gradient."""
+    ema_decay: float = 0.9999
+    """Decay of the exponential moving average of the weights, per step."""
+
+    path_type: str = "linear"
+    """Interpolant: linear or cosine."""
+    prediction: Literal["v"] = "v"
+    """What the model predicts: the velocity."""
+    weighting: str = "uniform"
+    """Distribution of times: uniform or lognormal."""
+    cfg_prob: float = 0.1
+    """Probability of replacing a label by the null label."""
+    enc_type: str = "dinov2-vit-b"
+    """Frozen encoders to align with, comma separated; none trains without alignment."""
+    proj_coeff: float = 0.5
+    """Weight of the alignment loss."""
+
+    mode: Literal["ode", "sde"] = "ode"
+    """Sampler of the sample grids: euler or euler_maruyama."""
+    num_steps: int = 50
+    """Steps of that sampler."""
+    cfg_scale: float = 4.0
+    """Its guidance scale."""
+
+    def __post_init__(self) -> None:
+        expect_choice("path_type", self.path_type, tuple(PATHS))
+        expect_choice("weighting", self.weighting, WEIGHTINGS)
+        for name in POSITIVE:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.cfg_prob <= 1:
+            raise ValueError(f"cfg_prob is {self.cfg_prob}, expected a probability in [0, 1]")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}, expected a value in [0, 1)")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}, expected at least 0")
+        if self.micro_batch != "auto" and not self.micro_batch.isdecimal():
+            raise ValueError(f"micro_batch is {self.micro_batch!r}, expected auto or a number")
+
+    @property
+    def images_per_step(self) -> int:
+        """Images one optimizer step consumes, over all processes."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+    def to_dict(self) -> dict:
+        """Plain dictionary, enough to rerun."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,173 @@
+"""The native dataset: one Lance table of image bytes, latent moments and labels."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+METADATA_KEY = b"repa_fast"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metadata:
+    """What holds for every row.
+
+    Attributes:
+        resolution: height and width of the images, in pixels.
+        latent_shape: (C, h, w); moments are (2C, h, w), mean then standard deviation, unscaled.
+        vae: name of the autoencoder; "none" for pixel latents x / 127.5 - 1.
+        scale, bias: the model's latents are sample * scale + bias.
+        class_names: one per class; labels index it.
+    """
+
+    resolution: int
+    latent_shape: tuple[int, int, int]
+    vae: str
+    scale: float
+    bias: float
+    class_names: tuple[str, ...]
+
+    @property
+    def moments_shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.latent_shape
+        return (2 * channels, height, width)
+
+
+class Row(TypedDict):
+    """image: encoded bytes (PNG or JPEG); moments: float32 (2C, h, w); label: class index."""
+
+    image: bytes
+    moments: np.ndarray
+    label: int
+
+
+class Rows(TypedDict):
+    """Rows in the order asked for: index int64 (B), image bytes, moments float32 (B, 2C, h, w),
+    label int64 (B)."""
+
+    index: np.ndarray
+    image: list[bytes]
+    moments: np.ndarray
+    label: np.ndarray
+
+
+def schema(metadata: Metadata) -> "pa.Schema":
+    """The table's Arrow schema, with the metadata in it."""
+    import pyarrow as pa
+
+    values = int(np.prod(metadata.moments_shape))
+    fields = [
+        pa.field("image", pa.binary()),
+        pa.field("moments", pa.list_(pa.float32(), values)),
+        pa.field("label", pa.int64()),
+    ]
+    return pa.schema(fields, metadata={METADATA_KEY: json.dumps(asdict(metadata)).encode()})
+
+
+def write(uri: str | Path, rows: Iterable[Row], metadata: Metadata, batch_rows: int = 1024) -> None:
+    """Write a new table in one atomic commit.
+
+    Raises:
+        ValueError: a row whose moments or label do not fit the metadata (it is named), or a
+            table that exists already.
+    """
+    import lance
+    import pyarrow as pa
+
+    table_schema = schema(metadata)
+
+    def batches() -> Iterable[pa.RecordBatch]:
+        pending: list[Row] = []
+        for index, row in enumerate(rows):
+            _check_row(index, row, metadata)
+            pending.append(row)
+            if len(pending) == batch_rows:
+                yield _record_batch(pending, table_schema)
+                pending = []
+        if pending:
+            yield _record_batch(pending, table_schema)
+
+    try:
+        lance.write_dataset(batches(), str(uri), schema=table_schema, mode="create")
+    except OSError as error:
+        if "already exists" in str(error).lower():
+            raise ValueError(f"dataset {uri} exists already; remove it first") from error
+        raise
+
+
+def _check_row(index: int, row: Row, metadata: Metadata) -> None:
+    if row["moments"].shape != metadata.moments_shape:
+        raise ValueError(
+            f"row {index}: moments have shape {row['moments'].shape}, "
+            f"expected {metadata.moments_shape}"
+        )
+    if not 0 <= row["label"] < len(metadata.class_names):
+        raise ValueError(
+            f"row {index}: label is {row['label']}, expected 0..{len(metadata.class_names) - 1}"
+        )
+
+
+def _record_batch(rows: list[Row], table_schema: "pa.Schema") -> "pa.RecordBatch":
+    import pyarrow as pa
+
+    moments = np.stack([row["moments"] for row in rows]).astype(np.float32)
+    columns = [
+        pa.array([row["image"] for row in rows], pa.binary()),
+        pa.FixedSizeListArray.from_arrays(pa.array(moments.reshape(-1)), moments[0].size),
+        pa.array([row["label"] for row in rows], pa.int64()),
+    ]
+    return pa.record_batch(columns, schema=table_schema)
+
+
+class LatentDataset:
+    """Random access to a table.
+
+    Args:
+        uri: path or object-store URL of the table, or a folder that holds SPLIT.lance.
+        split: "train" or "val", for such a folder.
+
+    Raises:
+        ValueError: there is no such table, or it was not written by this package.
+    """
+
+    def __init__(self, uri: str | Path, split: str = "train") -> None:
+        import lance
+
+        inside = Path(str(uri)) / f"{split}.lance"
+        self.uri = str(inside if inside.exists() else uri)
+        try:
+            self._table = lance.dataset(self.uri)
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"no dataset at {uri} (looked for {inside} and for a Lance table); "
+                "make one with `repa-fast prepare`"
+            ) from error
+        stored = (self._table.schema.metadata or {}).get(METADATA_KEY)
+        if stored is None:
+            raise ValueError(f"{self.uri} is a Lance table without repa-fast's metadata")
+        fields = json.loads(stored)
+        fields["latent_shape"] = tuple(fields["latent_shape"])
+        fields["class_names"] = tuple(fields["class_names"])
+        self.metadata = Metadata(**fields)
+        self._length = self._table.count_rows()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def rows(self, indices: np.ndarray, *, images: bool = True) -> Rows:
+        """The rows at `indices` (B), in that order; `image` is empty where not asked for."""
+        columns = ["moments", "label", *(["image"] if images else [])]
+        table = self._table.take(indices.tolist(), columns=columns)
+        moments = table["moments"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        return {
+            "index": np.asarray(indices, dtype=np.int64),
+            "image": table["image"].to_pylist() if images else [],
+            "moments": moments.reshape(len(indices), *self.metadata.moments_shape),
+            "label": table["label"].to_numpy(),
+        }

@@ -1,0 +1,79 @@
+"""All randomness of a training step as a pure function of (seed, step, index in the global batch).
+
+Every process draws for the whole global batch and takes its slice, so that one process equals
+many, micro-batches equal the whole, and resuming needs the step alone.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from repa_fast.contracts import expect_choice
+from repa_fast.diffusion.path import Path
+
+WEIGHTINGS = ("uniform", "lognormal")
+
+
+class Draws(NamedTuple):
+    """What one step draws; the first axis is the position in the batch.
+
+    t (B) in [0, 1]; noise and posterior_noise (B, C, h, w), standard normal; drop (B), bool.
+    """
+
+    t: torch.Tensor
+    noise: torch.Tensor
+    posterior_noise: torch.Tensor
+    drop: torch.Tensor
+
+    def part(self, start: int, stop: int) -> "Draws":
+        """The draws of batch positions start..stop - 1."""
+        return Draws(*(field[start:stop] for field in self))
+
+
+def stream(seed: int, *keys: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose state is a pure function of (seed, *keys); all are non-negative."""
+    state = np.random.SeedSequence([seed, *keys]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state))
+
+
+def draw(
+    seed: int,
+    step: int,
+    batch: int,
+    latent_shape: Sequence[int],
+    *,
+    path: Path,
+    weighting: str = "uniform",
+    drop_prob: float = 0.0,
+    device: torch.device | str = "cpu",
+) -> Draws:
+    """The draws of the global batch of `step`.
+
+    Args:
+        seed, step: non-negative; with the position in the batch they determine every value.
+        batch: size of the global batch.
+        latent_shape: (C, h, w).
+        path: turns log-normal noise-to-signal ratios into times.
+        weighting: "uniform" times on [0, 1], or "lognormal" ratios sigma / alpha = exp(N(0, 1)),
+            which on the linear path is the logit-normal distribution.
+        drop_prob: probability of the null label.
+        device: where the values are drawn; devices differ in their random numbers.
+
+    Raises:
+        ValueError: unknown weighting.
+    """
+    expect_choice("weighting", weighting, WEIGHTINGS)
+    times, noise, posterior, drops = (stream(seed, step, k, device=device) for k in range(4))
+    if weighting == "uniform":
+        t = torch.rand(batch, generator=times, device=device)
+    else:
+        t = path.time_of_ratio(torch.randn(batch, generator=times, device=device).exp())
+    shape = (batch, *latent_shape)
+    return Draws(
+        t=t,
+        noise=torch.randn(shape, generator=noise, device=device),
+        posterior_noise=torch.randn(shape, generator=posterior, device=device),
+        drop=torch.rand(batch, generator=drops, device=device) < drop_prob,
+    )

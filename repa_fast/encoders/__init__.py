@@ -1,0 +1,5 @@
+"""Frozen vision encoders behind one protocol, found by name."""
+
+from .registry import Encoder, EncoderSpec, load, spec, specs
+
+__all__ = ["Encoder", "EncoderSpec", "load", "spec", "specs"]

@@ -1,0 +1,195 @@
+"""Judges a run on the digits: `python -m repa_fast.eval.digits RUN`.
+
+Nothing that judges was used in training: a support-vector classifier on pixels, and a feature net
+trained by another objective than the aligned encoder.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from repa_fast import encoders
+from repa_fast.configs.config import TrainConfig
+from repa_fast.data import latents
+from repa_fast.data.digits import digit_images
+from repa_fast.data.prepare import digits_metadata, pixel_moments
+from repa_fast.diffusion.alignment import alignment_losses
+from repa_fast.diffusion.draws import draw, stream
+from repa_fast.diffusion.path import get
+from repa_fast.diffusion.samplers import sample
+from repa_fast.eval.fid import frechet_distance, statistics
+from repa_fast.models.sit import SiT
+from repa_fast.train import checkpoint
+from repa_fast.train.state import build_model
+
+CLASSES = 10
+ALIGNMENT_DRAWS = 4
+"""Times and noises per held-out image, over which its alignment is averaged."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a run reached; distances in RMS per pixel of values in [0, 1].
+
+    Attributes:
+        classifier_accuracy: of the support-vector classifier on held-out real digits.
+        class_accuracy: share of samples it assigns to the class they were asked for.
+        frechet_distance: samples against the real training digits, in the judging net's features.
+        frechet_distance_held_out: held-out real digits against the same, as a yardstick.
+        nearest_neighbour: mean distance of a sample to the nearest training digit.
+        nearest_neighbour_held_out: the same of held-out real digits.
+        alignment_cosine: projected hidden states against the encoder on held-out digits.
+    """
+
+    step: int
+    samples: int
+    classifier_accuracy: float
+    class_accuracy: float
+    frechet_distance: float
+    frechet_distance_held_out: float
+    nearest_neighbour: float
+    nearest_neighbour_held_out: float
+    alignment_cosine: float | None
+
+
+def load_run(run: Path, step: int | None = None) -> tuple[TrainConfig, SiT, int]:
+    """Config, model with the averaged weights, and step of a run's checkpoint (newest if None).
+
+    Raises:
+        ValueError: the run has no complete checkpoint, or none of that step.
+    """
+    folder = run / "checkpoints"
+    found = checkpoint.steps(folder)
+    if not found or (step is not None and step not in found):
+        raise ValueError(f"{folder} has checkpoints {found}, expected {step or 'at least one'}")
+    step = found[-1] if step is None else step
+    source = checkpoint.path_of(folder, step)
+    config = TrainConfig(**json.loads((source / "config.json").read_text()))
+    model = build_model(config, digits_metadata()).eval().requires_grad_(False)
+    checkpoint.load_ema(source, model)
+    return config, model, step
+
+
+def generate(
+    config: TrainConfig, model: SiT, count: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`count` class-conditional samples, uint8 (count, 3, 16, 16), and their labels (count)."""
+    metadata = digits_metadata()
+    labels = torch.arange(count) % CLASSES
+    generator = stream(seed, 1)
+    noise = torch.randn(count, *metadata.latent_shape, generator=generator)
+    samples = sample(
+        model,
+        noise,
+        labels,
+        mode=config.mode,
+        num_steps=config.num_steps,
+        cfg_scale=config.cfg_scale,
+        path=get(config.path_type),
+        generator=generator,
+    )
+    return latents.to_pixels(samples, metadata).numpy(), labels.numpy()
+
+
+@torch.no_grad()
+def alignment_cosine(config: TrainConfig, model: SiT, seed: int) -> float | None:
+    """Mean cosine on held-out digits, averaged over times and noise; None without an encoder."""
+    specs = encoders.specs(config.enc_type)
+    if not specs:
+        return None
+    metadata, path = digits_metadata(), get(config.path_type)
+    pixels, labels = digit_images("val")
+    images = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+    clean = latents.sample(torch.from_numpy(pixel_moments(pixels)), torch.zeros(()), metadata)
+    targets = [encoders.load(spec.name, config.resolution, "cpu")(images) for spec in specs]
+    cosines = []
+    for repeat in range(ALIGNMENT_DRAWS):
+        draws = draw(seed, repeat, len(images), metadata.latent_shape, path=path)
+        noisy, _ = path.interpolate(clean, draws.noise, draws.t)
+        _, projections = model(noisy, draws.t, torch.from_numpy(labels), project=True)
+        cosines += [-loss.mean().item() for loss in alignment_losses(projections, targets)]
+    return float(np.mean(cosines))
+
+
+def evaluate(run: Path, *, step: int | None = None, count: int = 500, seed: int = 0) -> Scores:
+    """All scores of a run's checkpoint."""
+    from sklearn.svm import SVC
+
+    from repa_fast.encoders.digits import DigitsJudge
+
+    config, model, step = load_run(run, step)
+    samples, labels = generate(config, model, count, seed)
+    real = {split: digit_images(split) for split in ("train", "val")}
+    images = {split: pixels.transpose(0, 3, 1, 2) for split, (pixels, _) in real.items()}
+    images["samples"] = samples
+    flat = {name: grey(pixels) for name, pixels in images.items()}
+    classifier = SVC().fit(flat["train"], real["train"][1])
+
+    judge = DigitsJudge()
+    moments = {
+        name: statistics(judge.features(torch.from_numpy(pixels.copy())).numpy())
+        for name, pixels in images.items()
+    }
+    return Scores(
+        step=step,
+        samples=count,
+        classifier_accuracy=float(classifier.score(flat["val"], real["val"][1])),
+        class_accuracy=float(classifier.score(flat["samples"], labels)),
+        frechet_distance=frechet_distance(*moments["samples"], *moments["train"]),
+        frechet_distance_held_out=frechet_distance(*moments["val"], *moments["train"]),
+        nearest_neighbour=nearest_neighbour(flat["samples"], flat["train"]),
+        nearest_neighbour_held_out=nearest_neighbour(flat["val"], flat["train"]),
+        alignment_cosine=alignment_cosine(config, model, seed),
+    )
+
+
+def grey(images: np.ndarray) -> np.ndarray:
+    """uint8 (N, 3, R, R) -> float64 (N, R * R) in [0, 1], the mean of the channels."""
+    return images.mean(1).reshape(len(images), -1) / 255
+
+
+def nearest_neighbour(queries: np.ndarray, references: np.ndarray) -> float:
+    """Mean over queries (N, F) of the RMS distance to the nearest of references (M, F)."""
+    from sklearn.neighbors import NearestNeighbors
+
+    distances, _ = NearestNeighbors(n_neighbors=1).fit(references).kneighbors(queries)
+    return float(distances.mean() / np.sqrt(queries.shape[1]))
+
+
+def describe(scores: Scores) -> str:
+    """The scores as lines for people."""
+    lines = [
+        f"class accuracy: {100 * scores.class_accuracy:.1f} % of {scores.samples} samples at step "
+        f"{scores.step} (the classifier on held-out real digits: "
+        f"{100 * scores.classifier_accuracy:.1f} %)",
+        f"Frechet distance: {scores.frechet_distance:.2f} "
+        f"(held-out real digits: {scores.frechet_distance_held_out:.2f})",
+        f"nearest training digit: {scores.nearest_neighbour:.4f} RMS per pixel "
+        f"(held-out real digits: {scores.nearest_neighbour_held_out:.4f}; copies would be at 0)",
+    ]
+    if scores.alignment_cosine is not None:
+        lines.append(f"alignment cosine on held-out images: {scores.alignment_cosine:.3f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the scores and write them to RUN/scores.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of a run on the digits")
+    parser.add_argument("--step", type=int, help="checkpoint; the newest by default")
+    parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    scores = evaluate(
+        arguments.run, step=arguments.step, count=arguments.samples, seed=arguments.seed
+    )
+    (arguments.run / "scores.json").write_text(json.dumps(asdict(scores), indent=2) + "\n")
+    print(describe(scores))
+
+
+if __name__ == "__main__":
+    main()

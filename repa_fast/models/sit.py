@@ -1,0 +1,366 @@
+"""SiT: a transformer on latent patches that predicts the velocity of an interpolant.
+
+The architecture is DiT's with adaLN-zero (arXiv 2212.09748), used by SiT (arXiv 2401.08740) and,
+with projection heads on one hidden state, by REPA (arXiv 2410.06940). Parameter names, shapes and
+order are those of the official REPA checkpoints.
+
+Shapes: B batch, N tokens, D width, H heads, K head dim, C latent channels, P patch size.
+Time t lies in [0, 1], 0 is data and 1 is noise; it enters the embedder unscaled.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from repa_fast import ops
+from repa_fast.models.projector import Projector
+
+SIZES = {
+    "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
+    "B": {"depth": 12, "hidden_size": 768, "num_heads": 12},
+    "L": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
+    "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
+}
+PATCH_SIZES = (2, 4, 8)
+T_FREQUENCIES = 256
+
+
+def size(name: str) -> dict[str, int]:
+    """Constructor arguments (depth, hidden_size, num_heads, patch_size) of, say, "SiT-XL/2".
+
+    Raises:
+        ValueError: the name is not SiT-{S,B,L,XL}/{2,4,8}.
+    """
+    known = {
+        f"SiT-{size}/{patch}": {**arguments, "patch_size": patch}
+        for size, arguments in SIZES.items()
+        for patch in PATCH_SIZES
+    }
+    if name not in known:
+        raise ValueError(f"model is {name!r}, expected one of {', '.join(known)}")
+    return known[name]
+
+
+def sincos_position_embedding(hidden_size: int, grid: int) -> torch.Tensor:
+    """Fixed 2-D sine-cosine table (1, grid * grid, hidden_size), fp32, computed in fp64.
+
+    The first half of the width encodes the column, the second the row; each is [sin | cos].
+    """
+    frequencies = hidden_size // 4
+    omega = 10000.0 ** (-torch.arange(frequencies, dtype=torch.float64) / frequencies)
+    row, column = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    angles = [axis.reshape(-1, 1) * omega for axis in (column, row)]  # (N, D/4) each
+    table = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
+    return table.float()[None]
+
+
+class PatchEmbed(nn.Module):
+    """(B, C, h, w) -> (B, N, D) by a strided convolution."""
+
+    def __init__(self, in_channels: int, hidden_size: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """t (B) -> (B, D): sinusoidal features, then a two-layer MLP with SiLU."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(T_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        t = t.to(torch.promote_types(t.dtype, torch.float32))
+        half = T_FREQUENCIES // 2
+        exponents = torch.arange(half, dtype=t.dtype, device=t.device) / half
+        angles = t[:, None] * torch.exp(-math.log(10000.0) * exponents)
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Class labels (B) -> (B, D); the last row is the null label of classifier-free guidance."""
+
+    def __init__(self, num_classes: int, hidden_size: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
+        self._check(y)
+        if drop is not None:
+            y = torch.where(drop, self.num_classes, y)
+        return self.embedding_table(y)
+
+    def _check(self, y: torch.Tensor) -> None:
+        # On a GPU reading the labels would stall the step; there the dataset has checked them.
+        if type(y) is torch.Tensor and y.device.type == "cpu" and y.numel():
+            low, high = int(y.min()), int(y.max())
+            if low < 0 or high > self.num_classes:
+                raise ValueError(
+                    f"labels lie in [{low}, {high}], expected [0, {self.num_classes}] "
+                    f"({self.num_classes} is the null label)"
+                )
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over (B, N, D), optionally with LayerNorm on queries and keys."""
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool, fused_attn: bool) -> None:
+        super().__init__()
+        head_dim = hidden_size // num_heads
+        self.num_heads = num_heads
+        self.fused_attn = fused_attn
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.q_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, K) each
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if self.fused_attn:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+            out = scores.softmax(dim=-1).to(v.dtype) @ v
+        return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with tanh-approximated GELU between them."""
+
+    def __init__(self, hidden_size: int, mlp_hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, mlp_hidden)
+        self.fc2 = nn.Linear(mlp_hidden, hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class SiTBlock(nn.Module):
+    """Attention and MLP with adaLN-zero, its MLP branch handed on as pending.
+
+    `adaLN_modulation` belongs to the block but is called by the model, which passes its result in.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool, fused_attn: bool
+    ) -> None:
+        super().__init__()
+        self.attn = Attention(hidden_size, num_heads, qk_norm, fused_attn)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        branch: torch.Tensor | None,
+        gate: torch.Tensor | None,
+        modulation: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Add the pending gate * branch to x (B, N, D), then run attention and MLP.
+
+        branch (B, N, D) and gate (B, D) are None where nothing is pending; modulation is (B, 6D).
+        Returns the residual stream before the MLP's addition, the MLP branch and its gate.
+        """
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
+        x, normed = add_and_norm(x, branch, gate, shift_a, scale_a)
+        x, normed = ops.gate_residual_adaln(x, self.attn(normed), gate_a, shift_m, scale_m)
+        return x, self.mlp(normed), gate_m.contiguous()
+
+
+class FinalLayer(nn.Module):
+    """adaLN and a linear map to the P * P * C values of each patch."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        branch: torch.Tensor | None,
+        gate: torch.Tensor | None,
+        c: torch.Tensor,
+    ) -> torch.Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+        _, normed = add_and_norm(x, branch, gate, shift, scale)
+        return self.linear(normed)
+
+
+def add_and_norm(
+    x: torch.Tensor,
+    branch: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x with the pending branch added, if any; its adaLN)."""
+    if branch is None:
+        return x, ops.adaln(x, shift, scale)
+    return ops.gate_residual_adaln(x, branch, gate, shift, scale)
+
+
+class SiT(nn.Module):
+    """The model. Keyword names are those of the official REPA constructor.
+
+    Args:
+        input_size: height and width of the latent, in latent pixels.
+        patch_size: P; must divide input_size.
+        in_channels: C; the velocity has as many.
+        hidden_size, depth, num_heads, mlp_ratio: the transformer.
+        encoder_depth: 1-based index of the block whose output is projected.
+        class_dropout_prob: kept for the training loop, which draws the drop mask.
+        num_classes: real classes; the embedding table always has one more row, the null label.
+        z_dims: feature width of each encoder; empty for a model without projectors.
+        projector_dim: hidden width of the projectors.
+        qk_norm: LayerNorm on queries and keys.
+        fused_attn: scaled_dot_product_attention instead of the explicit softmax.
+        path_type, use_cfg, decoder_hidden_size: accepted for compatibility, without effect.
+
+    Raises:
+        ValueError: sizes that do not divide, or an encoder_depth outside 1..depth.
+    """
+
+    def __init__(
+        self,
+        path_type: str = "edm",
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        decoder_hidden_size: int = 768,
+        encoder_depth: int = 8,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        num_classes: int = 1000,
+        use_cfg: bool = False,
+        z_dims: Sequence[int] = (768,),
+        projector_dim: int = 2048,
+        fused_attn: bool = True,
+        qk_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_sizes(input_size, patch_size, hidden_size, num_heads)
+        if z_dims and not 1 <= encoder_depth <= depth:
+            raise ValueError(f"encoder_depth is {encoder_depth}, expected 1..{depth} (the depth)")
+        self.in_channels = in_channels
+        self.input_size = input_size
+        self.patch_size = patch_size
+        self.num_classes = num_classes
+        self.encoder_depth = encoder_depth
+        self.class_dropout_prob = class_dropout_prob
+        grid = input_size // patch_size
+        self.num_tokens = grid * grid
+
+        self.x_embedder = PatchEmbed(in_channels, hidden_size, patch_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        self.pos_embed = nn.Parameter(
+            sincos_position_embedding(hidden_size, grid), requires_grad=False
+        )
+        self.blocks = nn.ModuleList(
+            SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm, fused_attn) for _ in range(depth)
+        )
+        self.projectors = nn.ModuleList(
+            Projector(hidden_size, projector_dim, z_dim) for z_dim in z_dims
+        )
+        self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Xavier-uniform linear layers, N(0, 0.02) embeddings, zero adaLN and final layers."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for layer in (*self.blocks, self.final_layer):
+            nn.init.zeros_(layer.adaLN_modulation[1].weight)
+            nn.init.zeros_(layer.adaLN_modulation[1].bias)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        nn.init.zeros_(self.final_layer.linear.bias)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor,
+        drop: torch.Tensor | None = None,
+        *,
+        project: bool | None = None,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Velocity of noisy latents and, for training, the projected hidden states.
+
+        Args:
+            x: (B, C, h, w), noisy latents.
+            t: (B), time in [0, 1].
+            y: (B), int64 labels in 0..num_classes, the last being the null label.
+            drop: (B), bool; True replaces the label by the null label.
+            project: whether to run the projectors; by default in train mode only.
+
+        Returns:
+            (velocity (B, C, h, w) in the dtype of x, [(B, N, z_dim) per encoder]); the list is
+            empty where the projectors are not run.
+
+        Raises:
+            ValueError: latents of another shape, or labels out of range (checked on CPU).
+        """
+        self._check_latents(x)
+        project = self.training if project is None else project
+        tokens = self.x_embedder(x)
+        residual = tokens.to(torch.promote_types(tokens.dtype, torch.float32)) + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder(y, drop)
+        projections: list[torch.Tensor] = []
+        branch = gate = None
+        for index, block in enumerate(self.blocks, start=1):
+            residual, branch, gate = block(residual, branch, gate, block.adaLN_modulation(c))
+            if project and self.projectors and index == self.encoder_depth:
+                residual, branch, gate = ops.gate_residual(residual, branch, gate), None, None
+                projections = [projector(residual) for projector in self.projectors]
+        patches = self.final_layer(residual, branch, gate, c)
+        return self.unpatchify(patches).to(x.dtype), projections
+
+    def unpatchify(self, patches: torch.Tensor) -> torch.Tensor:
+        """(B, N, P * P * C) -> (B, C, h, w)."""
+        grid = self.input_size // self.patch_size
+        return (
+            patches.unflatten(1, (grid, grid))
+            .unflatten(-1, (self.patch_size, self.patch_size, self.in_channels))
+            .permute(0, 5, 1, 3, 2, 4)
+            .flatten(4, 5)
+            .flatten(2, 3)
+        )
+
+    def _check_latents(self, x: torch.Tensor) -> None:
+        expected = (self.in_channels, self.input_size, self.input_size)
+        if tuple(x.shape[1:]) != expected:
+            raise ValueError(f"latents have shape {tuple(x.shape)}, expected (B, {expected})")
+
+
+def _check_sizes(input_size: int, patch_size: int, hidden_size: int, num_heads: int) -> None:
+    if input_size % patch_size:
+        raise ValueError(f"patch_size {patch_size} does not divide input_size {input_size}")
+    if hidden_size % num_heads:
+        raise ValueError(f"num_heads {num_heads} does not divide hidden_size {hidden_size}")
+    if hidden_size % 4:
+        raise ValueError(f"hidden_size is {hidden_size}, expected a multiple of 4")

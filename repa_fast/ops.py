@@ -1,0 +1,7 @@
+"""The functional API over the kernels; the only module that imports them."""
+
+from repa_fast.kernels.adaln import adaln
+from repa_fast.kernels.align_loss import align_loss
+from repa_fast.kernels.gate_residual_adaln import gate_residual, gate_residual_adaln
+
+__all__ = ["adaln", "align_loss", "gate_residual", "gate_residual_adaln"]

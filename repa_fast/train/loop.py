@@ -1,0 +1,217 @@
+"""The training loop."""
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+
+from repa_fast.configs.config import TrainConfig
+from repa_fast.data.dataset import LatentDataset
+from repa_fast.data.latents import can_decode
+from repa_fast.data.loader import Loader
+from repa_fast.data.order import SampleOrder
+from repa_fast.data.prepare import DIGITS_DIR, prepare_digits
+from repa_fast.train import checkpoint
+from repa_fast.train.distributed import World, session
+from repa_fast.train.memory import budget, choose_micro_batch
+from repa_fast.train.preview import sample_grid, save_png
+from repa_fast.train.report import Clock, Reporter, plot_losses
+from repa_fast.train.state import TrainState, build_state, device_name
+from repa_fast.train.step import train_step
+
+STOP_CHECK_STEPS = 8
+"""With several processes, steps between agreeing on whether a signal asked to stop."""
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many consecutive steps had a non-finite loss or gradient."""
+
+
+def train(config: TrainConfig) -> Path:
+    """Run a config to its end, or to a checkpoint on SIGTERM or SIGINT; returns the run's folder.
+
+    Raises:
+        ValueError: config, dataset or checkpoints do not fit together.
+        TrainingDiverged: after `max_bad_steps` consecutive skipped steps; a checkpoint is written.
+    """
+    with session() as world, stop_signals() as stopping:
+        dataset = open_dataset(config, world)
+        state = build_state(config, dataset.metadata, world)
+        run = Path(config.output_dir) / config.exp_name
+        resume(run / "checkpoints", state)
+        if not state.micro_batch or config.micro_batch != "auto":
+            state.micro_batch = choose_micro_batch(state)
+        order = SampleOrder(len(dataset), config.images_per_step, config.seed)
+        total = min(config.max_train_steps, config.epochs * order.steps_per_epoch)
+        with ExitStack() as stack:
+            reporter = None
+            if world.is_main:
+                reporter = open_reporter(run, state, total)
+                stack.callback(reporter.close)
+            loader = stack.enter_context(
+                Loader(
+                    dataset,
+                    order,
+                    start=state.step,
+                    stop=total,
+                    rank=world.rank,
+                    world_size=world.size,
+                    images=bool(state.encoders),
+                    num_workers=config.num_workers,
+                    pin_memory=world.device.type == "cuda",
+                )
+            )
+            run_steps(state, loader, run, reporter, total, stopping)
+        if world.is_main and state.step >= total:
+            finish(run, state)
+    return run
+
+
+def run_steps(
+    state: TrainState,
+    batches: Iterator,
+    run: Path,
+    reporter: Reporter | None,
+    total: int,
+    stopping: list[int],
+) -> None:
+    """The loop: status, snapshot, checkpoint, done?, and then a step."""
+    config, world = state.config, state.world
+    estimate = budget(config, state.metadata)
+    clock = Clock(
+        config.images_per_step, estimate.train_flops, device_name(world.device), world.size
+    )
+    start, last_read = state.step, state.step
+    batches = iter(batches)
+    while True:
+        step, new = state.step, state.step > start
+        stop_now = (world.size == 1 or step % STOP_CHECK_STEPS == 0) and world.any(bool(stopping))
+        done = step >= total
+        if new and (step % config.log_every == 0 or done):
+            bad_run = report(state, reporter, clock, step - last_read, total)
+            last_read = step
+            if bad_run >= config.max_bad_steps:
+                target = checkpoint.save(run / "checkpoints", state)
+                raise TrainingDiverged(
+                    f"{bad_run} consecutive steps up to step {step} had a non-finite loss or "
+                    f"gradient (--max-bad-steps {config.max_bad_steps}); weights and optimizer "
+                    f"were left as before them and saved to {target}"
+                )
+        paused = time.perf_counter()
+        if new and config.sampling_steps and (step % config.sampling_steps == 0 or done):
+            snapshot(state, run, reporter)
+        if (new and step % config.checkpointing_steps == 0) or done or stop_now:
+            target = checkpoint.save(run / "checkpoints", state)
+            if reporter is not None:
+                reporter.line(f"checkpoint {target}")
+        clock.pause(paused)
+        if stop_now and reporter is not None and not done:
+            reporter.line(f"stopped by a signal at step {step}; go on with --resume auto")
+        if done or stop_now:
+            return
+        batch = next(batches)
+        train_step(state, {k: v.to(world.device, non_blocking=True) for k, v in batch.items()})
+        if reporter is not None:
+            reporter.advance(state.step)
+
+
+def report(
+    state: TrainState, reporter: Reporter | None, clock: Clock, steps: int, total: int
+) -> int:
+    """Read the metrics on all processes, record them on the first; returns the bad run's length."""
+    values = state.metrics.read(state.world)
+    bad_run = int(state.metrics.bad_run)
+    values |= clock.read(steps, total - state.step)
+    if state.world.device.type == "cuda":
+        values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    if reporter is not None:
+        reporter.metrics(state.step, values)
+    return bad_run
+
+
+def snapshot(state: TrainState, run: Path, reporter: Reporter | None) -> None:
+    """Write a sample grid of the moving average, on the first process."""
+    if reporter is None or not can_decode(state.metadata):
+        return
+    picture = sample_grid(state)
+    save_png(picture, run / "samples" / f"{state.step:07d}.png")
+    reporter.image("samples", state.step, picture)
+
+
+def finish(run: Path, state: TrainState) -> None:
+    """Write samples.png and loss.png of a finished run and say where they are."""
+    plot_losses(run / "metrics.jsonl", run / "loss.png")
+    print(f"loss curve: {run / 'loss.png'}")
+    grid = run / "samples" / f"{state.step:07d}.png"
+    if grid.exists():
+        shutil.copyfile(grid, run / "samples.png")
+        print(f"samples: {run / 'samples.png'}")
+
+
+def open_dataset(config: TrainConfig, world: World) -> LatentDataset:
+    """The run's dataset; the bundled digits are written first if they are not there yet."""
+    if config.data_dir != "digits":
+        return LatentDataset(config.data_dir)
+    if world.is_main and not DIGITS_DIR.exists():
+        prepare_digits(DIGITS_DIR)
+    world.barrier()
+    return LatentDataset(DIGITS_DIR)
+
+
+def resume(folder: Path, state: TrainState) -> None:
+    """Load the checkpoint the config asks for, if any.
+
+    Raises:
+        ValueError: the run has checkpoints and the config does not ask to resume, or the step
+            asked for does not exist.
+    """
+    found = checkpoint.steps(folder)
+    if state.config.resume_step:
+        checkpoint.load(folder, state.config.resume_step, state)
+    elif state.config.resume == "auto" and found:
+        checkpoint.load(folder, found[-1], state)
+    elif found and state.config.resume == "never":
+        raise ValueError(
+            f"{folder} has checkpoints (newest: step {found[-1]}); go on with --resume auto, "
+            "or choose another --exp-name"
+        )
+
+
+def open_reporter(run: Path, state: TrainState, total: int) -> Reporter:
+    """The run's reporter; also writes args.json, the resolved config."""
+    run.mkdir(parents=True, exist_ok=True)
+    config = state.config
+    (run / "args.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    tensorboard = run / config.logging_dir if config.report_to == "tensorboard" else None
+    reporter = Reporter(run, total, state.step, tensorboard)
+    precision = {None: "fp32"}.get(state.autocast_dtype, str(state.autocast_dtype))
+    reporter.line(
+        f"{run}: {state.world.size} x {device_name(state.world.device)}, {precision}, "
+        f"{config.images_per_step} images per step in micro-batches of {state.micro_batch}, "
+        f"from step {state.step} to {total}"
+    )
+    return reporter
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that SIGTERM and SIGINT append their number to; a second one acts as usual."""
+    received: list[int] = []
+    previous = {}
+
+    def note(number: int, _: object) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        previous[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

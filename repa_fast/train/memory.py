@@ -1,0 +1,118 @@
+"""Memory and compute of a run: estimates before it starts, and the micro-batch that fits."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from repa_fast import encoders
+from repa_fast.configs.config import TrainConfig
+from repa_fast.data.dataset import Metadata
+from repa_fast.models.flops import projector_flops, sit_flops
+from repa_fast.models.sit import SiT
+from repa_fast.train.state import TrainState, model_arguments
+
+# fp32 weights, gradients, two AdamW moments and the moving average
+BYTES_PER_PARAMETER = 4 + 4 + 8 + 4
+# saved activations of one block, in bytes per token and width, bf16 with an fp32 residual stream:
+# two residual states 8, two norms' outputs 4, qkv 6, attention output 2, two branches 4, MLP 16
+ACTIVATION_BYTES = 40
+CPU_MEMORY_SHARE = 0.5
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense bf16 FLOP/s by a part of the device's name, from the vendor's datasheets."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run will take.
+
+    Attributes:
+        parameters: of the model without and with its projectors.
+        train_flops: per image: 3x the forward pass of model and projectors, 1x the encoders.
+        state_bytes: weights, gradients, optimizer and average of one process.
+        activation_bytes: saved for backward, per image (an estimate).
+    """
+
+    parameters: int
+    parameters_with_projectors: int
+    train_flops: float
+    encoder_flops: float
+    state_bytes: float
+    activation_bytes: float
+
+
+def budget(config: TrainConfig, metadata: Metadata) -> Budget:
+    """Counted from the config alone; no weights are allocated."""
+    arguments = model_arguments(config, metadata)
+    with torch.device("meta"):
+        model = SiT(**arguments)
+    total = sum(p.numel() for p in model.parameters())
+    heads = sum(p.numel() for p in model.projectors.parameters())
+    tokens, width, depth = model.num_tokens, arguments["hidden_size"], arguments["depth"]
+    forward = sit_flops(
+        tokens=tokens,
+        width=width,
+        depth=depth,
+        mlp_ratio=4.0,
+        patch_values=model.patch_size**2 * model.in_channels,
+    ) + sum(
+        projector_flops(tokens=tokens, width=width, projector_dim=config.projector_dim, z_dim=z_dim)
+        for z_dim in arguments["z_dims"]
+    )
+    encoder = sum(spec.flops(config.resolution) for spec in encoders.specs(config.enc_type))
+    wide = 1 if config.mixed_precision in ("auto", "bf16", "fp16") else 2
+    return Budget(
+        parameters=total - heads,
+        parameters_with_projectors=total,
+        train_flops=3 * forward + encoder,
+        encoder_flops=encoder,
+        state_bytes=total * BYTES_PER_PARAMETER,
+        activation_bytes=wide * ACTIVATION_BYTES * tokens * width * depth,
+    )
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak dense bf16 FLOP/s of a device, None where it is not known."""
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in device_name), None)
+
+
+def choose_micro_batch(state: TrainState) -> int:
+    """Images per forward pass of one process, the same on all.
+
+    As configured; or the local batch, halved until it fits: on CUDA until a forward and backward
+    pass of that size runs without an out-of-memory error, on CPU until the estimate is at most
+    half of the machine's memory.
+    """
+    if state.config.micro_batch != "auto":
+        return max(1, min(int(state.config.micro_batch), state.local_batch))
+    size = -(-state.local_batch // state.config.gradient_accumulation_steps)
+    fits = _fits_cuda if state.world.device.type == "cuda" else _fits_cpu
+    while size > 1 and state.world.any(not fits(state, size)):
+        size = -(-size // 2)
+    return size
+
+
+def _fits_cpu(state: TrainState, size: int) -> bool:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed = budget(state.config, state.metadata).activation_bytes * 2 * size  # fp32
+    return needed * state.world.size <= CPU_MEMORY_SHARE * memory
+
+
+def _fits_cuda(state: TrainState, size: int) -> bool:
+    """Whether a forward and backward pass of `size` images leaves room for the optimizer."""
+    from repa_fast.train.step import losses, synthetic_batch
+
+    trainable = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
+    try:
+        reserve = torch.empty(8 * trainable, dtype=torch.uint8, device=state.world.device)
+        batch, draws = synthetic_batch(state, size)
+        denoise, align = losses(state, state.model, batch, draws)
+        (denoise.sum() + sum(part.sum() for part in align)).backward()
+        fits = True
+        del reserve, batch, draws, denoise, align
+    except torch.OutOfMemoryError:
+        fits = False
+    state.optimizer.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    return fits

@@ -1,0 +1,81 @@
+"""Metrics that stay on the device until they are logged."""
+
+import torch
+
+from repa_fast.train.distributed import World
+
+T_BINS = 10
+
+
+class Accumulator:
+    """Sums over the steps since the last reading, in one fp64 vector on the device.
+
+    A skipped step counts as skipped and adds nothing else, so that one NaN does not hide the rest.
+
+    Attributes:
+        bad_run: current number of consecutive skipped steps, int64 on the device.
+    """
+
+    def __init__(self, encoders: list[str], device: torch.device) -> None:
+        self.names = ["loss", "denoise", "grad_norm", *(f"align/{name}" for name in encoders)]
+        # per-step sums, then steps and skipped steps, then loss and count of each t-bin
+        self.sums = torch.zeros(
+            len(self.names) + 2 + 2 * T_BINS, dtype=torch.float64, device=device
+        )
+        self.bad_run = torch.zeros((), dtype=torch.int64, device=device)
+
+    def state(self, world: World) -> dict:
+        """Plain numbers to save with a checkpoint: the sums of each process, and the bad run."""
+        return {"sums": world.gather(self.sums).tolist(), "bad_run": int(self.bad_run)}
+
+    def load_state(self, state: dict, world: World) -> None:
+        """Go on from `state`; after a change of world size the first process takes the total."""
+        sums = torch.tensor(state["sums"], dtype=torch.float64)
+        if len(sums) == world.size:
+            own = sums[world.rank]
+        else:
+            own = sums.sum(0) if world.is_main else torch.zeros_like(sums[0])
+        self.sums.copy_(own)
+        self.bad_run.fill_(state["bad_run"])
+
+    def add(
+        self,
+        values: torch.Tensor,
+        bad: torch.Tensor,
+        denoise: torch.Tensor,
+        t: torch.Tensor,
+    ) -> None:
+        """Add one step.
+
+        values are this process's means in the order of `names`; bad is 1 for a skipped step;
+        denoise and t (B) are the velocity losses and times of this process's images.
+        """
+        bins = torch.arange(T_BINS, device=t.device)
+        member = (t * T_BINS).long().clamp(max=T_BINS - 1)[:, None] == bins
+        member = member.to(torch.float64)
+        step = torch.cat(
+            [
+                values.to(torch.float64),
+                values.new_tensor([1.0, 0.0], dtype=torch.float64),
+                (member * denoise.to(torch.float64)[:, None]).sum(0),
+                member.sum(0),
+            ]
+        )
+        skipped = torch.zeros_like(step)
+        skipped[len(self.names) + 1] = 1
+        self.sums += torch.where(bad > 0, skipped, step)
+        self.bad_run.add_(1).mul_(bad > 0)
+
+    def read(self, world: World) -> dict[str, float | int | list[float | None]]:
+        """Means over the steps and processes since the last reading; resets. Reads the device."""
+        sums = world.sum(self.sums.clone()).tolist()
+        self.sums.zero_()
+        n = len(self.names)
+        steps, skipped = sums[n], sums[n + 1]
+        means = {name: sums[i] / steps if steps else None for i, name in enumerate(self.names)}
+        bins = zip(sums[n + 2 : n + 2 + T_BINS], sums[n + 2 + T_BINS :], strict=True)
+        return {
+            **means,
+            "loss_by_t": [total / count if count else None for total, count in bins],
+            "skipped": round(skipped / world.size),
+        }

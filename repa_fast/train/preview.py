@@ -1,0 +1,66 @@
+"""Sample grids from the moving average."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from repa_fast.data import latents
+from repa_fast.diffusion.draws import stream
+from repa_fast.diffusion.samplers import sample
+from repa_fast.train.state import TrainState
+
+GRID_IMAGES = 100
+SHOWN_PIXELS = 48
+"""Images smaller than this are enlarged by a whole factor, for people to see them."""
+
+
+def sample_grid(state: TrainState) -> np.ndarray:
+    """uint8 (H, W, 3): class-conditional samples, the same noise and labels at every step.
+
+    One column per class where there are at most ten, otherwise classes spread evenly.
+    """
+    config, device = state.config, state.world.device
+    classes = len(state.metadata.class_names)
+    columns = min(classes, math.isqrt(GRID_IMAGES))
+    rows = GRID_IMAGES // columns
+    labels = torch.arange(rows * columns, device=device) % columns
+    if classes > columns:
+        labels = (torch.arange(rows * columns, device=device) * classes) // (rows * columns)
+    generator = stream(config.seed, 0, device=device)
+    noise = torch.randn(
+        (len(labels), *state.metadata.latent_shape), generator=generator, device=device
+    )
+    with state.autocast():
+        samples = sample(
+            state.ema,
+            noise,
+            labels,
+            mode=config.mode,
+            num_steps=config.num_steps,
+            cfg_scale=config.cfg_scale,
+            path=state.path,
+            generator=generator,
+        )
+    return arrange(latents.to_pixels(samples, state.metadata), columns)
+
+
+def arrange(pixels: torch.Tensor, columns: int) -> np.ndarray:
+    """uint8 images (B, 3, R, R) -> one picture (H, W, 3), row by row, small images enlarged."""
+    factor = max(1, round(SHOWN_PIXELS / pixels.shape[-1]))
+    pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    count, channels, height, width = pixels.shape
+    rows = -(-count // columns)
+    canvas = pixels.new_zeros(rows * columns, channels, height, width)
+    canvas[:count] = pixels
+    grid = canvas.view(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
+    return grid.reshape(rows * height, columns * width, channels).cpu().numpy()
+
+
+def save_png(picture: np.ndarray, path: Path) -> None:
+    """Write uint8 (H, W, 3) as PNG."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path)

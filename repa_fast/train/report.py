@@ -1,0 +1,183 @@
+"""What people see of a run: a progress bar or plain lines, metrics.jsonl, TensorBoard, a plot."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from repa_fast.train.memory import peak_flops
+
+
+class Reporter:
+    """Writes rank 0's metrics; the other ranks own none.
+
+    Args:
+        folder: the run's folder.
+        total_steps: for the bar and the ETA.
+        start_step: lines of metrics.jsonl after it belong to a run that was cut off; they are
+            dropped, so that the file reads as if it had not been.
+        tensorboard: folder of its event files, or None.
+    """
+
+    def __init__(
+        self, folder: Path, total_steps: int, start_step: int, tensorboard: Path | None
+    ) -> None:
+        self.metrics_path = folder / "metrics.jsonl"
+        keep_until(self.metrics_path, start_step)
+        self._metrics = open(self.metrics_path, "a", buffering=1)  # noqa: SIM115
+        self._log = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115
+        self._writer = None
+        if tensorboard is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(tensorboard), purge_step=start_step + 1)
+        self._bar = _bar(total_steps, start_step) if sys.stdout.isatty() else None
+        self._total_steps = total_steps
+
+    def advance(self, step: int) -> None:
+        """Move the bar to `step`."""
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step)
+
+    def metrics(self, step: int, values: dict) -> None:
+        """Record one reading of the metrics."""
+        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+        if self._writer is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._writer.add_scalar(name, value, step)
+            for index, value in enumerate(values["loss_by_t"]):
+                if value is not None:
+                    self._writer.add_scalar(f"loss_by_t/{index / 10:.1f}", value, step)
+        text = summary(values)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step, text=text)
+        self.line(f"step {step}/{self._total_steps}  {text}", bar_has_it=True)
+
+    def line(self, text: str, *, bar_has_it: bool = False) -> None:
+        """A line for log.txt and the terminal; where the bar shows it already, not again."""
+        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+        if self._bar is None:
+            print(text, flush=True)
+        elif not bar_has_it:
+            self._bar.console.print(text, highlight=False)
+
+    def image(self, name: str, step: int, pixels) -> None:
+        """A uint8 (H, W, 3) picture for TensorBoard."""
+        if self._writer is not None:
+            self._writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Close the bar and all files."""
+        if self._bar is not None:
+            self._bar.stop()
+        if self._writer is not None:
+            self._writer.close()
+        self._metrics.close()
+        self._log.close()
+
+
+def summary(values: dict) -> str:
+    """One line of the metrics people watch."""
+    parts = [f"loss {_number(values['loss'])}", f"denoise {_number(values['denoise'])}"]
+    parts += [
+        f"{name} {_number(value)}" for name, value in values.items() if name.startswith("align/")
+    ]
+    parts += [f"norm {_number(values['grad_norm'])}", f"{values['images_per_second']:.0f} images/s"]
+    if values.get("mfu") is not None:
+        parts.append(f"MFU {100 * values['mfu']:.1f} %")
+    if values.get("peak_memory_gib") is not None:
+        parts.append(f"{values['peak_memory_gib']:.1f} GiB")
+    if values["skipped"]:
+        parts.append(f"skipped {values['skipped']}")
+    return "  ".join([*parts, f"ETA {_duration(values['eta_seconds'])}"])
+
+
+class Clock:
+    """Training time and rate, with pauses (checkpoints, sample grids) taken out."""
+
+    def __init__(self, images_per_step: int, train_flops: float, device_name: str, world_size: int):
+        self._images_per_step = images_per_step
+        self._train_flops = train_flops
+        self._peak = peak_flops(device_name)
+        self._world_size = world_size
+        self._since = time.perf_counter()
+        self._paused = 0.0
+
+    def pause(self, since: float) -> None:
+        """Take the time from `since` (perf_counter seconds) until now out."""
+        self._paused += time.perf_counter() - since
+
+    def read(self, steps: int, remaining: int) -> dict[str, float | None]:
+        """Rates over `steps` steps since the last reading; resets."""
+        now = time.perf_counter()
+        seconds = max(now - self._since - self._paused, 1e-9)
+        self._since, self._paused = now, 0.0
+        rate = steps * self._images_per_step / seconds
+        mfu = None
+        if self._peak is not None:
+            mfu = rate * self._train_flops / (self._peak * self._world_size)
+        return {
+            "images_per_second": rate,
+            "mfu": mfu,
+            "eta_seconds": seconds / max(steps, 1) * remaining,
+        }
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the lines of a metrics file that lie after `step`, and a half-written last line."""
+    if not path.exists():
+        return
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    temporary.replace(path)
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The readings of a metrics file; a last line cut off by a crash is left out."""
+    lines = path.read_text().splitlines()
+    readings = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            readings.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+    return readings
+
+
+def plot_losses(metrics_path: Path, out: Path) -> None:
+    """Velocity loss and, if there is one, alignment loss against the step, as a PNG."""
+    from matplotlib.figure import Figure
+
+    readings = read_metrics(metrics_path)
+    aligned = sorted({name for line in readings for name in line if name.startswith("align/")})
+    panels = [("denoise", "velocity loss"), *((n, f"alignment loss, {n[6:]}") for n in aligned)]
+    figure = Figure(figsize=(5.5 * len(panels), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (name, title) in zip(axes, panels, strict=True):
+        points = [(line["step"], line[name]) for line in readings if line.get(name) is not None]
+        axis.plot(*zip(*points, strict=True) if points else ([], []), color="#1f5fa8")
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+    figure.savefig(out, dpi=120)
+
+
+def _bar(total_steps: int, start_step: int):
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    bar = Progress(BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+    bar.add_task("train", total=total_steps, completed=start_step, text="")
+    bar.start()
+    return bar
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

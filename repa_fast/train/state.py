@@ -1,0 +1,176 @@
+"""What a training run consists of, and how it is built from a config."""
+
+import copy
+import platform
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from repa_fast import encoders
+from repa_fast.configs.config import TrainConfig
+from repa_fast.data.dataset import Metadata
+from repa_fast.diffusion.draws import stream
+from repa_fast.diffusion.path import Path, get
+from repa_fast.models.sit import SiT, size
+from repa_fast.train.distributed import World
+from repa_fast.train.metrics import Accumulator
+from repa_fast.train.optim import build_optimizer
+
+AUTOCAST = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class TrainState:
+    """Everything a step reads and writes.
+
+    Attributes:
+        model: fp32 master weights; `wrapped` is the same model, under DDP with several processes.
+        ema: moving average of the weights, in eval mode.
+        encoders: frozen modules by name, in the order of the model's projectors.
+        scaler: active for fp16 only.
+        micro_batch: images per forward pass of this process; 0 until it is chosen.
+        step: optimizer steps done.
+    """
+
+    config: TrainConfig
+    world: World
+    metadata: Metadata
+    path: Path
+    model: SiT
+    wrapped: nn.Module
+    ema: SiT
+    encoders: dict[str, nn.Module]
+    optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
+    metrics: Accumulator
+    autocast_dtype: torch.dtype | None
+    micro_batch: int
+    step: int = field(default=0)
+
+    def autocast(self) -> torch.autocast:
+        """The precision of forward passes."""
+        return torch.autocast(
+            self.world.device.type,
+            dtype=self.autocast_dtype,
+            enabled=self.autocast_dtype is not None,
+        )
+
+    @property
+    def local_batch(self) -> int:
+        """Images of this process per optimizer step."""
+        return self.config.images_per_step // self.world.size
+
+
+def model_arguments(config: TrainConfig, metadata: Metadata) -> dict:
+    """Keyword arguments of SiT for a run on a dataset.
+
+    Raises:
+        ValueError: config and dataset do not fit, or the encoder's tokens differ from the model's.
+    """
+    if config.resolution != metadata.resolution:
+        raise ValueError(
+            f"resolution is {config.resolution}, expected {metadata.resolution} (the dataset's)"
+        )
+    if config.num_classes < len(metadata.class_names):
+        raise ValueError(
+            f"num_classes is {config.num_classes}, "
+            f"expected at least {len(metadata.class_names)} (the dataset's)"
+        )
+    channels, height, width = metadata.latent_shape
+    if height != width:
+        raise ValueError(f"latents are {height}x{width}, expected a square")
+    arguments = size(config.model)
+    for name in ("hidden_size", "depth", "num_heads", "patch_size"):
+        if getattr(config, name) is not None:
+            arguments[name] = getattr(config, name)
+    specs = encoders.specs(config.enc_type)
+    tokens = (height // arguments["patch_size"]) ** 2
+    for spec in specs:
+        if spec.num_tokens(config.resolution) != tokens:
+            raise ValueError(
+                f"encoder {spec.name} gives {spec.num_tokens(config.resolution)} tokens, "
+                f"expected {tokens} (the transformer's)"
+            )
+    return {
+        **arguments,
+        "path_type": config.path_type,
+        "input_size": height,
+        "in_channels": channels,
+        "num_classes": config.num_classes,
+        "encoder_depth": config.encoder_depth,
+        "class_dropout_prob": config.cfg_prob,
+        "z_dims": [spec.width for spec in specs],
+        "projector_dim": config.projector_dim,
+        "fused_attn": config.fused_attn,
+        "qk_norm": config.qk_norm,
+    }
+
+
+def build_model(config: TrainConfig, metadata: Metadata) -> SiT:
+    """The model with initial weights, a pure function of the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream(config.seed).initial_seed())
+        return SiT(**model_arguments(config, metadata))
+
+
+def build_state(config: TrainConfig, metadata: Metadata, world: World) -> TrainState:
+    """Model, average, encoders and optimizer on this process's device, at step 0.
+
+    Raises:
+        ValueError: the batch does not divide among the processes, or as for `model_arguments`.
+    """
+    if config.images_per_step % world.size:
+        raise ValueError(
+            f"{config.images_per_step} images per step do not divide among {world.size} processes"
+        )
+    configure_backends(config)
+    precision = config.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if world.device.type == "cuda" else "no"
+    model = build_model(config, metadata).to(world.device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    frozen = {
+        spec.name: encoders.load(spec.name, config.resolution, world.device)
+        for spec in encoders.specs(config.enc_type)
+    }
+    if config.compile:
+        for block in model.blocks:
+            block.compile(fullgraph=True)
+        for encoder in frozen.values():
+            encoder.compile()
+    wrapped = model
+    if world.size > 1:
+        wrapped = DistributedDataParallel(
+            model, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    return TrainState(
+        config=config,
+        world=world,
+        metadata=metadata,
+        path=get(config.path_type),
+        model=model,
+        wrapped=wrapped,
+        ema=ema,
+        encoders=frozen,
+        optimizer=build_optimizer(model, config),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
+        metrics=Accumulator(list(frozen), world.device),
+        autocast_dtype=AUTOCAST[precision],
+        micro_batch=0,
+    )
+
+
+def configure_backends(config: TrainConfig) -> None:
+    """Precision of matrix products; docs/numerics.md says why."""
+    torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cudnn.allow_tf32 = config.allow_tf32
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the device for logs."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()

@@ -1,0 +1,112 @@
+"""One training step, from a batch to updated weights, without a host synchronisation."""
+
+import contextlib
+
+import torch
+from torch import nn
+
+from repa_fast.data import latents
+from repa_fast.data.loader import Batch
+from repa_fast.diffusion.alignment import alignment_losses
+from repa_fast.diffusion.draws import Draws, draw
+from repa_fast.diffusion.flow import velocity_loss
+from repa_fast.train.optim import clip_gradients, step_unless, update_ema
+from repa_fast.train.state import TrainState
+
+
+def draw_local(state: TrainState) -> Draws:
+    """This process's slice of the draws of the next step, on its device."""
+    config = state.config
+    draws = draw(
+        config.seed,
+        state.step,
+        config.images_per_step,
+        state.metadata.latent_shape,
+        path=state.path,
+        weighting=config.weighting,
+        drop_prob=config.cfg_prob,
+        device=state.world.device,
+    )
+    start = state.world.rank * state.local_batch
+    return draws.part(start, start + state.local_batch)
+
+
+def synthetic_batch(state: TrainState, size: int) -> tuple[Batch, Draws]:
+    """A batch of `size` random images and its draws, of the run's shapes, on its device."""
+    metadata, device = state.metadata, state.world.device
+    shape = (size, 3, metadata.resolution, metadata.resolution)
+    batch: Batch = {
+        "index": torch.arange(size, device=device),
+        "moments": torch.randn((size, *metadata.moments_shape), device=device),
+        "label": torch.arange(size, device=device) % state.config.num_classes,
+        "image": torch.randint(0, 256, shape, dtype=torch.uint8, device=device),
+    }
+    draws = draw(0, 0, size, metadata.latent_shape, path=state.path, device=device)
+    return batch, draws
+
+
+def losses(
+    state: TrainState, model: nn.Module, batch: Batch, draws: Draws
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Velocity loss and alignment loss of each encoder, (B) each, in fp32."""
+    clean = latents.sample(batch["moments"], draws.posterior_noise, state.metadata)
+    noisy, velocity = state.path.interpolate(clean, draws.noise, draws.t)
+    with state.autocast():
+        with torch.no_grad():
+            targets = [encoder(batch["image"]) for encoder in state.encoders.values()]
+        prediction, projections = model(
+            noisy, draws.t, batch["label"], draws.drop, project=bool(targets)
+        )
+    return velocity_loss(prediction, velocity), alignment_losses(projections, targets)
+
+
+def accumulate(state: TrainState, batch: Batch, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the mean loss over this process's batch, micro-batch by micro-batch.
+
+    Returns:
+        values: mean loss, velocity loss, a zero in the place of the norm, alignment losses.
+        denoise: (local batch), the velocity losses.
+    """
+    size = len(draws.t)
+    starts = range(0, size, state.micro_batch)
+    denoise, align = [], []
+    for start in starts:
+        stop = min(start + state.micro_batch, size)
+        micro = {name: tensor[start:stop] for name, tensor in batch.items()}
+        last = stop == size
+        with contextlib.nullcontext() if last or state.world.size == 1 else state.wrapped.no_sync():
+            velocity_part, align_parts = losses(
+                state, state.wrapped, micro, draws.part(start, stop)
+            )
+            loss = velocity_part.sum()
+            for part in align_parts:
+                loss = loss + state.config.proj_coeff / len(align_parts) * part.sum()
+            state.scaler.scale(loss / size).backward()
+        denoise.append(velocity_part.detach())
+        align.append(torch.stack([part.detach().sum() for part in align_parts]) if align_parts
+                     else velocity_part.new_zeros(0))  # fmt: skip
+    denoise = torch.cat(denoise)
+    align = torch.stack(align).sum(0) / size
+    alignment = align.mean() if len(align) else align.new_zeros(())
+    loss = denoise.mean() + state.config.proj_coeff * alignment
+    return torch.cat([torch.stack([loss, denoise.mean(), loss.new_zeros(())]), align]), denoise
+
+
+def train_step(state: TrainState, batch: Batch) -> None:
+    """One optimizer step on this process's share of the global batch; counts it in state.step.
+
+    A non-finite loss or gradient on any process makes it a no-op on weights, optimizer and average.
+    """
+    draws = draw_local(state)
+    state.optimizer.zero_grad(set_to_none=True)
+    values, denoise = accumulate(state, batch, draws)
+    if state.scaler.is_enabled():
+        state.scaler.unscale_(state.optimizer)
+    values[2] = norm = clip_gradients(state.model, state.config.max_grad_norm)
+    bad = state.world.max(1 - torch.isfinite(values[0] + norm).float())
+    step_unless(state.optimizer, bad)
+    if state.scaler.is_enabled():
+        state.scaler.update()
+    update_ema(state.ema, state.model, state.config.ema_decay, bad)
+    state.metrics.add(values, bad, denoise, draws.t)
+    state.step += 1

@@ -1,0 +1,145 @@
+"""The packaged digits nets: format, freezing, and the worth of their features on held-out data."""
+
+from __future__ import annotations
+
+from importlib import resources
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from repa_fast.data.digits import digit_images
+from repa_fast.encoders.digits import DigitsJudge, DigitsViT
+
+PROBE_FLOOR = 0.97
+JUDGE_FLOOR = 0.985
+MAX_MEAN_COSINE = 0.2
+MIN_EFFECTIVE_RANK = 20.0
+MAX_BYTES = 1_000_000
+
+
+def load(split: str) -> tuple[torch.Tensor, np.ndarray]:
+    """Return images uint8 (N, 3, 16, 16) and labels int64 (N,)."""
+    images, labels = digit_images(split)
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
+
+
+@pytest.fixture(scope="module")
+def teacher() -> DigitsViT:
+    return DigitsViT()
+
+
+@pytest.fixture(scope="module")
+def judge() -> DigitsJudge:
+    return DigitsJudge()
+
+
+@pytest.fixture(scope="module")
+def val_tokens(teacher: DigitsViT) -> torch.Tensor:
+    return teacher(load("val")[0])
+
+
+def test_splits_are_stratified_and_disjoint() -> None:
+    (train, train_labels), (val, val_labels) = digit_images("train"), digit_images("val")
+    assert train.shape == (1500, 16, 16, 3) and val.shape == (297, 16, 16, 3)
+    assert train.dtype == val.dtype == np.uint8 and train.max() == 255 and train.min() == 0
+    assert train_labels.dtype == val_labels.dtype == np.int64
+    shares = [np.bincount(y, minlength=10) / len(y) for y in (train_labels, val_labels)]
+    assert np.abs(shares[0] - shares[1]).max() < 1 / 297
+    assert not {image.tobytes() for image in train} & {image.tobytes() for image in val}
+    assert np.array_equal(digit_images("val")[0], val)
+
+
+def test_unknown_split_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected 'train' or 'val', got 'test'"):
+        digit_images("test")
+
+
+@pytest.mark.parametrize("name", ["digits-vit", "digits-judge"])
+def test_weight_files_are_small(name: str) -> None:
+    weights = resources.files("repa_fast").joinpath("encoders", "weights", f"{name}.safetensors")
+    assert len(weights.read_bytes()) < MAX_BYTES
+
+
+@pytest.mark.parametrize("build", [DigitsViT, DigitsJudge])
+def test_nets_are_frozen(build: type[torch.nn.Module]) -> None:
+    for pretrained in (True, False):
+        net = build(pretrained=pretrained)
+        assert not any(module.training for module in net.modules())
+        assert not any(p.requires_grad for p in net.parameters())
+        assert {p.dtype for p in net.parameters()} == {torch.float32}
+
+
+def test_teacher_shapes(teacher: DigitsViT) -> None:
+    tokens = teacher(load("val")[0][:5])
+    assert tokens.shape == (5, teacher.num_tokens(16), teacher.width) == (5, 16, 96)
+    assert tokens.dtype == torch.float32
+
+
+def test_judge_shapes(judge: DigitsJudge) -> None:
+    images = load("val")[0][:5]
+    features, logits = judge.features(images), judge(images)
+    assert features.shape == (5, judge.width) and logits.shape == (5, 10)
+    assert features.dtype == logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("resolution", [8, 15, 32, 256])
+def test_wrong_resolution_is_refused(teacher: DigitsViT, resolution: int) -> None:
+    with pytest.raises(ValueError, match=f"expected 16, got {resolution}"):
+        teacher.num_tokens(resolution)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 32, 32), (2, 1, 16, 16), (3, 16, 16)])
+def test_wrong_images_are_refused(
+    teacher: DigitsViT, judge: DigitsJudge, shape: tuple[int, ...]
+) -> None:
+    for forward in (teacher, judge, judge.features):
+        with pytest.raises(ValueError, match="expected uint8"):
+            forward(torch.zeros(shape, dtype=torch.uint8))
+        with pytest.raises(ValueError, match="expected uint8"):
+            forward(torch.zeros(2, 3, 16, 16))
+
+
+def test_tokens_keep_row_major_order(teacher: DigitsViT) -> None:
+    images = load("val")[0][:64]
+    changed = images.clone()
+    changed[:, :, 4:8, 8:12] = 255 - changed[:, :, 4:8, 8:12]  # row 1, column 2 of 4x4 patches
+    moved = (teacher(changed) - teacher(images)).norm(dim=-1).mean(dim=0)
+    assert moved.argmax().item() == 1 * 4 + 2
+
+
+def test_teacher_linear_probe(teacher: DigitsViT, val_tokens: torch.Tensor) -> None:
+    images, labels = load("train")
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    probe.fit(teacher(images).mean(dim=1).numpy(), labels)
+    assert probe.score(val_tokens.mean(dim=1).numpy(), load("val")[1]) >= PROBE_FLOOR
+
+
+def test_judge_accuracy(judge: DigitsJudge) -> None:
+    images, labels = load("val")
+    assert (judge(images).argmax(dim=-1).numpy() == labels).mean() >= JUDGE_FLOOR
+
+
+def test_tokens_are_not_collapsed(val_tokens: torch.Tensor) -> None:
+    tokens = val_tokens.flatten(0, 1)  # (297 * 16, D)
+    unit = F.normalize(tokens, dim=-1)
+    count = len(unit)
+    off_diagonal = (unit.sum(dim=0).square().sum() - count) / (count * (count - 1))
+    assert off_diagonal.abs().item() < MAX_MEAN_COSINE
+    share = torch.linalg.eigvalsh(torch.cov(tokens.T)).clamp_min(1e-12)
+    share = share / share.sum()
+    assert (-(share * share.log()).sum()).exp().item() > MIN_EFFECTIVE_RANK
+
+
+def test_nets_differ(teacher: DigitsViT, judge: DigitsJudge) -> None:
+    shared = teacher.vit.state_dict()
+    other = judge.vit.state_dict()
+    assert set(shared) < set(other)
+    weights = [key for key in shared if key.endswith("weight") and shared[key].ndim > 1]
+    for key in weights:
+        cosine = F.cosine_similarity(shared[key].flatten(), other[key].flatten(), dim=0)
+        assert cosine.abs().item() < 0.5, key

@@ -18,7 +18,7 @@ RESOLUTION = 16
 PATCH_SIZE = 4
 WIDTH = 96
 NUM_CLASSES = 10
-PIXEL_MEAN, PIXEL_STD = 0.30, 0.37  # of the train split, pixels in [0, 1]
+PIXEL_MEAN, PIXEL_STD = 0.30, 0.37  # pixels in [0, 1]; about those of the train split (0.31, 0.35)
 
 
 def build_vit(num_classes: int) -> nn.Module:

@@ -1,0 +1,86 @@
+"""Error budgets and seeded inputs, for tests and benchmarks."""
+
+import torch
+
+
+def assert_within_budget(
+    name: str, actual: torch.Tensor, oracle: torch.Tensor, working: torch.Tensor
+) -> None:
+    """Fail unless `actual` is about as exact as the same maths in its own dtype.
+
+    Errors are differences to the oracle in fp64; both their maximum and their root mean square
+    over all elements must satisfy
+
+        error(actual) <= 2 * error(working) + band.
+
+    The band is what rounding the oracle once to the working dtype can cost: per element
+    finfo.eps / 2 * max(|oracle|, finfo.tiny), half the spacing of that dtype or more; of it, again,
+    the maximum and the root mean square.
+
+    Args:
+        name: what is compared, for the message.
+        actual: the result under test, any shape, floating.
+        oracle: fp64, of that shape, finite.
+        working: of the shape and dtype of `actual`, the plain formula in working precision.
+
+    Raises:
+        AssertionError: outside the budget, or not finite.
+        ValueError: shapes or dtypes that do not fit, or an oracle that is not finite.
+    """
+    if oracle.dtype != torch.float64 or not oracle.isfinite().all():
+        raise ValueError(f"{name}: oracle is {oracle.dtype}, expected finite torch.float64")
+    for which, tensor in (("actual", actual), ("working", working)):
+        if tensor.shape != oracle.shape or tensor.dtype != working.dtype:
+            raise ValueError(
+                f"{name}: {which} is {tensor.dtype} {tuple(tensor.shape)}, "
+                f"expected {working.dtype} {tuple(oracle.shape)}"
+            )
+    if not oracle.numel():
+        return
+    info = torch.finfo(working.dtype)
+    band = info.eps / 2 * oracle.abs().clamp_min(info.tiny)
+    error = actual.detach().double() - oracle
+    allowed = working.detach().double() - oracle
+    for measure, of in (("maximum", _maximum), ("root mean square", _root_mean_square)):
+        bound = 2 * of(allowed) + of(band)
+        # Written so that NaN fails, and so that an infinite bound allows nothing.
+        if not of(error) <= bound < float("inf"):
+            raise AssertionError(
+                f"{name}: {measure} of the error is {of(error):.3e}, expected at most {bound:.3e} "
+                f"= 2 * {of(allowed):.3e} (the formula in {working.dtype}) + {of(band):.3e}"
+            )
+
+
+def seeded(
+    shape: tuple[int, ...],
+    *,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    mean: float = 0.0,
+    std: float = 1.0,
+) -> torch.Tensor:
+    """Normal numbers on the CPU, a function of (shape, seed), rounded to `dtype`."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return (mean + std * values).to(dtype)
+
+
+def modulation_chunks(
+    batch: int,
+    width: int,
+    *,
+    chunks: int = 6,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    std: float = 0.5,
+) -> tuple[torch.Tensor, ...]:
+    """(B, D) vectors as a block gets them: strided chunks of one (B, chunks * D) tensor."""
+    return seeded((batch, chunks * width), seed=seed, dtype=dtype, std=std).chunk(chunks, dim=-1)
+
+
+def _maximum(values: torch.Tensor) -> float:
+    return values.abs().max().item()
+
+
+def _root_mean_square(values: torch.Tensor) -> float:
+    return values.square().mean().sqrt().item()

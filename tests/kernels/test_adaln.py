@@ -1,0 +1,191 @@
+import pytest
+import torch
+
+from repa_fast import ops
+from repa_fast.kernels.adaln.reference import adaln_reference
+from repa_fast.testing import assert_within_budget, modulation_chunks, seeded
+
+# dtype of the residual stream, dtype of the modulation
+DTYPES = (
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+)
+SHAPES = ((2, 16, 72), (3, 1, 72), (4, 5, 1000))
+
+
+def inputs(shape, x_dtype=torch.float32, dtype=torch.float32, *, mean=0.7, std=2.0):
+    batch, _, width = shape
+    x = seeded(shape, seed=1, dtype=x_dtype, mean=mean, std=std)
+    return x, *modulation_chunks(batch, width, seed=2, dtype=dtype)[:2]
+
+
+def statistics(x, eps):
+    centred = x - x.mean(-1, keepdim=True)
+    rstd = (centred.square().mean(-1, keepdim=True) + eps) ** -0.5
+    return centred * rstd, rstd
+
+
+def formula(x, shift, scale, *, eps=1e-6, work=torch.float64):
+    x, shift, scale = (v.to(work) for v in (x, shift, scale))
+    return statistics(x, eps)[0] * (1 + scale[:, None]) + shift[:, None]
+
+
+def gradient_formula(x, shift, scale, dy, *, eps=1e-6, work=torch.float64):
+    x, shift, scale, dy = (v.to(work) for v in (x, shift, scale, dy))
+    xhat, rstd = statistics(x, eps)
+    g = dy * (1 + scale[:, None])
+    dx = rstd * (g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True))
+    return dx, dy.sum(1), (dy * xhat).sum(1)
+
+
+def leaves(*tensors):
+    return [t.detach().clone().requires_grad_() for t in tensors]
+
+
+@pytest.mark.parametrize("x_dtype, dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward_is_within_budget(shape, x_dtype, dtype):
+    args = inputs(shape, x_dtype, dtype)
+    working = formula(*args, work=torch.float32).to(dtype)
+    assert_within_budget("y", ops.adaln(*args), formula(*args), working)
+
+
+@pytest.mark.parametrize("x_dtype, dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_are_the_closed_forms_within_budget(shape, x_dtype, dtype):
+    args = leaves(*inputs(shape, x_dtype, dtype))
+    dy = seeded(shape, seed=3, dtype=dtype)
+    got = torch.autograd.grad(ops.adaln(*args), args, dy)
+    oracle = gradient_formula(*args, dy)
+    working = gradient_formula(*args, dy, work=torch.float32)
+    for name, arg, a, o, w in zip(("dx", "dshift", "dscale"), args, got, oracle, working):
+        assert_within_budget(name, a, o, w.to(arg.dtype))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_a_result_one_percent_wrong_exceeds_the_budget(dtype):
+    args = inputs((2, 16, 72), dtype, dtype)
+    oracle, working = formula(*args), formula(*args, work=torch.float32)
+    wrong = (1.01 * working).to(dtype)
+    with pytest.raises(AssertionError, match="y: "):
+        assert_within_budget("y", wrong, oracle, working.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("which", range(3))
+def test_a_gradient_one_percent_wrong_exceeds_the_budget(which, dtype):
+    args = inputs((2, 16, 72), dtype, dtype)
+    dy = seeded((2, 16, 72), seed=3, dtype=dtype)
+    oracle = gradient_formula(*args, dy)[which]
+    working = gradient_formula(*args, dy, work=torch.float32)[which]
+    with pytest.raises(AssertionError, match="gradient: "):
+        assert_within_budget("gradient", (1.01 * working).to(dtype), oracle, working.to(dtype))
+
+
+@pytest.mark.parametrize("eps", (1e-6, 0.5))
+def test_eps_is_added_to_the_variance(eps):
+    args = inputs((2, 4, 72), mean=0.0, std=1e-3)  # variance near the default eps
+    working = formula(*args, eps=eps, work=torch.float32)
+    assert_within_budget("y", ops.adaln(*args, eps=eps), formula(*args, eps=eps), working)
+
+
+def test_default_eps_is_1e_6():
+    args = inputs((2, 4, 72), mean=0.0, std=1e-3)
+    assert torch.equal(ops.adaln(*args), ops.adaln(*args, eps=1e-6))
+    assert not torch.equal(ops.adaln(*args), ops.adaln(*args, eps=1e-5))
+
+
+def test_a_single_column_gives_the_shift():
+    x, shift, scale = inputs((2, 7, 1), torch.float64, torch.float64)
+    # x - mean is 0 up to a rounding of x, which 1 / sqrt(eps) = 1000 magnifies
+    bound = 1000 * torch.finfo(torch.float64).eps * (x.abs() * (1 + scale[:, None].abs())).max()
+    error = (ops.adaln(x, shift, scale) - shift[:, None]).abs().max()
+    assert error <= bound
+
+
+def test_gradcheck():
+    args = leaves(*inputs((2, 3, 5), torch.float64, torch.float64))
+    assert torch.autograd.gradcheck(ops.adaln, args)
+
+
+def test_gradient_reaches_its_own_chunk_of_a_strided_tensor():
+    x = seeded((2, 3, 5), seed=1, dtype=torch.float64)
+    (modulation,) = leaves(seeded((2, 30), seed=2, dtype=torch.float64))
+    shift, scale = modulation.chunk(6, dim=-1)[1:3]
+    assert not shift.is_contiguous()
+    dy = seeded((2, 3, 5), seed=3, dtype=torch.float64)
+    ops.adaln(x, shift, scale).backward(dy)
+    _, dshift, dscale = gradient_formula(x, shift, scale, dy)
+    expected = torch.zeros(2, 30, dtype=torch.float64)
+    expected[:, 5:10], expected[:, 10:15] = dshift.detach(), dscale.detach()
+    torch.testing.assert_close(modulation.grad, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_strided_inputs_give_what_contiguous_ones_give():
+    x, shift, scale = inputs((2, 6, 8))
+    strided = x.transpose(1, 2).contiguous().transpose(1, 2)
+    assert not strided.is_contiguous() and not shift.is_contiguous()
+    expected = ops.adaln(x, shift.contiguous(), scale.contiguous())
+    torch.testing.assert_close(ops.adaln(strided, shift, scale), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("x_dtype, dtype", DTYPES)
+def test_result_has_the_dtype_of_shift_unless_told(x_dtype, dtype):
+    args = inputs((2, 3, 8), x_dtype, dtype)
+    assert ops.adaln(*args).dtype == dtype
+    for out_dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert ops.adaln(*args, out_dtype=out_dtype).dtype == out_dtype
+
+
+def test_low_precision_inputs_are_computed_in_fp32():
+    args = inputs((2, 16, 72), torch.bfloat16, torch.bfloat16)
+    actual = ops.adaln(*args, out_dtype=torch.float32)
+    assert_within_budget("y", actual, formula(*args), formula(*args, work=torch.float32))
+
+
+def test_reference_computes_in_fp64():
+    args = inputs((2, 5, 72), torch.float64, torch.float64)
+    actual = adaln_reference(*args, eps=1e-6, out_dtype=torch.float64)
+    assert actual.dtype == torch.float64
+    torch.testing.assert_close(actual, formula(*args), rtol=1e-12, atol=1e-12)
+
+
+def test_empty_batch_runs_forward_and_backward():
+    args = leaves(*inputs((0, 4, 8)))
+    y = ops.adaln(*args)
+    assert y.shape == (0, 4, 8)
+    y.sum().backward()
+    assert [arg.grad.shape for arg in args] == [(0, 4, 8), (0, 8), (0, 8)]
+
+
+def test_compiles_into_one_graph_that_equals_eager():
+    args = leaves(*inputs((2, 4, 8), torch.float32, torch.bfloat16))
+    dy = seeded((2, 4, 8), seed=3, dtype=torch.bfloat16)
+    compiled = torch.compile(ops.adaln, fullgraph=True, backend="aot_eager")
+    actual, expected = compiled(*args), ops.adaln(*args)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    pairs = zip(torch.autograd.grad(actual, args, dy), torch.autograd.grad(expected, args, dy))
+    for a, e in pairs:
+        torch.testing.assert_close(a, e, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "argument, wrong, got, expected",
+    (
+        ("x", torch.ones(2, 8), "(2, 8)", "(B, N, D)"),
+        ("x", torch.ones(2, 4, 8).long(), "torch.int64", "floating"),
+        ("shift", torch.ones(2, 7), "(2, 7)", "(2, 8)"),
+        ("shift", torch.ones(2, 8).long(), "torch.int64", "floating"),
+        ("scale", torch.ones(3, 8), "(3, 8)", "(2, 8)"),
+        ("scale", torch.ones(2, 1, 8), "(2, 1, 8)", "(2, 8)"),
+        ("scale", torch.ones(2, 8).bool(), "torch.bool", "floating"),
+    ),
+)
+def test_wrong_arguments_are_named_with_expected_and_got(argument, wrong, got, expected):
+    args = dict(zip(("x", "shift", "scale"), inputs((2, 4, 8)))) | {argument: wrong}
+    with pytest.raises(ValueError) as error:
+        ops.adaln(**args)
+    for part in ("adaln: ", f"{argument} ", got, f"expected {expected}"):
+        assert part in str(error.value).replace("expected a ", "expected ")

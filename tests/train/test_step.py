@@ -1,0 +1,197 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from repa_fast.diffusion.draws import draw
+from repa_fast.diffusion.path import linear
+from repa_fast.models.sit import LabelEmbedder
+from repa_fast.train.step import accumulate, draw_local, synthetic_batch, train_step
+
+
+def parameters(module: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def assert_same(actual, expected) -> None:
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def gradients(state, batch) -> torch.Tensor:
+    state.optimizer.zero_grad()
+    accumulate(state, batch, draw_local(state))
+    return torch.cat([p.grad.flatten() for p in state.model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("micro_batch", [1, 5, 6])
+def test_micro_batches_equal_the_whole(make_state, micro_batch):
+    state = make_state()
+    batch, _ = synthetic_batch(state, 12)
+    whole = gradients(state, batch)
+    state.micro_batch = micro_batch
+    parts = gradients(state, batch)
+    assert whole.norm() > 1e-3
+    assert (parts - whole).norm() <= 1e-5 * whole.norm()
+
+
+def test_accumulation_multiplies_the_batch_as_upstream(make_state):
+    state = make_state(batch_size=6, gradient_accumulation_steps=2)
+    assert state.local_batch == 12
+    whole = make_state(batch_size=12)
+    batch, _ = synthetic_batch(whole, 12)
+    state.micro_batch = 6
+    assert torch.allclose(gradients(state, batch), gradients(whole, batch), atol=1e-6)
+
+
+def test_loss_is_velocity_plus_weighted_mean_of_alignments(make_state):
+    state = make_state(proj_coeff=0.25)
+    batch, _ = synthetic_batch(state, 12)
+    values, denoise = accumulate(state, batch, draw_local(state))
+    assert values[0].item() == pytest.approx(values[1].item() + 0.25 * values[3].item(), abs=1e-6)
+    assert values[1].item() == pytest.approx(denoise.mean().item(), abs=1e-6)
+    assert -1 <= values[3] <= 1
+
+
+def test_baseline_without_encoder_has_no_projector(make_state):
+    state = make_state(enc_type="none")
+    assert len(state.model.projectors) == 0
+    batch, _ = synthetic_batch(state, 12)
+    del batch["image"]
+    train_step(state, batch)
+    assert state.metrics.read(state.world)["skipped"] == 0
+
+
+def test_overfits_one_batch(make_state):
+    """Width 96 is above the 48 values of a patch, so the velocity can be fitted exactly."""
+    state = make_state(hidden_size=96, learning_rate=3e-3)
+    batch, _ = synthetic_batch(state, 12)
+    batch["moments"][:, 3:] = 0
+    denoise = []
+    for _ in range(150):
+        state.step = 0  # the same times and noise every time
+        train_step(state, batch)
+        denoise.append(state.metrics.read(state.world)["denoise"])
+    assert denoise[-1] < 0.1 * denoise[0]
+
+
+def test_equals_plain_adamw_clip_and_average(make_state):
+    """The whole step against torch's own pieces, written out, over several steps."""
+    state = make_state(adam_weight_decay=0.05, ema_decay=0.9, max_grad_norm=0.1)
+    model, ema = copy.deepcopy(state.model), copy.deepcopy(state.model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05, foreach=False)
+    for step in range(4):
+        batch, _ = synthetic_batch(state, 12)
+        draws = draw(0, step, 12, (3, 16, 16), path=linear, drop_prob=0.1)
+        mean, std = batch["moments"].chunk(2, dim=1)
+        clean = mean + std * draws.posterior_noise
+        t = draws.t.view(-1, 1, 1, 1)
+        prediction, (projection,) = model(
+            (1 - t) * clean + t * draws.noise, draws.t, batch["label"], draws.drop
+        )
+        target = state.encoders["digits-vit"](batch["image"])
+        cosine = torch.cosine_similarity(projection, target, dim=-1)
+        loss = (prediction - (draws.noise - clean)).square().mean() - 0.5 * cosine.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        with torch.no_grad():
+            for average, parameter in zip(ema.parameters(), model.parameters(), strict=True):
+                average.mul_(0.9).add_(parameter, alpha=0.1)
+        train_step(state, batch)
+    for ours, theirs in zip(state.model.parameters(), model.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=2e-6)
+    for ours, theirs in zip(state.ema.parameters(), ema.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=2e-6)
+
+
+def test_non_finite_step_changes_nothing_and_is_counted(make_state):
+    state = make_state()
+    good, _ = synthetic_batch(state, 12)
+    train_step(state, good)
+    bad = {**good, "moments": good["moments"].clone()}
+    bad["moments"][3, 0, 0, 0] = float("nan")
+    weights, average = parameters(state.model), parameters(state.ema)
+    moments = copy.deepcopy(state.optimizer.state_dict()["state"])
+    state.metrics.read(state.world)
+    train_step(state, bad)
+    assert_same(parameters(state.model), weights)
+    assert_same(parameters(state.ema), average)
+    after = state.optimizer.state_dict()["state"]
+    for index, values in moments.items():
+        assert_same(after[index].values(), values.values())
+    reading = state.metrics.read(state.world)
+    assert reading["skipped"] == 1 and reading["loss"] is None
+    assert int(state.metrics.bad_run) == 1
+    assert state.step == 2
+    train_step(state, good)
+    assert int(state.metrics.bad_run) == 0
+    assert not torch.equal(parameters(state.model)[1], weights[1])
+
+
+def test_fp16_overflow_lowers_the_scale_and_skips(make_state):
+    state = make_state(mixed_precision="fp16")
+    assert state.scaler.is_enabled()
+    batch, _ = synthetic_batch(state, 12)
+    before = state.scaler.get_scale()
+    state.scaler._lazy_init_scale_growth_tracker(state.world.device)
+    state.scaler._scale.fill_(1e30)
+    weights = parameters(state.model)
+    train_step(state, batch)
+    assert_same(parameters(state.model), weights)
+    assert state.scaler.get_scale() == pytest.approx(0.5e30)
+    state.scaler._scale.fill_(before / 64)
+    train_step(state, batch)
+    assert not torch.equal(parameters(state.model)[1], weights[1])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_keeps_fp32_masters_and_comes_close_to_fp32(make_state, precision):
+    readings = {}
+    for name in ("no", precision):
+        state = make_state(mixed_precision=name)
+        batch, _ = synthetic_batch(state, 12)
+        batch["moments"].normal_(generator=torch.Generator().manual_seed(0))
+        batch["image"].random_(0, 256, generator=torch.Generator().manual_seed(0))
+        train_step(state, batch)
+        readings[name] = state.metrics.read(state.world)
+        assert {p.dtype for p in state.model.parameters()} == {torch.float32}
+    assert readings[precision]["denoise"] == pytest.approx(readings["no"]["denoise"], rel=2e-2)
+
+
+class RefuseHostReads(TorchDispatchMode):
+    """Raises where a tensor's value is read by the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise AssertionError("the step read a tensor on the host")
+        return func(*args, **(kwargs or {}))
+
+
+def test_step_reads_nothing_on_the_host(make_state, monkeypatch):
+    state = make_state()
+    batch, _ = synthetic_batch(state, 12)
+    train_step(state, batch)  # AdamW makes its state on the first step
+    monkeypatch.setattr(LabelEmbedder, "_check", lambda self, y: None)  # checks CPU labels only
+    with RefuseHostReads():
+        train_step(state, batch)
+        with pytest.raises(AssertionError, match="host"):
+            state.metrics.sums.sum().item()
+
+
+def test_images_per_step_must_divide_among_processes(config):
+    from repa_fast.data.prepare import digits_metadata
+    from repa_fast.train.distributed import World
+    from repa_fast.train.state import build_state
+
+    world = World(rank=0, size=5, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="12 images per step do not divide among 5 processes"):
+        build_state(config(), digits_metadata(), world)
+
+
+def test_encoder_and_model_must_have_as_many_tokens(make_state):
+    with pytest.raises(ValueError, match="digits-vit gives 16 tokens, expected 64"):
+        make_state(patch_size=2)

@@ -68,7 +68,7 @@ def ends_within(seconds: float, function) -> bool:
     def body():
         try:
             function()
-        except BaseException:  # noqa: S110
+        except BaseException:
             pass
 
     thread = threading.Thread(target=body, daemon=True)
@@ -145,13 +145,13 @@ def test_an_error_outside_exception_reaches_the_consumer(table, order, monkeypat
     monkeypatch.setattr(LatentDataset, "rows", rows)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     with Loader(table, order, start=0, stop=4) as loader:
-        assert ends_within(5, lambda: list(loader)), "the consumer waits for ever"
+        assert ends_within(2, lambda: list(loader)), "the consumer waits for ever"
 
 
 def test_an_exhausted_loader_stays_exhausted(table, order):
     with Loader(table, order, start=0, stop=2) as loader:
         assert len(list(loader)) == 2
-        assert ends_within(5, lambda: list(loader)), "the second iteration waits for ever"
+        assert ends_within(2, lambda: list(loader)), "the second iteration waits for ever"
 
 
 def test_leaving_early_joins_all_threads(table, order):

@@ -71,13 +71,20 @@ def finish(arguments: list[str]) -> str:
     return output
 
 
+def descendants(pid: int) -> list[int]:
+    """Processes below `pid`: torchrun's workers are in sessions of their own."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children] + [d for c in children for d in descendants(int(c))]
+
+
 def interrupt(arguments: list[str], at: int, number: int, delay: float) -> int:
-    """Send a signal `delay` seconds after the first line of a step >= `at`; returns the status."""
+    """Signal all processes `delay` s after the first line of a step >= `at`; returns the status."""
     process = start(arguments)
     for line in process.stdout:
         if line.startswith("step ") and int(line.split()[1].split("/")[0]) >= at:
             time.sleep(delay)
-            process.send_signal(number)
+            for pid in [process.pid, *descendants(process.pid)]:
+                os.kill(pid, number)
             break
     process.communicate(timeout=120)
     return process.returncode
@@ -112,24 +119,26 @@ def assert_bit_identical(run: Path, undisturbed: Path) -> None:
         assert torch.equal(value, expected[name]), name
 
 
-def killed_and_resumed(digits_dir: Path, output: Path, moments: list[tuple[int, float]]) -> None:
-    arguments = command(digits_dir, output, extra=["--resume", "auto"])
+def killed_and_resumed(arguments: list[str], moments: list[tuple[int, float]]) -> None:
+    arguments = [*arguments, "--resume", "auto"]
     for at, delay in moments:
         assert interrupt(arguments, at, signal.SIGKILL, delay) == -signal.SIGKILL
     finish(arguments)
 
 
 def test_killed_and_resumed_run_is_bit_identical(digits_dir, undisturbed, tmp_path):
-    killed_and_resumed(digits_dir, tmp_path, [(8, 0.01), (24, 0.0)])
+    killed_and_resumed(command(digits_dir, tmp_path), [(8, 0.01), (24, 0.0)])
     assert_bit_identical(tmp_path / "run", undisturbed)
 
 
 @pytest.mark.slow
-def test_five_kills_at_random_moments(digits_dir, undisturbed, tmp_path):
+@pytest.mark.parametrize("ranks, extra", [(1, []), (2, ["--compile"])])
+def test_five_kills_at_random_moments(digits_dir, tmp_path, ranks, extra):
+    finish(command(digits_dir, tmp_path / "undisturbed", ranks, extra))
     draw = random.Random(0)
     moments = [(at, draw.uniform(0, 0.1)) for at in (4, 12, 16, 24, 32)]
-    killed_and_resumed(digits_dir, tmp_path, moments)
-    assert_bit_identical(tmp_path / "run", undisturbed)
+    killed_and_resumed(command(digits_dir, tmp_path, ranks, extra), moments)
+    assert_bit_identical(tmp_path / "run", tmp_path / "undisturbed" / "run")
 
 
 def test_sigterm_saves_exits_0_and_resumes_exactly(digits_dir, undisturbed, tmp_path):

@@ -1,0 +1,129 @@
+"""The judges of a run on the digits: they know real digits, noise and copies apart."""
+
+import re
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+
+from repa_fast.configs import presets
+from repa_fast.data.digits import digit_images
+from repa_fast.data.prepare import digits_metadata
+from repa_fast.encoders.digits import DigitsJudge
+from repa_fast.eval import digits
+from repa_fast.eval.fid import frechet_distance, statistics
+from repa_fast.train import checkpoint
+from repa_fast.train.distributed import World
+from repa_fast.train.state import build_state
+
+pytest.importorskip("sklearn")
+pytest.importorskip("timm")
+
+SAMPLES = 100
+
+
+def planes(split: str) -> np.ndarray:
+    """uint8 (N, 3, 16, 16)."""
+    return digit_images(split)[0].transpose(0, 3, 1, 2).copy()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run at step 7 that has learnt nothing: its velocity is zero, so its samples are noise."""
+    config = replace(presets.get("digits"), hidden_size=32, depth=3, num_steps=2, cfg_scale=1.0)
+    state = build_state(config, digits_metadata(), World(0, 1, torch.device("cpu")))
+    state.step = 7
+    folder = tmp_path_factory.mktemp("run")
+    checkpoint.save(folder / "checkpoints", state)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scores(run):
+    return digits.evaluate(run, count=SAMPLES)
+
+
+def test_grey_is_the_mean_of_the_channels_in_the_unit_interval():
+    images = np.random.default_rng(0).integers(0, 256, (3, 3, 16, 16), dtype=np.uint8)
+    grey = digits.grey(images)
+    assert grey.shape == (3, 256) and grey.dtype == np.float64
+    total = images[:, 0].astype(float) + images[:, 1] + images[:, 2]
+    assert np.allclose(grey, (total / (3 * 255)).reshape(3, 256), rtol=1e-14)
+    assert digits.grey(np.full((1, 3, 4, 4), 255, np.uint8)).max() == 1
+
+
+def test_copies_have_a_neighbour_at_no_distance():
+    train = digits.grey(planes("train"))
+    assert digits.nearest_neighbour(train[[5, 900, 33]], train) == 0
+
+
+def test_the_neighbour_is_the_nearest_in_rms_per_pixel():
+    generator = np.random.default_rng(0)
+    queries, references = generator.random((7, 30)), generator.random((11, 30))
+    rms = np.sqrt(((queries[:, None] - references[None]) ** 2).mean(-1))
+    got = digits.nearest_neighbour(queries, references)
+    assert got == pytest.approx(rms.min(1).mean(), rel=1e-9)
+
+
+def test_noise_is_far_above_held_out_digits_for_the_judge():
+    judge = DigitsJudge()
+    noise = np.random.default_rng(0).integers(0, 256, (297, 3, 16, 16), dtype=np.uint8)
+    fitted = {
+        name: statistics(judge.features(torch.from_numpy(images)).numpy())
+        for name, images in {"noise": noise, "val": planes("val"), "train": planes("train")}.items()
+    }
+    held_out = frechet_distance(*fitted["val"], *fitted["train"])
+    assert held_out > 0
+    assert frechet_distance(*fitted["noise"], *fitted["train"]) > 10 * held_out
+
+
+def test_the_classifier_knows_held_out_digits(scores):
+    assert scores.classifier_accuracy >= 0.97
+
+
+def test_a_run_that_learnt_nothing_is_judged_so(scores):
+    assert (scores.step, scores.samples) == (7, SAMPLES)
+    assert scores.class_accuracy < 0.3
+    assert scores.frechet_distance > 10 * scores.frechet_distance_held_out > 0
+    assert scores.nearest_neighbour > 2 * scores.nearest_neighbour_held_out > 0
+    assert -0.5 < scores.alignment_cosine < 0.5
+
+
+def test_samples_ask_for_each_class_alike_and_repeat_with_the_seed(run):
+    config, model, step = digits.load_run(run)
+    assert step == 7 and config.hidden_size == 32 and not model.training
+    pixels, labels = digits.generate(config, model, 20, seed=1)
+    assert pixels.shape == (20, 3, 16, 16) and pixels.dtype == np.uint8
+    assert np.bincount(labels).tolist() == [2] * 10
+    assert np.array_equal(digits.generate(config, model, 20, seed=1)[0], pixels)
+    assert not np.array_equal(digits.generate(config, model, 20, seed=2)[0], pixels)
+
+
+def test_a_run_without_an_encoder_has_no_alignment(run):
+    config, model, _ = digits.load_run(run)
+    assert digits.alignment_cosine(replace(config, enc_type="none"), model, 0) is None
+
+
+def test_a_missing_checkpoint_is_named(run, tmp_path):
+    with pytest.raises(ValueError, match=r"\[7\], expected 8"):
+        digits.load_run(run, 8)
+    with pytest.raises(ValueError, match="expected at least one"):
+        digits.load_run(tmp_path)
+
+
+def test_the_description_says_the_scores(scores):
+    text = digits.describe(replace(scores, class_accuracy=0.9876, alignment_cosine=0.123))
+    assert re.search(r"class accuracy: 98\.8 % of 100 samples at step 7", text)
+    assert f"{100 * scores.classifier_accuracy:.1f} %" in text
+    assert f"{scores.frechet_distance:.2f}" in text and "0.123" in text
+    assert f"{scores.nearest_neighbour:.4f}" in text
+
+
+def test_the_description_leaves_out_an_alignment_that_is_not_there(scores):
+    assert "alignment" in digits.describe(scores)
+    assert "alignment" not in digits.describe(replace(scores, alignment_cosine=None))
+
+
+def test_scores_are_plain_numbers(scores):
+    assert {type(value) for value in asdict(scores).values()} == {int, float}

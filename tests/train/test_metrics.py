@@ -1,0 +1,197 @@
+"""The accumulator of metrics: means, bins over t, skipped steps, and resuming."""
+
+import numpy as np
+import pytest
+import torch
+
+from repa_fast.train.distributed import World
+from repa_fast.train.metrics import T_BINS, Accumulator
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU)
+GOOD, BAD = torch.tensor(0.0), torch.tensor(1.0)
+NAN = float("nan")
+
+
+class Lockstep(World):
+    """A process among others whose accumulators are at hand, so that they can be added up."""
+
+    def join(self, accumulators: list[Accumulator]) -> "Lockstep":
+        object.__setattr__(self, "all", [a.sums for a in accumulators])
+        return self
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.stack(self.all)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.copy_(torch.stack(self.all).sum(0))
+
+
+class Run:
+    """`size` processes; `add` gives each its share of a step, as train_step does."""
+
+    def __init__(self, size: int, encoders: tuple[str, ...] = ("a",)):
+        self.processes = [Accumulator(list(encoders), CPU) for _ in range(size)]
+        self.worlds = [
+            Lockstep(rank, size, CPU).join(self.processes) if size > 1 else ALONE
+            for rank in range(size)
+        ]
+
+    def add(self, denoise: torch.Tensor, t: torch.Tensor, norm: float = 1.0, bad=GOOD) -> None:
+        size = len(self.processes)
+        for process, part, times in zip(self.processes, denoise.chunk(size), t.chunk(size)):
+            mean = part.mean()
+            process.add(torch.stack([2 * mean, mean, mean * 0 + norm, -mean]), bad, part, times)
+
+    def state(self) -> dict:
+        states = [p.state(world) for p, world in zip(self.processes, self.worlds)]
+        assert all(state == states[0] for state in states)
+        return states[0]
+
+    def resumed(self, size: int) -> "Run":
+        state, other = self.state(), Run(size)
+        for process, world in zip(other.processes, other.worlds):
+            process.load_state(state, world)
+        return other
+
+    def read(self) -> dict:
+        return self.processes[0].read(self.worlds[0])
+
+
+def steps(count: int, batch: int = 12, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.rand(batch, generator=generator), torch.rand(batch, generator=generator))
+        for _ in range(count)
+    ]
+
+
+def assert_equal_readings(got: dict, expected: dict) -> None:
+    assert set(got) == set(expected)
+    for name, value in expected.items():
+        assert got[name] == pytest.approx(value, rel=1e-6), name
+
+
+def test_names_are_the_losses_the_norm_and_each_encoder():
+    names = Accumulator(["a", "b"], CPU).names
+    assert names == ["loss", "denoise", "grad_norm", "align/a", "align/b"]
+
+
+def test_a_reading_holds_the_means_over_steps():
+    accumulator = Accumulator(["a", "b"], CPU)
+    rows = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0], [3.0, 5.0, 7.0, 9.0, 11.0]])
+    for row in rows:
+        accumulator.add(row, GOOD, torch.ones(2), torch.tensor([0.1, 0.2]))
+    reading = accumulator.read(ALONE)
+    means = {"loss": 2.0, "denoise": 3.5, "grad_norm": 5.0, "align/a": 6.5, "align/b": 8.0}
+    assert {name: reading[name] for name in means} == means
+    assert reading["skipped"] == 0
+
+
+def test_losses_are_binned_by_t():
+    run, data = Run(1), steps(7, batch=40)
+    for denoise, t in data:
+        run.add(denoise, t)
+    values = np.concatenate([denoise.numpy() for denoise, _ in data]).astype(np.float64)
+    times = np.concatenate([t.numpy() for _, t in data])
+    totals, edges = np.histogram(times, bins=T_BINS, range=(0, 1), weights=values)
+    counts, _ = np.histogram(times, bins=edges)
+    assert counts.min() > 0
+    assert run.read()["loss_by_t"] == pytest.approx((totals / counts).tolist(), rel=1e-12)
+
+
+def test_the_ends_of_t_fall_into_the_first_and_last_bin():
+    accumulator = Accumulator([], CPU)
+    accumulator.add(torch.ones(3), GOOD, torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0]))
+    assert accumulator.read(ALONE)["loss_by_t"] == [2.0, *[None] * 8, 3.0]
+
+
+def test_skipped_steps_add_nothing_but_their_count():
+    with_bad, without, data = Run(1), Run(1), steps(4)
+    for index, (denoise, t) in enumerate(data):
+        with_bad.add(denoise, t)
+        without.add(denoise, t)
+        if index < 3:
+            with_bad.add(torch.full((12,), NAN), t, norm=float("inf"), bad=BAD)
+    got, expected = with_bad.read(), without.read()
+    assert got.pop("skipped") == 3 and expected.pop("skipped") == 0
+    assert_equal_readings(got, expected)
+
+
+def test_the_bad_run_counts_consecutive_skipped_steps():
+    run, (denoise, t) = Run(1), steps(1)[0]
+    seen = []
+    for bad in (0, 1, 1, 0, 1, 1, 1, 0):
+        run.add(denoise, t, bad=torch.tensor(float(bad)))
+        seen.append(int(run.processes[0].bad_run))
+    assert seen == [0, 1, 2, 0, 1, 2, 3, 0]
+
+
+def test_reading_resets_the_sums_but_not_the_bad_run():
+    run, data = Run(1), steps(2)
+    run.add(*data[0])
+    run.add(*data[0], bad=BAD)
+    run.read()
+    empty = run.read()
+    assert empty["loss"] is None and empty["loss_by_t"] == [None] * T_BINS
+    assert empty["skipped"] == 0 and int(run.processes[0].bad_run) == 1
+    run.add(*data[1])
+    assert run.read()["denoise"] == pytest.approx(data[1][0].mean().item())
+
+
+def test_only_skipped_steps_have_no_means():
+    run = Run(1)
+    run.add(torch.full((12,), NAN), torch.rand(12), bad=BAD)
+    reading = run.read()
+    assert reading["loss"] is None and reading["align/a"] is None and reading["skipped"] == 1
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_together_read_what_one_reads(size):
+    one, many = Run(1), Run(size)
+    for index, (denoise, t) in enumerate(steps(6)):
+        for run in (one, many):
+            run.add(denoise, t, bad=BAD if index % 3 == 0 else GOOD)
+    expected = one.read()
+    assert expected["skipped"] == 2
+    assert_equal_readings(many.read(), expected)
+
+
+@pytest.mark.parametrize("before, after", [(1, 1), (2, 2), (2, 1), (1, 2), (4, 2), (2, 3)])
+def test_a_resumed_run_reads_the_same_means(before, after):
+    run, uninterrupted, data = Run(before), Run(1), steps(5)
+    for denoise, t in data:
+        run.add(denoise, t)
+        uninterrupted.add(denoise, t)
+    assert_equal_readings(run.resumed(after).read(), uninterrupted.read())
+
+
+@pytest.mark.parametrize("before, after", [(1, 1), (2, 2), (2, 1), (1, 2), (4, 2), (2, 3)])
+def test_steps_before_and_after_a_resume_weigh_the_same(before, after):
+    run, uninterrupted, data = Run(before), Run(1), steps(5)
+    for denoise, t in data[:3]:
+        run.add(denoise, t)
+    run = run.resumed(after)
+    for denoise, t in data[3:]:
+        run.add(denoise, t)
+    for denoise, t in data:
+        uninterrupted.add(denoise, t)
+    assert_equal_readings(run.read(), uninterrupted.read())
+
+
+@pytest.mark.parametrize("before, after", [(1, 1), (2, 2), (2, 1), (1, 2), (4, 2), (2, 3)])
+def test_skipped_steps_are_counted_once_after_a_resume(before, after):
+    run, (denoise, t) = Run(before), steps(1)[0]
+    for _ in range(3):
+        run.add(denoise, t, bad=BAD)
+    run = run.resumed(after)
+    assert [int(process.bad_run) for process in run.processes] == [3] * after
+    assert run.read()["skipped"] == 3
+
+
+def test_the_state_is_plain_numbers():
+    run = Run(2)
+    run.add(*steps(1)[0])
+    state = run.state()
+    assert type(state["bad_run"]) is int
+    assert all(type(value) is float for row in state["sums"] for value in row)

@@ -49,10 +49,9 @@ class Reporter:
             for index, value in enumerate(values["loss_by_t"]):
                 if value is not None:
                     self._writer.add_scalar(f"loss_by_t/{index / 10:.1f}", value, step)
-        text = summary(values)
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step, text=text)
-        self.line(f"step {step}/{self._total_steps}  {text}", bar_has_it=True)
+            self._bar.update(self._bar.task_ids[0], completed=step, text=short_summary(values))
+        self.line(f"step {step}/{self._total_steps}  {summary(values)}", bar_has_it=True)
 
     def line(self, text: str, *, bar_has_it: bool = False) -> None:
         """A line for log.txt and the terminal; where the bar shows it already, not again."""
@@ -91,6 +90,16 @@ def summary(values: dict) -> str:
     if values["skipped"]:
         parts.append(f"skipped {values['skipped']}")
     return "  ".join([*parts, f"ETA {_duration(values['eta_seconds'])}"])
+
+
+def short_summary(values: dict) -> str:
+    """What fits beside a progress bar: loss, mean alignment, rate, ETA."""
+    aligned = [value for name, value in values.items() if name.startswith("align/")]
+    parts = [f"loss {_number(values['loss'])}"]
+    if aligned and None not in aligned:
+        parts.append(f"align {sum(aligned) / len(aligned):.3f}")
+    parts += [f"{values['images_per_second']:.0f} images/s", _duration(values["eta_seconds"])]
+    return " ".join(parts)
 
 
 class Clock:
@@ -167,7 +176,7 @@ def plot_losses(metrics_path: Path, out: Path) -> None:
 def _bar(total_steps: int, start_step: int):
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    bar = Progress(BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+    bar = Progress(BarColumn(bar_width=16), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
     bar.add_task("train", total=total_steps, completed=start_step, text="")
     bar.start()
     return bar

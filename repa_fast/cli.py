@@ -81,7 +81,8 @@ def describe(config: TrainConfig) -> str:
     from repa_fast.train.memory import budget
 
     estimate = budget(config, expected_metadata(config))
-    local = config.batch_size
+    activations = estimate.activation_bytes * (2 if config.mixed_precision == "no" else 1)
+    batch = config.batch_size
     return "\n".join(
         [
             json.dumps(config.to_dict(), indent=2),
@@ -90,8 +91,8 @@ def describe(config: TrainConfig) -> str:
             f"training FLOPs per image: {estimate.train_flops / 1e9:.1f} GFLOP "
             f"({estimate.encoder_flops / 1e9:.1f} of them the frozen encoders)",
             f"memory, estimated: {estimate.state_bytes / 2**30:.1f} GiB of weights, gradients, "
-            f"optimizer and average; {estimate.activation_bytes / 2**20:.0f} MiB of activations "
-            f"per image ({local * estimate.activation_bytes / 2**30:.1f} GiB at batch {local} in "
+            f"optimizer and average; {activations / 2**20:.0f} MiB of activations "
+            f"per image ({batch * activations / 2**30:.1f} GiB at batch {batch} in "
             "one pass)",
         ]
     )

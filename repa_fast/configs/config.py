@@ -1,6 +1,7 @@
 """One dataclass holds every choice of a training run. Flag names are REPA's where REPA has one."""
 
 import dataclasses
+import typing
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,7 +75,7 @@ class TrainConfig:
     """Global batch size, over all processes; accumulation multiplies it."""
     gradient_accumulation_steps: int = 1
     """Batches per optimizer step, as upstream: the effective batch is this times BATCH_SIZE."""
-    micro_batch: str = "auto"
+    micro_batch: int | Literal["auto"] = "auto"
     """Images per forward pass of one process, or auto: the most that fit into memory."""
     num_workers: int = 4
     """Threads that decode images."""
@@ -130,6 +131,9 @@ class TrainConfig:
     """Its guidance scale."""
 
     def __post_init__(self) -> None:
+        for name, hint in typing.get_type_hints(type(self)).items():
+            if typing.get_origin(hint) is Literal:
+                expect_choice(name, getattr(self, name), typing.get_args(hint))
         expect_choice("path_type", self.path_type, tuple(PATHS))
         expect_choice("weighting", self.weighting, WEIGHTINGS)
         for name in POSITIVE:
@@ -141,8 +145,8 @@ class TrainConfig:
             raise ValueError(f"ema_decay is {self.ema_decay}, expected a value in [0, 1)")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}, expected at least 0")
-        if self.micro_batch != "auto" and not self.micro_batch.isdecimal():
-            raise ValueError(f"micro_batch is {self.micro_batch!r}, expected auto or a number")
+        if self.micro_batch != "auto" and self.micro_batch < 1:
+            raise ValueError(f"micro_batch is {self.micro_batch}, expected auto or at least 1")
 
     @property
     def images_per_step(self) -> int:

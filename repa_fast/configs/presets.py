@@ -29,10 +29,10 @@ def digits() -> TrainConfig:
         num_workers=1,
         learning_rate=2e-3,
         ema_decay=0.995,
-        max_train_steps=2000,
+        max_train_steps=1600,
         log_every=50,
-        sampling_steps=500,
-        checkpointing_steps=500,
+        sampling_steps=400,
+        checkpointing_steps=400,
         cfg_scale=2.5,
     )
 

@@ -81,11 +81,16 @@ def write(uri: str | Path, rows: Iterable[Row], metadata: Metadata, batch_rows: 
     import pyarrow as pa
 
     table_schema = schema(metadata)
+    refused: list[ValueError] = []  # Lance wraps what the generator raises
 
     def batches() -> Iterable[pa.RecordBatch]:
         pending: list[Row] = []
         for index, row in enumerate(rows):
-            _check_row(index, row, metadata)
+            try:
+                _check_row(index, row, metadata)
+            except ValueError as error:
+                refused.append(error)
+                raise
             pending.append(row)
             if len(pending) == batch_rows:
                 yield _record_batch(pending, table_schema)
@@ -96,6 +101,8 @@ def write(uri: str | Path, rows: Iterable[Row], metadata: Metadata, batch_rows: 
     try:
         lance.write_dataset(batches(), str(uri), schema=table_schema, mode="create")
     except OSError as error:
+        if refused:
+            raise refused[0] from None
         if "already exists" in str(error).lower():
             raise ValueError(f"dataset {uri} exists already; remove it first") from error
         raise

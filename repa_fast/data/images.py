@@ -16,7 +16,7 @@ def decode(data: bytes, resolution: int, name: str = "image") -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data)) as image:
             pixels = np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{name}: cannot be decoded ({error})") from error
     if pixels.shape[:2] != (resolution, resolution):
         height, width = pixels.shape[:2]

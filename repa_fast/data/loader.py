@@ -77,11 +77,14 @@ class Loader:
         self.close()
 
     def __iter__(self) -> Iterator[Batch]:
-        while (item := self._queue.get()) is not None:
-            if isinstance(item, BaseException):
+        while self._close.alive:
+            item = self._queue.get()
+            if item is None or isinstance(item, BaseException):
                 self.close()
+            if isinstance(item, BaseException):
                 raise item
-            yield item
+            if item is not None:
+                yield item
 
     def close(self) -> None:
         """Stop and join the threads; harmless when called again."""
@@ -123,7 +126,7 @@ def _prefetch(out: queue.Queue, stopped: threading.Event, steps, read, num_worke
                 if stopped.is_set() or not _put(out, stopped, read(indices, pool=pool)):
                     return
         _put(out, stopped, None)
-    except Exception as error:
+    except BaseException as error:  # a panic in Lance is no Exception
         _put(out, stopped, error)
 
 

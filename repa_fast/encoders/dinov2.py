@@ -33,6 +33,8 @@ class DINOv2(nn.Module):
                 timm_name, pretrained=pretrained, img_size=input_size, num_classes=0
             )
         except (OSError, RuntimeError) as error:
+            if not pretrained:
+                raise
             raise RuntimeError(
                 f"the weights of {timm_name} are neither in the local cache nor can they be "
                 f"fetched; with network access, run once: "

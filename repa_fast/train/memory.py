@@ -31,7 +31,8 @@ class Budget:
         parameters: of the model without and with its projectors.
         train_flops: per image: 3x the forward pass of model and projectors, 1x the encoders.
         state_bytes: weights, gradients, optimizer and average of one process.
-        activation_bytes: saved for backward, per image (an estimate).
+        activation_bytes: saved for backward, per image, in half precision (an estimate); fp32
+            takes twice as much.
     """
 
     parameters: int
@@ -61,14 +62,13 @@ def budget(config: TrainConfig, metadata: Metadata) -> Budget:
         for z_dim in arguments["z_dims"]
     )
     encoder = sum(spec.flops(config.resolution) for spec in encoders.specs(config.enc_type))
-    wide = 1 if config.mixed_precision in ("auto", "bf16", "fp16") else 2
     return Budget(
         parameters=total - heads,
         parameters_with_projectors=total,
         train_flops=3 * forward + encoder,
         encoder_flops=encoder,
         state_bytes=total * BYTES_PER_PARAMETER,
-        activation_bytes=wide * ACTIVATION_BYTES * tokens * width * depth,
+        activation_bytes=ACTIVATION_BYTES * tokens * width * depth,
     )
 
 
@@ -80,12 +80,13 @@ def peak_flops(device_name: str) -> float | None:
 def choose_micro_batch(state: TrainState) -> int:
     """Images per forward pass of one process, the same on all.
 
-    As configured; or the local batch, halved until it fits: on CUDA until a forward and backward
+    As configured; or the local batch over the accumulation steps, halved until it fits: on CUDA
+    until a forward and backward
     pass of that size runs without an out-of-memory error, on CPU until the estimate is at most
     half of the machine's memory.
     """
     if state.config.micro_batch != "auto":
-        return max(1, min(int(state.config.micro_batch), state.local_batch))
+        return min(state.config.micro_batch, state.local_batch)
     size = -(-state.local_batch // state.config.gradient_accumulation_steps)
     fits = _fits_cuda if state.world.device.type == "cuda" else _fits_cpu
     while size > 1 and state.world.any(not fits(state, size)):
@@ -95,7 +96,8 @@ def choose_micro_batch(state: TrainState) -> int:
 
 def _fits_cpu(state: TrainState, size: int) -> bool:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    needed = budget(state.config, state.metadata).activation_bytes * 2 * size  # fp32
+    width = 2 if state.autocast_dtype is None else 1
+    needed = budget(state.config, state.metadata).activation_bytes * width * size
     return needed * state.world.size <= CPU_MEMORY_SHARE * memory
 
 

@@ -29,12 +29,17 @@ class Accumulator:
         return {"sums": world.gather(self.sums).tolist(), "bad_run": int(self.bad_run)}
 
     def load_state(self, state: dict, world: World) -> None:
-        """Go on from `state`; after a change of world size the first process takes the total."""
+        """Go on from `state`; after a change of world size the first process takes the total.
+
+        Per-step sums are means over a process's images, so their total grows with the number of
+        processes and is rescaled; the t-bins count images.
+        """
         sums = torch.tensor(state["sums"], dtype=torch.float64)
         if len(sums) == world.size:
             own = sums[world.rank]
         else:
             own = sums.sum(0) if world.is_main else torch.zeros_like(sums[0])
+            own[: -2 * T_BINS] *= world.size / len(sums)
         self.sums.copy_(own)
         self.bad_run.fill_(state["bad_run"])
 

@@ -91,7 +91,7 @@ def test_a_missing_split_is_refused(folder):
 
 
 def test_a_missing_table_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no dataset at .*nowhere"):
+    with pytest.raises(ValueError, match=r"no dataset at .*nowhere"):
         LatentDataset(tmp_path / "nowhere")
 
 

@@ -73,7 +73,7 @@ def test_resume_continues_a_finished_run_to_more_steps(run_config):
 
 
 def test_epochs_bound_the_run(run_config):
-    run = loop.train(run_config(batch_size=750, micro_batch="50", epochs=1, max_train_steps=100))
+    run = loop.train(run_config(batch_size=750, micro_batch=50, epochs=1, max_train_steps=100))
     assert checkpoint.steps(run / "checkpoints") == [2]
 
 

@@ -232,16 +232,14 @@ def numbered(count: int, side: int) -> torch.Tensor:
 def test_a_grid_shows_the_images_row_by_row(side, factor, count, columns, rows):
     images = numbered(count, side)
     picture = preview.arrange(images, columns)
-    cell = side * factor
-    assert picture.dtype == np.uint8 and picture.shape == (rows * cell, columns * cell, 3)
-    for index in range(rows * columns):
-        top, left = index // columns * cell, index % columns * cell
-        shown = picture[top : top + cell, left : left + cell]
-        if index < count:
-            enlarged = images[index].permute(1, 2, 0).numpy().repeat(factor, 0).repeat(factor, 1)
-            assert np.array_equal(shown, enlarged)
-        else:
-            assert not shown.any()
+    cell, pitch = side * factor, side * factor + preview.GAP
+    expected = np.full((rows * pitch, columns * pitch, 3), preview.GAP_GREY, np.uint8)
+    for index in range(count):
+        top, left = index // columns * pitch, index % columns * pitch
+        enlarged = images[index].permute(1, 2, 0).numpy().repeat(factor, 0).repeat(factor, 1)
+        expected[top : top + cell, left : left + cell] = enlarged
+    assert picture.dtype == np.uint8 and preview.GAP > 0
+    assert np.array_equal(picture, expected[: -preview.GAP, : -preview.GAP])
 
 
 def test_a_picture_is_saved_exactly(tmp_path):

@@ -1,0 +1,157 @@
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from repa_fast.diffusion import path as paths
+from repa_fast.diffusion.draws import draw, stream
+
+SHAPE = (4, 4, 4)
+
+
+def drawn(seed=0, step=3, batch=32, *, path=paths.linear, **options):
+    return draw(seed, step, batch, SHAPE, path=path, **options)
+
+
+def equal(a, b):
+    return [torch.equal(x, y) for x, y in zip(a, b)]
+
+
+def test_shapes_and_dtypes():
+    draws = drawn(batch=5)
+    assert [tuple(f.shape) for f in draws] == [(5,), (5, *SHAPE), (5, *SHAPE), (5,)]
+    assert [f.dtype for f in draws] == [torch.float32] * 3 + [torch.bool]
+    assert draws.t.min() >= 0 and draws.t.max() <= 1
+
+
+@pytest.mark.parametrize("weighting", ("uniform", "lognormal"))
+def test_draws_repeat_whatever_the_global_generator_did(weighting):
+    first = drawn(weighting=weighting, drop_prob=0.5)
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    second = drawn(weighting=weighting, drop_prob=0.5)
+    assert all(equal(first, second))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("other", ({"seed": 1}, {"step": 4}, {"seed": 3, "step": 0}))
+def test_other_seeds_and_steps_give_other_draws(other):
+    assert equal(drawn(drop_prob=0.5), drawn(drop_prob=0.5, **other)) == [False] * 4
+
+
+@pytest.mark.parametrize("world_size", (1, 2, 4, 8, 32))
+def test_parts_of_all_ranks_make_up_the_global_draws(world_size):
+    whole = drawn(drop_prob=0.5)
+    local = 32 // world_size
+    parts = [
+        drawn(drop_prob=0.5).part(rank * local, (rank + 1) * local) for rank in range(world_size)
+    ]
+    assert all(equal((torch.cat(fields) for fields in zip(*parts)), whole))
+
+
+@pytest.mark.parametrize("weighting", ("uniform", "lognormal"))
+@pytest.mark.parametrize("batch", (4, 20, 32))
+def test_a_position_has_the_same_draws_in_every_batch_size(batch, weighting):
+    options = {"weighting": weighting, "drop_prob": 0.5}
+    assert (
+        equal(drawn(batch=batch, **options), drawn(batch=64, **options).part(0, batch))
+        == [True] * 4
+    )
+
+
+def test_drop_probability_changes_only_the_mask():
+    never, sometimes, often, always = (drawn(drop_prob=p) for p in (0.0, 0.3, 0.6, 1.0))
+    for other in (sometimes, often, always):
+        assert equal(never[:3], other[:3]) == [True] * 3
+    assert not never.drop.any() and always.drop.all()
+    assert 0 < sometimes.drop.sum() < often.drop.sum() < 32
+    assert not (sometimes.drop & ~often.drop).any()
+
+
+def test_weighting_and_path_change_only_the_times():
+    uniform = drawn(drop_prob=0.5)
+    for other in (
+        drawn(drop_prob=0.5, weighting="lognormal"),
+        drawn(drop_prob=0.5, weighting="lognormal", path=paths.cosine),
+    ):
+        assert equal(uniform, other) == [False, True, True, True]
+
+
+def test_uniform_times_do_not_depend_on_the_path():
+    assert all(equal(drawn(), drawn(path=paths.cosine)))
+
+
+def test_label_drop_is_not_drawn_from_the_times():
+    draws = drawn(batch=4096, drop_prob=0.5)
+    agreement = (draws.drop == (draws.t < 0.5)).double().mean()
+    assert abs(agreement - 0.5) < 5 * 0.5 / math.sqrt(4096)
+
+
+def test_noises_of_samples_steps_and_streams_are_uncorrelated():
+    here, next_step, other_seed = (
+        drawn(batch=256, **options) for options in ({}, {"step": 4}, {"seed": 1})
+    )
+    others = (
+        here.posterior_noise,
+        here.noise.roll(1, 0),
+        next_step.noise,
+        next_step.posterior_noise,
+        other_seed.noise,
+    )
+    for other in others:
+        correlation = (here.noise.double() * other.double()).mean()
+        assert abs(correlation) < 5 / math.sqrt(here.noise.numel())
+
+
+@pytest.mark.parametrize("field", ("noise", "posterior_noise"))
+def test_noise_is_standard_normal(field):
+    values = getattr(drawn(batch=400), field).flatten().double().numpy()
+    assert stats.kstest(values, "norm").pvalue > 1e-3
+
+
+def test_uniform_times_are_uniform():
+    assert stats.kstest(drawn(batch=20_000).t.double().numpy(), "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    "path, log_ratio",
+    (
+        (paths.linear, lambda t: torch.log(t / (1 - t))),
+        (paths.cosine, lambda t: torch.log(torch.tan(math.pi * t / 2))),
+    ),
+)
+def test_lognormal_times_have_a_normal_log_ratio(path, log_ratio):
+    t = drawn(batch=20_000, path=path, weighting="lognormal").t.double()
+    assert t.min() >= 0 and t.max() <= 1
+    assert stats.kstest(log_ratio(t).numpy(), "norm").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("probability", (0.1, 0.5))
+def test_labels_are_dropped_with_the_given_probability(probability):
+    frequency = drawn(batch=20_000, drop_prob=probability).drop.double().mean()
+    error = math.sqrt(probability * (1 - probability) / 20_000)
+    assert abs(frequency - probability) < 5 * error
+
+
+def first_numbers(*keys):
+    return tuple(torch.rand(4, generator=stream(*keys)).tolist())
+
+
+def test_a_stream_is_a_function_of_all_its_keys():
+    for keys in ((0,), (5, 1), (2**40, 3, 2)):
+        assert first_numbers(*keys) == first_numbers(*keys)
+    different = ((0, 1), (1, 0), (1, 1), (0, 1, 2), (0, 2, 1), (2**40, 3))
+    assert len({first_numbers(*keys) for keys in different}) == len(different)
+
+
+def test_streams_with_more_keys_are_other_streams():
+    """Weights, sample grid and the times of step 0 use (seed), (seed, 0) and (seed, 0, 0)."""
+    assert len({first_numbers(7), first_numbers(7, 0), first_numbers(7, 0, 0)}) == 3
+
+
+@pytest.mark.parametrize("weighting", ("logit-normal", "Uniform", ""))
+def test_an_unknown_weighting_is_named_with_the_known_ones(weighting):
+    with pytest.raises(ValueError) as error:
+        drawn(weighting=weighting)
+    assert all(part in str(error.value) for part in (repr(weighting), "uniform", "lognormal"))

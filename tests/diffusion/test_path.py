@@ -1,0 +1,114 @@
+import math
+
+import pytest
+import torch
+
+from repa_fast.diffusion import path as paths
+from repa_fast.testing import seeded
+
+NAMES = ("linear", "cosine")
+TIMES = torch.linspace(0.02, 0.98, 49, dtype=torch.float64)
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def coefficients(name, t):
+    """(alpha, sigma, d_alpha, d_sigma) of the papers' table, in Python floats."""
+    if name == "linear":
+        return 1 - t, t, -1.0, 1.0
+    angle = math.pi * t / 2
+    half_pi = math.pi / 2
+    return math.cos(angle), math.sin(angle), -half_pi * math.sin(angle), half_pi * math.cos(angle)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_coefficients_are_those_of_the_table(name):
+    expected = torch.tensor([coefficients(name, t) for t in TIMES.tolist()], dtype=torch.float64)
+    actual = torch.stack(paths.get(name).coefficients(TIMES), dim=1)
+    torch.testing.assert_close(actual, expected, **EXACT)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_derivatives_are_those_of_autograd(name):
+    t = TIMES.clone().requires_grad_()
+    alpha, sigma, d_alpha, d_sigma = paths.get(name).coefficients(t)
+    for value, derivative in ((alpha, d_alpha), (sigma, d_sigma)):
+        (expected,) = torch.autograd.grad(value.sum(), t, retain_graph=True)
+        torch.testing.assert_close(derivative, expected, **EXACT)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_path_runs_from_data_to_noise(name):
+    ends = paths.get(name).coefficients(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    one_rounding = torch.finfo(torch.float64).eps
+    for actual, expected in zip(ends[:2], ((1.0, 0.0), (0.0, 1.0))):
+        expected = torch.tensor(expected, dtype=torch.float64)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=one_rounding)
+
+
+def test_cosine_path_preserves_variance():
+    alpha, sigma, *_ = paths.cosine.coefficients(TIMES)
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(TIMES), **EXACT)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_coefficients_have_the_shape_and_dtype_of_t(name, dtype):
+    t = TIMES.to(dtype).view(7, 7)
+    for value in paths.get(name).coefficients(t):
+        assert value.shape == t.shape and value.dtype == dtype
+
+
+def test_gvp_is_the_cosine_path():
+    assert paths.get("GVP") is paths.get("cosine") is paths.cosine
+    assert paths.get("linear") is paths.linear
+
+
+@pytest.mark.parametrize("name", ("gvp", "vp", "", "Linear"))
+def test_an_unknown_path_is_named_with_the_known_ones(name):
+    with pytest.raises(ValueError) as error:
+        paths.get(name)
+    assert all(part in str(error.value) for part in (repr(name), "linear", "cosine", "GVP"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_interpolate_gives_each_sample_its_own_time(name):
+    x, noise = (seeded((3, 2, 4, 4), seed=seed, dtype=torch.float64) for seed in (1, 2))
+    t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    noisy, velocity = paths.get(name).interpolate(x, noise, t)
+    for i in range(3):
+        alpha, sigma, d_alpha, d_sigma = coefficients(name, t[i].item())
+        torch.testing.assert_close(noisy[i], alpha * x[i] + sigma * noise[i], **EXACT)
+        torch.testing.assert_close(velocity[i], d_alpha * x[i] + d_sigma * noise[i], **EXACT)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_velocity_is_the_time_derivative_of_the_noisy_latents(name):
+    x, noise = (seeded((49, 1), seed=seed, dtype=torch.float64) for seed in (1, 2))
+    t = TIMES.clone().requires_grad_()
+    noisy, velocity = paths.get(name).interpolate(x, noise, t)
+    (derivative,) = torch.autograd.grad(noisy.sum(), t)
+    torch.testing.assert_close(velocity[:, 0], derivative, **EXACT)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("mean, std", ((0.0, 1.0), (1.5, 0.3), (-2.0, 4.0)))
+def test_score_of_gaussian_data_is_exact(name, mean, std):
+    x = seeded((6, 50), seed=1, dtype=torch.float64)
+    for t in (0.04, 0.3, 0.7, 1.0):
+        alpha, sigma, d_alpha, d_sigma = coefficients(name, t)
+        variance = alpha**2 * std**2 + sigma**2
+        deviation = x - alpha * mean
+        clean = mean + alpha * std**2 / variance * deviation  # E[x | x_t]
+        noise = sigma / variance * deviation  # E[eps | x_t]
+        velocity = d_alpha * clean + d_sigma * noise
+        score = paths.get(name).score(velocity, x, torch.tensor(t, dtype=torch.float64))
+        torch.testing.assert_close(score, -deviation / variance, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_time_of_ratio_inverts_sigma_over_alpha(name):
+    ratio = torch.logspace(-3, 3, 25, dtype=torch.float64)
+    t = paths.get(name).time_of_ratio(ratio)
+    values = [coefficients(name, value) for value in t.tolist()]
+    actual = torch.tensor([sigma / alpha for alpha, sigma, *_ in values], dtype=torch.float64)
+    torch.testing.assert_close(actual, ratio, rtol=1e-11, atol=0)

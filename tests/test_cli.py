@@ -17,7 +17,7 @@ PRESETS = ["digits"] + [
 ]
 FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
 
-# The flags of REPA's train.py (reference/ecosystem.md, 1.1), spelled as there.
+# The flags of REPA's train.py, spelled as there.
 OFFICIAL = [
     ("--output-dir", "out", "output_dir", "out"),
     ("--exp-name", "name", "exp_name", "name"),
@@ -271,8 +271,9 @@ def test_images_per_step_count_the_accumulated_batches():
         ("ema_decay", -0.1),
         ("ema_decay", 1.0),
         ("seed", -1),
-        ("micro_batch", "many"),
-        ("micro_batch", "-2"),
+        ("micro_batch", -2),
+        ("micro_batch", 0),
+        ("mixed_precision", "fp8"),
         ("path_type", "warp"),
         ("weighting", "warp"),
     ],
@@ -284,7 +285,7 @@ def test_a_config_refuses_what_cannot_run(name, value):
 
 @pytest.mark.parametrize(
     "name, value",
-    [("cfg_prob", 0.0), ("cfg_prob", 1.0), ("ema_decay", 0.0), ("micro_batch", "16")],
+    [("cfg_prob", 0.0), ("cfg_prob", 1.0), ("ema_decay", 0.0), ("micro_batch", 16)],
 )
 def test_a_config_accepts_the_ends_of_its_ranges(name, value):
     assert getattr(TrainConfig(**{name: value}), name) == value

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.environment import RESULTS, ROOT, stamp
 from repa_fast.eval.digits import evaluate
-from repa_fast.train.checkpoint import steps
+from repa_fast.models.weights import steps
 
 VARIANTS = {"vanilla": "0", "REPA": "0.5"}
 COLOURS = {"vanilla": "#7f7f7f", "REPA": "#1f5fa8"}

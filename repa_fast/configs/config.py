@@ -31,7 +31,7 @@ class TrainConfig:
     """Name of this run; it lives in OUTPUT_DIR/EXP_NAME. The preset's name if empty."""
     logging_dir: str = "logs"
     """TensorBoard folder, inside the run."""
-    report_to: Literal["tensorboard", "none"] = "tensorboard"
+    report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where metrics go beside metrics.jsonl."""
     log_every: int = 100
     """Read the metrics, which stay on the device between, every so many steps."""

@@ -1,7 +1,8 @@
-"""All randomness of a training step as a pure function of (seed, step, index in the global batch).
+"""All randomness of a training step: a pure function of seed, step and place in the global batch.
 
-Every process draws for the whole global batch and takes its slice, so that one process equals
-many, micro-batches equal the whole, and resuming needs the step alone.
+The size of the global batch is fixed in a run. Every process draws for the whole global batch and
+takes its slice, so that one process equals many, micro-batches equal the whole, and resuming needs
+the step alone.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,8 @@ class Draws(NamedTuple):
 
 def stream(seed: int, *keys: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator whose state is a pure function of (seed, *keys); all are non-negative."""
-    state = np.random.SeedSequence([seed, *keys]).generate_state(1, np.uint64)[0]
+    sequence = np.random.SeedSequence(seed, spawn_key=keys)  # (0,) and (0, 0) differ here
+    state = sequence.generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state))
 
 

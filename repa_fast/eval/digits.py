@@ -14,6 +14,7 @@ import torch
 
 from repa_fast import encoders
 from repa_fast.configs.config import TrainConfig
+from repa_fast.configs.model import build_model
 from repa_fast.data import latents
 from repa_fast.data.digits import digit_images
 from repa_fast.data.prepare import digits_metadata, pixel_moments
@@ -22,9 +23,8 @@ from repa_fast.diffusion.draws import draw, stream
 from repa_fast.diffusion.path import get
 from repa_fast.diffusion.samplers import sample
 from repa_fast.eval.fid import frechet_distance, statistics
+from repa_fast.models import weights
 from repa_fast.models.sit import SiT
-from repa_fast.train import checkpoint
-from repa_fast.train.state import build_model
 
 CLASSES = 10
 ALIGNMENT_DRAWS = 4
@@ -63,14 +63,14 @@ def load_run(run: Path, step: int | None = None) -> tuple[TrainConfig, SiT, int]
         ValueError: the run has no complete checkpoint, or none of that step.
     """
     folder = run / "checkpoints"
-    found = checkpoint.steps(folder)
+    found = weights.steps(folder)
     if not found or (step is not None and step not in found):
         raise ValueError(f"{folder} has checkpoints {found}, expected {step or 'at least one'}")
     step = found[-1] if step is None else step
-    source = checkpoint.path_of(folder, step)
+    source = weights.path_of(folder, step)
     config = TrainConfig(**json.loads((source / "config.json").read_text()))
     model = build_model(config, digits_metadata()).eval().requires_grad_(False)
-    checkpoint.load_ema(source, model)
+    weights.load_ema(source, model)
     return config, model, step
 
 

@@ -7,34 +7,18 @@ is what a crash left behind, is never loaded, and is removed when its step is sa
 import json
 import os
 import shutil
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
 
+from repa_fast.models.weights import MARKER, alone, path_of, steps
 from repa_fast.train.state import TrainState
 
-MARKER = "COMPLETE"
 COUNTERS = "counters.json"
-
-
-def path_of(folder: Path, step: int) -> Path:
-    """The directory of a step's checkpoint."""
-    return folder / f"{step:07d}"
-
-
-def steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in `folder`, ascending."""
-    return sorted(
-        int(path.parent.name) for path in folder.glob(f"*/{MARKER}") if path.parent.name.isdecimal()
-    )
 
 
 def save(folder: Path, state: TrainState) -> Path:
@@ -49,7 +33,7 @@ def save(folder: Path, state: TrainState) -> Path:
     if world.is_main and target.exists():
         shutil.rmtree(target)
     world.barrier()
-    with _quiet():
+    with alone():
         dcp.save(_tensors(state), checkpoint_id=target, no_dist=world.size == 1)
     counters = _counters(state)
     if world.is_main:
@@ -75,7 +59,7 @@ def load(folder: Path, step: int, state: TrainState) -> None:
         for group in state.optimizer.param_groups
     ]
     tensors = _tensors(state)
-    with _quiet():
+    with alone():
         dcp.load(tensors, checkpoint_id=source, no_dist=state.world.size == 1)
     set_optimizer_state_dict(state.model, state.optimizer, tensors["optimizer"])
     for group, values in zip(state.optimizer.param_groups, hyperparameters, strict=True):
@@ -87,26 +71,6 @@ def load(folder: Path, step: int, state: TrainState) -> None:
     if counters["world_size"] == state.world.size:
         state.micro_batch = counters["micro_batch"]
     state.step = counters["step"]
-
-
-def load_ema(checkpoint: Path, model: torch.nn.Module) -> None:
-    """Read the moving average of a complete checkpoint into `model`, and nothing else.
-
-    Raises:
-        ValueError: the checkpoint is not complete.
-    """
-    if not (checkpoint / MARKER).exists():
-        raise ValueError(f"{checkpoint} is not a complete checkpoint (it has no file {MARKER})")
-    with _quiet():
-        dcp.load({"ema": model.state_dict()}, checkpoint_id=checkpoint, no_dist=True)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's warning that a single process saves alone, which is meant here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
 
 
 def _tensors(state: TrainState) -> dict:

@@ -23,6 +23,7 @@ from repa_fast.train.preview import sample_grid, save_png
 from repa_fast.train.report import Clock, Reporter, plot_losses
 from repa_fast.train.state import TrainState, build_state, device_name
 from repa_fast.train.step import train_step
+from repa_fast.train.track import open_tracker
 
 STOP_CHECK_STEPS = 8
 """With several processes, steps between agreeing on whether a signal asked to stop."""
@@ -187,8 +188,7 @@ def open_reporter(run: Path, state: TrainState, total: int) -> Reporter:
     run.mkdir(parents=True, exist_ok=True)
     config = state.config
     (run / "args.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    tensorboard = run / config.logging_dir if config.report_to == "tensorboard" else None
-    reporter = Reporter(run, total, state.step, tensorboard)
+    reporter = Reporter(run, total, state.step, open_tracker(config, run, state.step))
     precision = {None: "fp32"}.get(state.autocast_dtype, str(state.autocast_dtype))
     reporter.line(
         f"{run}: {state.world.size} x {device_name(state.world.device)}, {precision}, "

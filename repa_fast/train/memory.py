@@ -7,10 +7,11 @@ import torch
 
 from repa_fast import encoders
 from repa_fast.configs.config import TrainConfig
+from repa_fast.configs.model import model_arguments
 from repa_fast.data.dataset import Metadata
 from repa_fast.models.flops import projector_flops, sit_flops
 from repa_fast.models.sit import SiT
-from repa_fast.train.state import TrainState, model_arguments
+from repa_fast.train.state import TrainState
 
 # fp32 weights, gradients, two AdamW moments and the moving average
 BYTES_PER_PARAMETER = 4 + 4 + 8 + 4

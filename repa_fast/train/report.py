@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from repa_fast.train.memory import peak_flops
+from repa_fast.train.track import Tracker
 
 
 class Reporter:
@@ -16,21 +17,17 @@ class Reporter:
         total_steps: for the bar and the ETA.
         start_step: lines of metrics.jsonl after it belong to a run that was cut off; they are
             dropped, so that the file reads as if it had not been.
-        tensorboard: folder of its event files, or None.
+        tracker: also gets every metric and picture, if given.
     """
 
     def __init__(
-        self, folder: Path, total_steps: int, start_step: int, tensorboard: Path | None
+        self, folder: Path, total_steps: int, start_step: int, tracker: Tracker | None
     ) -> None:
         self.metrics_path = folder / "metrics.jsonl"
         keep_until(self.metrics_path, start_step)
         self._metrics = open(self.metrics_path, "a", buffering=1)  # noqa: SIM115
         self._log = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115
-        self._writer = None
-        if tensorboard is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(tensorboard), purge_step=start_step + 1)
+        self._tracker = tracker
         self._bar = _bar(total_steps, start_step) if sys.stdout.isatty() else None
         self._total_steps = total_steps
 
@@ -42,13 +39,8 @@ class Reporter:
     def metrics(self, step: int, values: dict) -> None:
         """Record one reading of the metrics."""
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
-        if self._writer is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self._writer.add_scalar(name, value, step)
-            for index, value in enumerate(values["loss_by_t"]):
-                if value is not None:
-                    self._writer.add_scalar(f"loss_by_t/{index / 10:.1f}", value, step)
+        if self._tracker is not None:
+            self._tracker.scalars(step, scalars(values))
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, text=short_summary(values))
         self.line(f"step {step}/{self._total_steps}  {summary(values)}", bar_has_it=True)
@@ -62,18 +54,26 @@ class Reporter:
             self._bar.console.print(text, highlight=False)
 
     def image(self, name: str, step: int, pixels) -> None:
-        """A uint8 (H, W, 3) picture for TensorBoard."""
-        if self._writer is not None:
-            self._writer.add_image(name, pixels, step, dataformats="HWC")
+        """A uint8 (H, W, 3) picture for the tracker."""
+        if self._tracker is not None:
+            self._tracker.image(step, name, pixels)
 
     def close(self) -> None:
         """Close the bar and all files."""
         if self._bar is not None:
             self._bar.stop()
-        if self._writer is not None:
-            self._writer.close()
+        if self._tracker is not None:
+            self._tracker.close()
         self._metrics.close()
         self._log.close()
+
+
+def scalars(values: dict) -> dict[str, float]:
+    """The numbers of a reading by name, the loss of each t-bin under its lower edge."""
+    by_t = {f"loss_by_t/{index / 10:.1f}": v for index, v in enumerate(values["loss_by_t"])}
+    return {
+        name: value for name, value in (values | by_t).items() if isinstance(value, (int, float))
+    }
 
 
 def summary(values: dict) -> str:

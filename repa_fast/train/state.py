@@ -10,10 +10,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from repa_fast import encoders
 from repa_fast.configs.config import TrainConfig
+from repa_fast.configs.model import build_model
 from repa_fast.data.dataset import Metadata
-from repa_fast.diffusion.draws import stream
 from repa_fast.diffusion.path import Path, get
-from repa_fast.models.sit import SiT, size
+from repa_fast.models.sit import SiT
 from repa_fast.train.distributed import World
 from repa_fast.train.metrics import Accumulator
 from repa_fast.train.optim import build_optimizer
@@ -61,58 +61,6 @@ class TrainState:
     def local_batch(self) -> int:
         """Images of this process per optimizer step."""
         return self.config.images_per_step // self.world.size
-
-
-def model_arguments(config: TrainConfig, metadata: Metadata) -> dict:
-    """Keyword arguments of SiT for a run on a dataset.
-
-    Raises:
-        ValueError: config and dataset do not fit, or the encoder's tokens differ from the model's.
-    """
-    if config.resolution != metadata.resolution:
-        raise ValueError(
-            f"resolution is {config.resolution}, expected {metadata.resolution} (the dataset's)"
-        )
-    if config.num_classes < len(metadata.class_names):
-        raise ValueError(
-            f"num_classes is {config.num_classes}, "
-            f"expected at least {len(metadata.class_names)} (the dataset's)"
-        )
-    channels, height, width = metadata.latent_shape
-    if height != width:
-        raise ValueError(f"latents are {height}x{width}, expected a square")
-    arguments = size(config.model)
-    for name in ("hidden_size", "depth", "num_heads", "patch_size"):
-        if getattr(config, name) is not None:
-            arguments[name] = getattr(config, name)
-    specs = encoders.specs(config.enc_type)
-    tokens = (height // arguments["patch_size"]) ** 2
-    for spec in specs:
-        if spec.num_tokens(config.resolution) != tokens:
-            raise ValueError(
-                f"encoder {spec.name} gives {spec.num_tokens(config.resolution)} tokens, "
-                f"expected {tokens} (the transformer's)"
-            )
-    return {
-        **arguments,
-        "path_type": config.path_type,
-        "input_size": height,
-        "in_channels": channels,
-        "num_classes": config.num_classes,
-        "encoder_depth": config.encoder_depth,
-        "class_dropout_prob": config.cfg_prob,
-        "z_dims": [spec.width for spec in specs],
-        "projector_dim": config.projector_dim,
-        "fused_attn": config.fused_attn,
-        "qk_norm": config.qk_norm,
-    }
-
-
-def build_model(config: TrainConfig, metadata: Metadata) -> SiT:
-    """The model with initial weights, a pure function of the seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream(config.seed).initial_seed())
-        return SiT(**model_arguments(config, metadata))
 
 
 def build_state(config: TrainConfig, metadata: Metadata, world: World) -> TrainState:

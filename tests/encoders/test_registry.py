@@ -80,5 +80,5 @@ def test_a_loaded_encoder_is_frozen():
 
 
 def test_dinov2_b_costs_what_is_known():
-    """About 23 GMAC at 224 pixels (reference/ecosystem.md, 1.7)."""
+    """About 23 GMAC at 224 pixels."""
     assert encoders.spec("dinov2-vit-b").flops(256) == pytest.approx(2 * 23e9, rel=0.03)

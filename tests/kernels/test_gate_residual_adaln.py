@@ -120,6 +120,16 @@ def test_eps_is_added_to_the_variance():
     assert_within_budget("y", y, formula(*args, eps=0.5)[1], working)
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_the_product_is_not_rounded_before_the_sum(dtype):
+    _, branch, gate, *_ = inputs((2, 16, 72), dtype, dtype)
+    x = -(gate[:, None] * branch)  # the rounded product, so that the sum is its rounding error
+    oracle = x.double() + gate.double()[:, None] * branch.double()
+    working = (x.float() + gate.float()[:, None] * branch.float()).to(dtype)
+    assert oracle.any()
+    assert_within_budget("x'", ops.gate_residual(x, branch, gate), oracle, working)
+
+
 def test_a_single_column_gives_the_shift():
     args = inputs((2, 7, 1), torch.float64, torch.float64)
     new, y = ops.gate_residual_adaln(*args)

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+from repa_fast.models import weights
 from repa_fast.train import checkpoint
 from repa_fast.train.step import synthetic_batch, train_step
 
@@ -105,12 +106,12 @@ def test_load_ema_reads_the_average_alone(trained, make_state, tmp_path):
     state, _ = trained
     target = checkpoint.save(tmp_path, state)
     model = make_state().model
-    checkpoint.load_ema(target, model)
+    weights.load_ema(target, model)
     for name, value in state.ema.state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
     (target / checkpoint.MARKER).unlink()
     with pytest.raises(ValueError, match="not a complete checkpoint"):
-        checkpoint.load_ema(target, model)
+        weights.load_ema(target, model)
 
 
 def test_fp16_scaler_state_is_restored(make_state, tmp_path):

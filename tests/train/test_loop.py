@@ -11,12 +11,13 @@ import torch
 
 pytest.importorskip("lance")
 
+from repa_fast.configs.model import build_model
 from repa_fast.data import dataset
 from repa_fast.data.images import encode_png
 from repa_fast.data.prepare import digits_metadata, prepare_digits
+from repa_fast.models import weights
 from repa_fast.train import checkpoint, loop
 from repa_fast.train.report import read_metrics
-from repa_fast.train.state import build_model
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_persistent_nan_stops_with_a_checkpoint_of_the_good_weights(run_config, 
     reading = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
     assert reading["skipped"] == 2 and reading["loss"] is None
     initial, saved = (build_model(config, metadata) for _ in range(2))
-    checkpoint.load_ema(checkpoint.path_of(folder, 4), saved)
+    weights.load_ema(checkpoint.path_of(folder, 4), saved)
     for a, b in zip(initial.parameters(), saved.parameters(), strict=True):
         assert torch.equal(a, b)
 

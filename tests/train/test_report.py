@@ -8,6 +8,7 @@ import torch
 
 from repa_fast.train import preview, report
 from repa_fast.train.report import Clock, Reporter, keep_until, plot_losses, read_metrics, summary
+from repa_fast.train.track import TensorBoard
 
 
 def reading(step: int = 1, **changes) -> dict:
@@ -100,7 +101,7 @@ def test_lines_go_to_the_terminal_and_the_log(tmp_path, capsys):
 
 def test_scalars_can_be_read_back_from_tensorboard(tmp_path, capsys):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    reporter = Reporter(tmp_path, 40, 0, tmp_path / "logs")
+    reporter = Reporter(tmp_path, 40, 0, TensorBoard(tmp_path / "logs", 0))
     reporter.metrics(10, reading(10))
     reporter.metrics(20, reading(20, denoise=None))
     reporter.image("samples", 20, np.full((8, 8, 3), 200, np.uint8))
@@ -119,7 +120,7 @@ def test_scalars_can_be_read_back_from_tensorboard(tmp_path, capsys):
 def test_a_resumed_run_purges_the_scalars_after_its_step(tmp_path, capsys):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for start, steps, loss in ((0, [10, 20, 30], 1.0), (20, [30, 40], 2.0)):
-        reporter = Reporter(tmp_path, 40, start, tmp_path / "logs")
+        reporter = Reporter(tmp_path, 40, start, TensorBoard(tmp_path / "logs", start))
         for step in steps:
             reporter.metrics(step, reading(step, loss=loss))
         reporter.close()

@@ -16,10 +16,11 @@ pytest.importorskip("lance")
 pytest.importorskip("tyro")
 
 from repa_fast.configs.config import TrainConfig
+from repa_fast.configs.model import build_model
 from repa_fast.data.prepare import digits_metadata, prepare_digits
+from repa_fast.models import weights
 from repa_fast.train import checkpoint
 from repa_fast.train.report import read_metrics
-from repa_fast.train.state import build_model
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
@@ -101,7 +102,7 @@ def averaged_weights(run: Path) -> dict[str, torch.Tensor]:
     target = checkpoint.path_of(run / "checkpoints", STEPS)
     config = TrainConfig(**json.loads((target / "config.json").read_text()))
     model = build_model(config, digits_metadata())
-    checkpoint.load_ema(target, model)
+    weights.load_ema(target, model)
     return model.state_dict()
 
 

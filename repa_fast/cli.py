@@ -1,4 +1,4 @@
-"""`repa-fast COMMAND ...`: train, prepare. Each command says what it takes with --help."""
+"""`repa-fast COMMAND ...`; each command says what it takes with --help."""
 
 import argparse
 import json
@@ -17,7 +17,13 @@ SD_VAE_FACTOR = 8
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; user errors end in one line and exit status 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": train, "prepare": prepare}
+    commands = {
+        "train": train,
+        "prepare": prepare,
+        "export": export,
+        "info": info,
+        "presets": list_presets,
+    }
     if not argv or argv[0] not in commands:
         print(f"usage: repa-fast {{{','.join(commands)}}} ... (--help after a command)")
         return 0 if argv[:1] in (["-h"], ["--help"]) else 2
@@ -74,6 +80,56 @@ def prepare(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, default=DIGITS_DIR, help="folder to write")
     arguments = parser.parse_args(argv)
     print(prepare_digits(arguments.out))
+
+
+def export(argv: Sequence[str]) -> None:
+    """Write a native checkpoint as a file that other programs read."""
+    from repa_fast.info import newest_checkpoint
+    from repa_fast.train.export import FORMATS
+    from repa_fast.train.export import export as write
+
+    parser = argparse.ArgumentParser(prog="repa-fast export", description=export.__doc__)
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint's directory, or a run's")
+    parser.add_argument("--to", choices=FORMATS, default="official")
+    parser.add_argument("--out", type=Path, help="file to write; STEP.pt or STEP.safetensors")
+    arguments = parser.parse_args(argv)
+    source = newest_checkpoint(arguments.checkpoint)
+    suffix = ".pt" if arguments.to == "official" else ".safetensors"
+    out = arguments.out or source.with_name(source.name + suffix)
+    write(source, arguments.to, out)
+    print(out)
+
+
+def info(argv: Sequence[str]) -> None:
+    """Say what a checkpoint, a run, a weight file or a dataset is."""
+    from repa_fast.info import describe_path
+
+    parser = argparse.ArgumentParser(prog="repa-fast info", description=info.__doc__)
+    parser.add_argument("path", type=Path)
+    print(describe_path(parser.parse_args(argv).path))
+
+
+def list_presets(argv: Sequence[str]) -> None:
+    """List the presets as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    argparse.ArgumentParser(prog="repa-fast presets", description=list_presets.__doc__).parse_args(
+        argv
+    )
+    table = Table("preset", "model", "aligned with", "at block", "images per step", "what it is")
+    for name, preset in presets.PRESETS.items():
+        config = preset()
+        aligned = config.enc_type != "none"
+        table.add_row(
+            name,
+            config.model if config.hidden_size is None else f"width {config.hidden_size}",
+            config.enc_type if aligned else "-",
+            str(config.encoder_depth) if aligned else "-",
+            str(config.images_per_step),
+            presets.describe(name),
+        )
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def describe(config: TrainConfig) -> str:

@@ -39,10 +39,19 @@ class TrainConfig:
     """Write a sample grid every so many steps; 0 writes none."""
     checkpointing_steps: int = 50_000
     """Write a checkpoint every so many steps; one is always written at the end."""
-    resume: Literal["never", "auto"] = "never"
-    """auto: go on from the newest complete checkpoint of the run, if there is one."""
+    keep_last: int = 0
+    """Keep only so many of the newest checkpoints; 0 keeps all."""
+    keep_every: int = 0
+    """With KEEP_LAST, also keep the checkpoints of every so many steps; 0 keeps no more."""
+    resume: str = "never"
+    """auto: go on from the newest whole checkpoint of the run, if there is one; or a step, a
+    checkpoint, an official .pt file, or another run's folder."""
     resume_step: int = 0
     """Go on from the checkpoint of this step; 0 is none."""
+    init_from: str = ""
+    """Start a new run from the weights in this checkpoint or file."""
+    init_origin: Literal["repa", "sit", "dit"] = "repa"
+    """Whose weights INIT_FROM holds: REPA's or ours, or the original SiT's or DiT's."""
     dry_run: bool = False
     """Print the resolved config, parameter count, FLOPs and a memory estimate, and stop."""
 

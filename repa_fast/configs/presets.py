@@ -58,6 +58,14 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
 }
 
 
+def describe(name: str) -> str:
+    """The first sentence of a preset's docstring, with its size filled in."""
+    function = PRESETS[name]
+    arguments = getattr(function, "args", ())
+    text = (getattr(function, "func", function).__doc__ or "").splitlines()[0]
+    return text.format(size=arguments[0]) if arguments else text
+
+
 def get(name: str) -> TrainConfig:
     """The config of a preset; ValueError for an unknown name."""
     expect_choice("preset", name, tuple(PRESETS))

@@ -33,6 +33,14 @@ class Metadata:
     bias: float
     class_names: tuple[str, ...]
 
+    @classmethod
+    def from_dict(cls, fields: dict) -> "Metadata":
+        """From what `asdict` and JSON make of one, where tuples are lists."""
+        return cls(
+            **fields
+            | {name: tuple(fields[name]) for name in ("latent_shape", "class_names")}
+        )
+
     @property
     def moments_shape(self) -> tuple[int, int, int]:
         channels, height, width = self.latent_shape
@@ -159,9 +167,7 @@ class LatentDataset:
         if stored is None:
             raise ValueError(f"{self.uri} is a Lance table without repa-fast's metadata")
         fields = json.loads(stored)
-        fields["latent_shape"] = tuple(fields["latent_shape"])
-        fields["class_names"] = tuple(fields["class_names"])
-        self.metadata = Metadata(**fields)
+        self.metadata = Metadata.from_dict(fields)
         self._length = self._table.count_rows()
 
     def __len__(self) -> int:

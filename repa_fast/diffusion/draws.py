@@ -54,7 +54,8 @@ def draw(
     """The draws of the global batch of `step`.
 
     Args:
-        seed, step: non-negative; with the position in the batch they determine every value.
+        seed, step: non-negative; with the batch size and the position in it they determine every
+            value.
         batch: size of the global batch.
         latent_shape: (C, h, w).
         path: turns log-normal noise-to-signal ratios into times.

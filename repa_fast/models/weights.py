@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 MARKER = "COMPLETE"
 
@@ -33,10 +34,33 @@ def load_ema(checkpoint: Path, model: torch.nn.Module) -> None:
     Raises:
         ValueError: the checkpoint is not complete.
     """
-    if not (checkpoint / MARKER).exists():
-        raise ValueError(f"{checkpoint} is not a complete checkpoint (it has no file {MARKER})")
+    expect_complete(checkpoint)
     with alone():
         dcp.load({"ema": model.state_dict()}, checkpoint_id=checkpoint, no_dist=True)
+
+
+def read_native(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors of a complete checkpoint whose names start with `prefix`, without it, on the CPU.
+
+    Raises:
+        ValueError: the checkpoint is not complete.
+    """
+    expect_complete(checkpoint)
+    stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in stored.items()
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+    }
+    with alone():
+        dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+
+
+def expect_complete(checkpoint: Path) -> None:
+    """Raise ValueError unless `checkpoint` is a complete native checkpoint."""
+    if not (checkpoint / MARKER).exists():
+        raise ValueError(f"{checkpoint} is not a complete checkpoint (it has no file {MARKER})")
 
 
 @contextmanager

@@ -1,24 +1,32 @@
 """Native checkpoints: a directory written through torch.distributed.checkpoint.
 
-It is complete when its marker file exists, and the marker is written last; a directory without it
-is what a crash left behind, is never loaded, and is removed when its step is saved again.
+It is complete when its marker file exists, and the marker is written last, with the checksum of
+every other file. A directory without it is what a crash left behind, is never loaded, and is
+removed when its step is saved again.
 """
 
 import json
 import os
 import shutil
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
 
-from repa_fast.models.weights import MARKER, alone, path_of, steps
+from repa_fast.models import formats
+from repa_fast.models.weights import MARKER, alone, expect_complete, path_of, steps
 from repa_fast.train.state import TrainState
 
 COUNTERS = "counters.json"
+CONFIG = "config.json"
+DATASET = "dataset.json"
 
 
 def save(folder: Path, state: TrainState) -> Path:
@@ -38,22 +46,54 @@ def save(folder: Path, state: TrainState) -> Path:
     counters = _counters(state)
     if world.is_main:
         (target / COUNTERS).write_text(json.dumps(counters, indent=2))
-        (target / "config.json").write_text(json.dumps(state.config.to_dict(), indent=2))
-        _write_marker(target)
+        (target / CONFIG).write_text(json.dumps(state.config.to_dict(), indent=2))
+        (target / DATASET).write_text(json.dumps(asdict(state.metadata), indent=2))
+        _write_marker(target, checksums(target))
+        prune(folder, state.config.keep_last, state.config.keep_every)
     world.barrier()
     return target
 
 
-def load(folder: Path, step: int, state: TrainState) -> None:
-    """Read the checkpoint of `step` into `state`, in place; hyperparameters stay the config's.
+def prune(folder: Path, keep_last: int, keep_every: int) -> None:
+    """Remove complete checkpoints but the last K and those of every N steps; 0 for K keeps all.
+
+    The marker goes first, so that a crash half-way leaves no checkpoint that looks whole.
+    """
+    for step in steps(folder)[:-keep_last] if keep_last else []:
+        if not (keep_every and step % keep_every == 0):
+            (path_of(folder, step) / MARKER).unlink()
+            shutil.rmtree(path_of(folder, step))
+
+
+def checksums(path: Path) -> dict[str, int]:
+    """CRC-32 of every file of a checkpoint but the marker; zlib lets threads run side by side."""
+    files = sorted(file for file in path.iterdir() if file.name != MARKER)
+    with ThreadPoolExecutor() as pool:
+        return dict(zip((file.name for file in files), pool.map(_checksum, files), strict=True))
+
+
+def damage(path: Path) -> str:
+    """What differs from the checksums in the marker, "" if nothing does."""
+    try:
+        expected = json.loads((path / MARKER).read_text())
+    except (OSError, ValueError) as error:
+        return f"its marker cannot be read ({error})"
+    found = checksums(path)
+    missing = sorted(expected.keys() - found.keys())
+    if missing:
+        return f"missing {', '.join(missing)}"
+    changed = sorted(name for name, value in expected.items() if found[name] != value)
+    return f"wrong checksum of {', '.join(changed)}" if changed else ""
+
+
+def load(source: Path, state: TrainState) -> None:
+    """Read a checkpoint directory into `state`, in place; hyperparameters stay the config's.
 
     Raises:
-        ValueError: there is no complete checkpoint of that step.
+        ValueError: it is not complete, or of another model (lists what differs).
     """
-    if step not in steps(folder):
-        found = ", ".join(map(str, steps(folder))) or "none"
-        raise ValueError(f"no complete checkpoint of step {step} in {folder} (found: {found})")
-    source = path_of(folder, step)
+    expect_complete(source)
+    _expect_same_model(source, state)
     hyperparameters = [
         {key: value for key, value in group.items() if key != "params"}
         for group in state.optimizer.param_groups
@@ -92,9 +132,33 @@ def _counters(state: TrainState) -> dict:
     }
 
 
-def _write_marker(target: Path) -> None:
+def _expect_same_model(source: Path, state: TrainState) -> None:
+    entries = dcp.FileSystemReader(source).read_metadata().state_dict_metadata
+    stored = {
+        name.removeprefix("model."): torch.empty(entry.size, device="meta")
+        for name, entry in entries.items()
+        if name.startswith("model.")
+    }
+    problems = formats.differences(state.model.state_dict(), stored)
+    if problems:
+        raise ValueError(
+            f"{source} holds a {formats.shape_of(stored)}, the run's model is a "
+            f"{formats.shape_of(state.model.state_dict())}\n" + "\n".join(problems)
+        )
+
+
+def _checksum(file: Path) -> int:
+    value = 0
+    with open(file, "rb") as stream:
+        while chunk := stream.read(1 << 24):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def _write_marker(target: Path, content: dict[str, int]) -> None:
     """Create the marker so that it survives a power cut only if everything before it does."""
     with open(target / MARKER, "w") as marker:
+        json.dump(content, marker, indent=2)
         marker.flush()
         os.fsync(marker.fileno())
     for folder in (target, target.parent):

@@ -45,6 +45,14 @@ class World:
         dist.all_gather(parts, tensor)
         return torch.stack(parts)
 
+    def broadcast(self, text: str) -> str:
+        """The first process's `text`, on every process."""
+        if self.size == 1:
+            return text
+        held = [text]
+        dist.broadcast_object_list(held, device=torch.device("cpu"))
+        return held[0]
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on any process; blocks the host, not the device."""
         return bool(self.max(torch.tensor(int(flag))).item()) if self.size > 1 else flag

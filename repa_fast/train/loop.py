@@ -21,6 +21,7 @@ from repa_fast.train.distributed import World, session
 from repa_fast.train.memory import budget, choose_micro_batch
 from repa_fast.train.preview import sample_grid, save_png
 from repa_fast.train.report import Clock, Reporter, plot_losses
+from repa_fast.train.resume import resume, start_from
 from repa_fast.train.state import TrainState, build_state, device_name
 from repa_fast.train.step import train_step
 from repa_fast.train.track import open_tracker
@@ -44,7 +45,7 @@ def train(config: TrainConfig) -> Path:
         dataset = open_dataset(config, world)
         state = build_state(config, dataset.metadata, world)
         run = Path(config.output_dir) / config.exp_name
-        resume(run / "checkpoints", state)
+        begin(run / "checkpoints", state)
         if not state.micro_batch or config.micro_batch != "auto":
             state.micro_batch = choose_micro_batch(state)
         order = SampleOrder(len(dataset), config.images_per_step, config.seed)
@@ -164,23 +165,19 @@ def open_dataset(config: TrainConfig, world: World) -> LatentDataset:
     return LatentDataset(DIGITS_DIR)
 
 
-def resume(folder: Path, state: TrainState) -> None:
-    """Load the checkpoint the config asks for, if any.
-
-    Raises:
-        ValueError: the run has checkpoints and the config does not ask to resume, or the step
-            asked for does not exist.
-    """
-    found = checkpoint.steps(folder)
-    if state.config.resume_step:
-        checkpoint.load(folder, state.config.resume_step, state)
-    elif state.config.resume == "auto" and found:
-        checkpoint.load(folder, found[-1], state)
-    elif found and state.config.resume == "never":
-        raise ValueError(
-            f"{folder} has checkpoints (newest: step {found[-1]}); go on with --resume auto, "
-            "or choose another --exp-name"
-        )
+def begin(folder: Path, state: TrainState) -> None:
+    """Go on from a checkpoint, or start anew, from given weights if the config names any."""
+    config = state.config
+    source = resume(folder, state)
+    notes = []
+    if source is not None:
+        notes.append(f"going on from {source}")
+    elif config.init_from:
+        notes = start_from(Path(config.init_from), config.init_origin, state)
+        notes.append(f"starting from the weights in {config.init_from}")
+    if state.world.is_main:
+        for note in notes:
+            print(note, flush=True)
 
 
 def open_reporter(run: Path, state: TrainState, total: int) -> Reporter:

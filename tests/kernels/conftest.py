@@ -3,6 +3,10 @@ import functools
 import pytest
 import torch
 
+# torch caches the functions that `with torch.device(...)` redirects; cached while patched, they
+# would stay patched for the rest of the process.
+torch.utils._device._device_constructors()
+
 
 def _nan_filled(allocate):
     @functools.wraps(allocate)

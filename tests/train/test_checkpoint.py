@@ -36,7 +36,7 @@ def test_round_trip_restores_every_tensor_and_counter(trained, make_state, tmp_p
     checkpoint.save(tmp_path, state)
     other = make_state()
     other.optimizer.zero_grad()
-    checkpoint.load(tmp_path, 2, other)
+    checkpoint.load(checkpoint.path_of(tmp_path, 2), other)
     assert_equal(everything(other), everything(state))
     assert (other.step, other.micro_batch) == (2, state.micro_batch)
     train_step(state, batch)
@@ -51,7 +51,7 @@ def test_marker_is_written_last_and_half_written_directories_are_ignored(
     checkpoint.save(tmp_path, state)
     state.step = 3
 
-    def crash(_):
+    def crash(*_):
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patched:
@@ -60,8 +60,8 @@ def test_marker_is_written_last_and_half_written_directories_are_ignored(
             checkpoint.save(tmp_path, state)
     assert checkpoint.path_of(tmp_path, 3).exists()
     assert checkpoint.steps(tmp_path) == [2]
-    with pytest.raises(ValueError, match=r"no complete checkpoint of step 3 .*found: 2"):
-        checkpoint.load(tmp_path, 3, state)
+    with pytest.raises(ValueError, match=r"0000003 is not a complete checkpoint"):
+        checkpoint.load(checkpoint.path_of(tmp_path, 3), state)
     leftover = checkpoint.path_of(tmp_path, 3) / "leftover"
     leftover.touch()
     checkpoint.save(tmp_path, state)
@@ -81,7 +81,7 @@ def test_flags_win_over_the_checkpoints_hyperparameters(trained, make_state, tmp
     state, _ = trained
     checkpoint.save(tmp_path, state)
     other = make_state(learning_rate=1e-5)
-    checkpoint.load(tmp_path, 2, other)
+    checkpoint.load(checkpoint.path_of(tmp_path, 2), other)
     assert other.optimizer.param_groups[0]["lr"] == 1e-5
 
 
@@ -121,5 +121,5 @@ def test_fp16_scaler_state_is_restored(make_state, tmp_path):
     state.scaler.update(256.0)
     checkpoint.save(tmp_path, state)
     other = make_state(mixed_precision="fp16")
-    checkpoint.load(tmp_path, 1, other)
+    checkpoint.load(checkpoint.path_of(tmp_path, 1), other)
     assert other.scaler.get_scale() == 256.0

@@ -61,9 +61,11 @@ def test_a_run_leaves_what_it_promises(run_config, tmp_path):
 
 def test_existing_checkpoints_are_not_overwritten_unasked(run_config):
     loop.train(run_config())
-    with pytest.raises(ValueError, match=r"newest: step 6.*--resume auto"):
+    with pytest.raises(ValueError, match=r"newest: 0000006.*--resume auto"):
         loop.train(run_config())
-    with pytest.raises(ValueError, match=r"no complete checkpoint of step 5.*found: 4, 6"):
+    with pytest.raises(
+        ValueError, match=r"no complete checkpoint of step 5.*found: 0000006, 0000004"
+    ):
         loop.train(run_config(resume_step=5))
 
 

@@ -25,15 +25,30 @@ def kernels() -> int:
     return subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT).returncode
 
 
+def step() -> int:
+    """The training step of SiT-B/2 and XL/2 with REPA, eager and compiled, a row at a time."""
+    status = 0
+    for preset in ("sit-b2-repa", "sit-xl2-repa"):
+        for flags in ([], ["--compile"]):
+            arguments = ["-m", "benchmarks.step", "--preset", preset, "--batch", "32", *flags]
+            status |= subprocess.run([sys.executable, *arguments], cwd=ROOT).returncode
+    return status
+
+
 def why_not(stage: str) -> str | None:
     """The reason a stage cannot run here, or None."""
     if not torch.cuda.is_available():
         return "no CUDA device"
-    if stage != "kernels":
+    if stage not in WORK:
         return "nothing to measure yet"
-    if importlib.util.find_spec("pytest_benchmark") is None:
-        return "pytest-benchmark is not installed"
+    _, package = WORK[stage]
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed"
     return None
+
+
+WORK = {"kernels": (kernels, "pytest_benchmark"), "step": (step, "timm")}
+"""Stage -> what runs it, and the package it needs."""
 
 
 def main() -> int:
@@ -45,7 +60,7 @@ def main() -> int:
     if reason is not None:
         print(f"gpu-{stage}: skipped, {reason}")
         return 0
-    return kernels()
+    return WORK[stage][0]()
 
 
 if __name__ == "__main__":

@@ -127,6 +127,8 @@ class TrainConfig:
     """Distribution of times: uniform or lognormal."""
     cfg_prob: float = 0.1
     """Probability of replacing a label by the null label."""
+    legacy: bool = False
+    """Drop labels twice over, as upstream does under this flag: 1 - (1 - CFG_PROB)^2."""
     enc_type: str = "dinov2-vit-b"
     """Frozen encoders to align with, comma separated; none trains without alignment."""
     proj_coeff: float = 0.5
@@ -161,6 +163,11 @@ class TrainConfig:
     def images_per_step(self) -> int:
         """Images one optimizer step consumes, over all processes."""
         return self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def drop_prob(self) -> float:
+        """Probability that a label is dropped."""
+        return 1 - (1 - self.cfg_prob) ** 2 if self.legacy else self.cfg_prob
 
     def to_dict(self) -> dict:
         """Plain dictionary, enough to rerun."""

@@ -24,7 +24,7 @@ def draw_local(state: TrainState) -> Draws:
         state.metadata.latent_shape,
         path=state.path,
         weighting=config.weighting,
-        drop_prob=config.cfg_prob,
+        drop_prob=config.drop_prob,
         device=state.world.device,
     )
     start = state.world.rank * state.local_batch

@@ -1,0 +1,145 @@
+"""The real training step on made-up batches: `python -m benchmarks.step --preset sit-xl2-repa`.
+
+Encoder online with random weights (its speed does not depend on them), forward, losses, backward,
+clip, optimizer, average; no data pipeline. Prints a report and appends a JSON row.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.environment import RESULTS, stamp
+from repa_fast import encoders
+from repa_fast.cli import expected_metadata
+from repa_fast.configs import presets
+from repa_fast.configs.config import TrainConfig
+from repa_fast.train.distributed import World
+from repa_fast.train.memory import budget, peak_flops
+from repa_fast.train.state import TrainState, build_state, device_name
+from repa_fast.train.step import synthetic_batch, train_step
+
+
+def random_encoder_weights(config: TrainConfig, folder: Path) -> str:
+    """Files with random weights for the preset's encoders, as --enc-weights takes them."""
+    files = []
+    for spec in encoders.specs(config.enc_type):
+        file = folder / f"{spec.name}.pth"
+        module = spec.build(spec.input_size(config.resolution), pretrained=False)
+        torch.save(module.vit.state_dict(), file)
+        files.append(str(file))
+    return ",".join(files)
+
+
+def build(arguments: argparse.Namespace, folder: Path) -> TrainState:
+    """The state of a preset at the asked batch, ready to step."""
+    config = dataclasses.replace(
+        presets.get(arguments.preset),
+        batch_size=arguments.batch,
+        compile=arguments.compile,
+        mixed_precision=arguments.precision,
+        report_to="none",
+    )
+    if "dinov2" in config.enc_type:
+        config = dataclasses.replace(config, enc_weights=random_encoder_weights(config, folder))
+    world = World(rank=0, size=1, device=torch.device(arguments.device))
+    state = build_state(config, expected_metadata(config), world)
+    state.micro_batch = arguments.micro_batch or state.local_batch
+    return state
+
+
+def step_times(state: TrainState, warmup: int, steps: int) -> tuple[list[float], float]:
+    """Milliseconds of each step after the warm-up, and the wall-clock mean of them all."""
+    cuda = state.world.device.type == "cuda"
+    batch, _ = synthetic_batch(state, state.local_batch)
+    for _ in range(warmup):
+        train_step(state, batch)
+    times = []
+    if cuda:
+        torch.cuda.synchronize()
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+        marks[0].record()
+    started = time.perf_counter()
+    for step in range(steps):
+        before = time.perf_counter()
+        train_step(state, batch)
+        if cuda:
+            marks[step + 1].record()
+        else:
+            times.append(1e3 * (time.perf_counter() - before))
+    if cuda:
+        torch.cuda.synchronize()
+        times = [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+    return times, 1e3 * (time.perf_counter() - started) / steps
+
+
+def measure(arguments: argparse.Namespace) -> dict:
+    """One result row."""
+    with tempfile.TemporaryDirectory() as folder:
+        state = build(arguments, Path(folder))
+    if state.world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times, wall = step_times(state, arguments.warmup, arguments.steps)
+    reading = state.metrics.read(state.world)
+    if reading["loss"] is None or reading["skipped"]:
+        raise RuntimeError(f"{reading['skipped']} steps were skipped; no figure")
+    # quantiles() interpolates; with fewer than two steps there is nothing to interpolate
+    cuts = statistics.quantiles(times, n=10) if len(times) > 1 else times * 9
+    rate = 1e3 * arguments.batch / statistics.median(times)
+    flops = budget(state.config, state.metadata).train_flops
+    peak = peak_flops(device_name(state.world.device))
+    memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+    return {
+        "preset": arguments.preset,
+        "batch": arguments.batch,
+        "micro_batch": state.micro_batch,
+        "compile": arguments.compile,
+        "precision": str(state.autocast_dtype or torch.float32).removeprefix("torch."),
+        "steps": arguments.steps,
+        "ms_p20": cuts[1],
+        "ms_p50": statistics.median(times),
+        "ms_p80": cuts[7],
+        "ms_wall": wall,
+        "images_per_second": rate,
+        "gflop_per_image": flops / 1e9,
+        "mfu": rate * flops / peak if peak else None,
+        "peak_memory_gib": memory,
+        **stamp(),
+    }
+
+
+def report(row: dict) -> str:
+    """The row for people."""
+    lines = [f"{name}: {value}" for name, value in row.items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure one configuration."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="sit-xl2-repa", choices=presets.PRESETS)
+    parser.add_argument("--batch", type=int, default=32, help="images per step")
+    parser.add_argument("--micro-batch", type=int, default=0, help="0: the whole batch")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--warmup", type=int, default=10)
+    parser.add_argument("--precision", default="auto", choices=("auto", "no", "bf16", "fp16"))
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="file to append the row to")
+    arguments = parser.parse_args()
+    row = measure(arguments)
+    print(report(row))
+    folder = "cpu" if arguments.device == "cpu" else row["device"].lower().replace(" ", "-")
+    out = arguments.out or RESULTS / folder / f"{row['date']}_step" / "rows.jsonl"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out, "a") as rows:
+        rows.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -43,6 +43,17 @@ def prepare_digits(out: str | Path = DIGITS_DIR) -> Path:
     return out
 
 
+def ensure_digits(out: Path = DIGITS_DIR) -> Path:
+    """`prepare_digits` unless it is there; of several processes at it the first to finish wins."""
+    if not out.exists():
+        try:
+            prepare_digits(out)
+        except OSError:
+            if not out.exists():
+                raise
+    return out
+
+
 def digits_metadata() -> dataset.Metadata:
     """Metadata of the digits: 16x16 pixel latents, ten classes."""
     return dataset.Metadata(

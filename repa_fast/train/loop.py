@@ -15,7 +15,7 @@ from repa_fast.data.dataset import LatentDataset
 from repa_fast.data.latents import can_decode
 from repa_fast.data.loader import Loader
 from repa_fast.data.order import SampleOrder
-from repa_fast.data.prepare import DIGITS_DIR, prepare_digits
+from repa_fast.data.prepare import DIGITS_DIR, ensure_digits
 from repa_fast.train import checkpoint
 from repa_fast.train.distributed import World, session
 from repa_fast.train.memory import budget, choose_micro_batch
@@ -159,8 +159,8 @@ def open_dataset(config: TrainConfig, world: World) -> LatentDataset:
     """The run's dataset; the bundled digits are written first if they are not there yet."""
     if config.data_dir != "digits":
         return LatentDataset(config.data_dir)
-    if world.is_main and not DIGITS_DIR.exists():
-        prepare_digits(DIGITS_DIR)
+    if world.is_main:
+        ensure_digits()
     world.barrier()
     return LatentDataset(DIGITS_DIR)
 

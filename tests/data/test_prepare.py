@@ -1,6 +1,7 @@
 """The bundled digits as a native dataset, and latents between moments and pixels."""
 
 import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -115,3 +116,17 @@ def test_latents_of_an_autoencoder_are_refused():
     assert not latents.can_decode(metadata) and latents.can_decode(prepare.digits_metadata())
     with pytest.raises(ValueError, match="sd-vae-ft-mse"):
         latents.to_pixels(torch.zeros(1, 3, 16, 16), metadata)
+
+
+def test_processes_that_race_to_prepare_the_digits_all_find_them(tmp_path, monkeypatch):
+    """The other one finishes between our writing and our renaming."""
+    rename = prepare.os.rename
+
+    def late(source, target):
+        shutil.copytree(source, target)
+        rename(source, target)
+
+    monkeypatch.setattr(prepare.os, "rename", late)
+    assert prepare.ensure_digits(tmp_path / "digits") == tmp_path / "digits"
+    assert [path.name for path in tmp_path.iterdir()] == ["digits"]
+    assert prepare.ensure_digits(tmp_path / "digits") == tmp_path / "digits"

@@ -10,7 +10,7 @@ export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help $(VENV) lint test test-full demo bench gpu gpu-test $(GPU_STAGES) clean
+.PHONY: help $(VENV) lint test test-full smoke-full demo bench gpu gpu-test $(GPU_STAGES) clean
 
 help: ## list the targets
 	@grep -hE '^[a-z$$][A-Za-z$$() _-]*:.*## ' $(MAKEFILE_LIST) \
@@ -30,10 +30,13 @@ lint: $(VENV)/.installed ## ruff check and ruff format --check
 	$(VENV)/bin/ruff format --check .
 
 test: $(VENV)/.installed ## the tests that need no GPU, without the slow ones
-	@$(PYTEST) -m "not slow and not gpu"
+	@$(PYTEST) -m "not slow and not gpu and not smoke_full"
 
 test-full: $(VENV)/.installed ## all tests that need no GPU
-	@$(PYTEST) -m "not gpu"
+	@$(PYTEST) -m "not gpu and not smoke_full"
+
+smoke-full: $(VENV)/.installed ## SiT-XL/2 with DINOv2-B: a step, save, resume, sample; 22 GiB of memory
+	$(VENV)/bin/python -m pytest -p no:benchmark -m smoke_full --durations=1 tests/train/test_smoke.py
 
 demo: $(VENV)/.installed ## train on the bundled digits on a CPU, then evaluate
 	rm -rf runs/demo

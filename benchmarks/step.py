@@ -15,25 +15,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.environment import RESULTS, stamp
-from repa_fast import encoders
 from repa_fast.cli import expected_metadata
 from repa_fast.configs import presets
-from repa_fast.configs.config import TrainConfig
+from repa_fast.testing import random_encoder_weights
 from repa_fast.train.distributed import World
 from repa_fast.train.memory import budget, peak_flops
 from repa_fast.train.state import TrainState, build_state, device_name
 from repa_fast.train.step import synthetic_batch, train_step
-
-
-def random_encoder_weights(config: TrainConfig, folder: Path) -> str:
-    """Files with random weights for the preset's encoders, as --enc-weights takes them."""
-    files = []
-    for spec in encoders.specs(config.enc_type):
-        file = folder / f"{spec.name}.pth"
-        module = spec.build(spec.input_size(config.resolution), pretrained=False)
-        torch.save(module.vit.state_dict(), file)
-        files.append(str(file))
-    return ",".join(files)
 
 
 def build(arguments: argparse.Namespace, folder: Path) -> TrainState:
@@ -46,7 +34,8 @@ def build(arguments: argparse.Namespace, folder: Path) -> TrainState:
         report_to="none",
     )
     if "dinov2" in config.enc_type:
-        config = dataclasses.replace(config, enc_weights=random_encoder_weights(config, folder))
+        files = random_encoder_weights(config.enc_type, config.resolution, folder)
+        config = dataclasses.replace(config, enc_weights=files)
     world = World(rank=0, size=1, device=torch.device(arguments.device))
     state = build_state(config, expected_metadata(config), world)
     state.micro_batch = arguments.micro_batch or state.local_batch

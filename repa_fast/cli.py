@@ -8,7 +8,8 @@ from pathlib import Path
 
 from repa_fast.configs import presets
 from repa_fast.configs.config import TrainConfig
-from repa_fast.data.dataset import LatentDataset, Metadata
+from repa_fast.data.dataset import Metadata
+from repa_fast.data.open import open_dataset
 
 SD_VAE_FACTOR = 8
 """Image pixels per latent pixel of the Stable Diffusion autoencoder."""
@@ -73,13 +74,22 @@ def parse_config(argv: Sequence[str]) -> TrainConfig:
 
 def prepare(argv: Sequence[str]) -> None:
     """Write a native dataset."""
-    from repa_fast.data.prepare import DIGITS_DIR, prepare_digits
+    from repa_fast.data.prepare import DIGITS_DIR, import_official, prepare_digits
 
     parser = argparse.ArgumentParser(prog="repa-fast prepare", description=prepare.__doc__)
-    parser.add_argument("source", choices=["digits"], help="digits: scikit-learn's bundled scans")
-    parser.add_argument("--out", type=Path, default=DIGITS_DIR, help="folder to write")
+    sources = parser.add_subparsers(dest="source", required=True)
+    bundled = sources.add_parser("digits", help="scikit-learn's bundled scans of digits")
+    bundled.add_argument("--out", type=Path, default=DIGITS_DIR, help="folder to write")
+    official = sources.add_parser("import-official", help="an images/ + vae-sd/ folder")
+    official.add_argument("--data-dir", type=Path, required=True, help="the folder")
+    official.add_argument("--out", type=Path, required=True, help="folder to write")
+    official.add_argument("--no-images", action="store_true", help="leave the images out")
     arguments = parser.parse_args(argv)
-    print(prepare_digits(arguments.out))
+    if arguments.source == "digits":
+        print(prepare_digits(arguments.out))
+    else:
+        with_images = not arguments.no_images
+        print(import_official(arguments.data_dir, arguments.out, with_images=with_images))
 
 
 def export(argv: Sequence[str]) -> None:
@@ -161,7 +171,7 @@ def expected_metadata(config: TrainConfig) -> Metadata:
     if config.data_dir == "digits":
         return digits_metadata()
     if Path(config.data_dir).exists():
-        return LatentDataset(config.data_dir).metadata
+        return open_dataset(config.data_dir).metadata
     side = config.resolution // SD_VAE_FACTOR
     return Metadata(
         resolution=config.resolution,

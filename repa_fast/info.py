@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from repa_fast.data.dataset import LatentDataset
+from repa_fast.data.open import open_dataset
 from repa_fast.models import formats
 from repa_fast.models.weights import MARKER, path_of, read_native, steps
 
@@ -75,7 +75,7 @@ def _describe_weights(state: formats.State) -> str:
 
 
 def _describe_dataset(path: Path) -> str:
-    dataset = LatentDataset(path)
+    dataset = open_dataset(path)
     meta = dataset.metadata
     return (
         f"{dataset.uri}: dataset of {len(dataset)} rows, images of {meta.resolution} pixels, "

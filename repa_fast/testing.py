@@ -1,6 +1,10 @@
 """Error budgets and seeded inputs, for tests and benchmarks."""
 
+from pathlib import Path
+
 import torch
+
+from repa_fast import encoders
 
 
 def assert_within_budget(
@@ -84,3 +88,17 @@ def _maximum(values: torch.Tensor) -> float:
 
 def _root_mean_square(values: torch.Tensor) -> float:
     return values.square().mean().sqrt().item()
+
+
+def random_encoder_weights(enc_type: str, resolution: int, folder: Path) -> str:
+    """Files in `folder` with random weights of DINOv2 encoders, as `--enc-weights` takes them."""
+    from repa_fast.encoders.dinov2 import DINOv2
+
+    files = []
+    for spec in encoders.specs(enc_type):
+        family, _, letter = spec.name.split("-")
+        size = spec.input_size(resolution)
+        module = DINOv2(letter, family == "dinov2reg", size, pretrained=False)
+        files.append(str(folder / f"{spec.name}.pth"))
+        torch.save(module.vit.state_dict(), files[-1])
+    return ",".join(files)

@@ -86,6 +86,8 @@ class TrainConfig:
     """Batches per optimizer step, as upstream: the effective batch is this times BATCH_SIZE."""
     micro_batch: int | Literal["auto"] = "auto"
     """Images per forward pass of one process, or auto: the most that fit into memory."""
+    on_bad_sample: Literal["error", "skip"] = "error"
+    """A row that cannot be read or does not fit: stop, or take the next good row and count it."""
     num_workers: int = 4
     """Threads that decode images."""
 
@@ -131,6 +133,8 @@ class TrainConfig:
     """Drop labels twice over, as upstream does under this flag: 1 - (1 - CFG_PROB)^2."""
     enc_type: str = "dinov2-vit-b"
     """Frozen encoders to align with, comma separated; none trains without alignment."""
+    enc_weights: str = ""
+    """A weights file for each of ENC_TYPE, comma separated; its own source where empty."""
     proj_coeff: float = 0.5
     """Weight of the alignment loss."""
 
@@ -140,6 +144,8 @@ class TrainConfig:
     """Steps of that sampler."""
     cfg_scale: float = 4.0
     """Its guidance scale."""
+    vae_path: str = ""
+    """Folder or hub name of the autoencoder for sample grids; the dataset's if empty."""
 
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(type(self)).items():

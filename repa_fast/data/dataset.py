@@ -1,12 +1,15 @@
 """The native dataset: one Lance table of image bytes, latent moments and labels."""
 
+import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import numpy as np
+
+from repa_fast.data.images import decode
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,8 +40,7 @@ class Metadata:
     def from_dict(cls, fields: dict) -> "Metadata":
         """From what `asdict` and JSON make of one, where tuples are lists."""
         return cls(
-            **fields
-            | {name: tuple(fields[name]) for name in ("latent_shape", "class_names")}
+            **fields | {name: tuple(fields[name]) for name in ("latent_shape", "class_names")}
         )
 
     @property
@@ -63,6 +65,15 @@ class Rows(TypedDict):
     image: list[bytes]
     moments: np.ndarray
     label: np.ndarray
+
+
+class Sample(TypedDict):
+    """One row, decoded: moments float32 (2C, h, w); image uint8 (3, R, R) where asked for."""
+
+    index: int
+    moments: np.ndarray
+    label: int
+    image: NotRequired[np.ndarray]
 
 
 def schema(metadata: Metadata) -> "pa.Schema":
@@ -91,20 +102,18 @@ def write(uri: str | Path, rows: Iterable[Row], metadata: Metadata, batch_rows: 
     table_schema = schema(metadata)
     refused: list[ValueError] = []  # Lance wraps what the generator raises
 
-    def batches() -> Iterable[pa.RecordBatch]:
-        pending: list[Row] = []
-        for index, row in enumerate(rows):
-            try:
-                _check_row(index, row, metadata)
-            except ValueError as error:
-                refused.append(error)
-                raise
-            pending.append(row)
-            if len(pending) == batch_rows:
+    def batches() -> Iterator[pa.RecordBatch]:
+        try:
+            for pending in _batched(checked(rows), batch_rows):
                 yield _record_batch(pending, table_schema)
-                pending = []
-        if pending:
-            yield _record_batch(pending, table_schema)
+        except ValueError as error:
+            refused.append(error)
+            raise
+
+    def checked(rows: Iterable[Row]) -> Iterator[Row]:
+        for index, row in enumerate(rows):
+            check_sample(f"row {index}", row, metadata)
+            yield row
 
     try:
         lance.write_dataset(batches(), str(uri), schema=table_schema, mode="create")
@@ -116,16 +125,25 @@ def write(uri: str | Path, rows: Iterable[Row], metadata: Metadata, batch_rows: 
         raise
 
 
-def _check_row(index: int, row: Row, metadata: Metadata) -> None:
+def check_sample(name: str, row: Row | Sample, metadata: Metadata) -> None:
+    """Raise ValueError, naming the row, unless its moments and label fit the metadata."""
     if row["moments"].shape != metadata.moments_shape:
         raise ValueError(
-            f"row {index}: moments have shape {row['moments'].shape}, "
-            f"expected {metadata.moments_shape}"
+            f"{name}: moments have shape {row['moments'].shape}, expected {metadata.moments_shape}"
         )
+    if not np.isfinite(row["moments"]).all():
+        raise ValueError(f"{name}: moments are not finite")
     if not 0 <= row["label"] < len(metadata.class_names):
         raise ValueError(
-            f"row {index}: label is {row['label']}, expected 0..{len(metadata.class_names) - 1}"
+            f"{name}: label is {row['label']}, expected 0..{len(metadata.class_names) - 1}"
         )
+
+
+def _batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    """Lists of `size` rows, the last one shorter."""
+    rows = iter(rows)
+    while batch := list(itertools.islice(rows, size)):
+        yield batch
 
 
 def _record_batch(rows: list[Row], table_schema: "pa.Schema") -> "pa.RecordBatch":
@@ -184,3 +202,23 @@ class LatentDataset:
             "moments": moments.reshape(len(indices), *self.metadata.moments_shape),
             "label": table["label"].to_numpy(),
         }
+
+    def fetch(self, indices: np.ndarray, *, images: bool = True) -> list[tuple]:
+        """What `decode` needs for each row: index, moments, label, and image bytes or None."""
+        rows = self.rows(indices, images=images)
+        encoded = rows["image"] if images else [None] * len(indices)
+        return list(zip(rows["index"], rows["moments"], rows["label"], encoded, strict=True))
+
+    def decode(self, fetched: tuple) -> Sample:
+        """One row as arrays.
+
+        Raises:
+            ValueError: its image cannot be decoded, or moments or label do not fit; names it.
+        """
+        index, moments, label, encoded = fetched
+        name = f"{self.uri} row {index}"
+        sample: Sample = {"index": int(index), "moments": moments, "label": int(label)}
+        if encoded is not None:
+            sample["image"] = decode(encoded, self.metadata.resolution, name)
+        check_sample(name, sample, self.metadata)
+        return sample

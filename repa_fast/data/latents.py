@@ -3,6 +3,7 @@
 import torch
 
 from repa_fast.data.dataset import Metadata
+from repa_fast.data.vae import VAE
 
 
 def sample(moments: torch.Tensor, noise: torch.Tensor, metadata: Metadata) -> torch.Tensor:
@@ -15,17 +16,20 @@ def sample(moments: torch.Tensor, noise: torch.Tensor, metadata: Metadata) -> to
 
 
 def can_decode(metadata: Metadata) -> bool:
-    """Whether `to_pixels` works for this dataset: pixel latents need no autoencoder."""
+    """Whether `to_pixels` works without an autoencoder: the dataset's latents are pixels."""
     return metadata.vae == "none"
 
 
-def to_pixels(latents: torch.Tensor, metadata: Metadata) -> torch.Tensor:
-    """Pixel latents (B, C, h, w) -> uint8 (B, C, h, w), rounded.
+def to_pixels(latents: torch.Tensor, metadata: Metadata, vae: VAE | None = None) -> torch.Tensor:
+    """Latents (B, C, h, w) -> uint8 images (B, 3, R, R), rounded; pixel latents need no `vae`.
 
     Raises:
-        ValueError: the latents are an autoencoder's.
+        ValueError: the latents are an autoencoder's, and there is none or one that does not fit.
+        RuntimeError: the autoencoder cannot be loaded.
     """
-    if not can_decode(metadata):
+    if can_decode(metadata):
+        pixels = (latents.double() - metadata.bias) / metadata.scale * 127.5 + 127.5
+        return pixels.round().clamp(0, 255).to(torch.uint8)
+    if vae is None:
         raise ValueError(f"latents of {metadata.vae!r} need its decoder, expected pixel latents")
-    pixels = (latents.double() - metadata.bias) / metadata.scale * 127.5 + 127.5
-    return pixels.round().clamp(0, 255).to(torch.uint8)
+    return vae.decode(latents, metadata)

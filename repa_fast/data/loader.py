@@ -1,5 +1,6 @@
 """Batches ahead of time: one prefetch thread per process and a pool of decode threads."""
 
+import logging
 import queue
 import threading
 import weakref
@@ -11,11 +12,13 @@ from typing import NotRequired, TypedDict
 import numpy as np
 import torch
 
-from repa_fast.data.dataset import LatentDataset
-from repa_fast.data.images import decode
+from repa_fast.data.dataset import Sample
+from repa_fast.data.open import Dataset
 from repa_fast.data.order import SampleOrder
 
 PREFETCHED_BATCHES = 3
+
+log = logging.getLogger(__name__)
 
 
 class Batch(TypedDict):
@@ -42,11 +45,15 @@ class Loader:
         images: whether batches carry decoded images.
         num_workers: decode threads.
         pin_memory: page-locked batches for asynchronous copies to a GPU.
+        skip_bad: replace a bad row by the next good one instead of raising.
+
+    Attributes:
+        skipped: what was wrong with each bad row that was replaced.
     """
 
     def __init__(
         self,
-        dataset: LatentDataset,
+        dataset: Dataset,
         order: SampleOrder,
         *,
         start: int,
@@ -56,11 +63,19 @@ class Loader:
         images: bool = True,
         num_workers: int = 1,
         pin_memory: bool = False,
+        skip_bad: bool = False,
     ) -> None:
+        self.skipped: list[str] = []
         self._queue: queue.Queue = queue.Queue(PREFETCHED_BATCHES)
         self._stopped = threading.Event()
         steps = (order.rows(step, rank, world_size) for step in range(start, stop))
-        read = partial(read_batch, dataset, images=images, pin_memory=pin_memory)
+        read = partial(
+            read_batch,
+            dataset,
+            images=images,
+            pin_memory=pin_memory,
+            skipped=self.skipped if skip_bad else None,
+        )
         self._thread = threading.Thread(
             target=_prefetch,
             args=(self._queue, self._stopped, steps, read, num_workers),
@@ -92,30 +107,48 @@ class Loader:
 
 
 def read_batch(
-    dataset: LatentDataset,
+    dataset: Dataset,
     indices: np.ndarray,
     *,
     pool: ThreadPoolExecutor | None = None,
     images: bool = True,
     pin_memory: bool = False,
+    skipped: list[str] | None = None,
 ) -> Batch:
-    """Rows as tensors; images are decoded by `pool`, or here without one."""
-    rows = dataset.rows(indices, images=images)
+    """Rows as tensors; they are decoded by `pool`, or here without one.
+
+    A bad row raises ValueError; or, given a list `skipped`, is described there and the next good
+    row takes its place, which is a function of the row alone.
+    """
+    run = map if pool is None else pool.map
+    decode = partial(_decode, dataset, images, skipped)
+    samples = list(run(decode, dataset.fetch(indices, images=images)))
     batch: Batch = {
-        "index": torch.from_numpy(rows["index"]),
-        "moments": torch.from_numpy(rows["moments"].copy()),
-        "label": torch.from_numpy(rows["label"].copy()),
+        "index": torch.tensor([sample["index"] for sample in samples]),
+        "moments": torch.from_numpy(np.stack([sample["moments"] for sample in samples])),
+        "label": torch.tensor([sample["label"] for sample in samples]),
     }
     if images:
-        names = [f"{dataset.uri} row {index}" for index in indices]
-        resolutions = [dataset.metadata.resolution] * len(indices)
-        run = map if pool is None else pool.map
-        batch["image"] = torch.from_numpy(
-            np.stack(list(run(decode, rows["image"], resolutions, names)))
-        )
+        batch["image"] = torch.from_numpy(np.stack([sample["image"] for sample in samples]))
     if pin_memory:
         batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
     return batch
+
+
+def _decode(dataset: Dataset, images: bool, skipped: list[str] | None, fetched: tuple) -> Sample:
+    if skipped is None:
+        return dataset.decode(fetched)
+    for step in range(len(dataset)):
+        try:
+            if step:
+                following = (int(fetched[0]) + step) % len(dataset)
+                return dataset.decode(dataset.fetch(np.array([following]), images=images)[0])
+            return dataset.decode(fetched)
+        except ValueError as error:
+            if not skipped:
+                log.warning("a bad sample is replaced by the next good one: %s", error)
+            skipped.append(str(error))
+    raise ValueError(f"{dataset.uri} has no good row")
 
 
 def _prefetch(out: queue.Queue, stopped: threading.Event, steps, read, num_workers: int) -> None:

@@ -1,5 +1,5 @@
 """Frozen vision encoders behind one protocol, found by name."""
 
-from .registry import Encoder, EncoderSpec, load, spec, specs
+from .registry import Encoder, EncoderSpec, load, spec, specs, weight_files
 
-__all__ = ["Encoder", "EncoderSpec", "load", "spec", "specs"]
+__all__ = ["Encoder", "EncoderSpec", "load", "spec", "specs", "weight_files"]

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from repa_fast.contracts import expect_choice
+from repa_fast.encoders import dinov2
 from repa_fast.models.flops import vit_flops
 
 
@@ -31,7 +32,8 @@ class EncoderSpec:
         patch_size: in pixels of its own input.
         prefix: class and register tokens.
         input_sizes: dataset resolution -> resolution of its own input, in pixels.
-        build: (input size in pixels) -> module.
+        build: (input size in pixels, weights="", pretrained=True) -> module; `weights` is a file,
+            or "" for its own source.
         mlp_ratio: hidden width of its MLPs over its width.
     """
 
@@ -41,7 +43,7 @@ class EncoderSpec:
     patch_size: int
     prefix: int
     input_sizes: dict[int, int]
-    build: Callable[[int], torch.nn.Module]
+    build: Callable[..., torch.nn.Module]
     mlp_ratio: float = 4.0
 
     def input_size(self, resolution: int) -> int:
@@ -67,33 +69,27 @@ class EncoderSpec:
         )
 
 
-def _digits_vit(_: int) -> torch.nn.Module:
+def _digits_vit(_: int, weights: str = "", pretrained: bool = True) -> torch.nn.Module:
     from repa_fast.encoders.digits import DigitsViT
 
-    return DigitsViT()
-
-
-def _dinov2(timm_name: str, input_size: int) -> torch.nn.Module:
-    from repa_fast.encoders.dinov2 import DINOv2
-
-    return DINOv2(timm_name, input_size)
+    if weights:
+        raise ValueError(f"encoder digits-vit brings its weights, expected no file, got {weights}")
+    return DigitsViT(pretrained)
 
 
 def _dinov2_specs() -> list[EncoderSpec]:
-    sizes = {"s": ("small", 384, 12), "b": ("base", 768, 12),
-             "l": ("large", 1024, 24), "g": ("giant", 1536, 40)}  # fmt: skip
     return [
         EncoderSpec(
-            name=f"dinov2{suffix}-vit-{letter}",
+            name=dinov2.encoder_name(letter, registers),
             width=width,
             depth=depth,
             patch_size=14,
-            prefix=prefix,
+            prefix=5 if registers else 1,
             input_sizes={256: 224, 512: 448},
-            build=partial(_dinov2, f"vit_{size}_patch14_{timm_suffix}.lvd142m"),
+            build=partial(dinov2.DINOv2, letter, registers),
         )
-        for suffix, timm_suffix, prefix in (("", "dinov2", 1), ("reg", "reg4_dinov2", 5))
-        for letter, (size, width, depth) in sizes.items()
+        for registers in (False, True)
+        for letter, (_, width, depth) in dinov2.SIZES.items()
     ]
 
 
@@ -116,11 +112,41 @@ def specs(enc_type: str) -> list[EncoderSpec]:
     """The encoders of a comma-separated list; "none" (any case) is the empty list."""
     if enc_type.lower() == "none":
         return []
-    return [spec(name.strip()) for name in enc_type.split(",")]
+    names = [name.strip() for name in enc_type.split(",")]
+    if len(set(names)) != len(names):
+        raise ValueError(f"enc_type is {enc_type!r}, expected each encoder once")
+    return [spec(name) for name in names]
 
 
-def load(name: str, resolution: int, device: torch.device | str) -> torch.nn.Module:
-    """The encoder with its weights, in eval mode, without gradients, on `device`."""
+def weight_files(enc_type: str, enc_weights: str) -> list[str]:
+    """The weights file of each encoder of `enc_type`, "" where it has its own source.
+
+    Raises:
+        ValueError: `enc_weights` names some, but not as many as there are encoders.
+    """
+    encoders = specs(enc_type)
+    if not enc_weights:
+        return [""] * len(encoders)
+    files = [file.strip() for file in enc_weights.split(",")]
+    if len(files) != len(encoders):
+        raise ValueError(
+            f"enc_weights has {len(files)} entries ({enc_weights}), expected {len(encoders)}, "
+            f"one for each encoder of {enc_type}; an empty entry means the encoder's own source"
+        )
+    return files
+
+
+def load(
+    name: str, resolution: int, device: torch.device | str, weights: str = ""
+) -> torch.nn.Module:
+    """The encoder with its weights, in eval mode, without gradients, on `device`.
+
+    `weights` is a file to read them from; empty is the encoder's own source.
+
+    Raises:
+        ValueError: unknown name, a resolution it has no input size for, or a wrong file.
+        RuntimeError: its weights can be neither found nor fetched.
+    """
     encoder = spec(name)
-    module = encoder.build(encoder.input_size(resolution)).to(device)
+    module = encoder.build(encoder.input_size(resolution), weights).to(device)
     return module.eval().requires_grad_(False)

@@ -6,6 +6,7 @@ code in a file is run: torch.load is called with weights_only.
 """
 
 import argparse
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,7 +178,7 @@ def _reverse_time(state: State) -> State:
     state = dict(state)
     half = T_FREQUENCIES // 2
     exponents = torch.arange(half, dtype=torch.float64) / half
-    frequency = torch.exp(-torch.log(torch.tensor(10000.0, dtype=torch.float64)) * exponents)
+    frequency = torch.exp(-math.log(10000.0) * exponents)
     cos, sin = frequency.cos(), frequency.sin()
     name = "t_embedder.mlp.0.weight"
     of_cos, of_sin = state[name].double().split(half, dim=1)

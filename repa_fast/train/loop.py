@@ -11,15 +11,14 @@ from pathlib import Path
 import torch
 
 from repa_fast.configs.config import TrainConfig
-from repa_fast.data.dataset import LatentDataset
-from repa_fast.data.latents import can_decode
 from repa_fast.data.loader import Loader
+from repa_fast.data.open import Dataset, open_dataset
 from repa_fast.data.order import SampleOrder
 from repa_fast.data.prepare import DIGITS_DIR, ensure_digits
 from repa_fast.train import checkpoint
 from repa_fast.train.distributed import World, session
 from repa_fast.train.memory import budget, choose_micro_batch
-from repa_fast.train.preview import sample_grid, save_png
+from repa_fast.train.preview import can_sample, sample_grid, save_png
 from repa_fast.train.report import Clock, Reporter, plot_losses
 from repa_fast.train.resume import resume, start_from
 from repa_fast.train.state import TrainState, build_state, device_name
@@ -42,7 +41,7 @@ def train(config: TrainConfig) -> Path:
         TrainingDiverged: after `max_bad_steps` consecutive skipped steps; a checkpoint is written.
     """
     with session() as world, stop_signals() as stopping:
-        dataset = open_dataset(config, world)
+        dataset = run_dataset(config, world)
         state = build_state(config, dataset.metadata, world)
         run = Path(config.output_dir) / config.exp_name
         begin(run / "checkpoints", state)
@@ -66,6 +65,7 @@ def train(config: TrainConfig) -> Path:
                     images=bool(state.encoders),
                     num_workers=config.num_workers,
                     pin_memory=world.device.type == "cuda",
+                    skip_bad=config.on_bad_sample == "skip",
                 )
             )
             run_steps(state, loader, run, reporter, total, stopping)
@@ -76,7 +76,7 @@ def train(config: TrainConfig) -> Path:
 
 def run_steps(
     state: TrainState,
-    batches: Iterator,
+    loader: Loader,
     run: Path,
     reporter: Reporter | None,
     total: int,
@@ -89,14 +89,16 @@ def run_steps(
         config.images_per_step, estimate.train_flops, device_name(world.device), world.size
     )
     start, last_read = state.step, state.step
-    batches = iter(batches)
+    batches = iter(loader)
     while True:
         step, new = state.step, state.step > start
         stop_now = (world.size == 1 or step % STOP_CHECK_STEPS == 0) and world.any(bool(stopping))
         done = step >= total
         if new and (step % config.log_every == 0 or done):
-            bad_run = report(state, reporter, clock, step - last_read, total)
-            last_read = step
+            values = read_metrics(state, loader) | clock.read(step - last_read, total - step)
+            if reporter is not None:
+                reporter.metrics(step, values)
+            last_read, bad_run = step, int(state.metrics.bad_run)
             if bad_run >= config.max_bad_steps:
                 target = checkpoint.save(run / "checkpoints", state)
                 raise TrainingDiverged(
@@ -122,23 +124,18 @@ def run_steps(
             reporter.advance(state.step)
 
 
-def report(
-    state: TrainState, reporter: Reporter | None, clock: Clock, steps: int, total: int
-) -> int:
-    """Read the metrics on all processes, record them on the first; returns the bad run's length."""
+def read_metrics(state: TrainState, loader: Loader) -> dict:
+    """Metrics since the last reading, over all processes; waits for the device."""
     values = state.metrics.read(state.world)
-    bad_run = int(state.metrics.bad_run)
-    values |= clock.read(steps, total - state.step)
+    values["bad_samples"] = int(state.world.sum(torch.tensor(len(loader.skipped))))
     if state.world.device.type == "cuda":
         values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    if reporter is not None:
-        reporter.metrics(state.step, values)
-    return bad_run
+    return values
 
 
 def snapshot(state: TrainState, run: Path, reporter: Reporter | None) -> None:
     """Write a sample grid of the moving average, on the first process."""
-    if reporter is None or not can_decode(state.metadata):
+    if reporter is None or not can_sample(state, reporter.line):
         return
     picture = sample_grid(state)
     save_png(picture, run / "samples" / f"{state.step:07d}.png")
@@ -155,14 +152,18 @@ def finish(run: Path, state: TrainState) -> None:
         print(f"samples: {run / 'samples.png'}")
 
 
-def open_dataset(config: TrainConfig, world: World) -> LatentDataset:
-    """The run's dataset; the bundled digits are written first if they are not there yet."""
-    if config.data_dir != "digits":
-        return LatentDataset(config.data_dir)
-    if world.is_main:
+def run_dataset(config: TrainConfig, world: World) -> Dataset:
+    """The run's dataset; the first process goes ahead and writes what is made on first use."""
+    bundled = config.data_dir == "digits"
+    path = DIGITS_DIR if bundled else config.data_dir
+    if not world.is_main:
+        world.barrier()
+    elif bundled:
         ensure_digits()
-    world.barrier()
-    return LatentDataset(DIGITS_DIR)
+    dataset = open_dataset(path)
+    if world.is_main:
+        world.barrier()
+    return dataset
 
 
 def begin(folder: Path, state: TrainState) -> None:

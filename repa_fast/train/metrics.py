@@ -22,6 +22,7 @@ class Accumulator:
         self.sums = torch.zeros(
             len(self.names) + 2 + 2 * T_BINS, dtype=torch.float64, device=device
         )
+        self._one_step = torch.tensor([1.0, 0.0], dtype=torch.float64, device=device)
         self.bad_run = torch.zeros((), dtype=torch.int64, device=device)
 
     def state(self, world: World) -> dict:
@@ -61,7 +62,7 @@ class Accumulator:
         step = torch.cat(
             [
                 values.to(torch.float64),
-                values.new_tensor([1.0, 0.0], dtype=torch.float64),
+                self._one_step,
                 (member * denoise.to(torch.float64)[:, None]).sum(0),
                 member.sum(0),
             ]

@@ -1,6 +1,7 @@
 """Sample grids from the moving average."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,23 @@ SHOWN_PIXELS = 48
 """Images smaller than this are enlarged by a whole factor, for people to see them."""
 GAP = 4
 GAP_GREY = 64
+
+
+def can_sample(state: TrainState, warn: Callable[[str], None]) -> bool:
+    """Whether there can be sample grids: they need the autoencoder of latents that are not pixels.
+
+    It is loaded here. The first time that fails, `warn` gets one line; training goes on.
+    """
+    if state.vae is None:
+        return True
+    if state.vae.unavailable:
+        return False
+    try:
+        state.vae.load(state.metadata)
+    except (RuntimeError, ValueError) as error:
+        warn(f"warning: no sample grids in this run: {error}")
+        return False
+    return True
 
 
 def sample_grid(state: TrainState) -> np.ndarray:
@@ -46,7 +64,7 @@ def sample_grid(state: TrainState) -> np.ndarray:
             path=state.path,
             generator=generator,
         )
-    return arrange(latents.to_pixels(samples, state.metadata), columns)
+    return arrange(latents.to_pixels(samples, state.metadata, state.vae), columns)
 
 
 def arrange(pixels: torch.Tensor, columns: int) -> np.ndarray:

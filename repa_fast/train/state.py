@@ -1,6 +1,7 @@
 """What a training run consists of, and how it is built from a config."""
 
 import copy
+import os
 import platform
 from dataclasses import dataclass, field
 
@@ -12,6 +13,8 @@ from repa_fast import encoders
 from repa_fast.configs.config import TrainConfig
 from repa_fast.configs.model import build_model
 from repa_fast.data.dataset import Metadata
+from repa_fast.data.latents import can_decode
+from repa_fast.data.vae import VAE
 from repa_fast.diffusion.path import Path, get
 from repa_fast.models.sit import SiT
 from repa_fast.train.distributed import World
@@ -30,6 +33,7 @@ class TrainState:
         ema: moving average of the weights, in eval mode.
         encoders: frozen modules by name, in the order of the model's projectors.
         scaler: active for fp16 only.
+        vae: for sample grids, not loaded yet; None where the latents are pixels.
         micro_batch: images per forward pass of this process; 0 until it is chosen.
         step: optimizer steps done.
     """
@@ -46,6 +50,7 @@ class TrainState:
     scaler: torch.amp.GradScaler
     metrics: Accumulator
     autocast_dtype: torch.dtype | None
+    vae: VAE | None
     micro_batch: int
     step: int = field(default=0)
 
@@ -79,10 +84,7 @@ def build_state(config: TrainConfig, metadata: Metadata, world: World) -> TrainS
         precision = "bf16" if world.device.type == "cuda" else "no"
     model = build_model(config, metadata).to(world.device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    frozen = {
-        spec.name: encoders.load(spec.name, config.resolution, world.device)
-        for spec in encoders.specs(config.enc_type)
-    }
+    frozen = load_encoders(config, world)
     if config.compile:
         for block in model.blocks:
             block.compile(fullgraph=True)
@@ -106,8 +108,24 @@ def build_state(config: TrainConfig, metadata: Metadata, world: World) -> TrainS
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
         metrics=Accumulator(list(frozen), world.device),
         autocast_dtype=AUTOCAST[precision],
+        vae=None if can_decode(metadata) else VAE(config.vae_path or metadata.vae),
         micro_batch=0,
     )
+
+
+def load_encoders(config: TrainConfig, world: World) -> dict[str, nn.Module]:
+    """The frozen encoders by name; the first process of a machine goes ahead and downloads."""
+    files = encoders.weight_files(config.enc_type, config.enc_weights)
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
+        world.barrier()
+    frozen = {
+        spec.name: encoders.load(spec.name, config.resolution, world.device, file)
+        for spec, file in zip(encoders.specs(config.enc_type), files)
+    }
+    if first:
+        world.barrier()
+    return frozen
 
 
 def configure_backends(config: TrainConfig) -> None:

@@ -10,13 +10,12 @@ from repa_fast.encoders.dinov2 import DINOv2
 timm = pytest.importorskip("timm")
 
 SMALL = "vit_small_patch14_dinov2.lvd142m"
-REGISTERS = "vit_small_patch14_reg4_dinov2.lvd142m"
 
 
 @pytest.fixture(scope="module")
 def encoder() -> DINOv2:
     torch.manual_seed(0)
-    return DINOv2(SMALL, 224, pretrained=False)
+    return DINOv2("s", False, 224, pretrained=False)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +98,7 @@ def test_tokens_are_in_row_major_order(encoder, images):
 
 def test_class_and_register_tokens_are_dropped(images):
     torch.manual_seed(0)
-    encoder = DINOv2(REGISTERS, 224, pretrained=False)
+    encoder = DINOv2("s", True, 224, pretrained=False)
     with torch.no_grad():
         whole = encoder.vit.forward_features(bicubic(normalised(images).float(), 224))
     assert whole.shape == (2, 5 + 256, 384)
@@ -109,19 +108,40 @@ def test_class_and_register_tokens_are_dropped(images):
 
 
 def test_512_pixels_give_a_grid_of_32():
-    encoder = DINOv2(SMALL, 448, pretrained=False)
+    encoder = DINOv2("s", False, 448, pretrained=False)
     images = torch.zeros(1, 3, 512, 512, dtype=torch.uint8)
     assert encoder(images).shape == (1, 32 * 32, 384)
 
 
-def test_without_the_weights_the_error_says_what_to_do(monkeypatch):
+@pytest.mark.parametrize(
+    "registers, hub, file",
+    [
+        (False, SMALL, "dinov2_vits14_pretrain.pth"),
+        (True, "vit_small_patch14_reg4_dinov2.lvd142m", "dinov2_vits14_reg4_pretrain.pth"),
+    ],
+)
+def test_without_the_weights_the_error_says_what_to_do(monkeypatch, registers, hub, file):
     def offline(*_, **__):
         raise OSError("no route to host")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(RuntimeError, match=SMALL) as caught:
-        DINOv2(SMALL, 224)
+    with pytest.raises(RuntimeError, match=f"timm/{hub}") as caught:
+        DINOv2("s", registers, 224)
     message = str(caught.value)
-    assert "cache" in message and "fetched" in message and "network" in message
-    assert f"timm.create_model('{SMALL}', pretrained=True)" in message
+    assert "cache" in message and "fetched" in message
+    assert f"--enc-weights FILE, where FILE is {file} of facebookresearch/dinov2" in message
     assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_attention_is_the_fused_one(encoder):
+    assert all(block.attn.fused_attn for block in encoder.vit.blocks)
+
+
+def test_it_compiles_as_one_graph_and_follows_autocast(encoder, images):
+    compiled = torch.compile(encoder, backend="eager", fullgraph=True)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        tokens, expected = compiled(images), encoder(images)
+    assert torch.equal(tokens, expected)
+    exact = encoder(images)
+    error = ((expected - exact).norm() / exact.norm()).item()
+    assert 2**-12 < error < 2**-4  # of bf16, not of fp32

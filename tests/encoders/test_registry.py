@@ -82,3 +82,33 @@ def test_a_loaded_encoder_is_frozen():
 def test_dinov2_b_costs_what_is_known():
     """About 23 GMAC at 224 pixels."""
     assert encoders.spec("dinov2-vit-b").flops(256) == pytest.approx(2 * 23e9, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "enc_type, files, expected",
+    [
+        ("none", "", []),
+        ("dinov2-vit-b", "", [""]),
+        ("dinov2-vit-b", "b.pth", ["b.pth"]),
+        ("dinov2-vit-b,dinov2-vit-l", "b.pth, l.pth", ["b.pth", "l.pth"]),
+        ("digits-vit,dinov2-vit-l", ",l.pth", ["", "l.pth"]),
+    ],
+)
+def test_weight_files_go_with_their_encoders(enc_type, files, expected):
+    assert encoders.weight_files(enc_type, files) == expected
+
+
+@pytest.mark.parametrize("enc_type", ["none", "dinov2-vit-b", "digits-vit,digits-vit,digits-vit"])
+def test_as_many_weight_files_as_encoders(enc_type):
+    with pytest.raises(ValueError, match=rf"2 entries \(a.pth,b.pth\), expected \d.*{enc_type}"):
+        encoders.weight_files(enc_type, "a.pth,b.pth")
+
+
+def test_a_file_for_an_encoder_that_brings_its_own_is_refused():
+    with pytest.raises(ValueError, match=r"digits-vit brings its weights.*got some\.pth"):
+        encoders.load("digits-vit", 16, "cpu", "some.pth")
+
+
+def test_an_encoder_can_be_named_once_only():
+    with pytest.raises(ValueError, match="expected each encoder once"):
+        specs("digits-vit,digits-vit")

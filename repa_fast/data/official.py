@@ -1,0 +1,245 @@
+"""REPA's folders as they are: images/ and vae-sd/, one PNG and one .npy file per sample.
+
+    images/00000/img00000000.png            RGB, at the dataset's resolution; .jpg and .npy too
+    vae-sd/00000/img-mean-std-00000000.npy  float32 (2C, h, w) or (1, 2C, h, w), unscaled
+    vae-sd/dataset.json                     {"labels": [["00000/img-mean-std-00000000.npy", 6]]}
+
+A latent and an image belong together if folder and number agree. Latents alone will do where no
+encoder needs the images.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from repa_fast.data.dataset import Metadata, Sample, check_sample
+from repa_fast.data.images import decode, encode_png
+
+SD_VAE_FACTOR = 8
+SD_VAE_SCALE = 0.18215
+CACHE_NAME = ".repa-fast-index.npz"
+NUMBER = re.compile(r"(\d+)\.\w+$")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".npy")
+SHOWN = 3
+
+
+class OfficialFolder:
+    """Rows of an official folder, in the order of its dataset.json; the interface of LatentDataset.
+
+    The paired names are cached in the folder (in ~/.cache/repa-fast if it cannot be written), so
+    that only the first start walks it.
+
+    Raises:
+        ValueError: no labels, a latent without label or image, or the other way round; names some.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.uri = str(root)
+        self._latents, self._images, self._labels = load_index(self.root)
+        first = self._read_moments(0)
+        channels, side = first.shape[0] // 2, first.shape[-1]
+        self.metadata = Metadata(
+            resolution=side * SD_VAE_FACTOR,
+            latent_shape=(channels, side, side),
+            vae="sd-vae-ft-mse",
+            scale=SD_VAE_SCALE,
+            bias=0.0,
+            class_names=tuple(str(label) for label in range(int(self._labels.max()) + 1)),
+        )
+
+    def __len__(self) -> int:
+        return len(self._latents)
+
+    def fetch(self, indices: np.ndarray, *, images: bool = True) -> list[tuple[int, bool]]:
+        """What `decode` needs for each row; nothing is read yet.
+
+        Raises:
+            ValueError: images are asked for and there are none.
+        """
+        if images and not self.has_images:
+            raise ValueError(
+                f"{self.root} has no images/, expected them for the encoder; --enc-type none "
+                "trains on the latents alone"
+            )
+        return [(int(index), images) for index in indices]
+
+    def decode(self, fetched: tuple[int, bool]) -> Sample:
+        """Read one row's files.
+
+        Raises:
+            ValueError: a file is missing, damaged, or of another shape; names it.
+        """
+        index, images = fetched
+        sample: Sample = {
+            "index": index,
+            "moments": self._read_moments(index),
+            "label": int(self._labels[index]),
+        }
+        if images:
+            sample["image"] = self._read_image(index)
+        check_sample(str(self._latent_path(index)), sample, self.metadata)
+        return sample
+
+    @property
+    def has_images(self) -> bool:
+        """Whether there are images beside the latents."""
+        return len(self._images) > 0
+
+    def image_bytes(self, index: int) -> bytes:
+        """The image file of a row as it is; a .npy image as PNG."""
+        path = self._image_path(index)
+        data = _read(path)
+        if path.suffix != ".npy":
+            return data
+        return encode_png(_npy(data, path).transpose(1, 2, 0))
+
+    def _latent_path(self, index: int) -> Path:
+        return self.root / "vae-sd" / self._latents[index].decode()
+
+    def _image_path(self, index: int) -> Path:
+        return self.root / "images" / self._images[index].decode()
+
+    def _read_moments(self, index: int) -> np.ndarray:
+        path = self._latent_path(index)
+        moments = _npy(_read(path), path)
+        if moments.ndim == 4 and len(moments) == 1:
+            moments = moments[0]
+        if moments.ndim != 3 or len(moments) % 2:
+            raise ValueError(f"{path}: moments have shape {moments.shape}, expected (2C, h, w)")
+        return moments.astype(np.float32, copy=False)
+
+    def _read_image(self, index: int) -> np.ndarray:
+        path, side = self._image_path(index), self.metadata.resolution
+        if path.suffix != ".npy":
+            return decode(_read(path), side, str(path))
+        pixels = _npy(_read(path), path)
+        if pixels.shape != (3, side, side) or pixels.dtype != np.uint8:
+            raise ValueError(
+                f"{path}: {pixels.dtype} {pixels.shape}, expected uint8 {(3, side, side)}"
+            )
+        return pixels
+
+
+def load_index(root: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Names of latents, names of images (empty without images/) and labels, row by row.
+
+    From the cache where it belongs to this dataset.json; otherwise paired, checked and cached.
+    """
+    listing = _listing(root)
+    status = listing.stat()
+    state = np.array([status.st_size, status.st_mtime_ns, (root / "images").is_dir()])
+    caches = [root / CACHE_NAME, _home_cache(root)]
+    for cache in caches:
+        if cache.is_file():
+            with np.load(cache) as stored:
+                if np.array_equal(stored["state"], state):
+                    return stored["latents"], stored["images"], stored["labels"]
+    latents, images, labels = pair(root, listing)
+    for cache in caches:
+        partial = cache.with_name(f"{cache.name}.{os.getpid()}.npz")
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            np.savez(partial, state=state, latents=latents, images=images, labels=labels)
+            partial.replace(cache)
+            break
+        except OSError:
+            partial.unlink(missing_ok=True)
+    return latents, images, labels
+
+
+def pair(root: Path, listing: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Walk the folder once and pair latents, labels and images by folder and number.
+
+    Raises:
+        ValueError: something has no counterpart.
+    """
+    labels = _labels(listing)
+    latents = dict(_walk(root / "vae-sd", (".npy",)))
+    _expect_same(latents, labels, "latents", f"labels in {listing}")
+    keys = list(labels)
+    images: dict[str, str] = {}
+    if (root / "images").is_dir():
+        images = dict(_walk(root / "images", IMAGE_SUFFIXES))
+        _expect_same(latents, images, "latents", "images")
+    return (
+        np.array([latents[key] for key in keys], dtype=np.bytes_),
+        np.array([images[key] for key in keys] if images else [], dtype=np.bytes_),
+        np.array([labels[key] for key in keys], dtype=np.int64),
+    )
+
+
+def _listing(root: Path) -> Path:
+    for path in (root / "vae-sd" / "dataset.json", root / "images" / "dataset.json"):
+        if path.is_file():
+            return path
+    raise ValueError(f"{root} has no vae-sd/dataset.json, expected the labels there")
+
+
+def _labels(listing: Path) -> dict[str, int]:
+    pairs = json.loads(listing.read_text()).get("labels")
+    if not pairs:
+        raise ValueError(f"{listing} has no labels, expected a list of [name, class]")
+    labels = {_key(name, listing): int(label) for name, label in pairs}
+    if len(labels) != len(pairs):
+        raise ValueError(f"{listing} lists {len(pairs)} names, {len(labels)} of them different")
+    negative = [key for key, label in labels.items() if label < 0]
+    if negative:
+        raise ValueError(
+            f"{listing}: label of {negative[0]} is {labels[negative[0]]}, expected >= 0"
+        )
+    return labels
+
+
+def _walk(folder: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """(key, name relative to `folder`) of every file with one of the suffixes."""
+    with os.scandir(folder) as entries:
+        subfolders = sorted(entry.name for entry in entries if entry.is_dir())
+    for subfolder in subfolders:
+        with os.scandir(folder / subfolder) as entries:
+            for entry in entries:
+                if entry.name.lower().endswith(suffixes):
+                    name = f"{subfolder}/{entry.name}"
+                    yield _key(name, folder), name
+
+
+def _key(name: str, where: Path) -> str:
+    """Folder and number, by which files pair: 00000/img00000007.png -> 00000/00000007."""
+    number = NUMBER.search(name)
+    if number is None:
+        raise ValueError(f"{where}: {name!r} has no number, expected a name like img00000000.png")
+    return f"{name.rpartition('/')[0]}/{number[1]}"
+
+
+def _expect_same(ours: dict, theirs: dict, our_name: str, their_name: str) -> None:
+    sides = ((ours, theirs, our_name, their_name), (theirs, ours, their_name, our_name))
+    for here, there, name, other in sides:
+        lone = [key for key in here if key not in there]
+        if lone:
+            some = ", ".join(lone[:SHOWN]) + (", ..." if len(lone) > SHOWN else "")
+            raise ValueError(f"{len(lone)} {name} have no counterpart among {other}: {some}")
+
+
+def _home_cache(root: Path) -> Path:
+    name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
+    return Path.home() / ".cache" / "repa-fast" / f"{name}.npz"
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _npy(data: bytes, path: Path) -> np.ndarray:
+    try:
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path}: not a .npy array ({error})") from error

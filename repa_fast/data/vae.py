@@ -1,0 +1,111 @@
+"""The Stable Diffusion autoencoder, through diffusers: pixels from latents."""
+
+from pathlib import Path
+
+import torch
+
+from repa_fast.data.dataset import Metadata
+
+HUB = {
+    "sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse",
+    "sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema",
+}
+DECODE_BATCH = 4
+"""Images at a time: activations are about 1 GB per image of 512 pixels."""
+
+
+class VAE:
+    """A frozen AutoencoderKL that is loaded when first needed.
+
+    It is on the device only while it decodes; between, its fp32 weights wait in host memory
+    (0.3 GB) rather than be dropped, so that a later use needs neither the disk nor the network.
+
+    Args:
+        source: a name in `HUB`, a folder that diffusers' save_pretrained wrote, or "owner/name" on
+            the Hugging Face hub.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.unavailable = False
+        """Whether loading was tried in vain."""
+        self._model: torch.nn.Module | None = None
+
+    def load(self, metadata: Metadata) -> torch.nn.Module:
+        """Load the weights unless they are; returns diffusers' module, on the CPU between uses.
+
+        Raises:
+            RuntimeError: they cannot be loaded; says what to install or fetch.
+            ValueError: the autoencoder's latents are not the dataset's.
+        """
+        if self._model is None:
+            self.unavailable = True
+            model = self._read()
+            self._check(model, metadata)
+            self._model = model.eval().requires_grad_(False)
+            self.unavailable = False
+        return self._model
+
+    def _read(self) -> torch.nn.Module:
+        remedy = "give --vae-path a folder that holds config.json and the weights, or a hub name"
+        try:
+            from diffusers import AutoencoderKL
+        except ImportError as error:
+            raise RuntimeError(
+                f"the autoencoder {self.source} needs diffusers (pip install diffusers): {error}"
+            ) from error
+        name = self.source if Path(self.source).is_dir() else HUB.get(self.source, self.source)
+        try:
+            # without low_cpu_mem_usage it does not ask for accelerate
+            return AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)
+        except Exception as error:  # of diffusers, the hub's client, json or safetensors
+            reason = next(iter(str(error).splitlines()), "")
+            raise RuntimeError(
+                f"the autoencoder {name} is neither a folder nor can it be fetched; {remedy} "
+                f"({type(error).__name__}: {reason})"
+            ) from error
+
+    def _check(self, model: torch.nn.Module, metadata: Metadata) -> None:
+        factor = 2 ** (len(model.config.block_out_channels) - 1)
+        side = metadata.resolution // factor
+        got = (model.config.latent_channels, side, side)
+        if got != tuple(metadata.latent_shape):
+            raise ValueError(
+                f"the autoencoder {self.source} has latents {got} for images of "
+                f"{metadata.resolution} pixels, expected the dataset's {metadata.latent_shape}; "
+                "give another with --vae-path"
+            )
+
+    @torch.no_grad()
+    def decode(
+        self,
+        latents: torch.Tensor,
+        metadata: Metadata,
+        *,
+        rounding: bool = True,
+        batch_size: int = DECODE_BATCH,
+    ) -> torch.Tensor:
+        """Latents as the model has them -> images, computed in fp32 on the latents' device.
+
+        Args:
+            latents: floating point (B, C, h, w), times the dataset's scale, plus its bias.
+            metadata: the dataset's.
+            rounding: to the nearest level; otherwise down, as REPA's generate.py does.
+            batch_size: images at a time.
+
+        Returns:
+            uint8 (B, 3, R, R), on the latents' device.
+
+        Raises:
+            RuntimeError, ValueError: as `load`.
+        """
+        model = self.load(metadata).to(latents.device)
+        unscaled = ((latents.double() - metadata.bias) / metadata.scale).float()
+        try:
+            images = []
+            for part in unscaled.split(batch_size):
+                levels = (255 * ((model.decode(part).sample + 1) / 2)).clamp(0, 255)
+                images.append((levels.round() if rounding else levels).to(torch.uint8))
+        finally:
+            model.to("cpu")
+        return torch.cat(images)

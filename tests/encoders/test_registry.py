@@ -98,7 +98,9 @@ def test_weight_files_go_with_their_encoders(enc_type, files, expected):
     assert encoders.weight_files(enc_type, files) == expected
 
 
-@pytest.mark.parametrize("enc_type", ["none", "dinov2-vit-b", "digits-vit,digits-vit,digits-vit"])
+@pytest.mark.parametrize(
+    "enc_type", ["none", "dinov2-vit-b", "dinov2-vit-s,dinov2-vit-b,dinov2-vit-l"]
+)
 def test_as_many_weight_files_as_encoders(enc_type):
     with pytest.raises(ValueError, match=rf"2 entries \(a.pth,b.pth\), expected \d.*{enc_type}"):
         encoders.weight_files(enc_type, "a.pth,b.pth")
@@ -111,4 +113,4 @@ def test_a_file_for_an_encoder_that_brings_its_own_is_refused():
 
 def test_an_encoder_can_be_named_once_only():
     with pytest.raises(ValueError, match="expected each encoder once"):
-        specs("digits-vit,digits-vit")
+        encoders.specs("digits-vit,digits-vit")

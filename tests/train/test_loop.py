@@ -1,19 +1,14 @@
 """train() in this process."""
 
-import dataclasses
 import json
 import os
 import signal
 
-import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("lance")
 
 from repa_fast.configs.model import build_model
-from repa_fast.data import dataset
-from repa_fast.data.images import encode_png
 from repa_fast.data.prepare import digits_metadata, prepare_digits
 from repa_fast.models import weights
 from repa_fast.train import checkpoint, loop

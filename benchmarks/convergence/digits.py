@@ -65,8 +65,8 @@ def report(rows: list[dict]) -> str:
         f"nearest training digit {first['nearest_neighbour_held_out']:.4f}; "
         f"classifier {100 * first['classifier_accuracy']:.1f} %",
         "",
-        "Mean over seeds (lowest to highest). The vanilla projector keeps its initial weights, so its",
-        "cosine is that of a random map; it does not measure what the hidden states hold.",
+        "Mean over seeds (lowest to highest). The vanilla projector keeps its initial weights, so",
+        "its cosine is that of a random map; it does not measure what the hidden states hold.",
         "",
         "| step | variant | " + " | ".join(MEASURES.values()) + " | nearest training digit |",
         "|---|---|" + "---|" * (len(MEASURES) + 1),

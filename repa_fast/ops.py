@@ -2,6 +2,7 @@
 
 from repa_fast.kernels.adaln import adaln
 from repa_fast.kernels.align_loss import align_loss
+from repa_fast.kernels.euler_maruyama_step import euler_maruyama_step
 from repa_fast.kernels.gate_residual_adaln import gate_residual, gate_residual_adaln
 
-__all__ = ["adaln", "align_loss", "gate_residual", "gate_residual_adaln"]
+__all__ = ["adaln", "align_loss", "euler_maruyama_step", "gate_residual", "gate_residual_adaln"]

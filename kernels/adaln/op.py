@@ -1,8 +1,11 @@
-"""Contract of adaln."""
+"""Contract of adaln, its implementations and its gradient."""
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from repa_fast.contracts import expect_floating, expect_shape, expect_tokens
+from repa_fast.dispatch import runs_triton
+from repa_fast.registration import define
 
 from .reference import adaln_reference
 
@@ -14,6 +17,7 @@ def adaln(
     *,
     eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
+    implementation: str | None = None,
 ) -> torch.Tensor:
     """LayerNorm(x) * (1 + scale) + shift (DiT, arXiv 2212.09748, section 3.2, adaLN).
 
@@ -24,15 +28,78 @@ def adaln(
         eps: added to the variance.
         out_dtype: dtype of the result; the dtype of `shift` if None, which is the compute dtype
             under autocast and under FSDP's mixed precision alike.
+        implementation: "auto", "triton" or "reference"; what the process asks for if None.
 
     Returns:
-        (B, N, D). Statistics and modulation are computed in fp32 (fp64 for fp64 inputs).
+        (B, N, D). Statistics and modulation are computed in fp32 (fp64 for fp64 inputs, by the
+        reference only).
 
     Raises:
-        ValueError: a shape or dtype that does not fit, with expected and got.
+        ValueError: a shape, dtype or device that does not fit, with expected and got; or an
+            implementation that cannot run, with the reason.
     """
     batch, _, width = expect_tokens("adaln", "x", x)
     for name, tensor in (("shift", shift), ("scale", scale)):
         expect_shape("adaln", name, tensor, (batch, width))
         expect_floating("adaln", name, tensor)
-    return adaln_reference(x, shift, scale, eps=eps, out_dtype=out_dtype or shift.dtype)
+    out_dtype = out_dtype or shift.dtype
+    if runs_triton("adaln", implementation, x, shift, scale):
+        return AdaLN.apply(x, shift, scale, eps, out_dtype)
+    return adaln_reference(x, shift, scale, eps=eps, out_dtype=out_dtype)
+
+
+class AdaLN(torch.autograd.Function):
+    """adaln by its kernels."""
+
+    @staticmethod
+    def forward(ctx, x, shift, scale, eps, out_dtype):
+        y, statistics = adaln_forward(x, shift, scale, eps, out_dtype)
+        ctx.save_for_backward(x, scale, statistics)
+        ctx.shift_dtype = shift.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, scale, statistics = ctx.saved_tensors
+        common = torch.promote_types(ctx.shift_dtype, scale.dtype)
+        dx, dvectors = adaln_backward(dy, x, scale, statistics, common)
+        dshift, dscale = dvectors.unbind(0)
+        return dx, dshift.to(ctx.shift_dtype), dscale.to(scale.dtype), None, None
+
+
+def _forward(x, shift, scale, eps, out_dtype):
+    from .triton_kernels import forward
+
+    return forward(x, shift, scale, eps, out_dtype)
+
+
+def _forward_fake(x, shift, scale, eps, out_dtype):
+    return x.new_empty(x.shape, dtype=out_dtype), x.new_empty(
+        (*x.shape[:2], 2), dtype=torch.float32
+    )
+
+
+def _backward(dy, x, scale, statistics, vector_dtype):
+    from .triton_kernels import backward
+
+    return backward(dy, x, scale, statistics, vector_dtype)
+
+
+def _backward_fake(dy, x, scale, statistics, vector_dtype):
+    batch, _, width = x.shape
+    return x.new_empty(x.shape), x.new_empty((2, batch, width), dtype=vector_dtype)
+
+
+adaln_forward = define(
+    "adaln_forward(Tensor x, Tensor shift, Tensor scale, float eps, ScalarType out_dtype)"
+    " -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+adaln_backward = define(
+    "adaln_backward(Tensor dy, Tensor x, Tensor scale, Tensor statistics, ScalarType vector_dtype)"
+    " -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)

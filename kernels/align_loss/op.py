@@ -1,14 +1,21 @@
-"""Contract of align_loss."""
+"""Contract of align_loss, its implementations and its gradient."""
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from repa_fast.contracts import expect_floating, expect_shape, expect_tokens
+from repa_fast.dispatch import runs_triton
+from repa_fast.registration import define
 
 from .reference import align_loss_reference
 
 
 def align_loss(
-    prediction: torch.Tensor, target: torch.Tensor, *, eps: float = 1e-12
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    eps: float = 1e-12,
+    implementation: str | None = None,
 ) -> torch.Tensor:
     """Mean over patches of the negative cosine similarity (REPA, arXiv 2410.06940, eq. 8).
 
@@ -16,14 +23,65 @@ def align_loss(
         prediction: (B, N, D), projected hidden states, any floating dtype.
         target: (B, N, D), the frozen encoder's patch tokens; receives no gradient.
         eps: lower bound of the norms, as in torch.nn.functional.normalize.
+        implementation: "auto", "triton" or "reference"; what the process asks for if None.
 
     Returns:
         (B), one loss per sample in [-1, 1], fp32 (fp64 for fp64 predictions).
 
     Raises:
-        ValueError: a shape or dtype that does not fit, with expected and got.
+        ValueError: a shape, dtype or device that does not fit, with expected and got; or an
+            implementation that cannot run, with the reason.
     """
     expect_tokens("align_loss", "prediction", prediction)
     expect_shape("align_loss", "target", target, prediction.shape)
     expect_floating("align_loss", "target", target)
+    if runs_triton("align_loss", implementation, prediction, target):
+        return AlignLoss.apply(prediction, target, eps)
     return align_loss_reference(prediction, target, eps=eps)
+
+
+class AlignLoss(torch.autograd.Function):
+    """align_loss by its kernels."""
+
+    @staticmethod
+    def forward(ctx, prediction, target, eps):
+        loss, patches = align_loss_forward(prediction, target, eps)
+        ctx.save_for_backward(prediction, target, patches)
+        ctx.eps = eps
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        return align_loss_backward(dloss, *ctx.saved_tensors, ctx.eps), None, None
+
+
+def _forward(prediction, target, eps):
+    from .triton_kernels import forward
+
+    return forward(prediction, target, eps)
+
+
+def _forward_fake(prediction, target, eps):
+    batch, tokens, _ = prediction.shape
+    losses = prediction.new_empty((batch,), dtype=torch.float32)
+    return losses, prediction.new_empty((batch, tokens, 3), dtype=torch.float32)
+
+
+def _backward(dloss, prediction, target, patches, eps):
+    from .triton_kernels import backward
+
+    return backward(dloss, prediction, target, patches, eps)
+
+
+align_loss_forward = define(
+    "align_loss_forward(Tensor prediction, Tensor target, float eps) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+align_loss_backward = define(
+    "align_loss_backward(Tensor dloss, Tensor prediction, Tensor target, Tensor patches,"
+    " float eps) -> Tensor",
+    _backward,
+    lambda dloss, prediction, target, patches, eps: prediction.new_empty(prediction.shape),
+)

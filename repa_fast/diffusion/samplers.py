@@ -6,16 +6,18 @@ samplers: a uniform grid for the ODE; for the SDE a uniform grid from 1 to 0.04 
 without noise from 0.04 to 0, with diffusion w_t = 2t on every path.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
 
+from repa_fast import ops
 from repa_fast.contracts import expect_choice, expect_shape
 from repa_fast.diffusion.path import Path, linear
 
 LAST_SDE_TIME = 0.04
 
-Velocity = Callable[[torch.Tensor, float, float], torch.Tensor]
+Velocities = Callable[[torch.Tensor, float, float], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 def ode_times(num_steps: int) -> torch.Tensor:
@@ -61,15 +63,19 @@ def euler(
     Raises:
         ValueError: labels out of range or of another batch size, or too few steps.
     """
-    velocity = _guided_velocity(model, latents, labels, cfg_scale, guidance_interval)
+    velocities = _velocities(model, latents, labels, cfg_scale, guidance_interval)
     times = ode_times(num_steps).tolist()
-    x = latents.to(torch.float64)
-    for step, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
-        v = velocity(x, t, t)
-        x_next = x + (t_next - t) * v
-        if heun and step < num_steps - 1:
-            x_next = x + (t_next - t) * 0.5 * (v + velocity(x_next, t_next, t))
-        x = x_next
+    advance = functools.partial(ops.euler_maruyama_step, path=path, cfg_scale=cfg_scale)
+    x, copy = latents.to(torch.float64), latents
+    for number, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        dt = t_next - t
+        v = velocities(copy, t, t)
+        if heun and number < num_steps - 1:
+            _, end = advance(x, *v, t, dt)
+            half, _ = advance(x, *v, t, dt / 2)
+            x, copy = advance(half, *velocities(end, t_next, t), t_next, dt / 2)
+        else:
+            x, copy = advance(x, *v, t, dt)
     return x
 
 
@@ -84,14 +90,16 @@ def euler_maruyama(
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     path: Path = linear,
     noise: torch.Tensor | None = None,
-    generator: torch.Generator | None = None,
+    seed: int = 0,
+    index: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Integrate the reverse SDE dx = (v - w_t s / 2) dt + sqrt(w_t) dW, w_t = 2t.
 
     Arguments as for `euler`, and:
         path: gives the score s from the velocity.
         noise: (num_steps - 1, B, C, h, w), the standard normal increments; drawn if None.
-        generator: for drawing them, on the device of `latents`.
+        seed: for drawing them, together with the step and the sample's number.
+        index: (B) int64, the samples' numbers; 0 to B - 1 if None.
 
     Returns:
         (B, C, h, w), fp64, after num_steps model evaluations (twice the batch under guidance).
@@ -99,24 +107,26 @@ def euler_maruyama(
     Raises:
         ValueError: as for `euler`, or noise of another shape.
     """
-    times = sde_times(num_steps)
+    times = sde_times(num_steps).tolist()
     if noise is not None:
         expect_shape("euler_maruyama", "noise", noise, (num_steps - 1, *latents.shape))
-    velocity = _guided_velocity(model, latents, labels, cfg_scale, guidance_interval)
-    x = latents.to(torch.float64)
-    for step in range(num_steps):
-        t, dt = times[step], times[step + 1] - times[step]
-        v = velocity(x, t.item(), t.item())
-        drift = v - t * path.score(v, x, t)  # w_t / 2 = t
-        x = x + drift * dt
-        if step < num_steps - 1:
-            if noise is None:
-                increment = torch.randn(
-                    x.shape, dtype=x.dtype, device=x.device, generator=generator
-                )
-            else:
-                increment = noise[step].to(x)
-            x = x + (2 * t * dt.abs()).sqrt() * increment
+    velocities = _velocities(model, latents, labels, cfg_scale, guidance_interval)
+    x, copy = latents.to(torch.float64), latents
+    for number, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        last = number == num_steps - 1
+        x, copy = ops.euler_maruyama_step(
+            x,
+            *velocities(copy, t, t),
+            t,
+            t_next - t,
+            path=path,
+            diffusion=2 * t,
+            cfg_scale=cfg_scale,
+            noise=None if last or noise is None else noise[number],
+            seed=None if last or noise is not None else seed,
+            step=number,
+            index=index,
+        )
     return x
 
 
@@ -126,24 +136,25 @@ def sample(
     labels: torch.Tensor,
     *,
     mode: str,
-    generator: torch.Generator | None = None,
+    seed: int = 0,
+    index: torch.Tensor | None = None,
     **options,
 ) -> torch.Tensor:
-    """`euler` for mode "ode", `euler_maruyama` for mode "sde"; `generator` serves the latter."""
+    """`euler` for mode "ode", `euler_maruyama` for "sde"; `seed` and `index` serve the latter."""
     expect_choice("mode", mode, ("ode", "sde"))
     if mode == "ode":
         return euler(model, latents, labels, **options)
-    return euler_maruyama(model, latents, labels, generator=generator, **options)
+    return euler_maruyama(model, latents, labels, seed=seed, index=index, **options)
 
 
-def _guided_velocity(
+def _velocities(
     model: torch.nn.Module,
     latents: torch.Tensor,
     labels: torch.Tensor,
     cfg_scale: float,
     guidance_interval: tuple[float, float],
-) -> Velocity:
-    """velocity(x, t, t_guidance) -> fp64; outside the interval only the conditional half runs."""
+) -> Velocities:
+    """velocities(x, t, t_guidance) -> conditional, and inside the interval unconditional ones."""
     expect_shape("sampler", "labels", labels, latents.shape[:1])
     num_classes = getattr(model, "num_classes", None)
     if num_classes is not None and labels.numel():
@@ -155,17 +166,17 @@ def _guided_velocity(
     low_t, high_t = guidance_interval
 
     def evaluate(x: torch.Tensor, t: float, y: torch.Tensor) -> torch.Tensor:
-        x = x.to(latents.dtype)
-        return model(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device), y)[0].double()
+        return model(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device), y)[0]
 
-    def velocity(x: torch.Tensor, t: float, t_guidance: float) -> torch.Tensor:
+    def velocities(
+        x: torch.Tensor, t: float, t_guidance: float
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if cfg_scale == 1.0 or not low_t <= t_guidance <= high_t:
-            return evaluate(x, t, labels)
+            return evaluate(x, t, labels), None
         y = torch.cat([labels, torch.full_like(labels, num_classes)])
-        conditional, null = evaluate(torch.cat([x, x]), t, y).chunk(2)
-        return null + cfg_scale * (conditional - null)
+        return evaluate(torch.cat([x, x]), t, y).chunk(2)
 
-    return velocity
+    return velocities
 
 
 def _expect_steps(num_steps: int, at_least: int) -> None:

@@ -90,7 +90,7 @@ def generate(
         num_steps=config.num_steps,
         cfg_scale=config.cfg_scale,
         path=get(config.path_type),
-        generator=generator,
+        seed=seed,
     )
     return latents.to_pixels(samples, metadata).numpy(), labels.numpy()
 

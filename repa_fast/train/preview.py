@@ -62,7 +62,7 @@ def sample_grid(state: TrainState) -> np.ndarray:
             num_steps=config.num_steps,
             cfg_scale=config.cfg_scale,
             path=state.path,
-            generator=generator,
+            seed=config.seed,
         )
     return arrange(latents.to_pixels(samples, state.metadata, state.vae), columns)
 

@@ -284,16 +284,22 @@ def test_latents_are_left_as_they_are_and_nothing_is_recorded_for_autograd(sampl
     assert torch.equal(x, latents()) and not result.requires_grad
 
 
-def test_a_generator_makes_the_noise_repeatable_and_leaves_the_global_one_alone():
+def test_a_seed_makes_the_noise_repeatable_and_leaves_the_global_one_alone():
     state = torch.get_rng_state()
     results = [
-        euler_maruyama(
-            Model(), latents(), LABELS, num_steps=5, generator=torch.Generator().manual_seed(seed)
-        )
-        for seed in (0, 0, 1)
+        euler_maruyama(Model(), latents(), LABELS, num_steps=5, seed=seed) for seed in (0, 0, 1)
     ]
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_sample_does_not_depend_on_the_batch_it_is_drawn_in():
+    index = torch.tensor([7, 2**40, 3])
+    whole = euler_maruyama(Model(), latents(), LABELS, num_steps=5, index=index)
+    alone = euler_maruyama(Model(), latents()[1:2], LABELS[1:2], num_steps=5, index=index[1:2])
+    torch.testing.assert_close(alone, whole[1:2], **EXACT)
+    other = euler_maruyama(Model(), latents(), LABELS, num_steps=5)
+    assert not torch.equal(other[1], whole[1])
 
 
 def test_drawn_noise_is_standard_normal_and_new_at_every_step():
@@ -304,8 +310,7 @@ def test_drawn_noise_is_standard_normal_and_new_at_every_step():
         seen.append((x, t[0].item()))
         return torch.zeros_like(x), []
 
-    generator = torch.Generator().manual_seed(0)
-    euler_maruyama(model, x, torch.zeros(64).long(), num_steps=4, generator=generator)
+    euler_maruyama(model, x, torch.zeros(64).long(), num_steps=4, seed=3)
     noises = []
     for (x, t), (x_next, t_next) in zip(seen[:-1], seen[1:]):
         drift = -t * released_score(torch.zeros_like(x), x, t, paths.linear)
@@ -323,7 +328,7 @@ def test_sample_chooses_the_sampler_by_mode():
     ode = sample(Model(), latents(), LABELS, mode="ode", heun=True, **options)
     assert torch.equal(ode, euler(Model(), latents(), LABELS, heun=True, **options))
     sde, direct = (
-        sampler(Model(), latents(), LABELS, generator=torch.Generator().manual_seed(3), **options)
+        sampler(Model(), latents(), LABELS, seed=3, **options)
         for sampler in (lambda *a, **k: sample(*a, mode="sde", **k), euler_maruyama)
     )
     assert torch.equal(sde, direct)

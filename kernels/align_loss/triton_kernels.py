@@ -1,0 +1,119 @@
+"""Triton kernels of align_loss: one program takes consecutive patches, a row of D at a time."""
+
+import torch
+import triton
+import triton.language as tl
+
+from repa_fast.launch import Launch
+
+from ..adaln.triton_kernels import FORWARD, block_of, load_row, rows_of, store_row
+
+
+@triton.jit
+def align_loss_forward_kernel(
+    prediction,  # (R, D)
+    target,  # (R, D)
+    patches,  # (R, 3) fp32: cosine, 1 / |prediction|, 1 / |target|
+    rows,
+    eps: tl.float32,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    cols = tl.arange(0, BLOCK)
+    mask = cols < D
+    for row in tl.range(first, tl.minimum(first + ROWS, rows), num_stages=STAGES):
+        p = load_row(prediction, row, cols, mask, D)
+        q = load_row(target, row, cols, mask, D)
+        p_inverse = 1 / tl.maximum(tl.sqrt(tl.sum(p * p, axis=0)), eps)
+        q_inverse = 1 / tl.maximum(tl.sqrt(tl.sum(q * q, axis=0)), eps)
+        cosine = tl.sum((p * p_inverse) * (q * q_inverse), axis=0)
+        tl.store(patches + 3 * row, cosine)
+        tl.store(patches + 3 * row + 1, p_inverse)
+        tl.store(patches + 3 * row + 2, q_inverse)
+
+
+@triton.jit
+def align_loss_backward_kernel(
+    dloss,  # (B) fp32
+    prediction,  # (R, D), R = B * tokens
+    target,  # (R, D)
+    patches,  # (R, 3) fp32
+    dprediction,  # (R, D)
+    rows,
+    tokens,
+    eps: tl.float32,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    cols = tl.arange(0, BLOCK)
+    mask = cols < D
+    for row in tl.range(first, tl.minimum(first + ROWS, rows), num_stages=STAGES):
+        cosine = tl.load(patches + 3 * row)
+        p_inverse = tl.load(patches + 3 * row + 1)
+        q_inverse = tl.load(patches + 3 * row + 2)
+        # Where the norm was clamped to eps it is a constant, and the direction term vanishes.
+        cosine = tl.where(p_inverse * eps < 1, cosine, 0.0)
+        factor = tl.load(dloss + row // tokens) / tokens * p_inverse
+        p = load_row(prediction, row, cols, mask, D) * p_inverse
+        q = load_row(target, row, cols, mask, D) * q_inverse
+        store_row(dprediction, row, factor * (cosine * p - q), cols, mask, D)
+
+
+def align_loss_forward_launch(prediction, target, patches, eps, tile=FORWARD) -> Launch:
+    tensors = {"prediction": prediction, "target": target, "patches": patches}
+    return _launch(align_loss_forward_kernel, tile, tensors, {"eps": eps})
+
+
+def align_loss_backward_launch(
+    dloss, prediction, target, patches, dprediction, eps, tile=FORWARD
+) -> Launch:
+    tensors = {
+        "dloss": dloss, "prediction": prediction, "target": target, "patches": patches,
+        "dprediction": dprediction,
+    }  # fmt: skip
+    scalars = {"tokens": prediction.shape[1], "eps": eps}
+    return _launch(align_loss_backward_kernel, tile, tensors, scalars)
+
+
+def _launch(kernel, tile, tensors: dict, scalars: dict) -> Launch:
+    batch, tokens, width = tensors["prediction"].shape
+    rows = batch * tokens
+    block = block_of(width)
+    return Launch(
+        kernel,
+        grid=triton.cdiv(rows, tile.rows),
+        arguments={**tensors, "rows": rows, **scalars},
+        constants={"D": width, "BLOCK": block, "ROWS": tile.rows, "STAGES": tile.stages},
+        warps=tile.warps_for(block),
+    )
+
+
+def forward(
+    prediction: torch.Tensor, target: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss per sample (B), and cosine and inverse norms of each patch, (B, N, 3); fp32."""
+    patches = torch.empty(*prediction.shape[:2], 3, dtype=torch.float32, device=prediction.device)
+    align_loss_forward_launch(rows_of(prediction), rows_of(target), patches, eps).run()
+    return -patches[..., 0].mean(-1), patches
+
+
+def backward(
+    dloss: torch.Tensor,
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    patches: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """dprediction (B, N, D) in the dtype of prediction."""
+    prediction = rows_of(prediction)
+    dprediction = torch.empty_like(prediction)
+    align_loss_backward_launch(
+        dloss.contiguous(), prediction, rows_of(target), patches, dprediction, eps
+    ).run()
+    return dprediction

@@ -1,0 +1,26 @@
+"""Kernels as torch operators, so that torch.compile, FSDP and checkpointing see through them."""
+
+from collections.abc import Callable
+
+import torch
+
+_library = torch.library.Library("repa_fast", "FRAGMENT")
+
+
+def define(schema: str, run: Callable, fake: Callable) -> torch._ops.OpOverload:
+    """Register torch.ops.repa_fast.<name>, without autograd, unless it is already there.
+
+    An op's module can exist twice, as repa_fast.kernels.<op> and, imported from the root of a
+    checkout, as kernels.<op>; the operator is the same.
+
+    Args:
+        schema: "name(Tensor x, ...) -> Tensor", outputs new tensors.
+        run: called with real tensors of any device.
+        fake: called with fake ones; returns empty outputs of the right shape, dtype, strides.
+    """
+    name = schema.partition("(")[0]
+    if not hasattr(torch.ops.repa_fast, name):
+        _library.define(schema)
+        _library.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"repa_fast::{name}", fake, lib=_library)
+    return getattr(torch.ops.repa_fast, name).default

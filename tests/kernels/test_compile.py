@@ -1,0 +1,123 @@
+"""Every kernel compiled for GPUs that are not here: registers, spills, accesses."""
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from benchmarks.kernels.resources import (  # noqa: E402
+    CAPABILITIES,
+    DTYPES,
+    WIDTHS,
+    launches,
+    resources,
+    sampler_launches,
+    table,
+)
+
+F32, BF16 = torch.float32, torch.bfloat16
+NAMES = tuple(name for name, _ in launches(8, F32, F32))
+SAMPLERS = tuple(name for name, _ in sampler_launches(F32, F32))
+
+# Blocks per SM at 1,152 columns and any dtype on sm_90, by Triton's major and minor version.
+BLOCKS = {
+    "3.6": {
+        "adaln forward": 7,
+        "adaln backward": 2,
+        "gate_residual forward": 6,
+        "gate_residual backward": 4,
+        "gate_residual_adaln forward": 4,
+        "gate_residual_adaln backward": 2,
+        "sum of chunks": 16,
+        "align_loss forward": 6,
+        "align_loss backward": 6,
+    },
+    "3.9": {
+        "adaln forward": 6,
+        "adaln backward": 3,
+        "gate_residual forward": 6,
+        "gate_residual backward": 4,
+        "gate_residual_adaln forward": 4,
+        "gate_residual_adaln backward": 2,
+        "sum of chunks": 16,
+        "align_loss forward": 6,
+        "align_loss backward": 6,
+    },
+}
+# cos of libdevice, which Triton 3.6 calls, has a table for huge arguments in local memory.
+COSINE_TABLE = 32
+
+
+def name_of(value):
+    return str(value).removeprefix("torch.")
+
+
+def cases(capability, widths, dtypes):
+    return [
+        pytest.param(
+            name, capability, width, *pair, id=f"{name}-sm{capability}-{width}-{name_of(pair)}"
+        )
+        for name in NAMES
+        for width in widths
+        for pair in dtypes
+    ]
+
+
+def check(name, capability, width, stream, dtype):
+    launch = dict(launches(width, stream, dtype))[name]
+    used = resources(launch, capability)
+    assert used.spilled == 0
+    rows = [t for t in launch.arguments.values() if getattr(t, "shape", ())[1:] == (256, width)]
+    if rows:
+        assert used.wide >= len(rows) and (used.asynchronous or "sum" in name)
+        assert used.narrow <= 12  # numbers per row, not columns
+    return used
+
+
+@pytest.mark.parametrize("name, capability, width, stream, dtype", cases(90, WIDTHS, DTYPES))
+def test_hopper(name, capability, width, stream, dtype):
+    used = check(name, capability, width, stream, dtype)
+    version = ".".join(triton.__version__.split(".")[:2])
+    if version in BLOCKS:
+        assert used.blocks >= BLOCKS[version][name]
+
+
+@pytest.mark.parametrize(
+    "name, capability, width, stream, dtype",
+    [*cases(80, [1152], DTYPES[1:3]), *cases(100, [1152], DTYPES[1:3])],
+)
+def test_ampere_and_blackwell(name, capability, width, stream, dtype):
+    check(name, capability, width, stream, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, capability, width, stream, dtype",
+    [*cases(80, WIDTHS, DTYPES), *cases(100, WIDTHS, DTYPES)],
+)
+def test_ampere_and_blackwell_at_every_width(name, capability, width, stream, dtype):
+    check(name, capability, width, stream, dtype)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("state", (torch.float32, torch.float64), ids=name_of)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_sampler(name, state, capability):
+    used = resources(dict(sampler_launches(state, BF16))[name], capability)
+    assert used.spilled <= (COSINE_TABLE if "drawn" in name else 0)
+    assert used.blocks >= 7 and used.wide >= 7
+
+
+def test_a_width_that_is_no_multiple_of_16_is_seen_as_narrow():
+    launch = dict(launches(1151, F32, BF16))["adaln forward"]
+    used = resources(launch, 90)
+    assert used.asynchronous == 0 and used.wide == 0
+
+
+def test_the_table_of_the_documentation_is_this_one():
+    from benchmarks.kernels.resources import BEGIN, END, PAGE
+
+    written = PAGE.read_text().split(BEGIN)[1].split(END)[0].strip()
+    if triton.__version__ not in written:
+        pytest.skip(f"the table is of another version than Triton {triton.__version__}")
+    assert written == table()

@@ -66,6 +66,20 @@ def runs_triton(
     return _runs_triton(op, implementation, tensors[0].device.type, *foreign[:1])
 
 
+def describe(device: str) -> str:
+    """What a call that names no implementation runs on this kind of device, and why.
+
+    Raises:
+        ValueError: kernels asked for that cannot run, with the reason.
+    """
+    implementation = asked()
+    if implementation == "auto":
+        reason = why_not_triton(device)
+        return f"reference, since {reason}" if reason else "Triton"
+    _runs_triton("kernels", implementation, device)
+    return f"{implementation}, asked for"
+
+
 @torch.compiler.assume_constant_result
 def _runs_triton(op: str, implementation: str | None, device: str, foreign: str = "") -> bool:
     if implementation is None:

@@ -72,7 +72,7 @@ class TrainConfig:
     projector_dim: int = 2048
     """Hidden width of the projectors."""
     fused_attn: bool = True
-    """scaled_dot_product_attention; otherwise the explicit softmax."""
+    """The backend of ATTENTION; otherwise the explicit softmax."""
     qk_norm: bool = False
     """LayerNorm on queries and keys."""
 
@@ -97,6 +97,10 @@ class TrainConfig:
     """TF32 matrix products for fp32 tensors on CUDA."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     """auto is bf16 on CUDA and fp32 (no) on CPU."""
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    """Triton kernels or plain torch; auto asks REPA_FAST_KERNELS, then takes Triton on CUDA."""
+    attention: str = "auto"
+    """Attention backend; auto times those whose gradients are right, and takes the fastest."""
     compile: bool = False
     """torch.compile each block (fullgraph)."""
 

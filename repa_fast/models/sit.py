@@ -129,11 +129,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, K) each
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        if self.fused_attn:
-            out = F.scaled_dot_product_attention(q, k, v)
-        else:
-            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-            out = scores.softmax(dim=-1).to(v.dtype) @ v
+        out = ops.attention(q, k, v, backend=None if self.fused_attn else "reference")
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
 
 
@@ -228,7 +224,7 @@ class SiT(nn.Module):
         z_dims: feature width of each encoder; empty for a model without projectors.
         projector_dim: hidden width of the projectors.
         qk_norm: LayerNorm on queries and keys.
-        fused_attn: scaled_dot_product_attention instead of the explicit softmax.
+        fused_attn: the process's attention backend instead of the explicit softmax.
         path_type, use_cfg, decoder_hidden_size: accepted for compatibility, without effect.
 
     Raises:

@@ -193,6 +193,8 @@ def open_reporter(run: Path, state: TrainState, total: int) -> Reporter:
         f"{config.images_per_step} images per step in micro-batches of {state.micro_batch}, "
         f"from step {state.step} to {total}"
     )
+    for note in state.notes:
+        reporter.line(note)
     return reporter
 
 

@@ -18,6 +18,7 @@ from repa_fast.data.vae import VAE
 from repa_fast.diffusion.path import Path, get
 from repa_fast.models.sit import SiT
 from repa_fast.train.distributed import World
+from repa_fast.train.kernels import choose_kernels
 from repa_fast.train.metrics import Accumulator
 from repa_fast.train.optim import build_optimizer
 
@@ -34,6 +35,7 @@ class TrainState:
         encoders: frozen modules by name, in the order of the model's projectors.
         scaler: active for fp16 only.
         vae: for sample grids, not loaded yet; None where the latents are pixels.
+        notes: lines about how the run computes, for the log.
         micro_batch: images per forward pass of this process; 0 until it is chosen.
         step: optimizer steps done.
     """
@@ -51,6 +53,7 @@ class TrainState:
     metrics: Accumulator
     autocast_dtype: torch.dtype | None
     vae: VAE | None
+    notes: list[str]
     micro_batch: int
     step: int = field(default=0)
 
@@ -83,6 +86,7 @@ def build_state(config: TrainConfig, metadata: Metadata, world: World) -> TrainS
     if precision == "auto":
         precision = "bf16" if world.device.type == "cuda" else "no"
     model = build_model(config, metadata).to(world.device)
+    notes = choose_kernels(config, model, AUTOCAST[precision] or torch.float32, world)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     frozen = load_encoders(config, world)
     if config.compile:
@@ -110,6 +114,7 @@ def build_state(config: TrainConfig, metadata: Metadata, world: World) -> TrainS
         autocast_dtype=AUTOCAST[precision],
         vae=None if can_decode(metadata) else VAE(config.vae_path or metadata.vae),
         micro_batch=0,
+        notes=notes,
     )
 
 

@@ -1,0 +1,16 @@
+"""Softmax attention of every token with every token, by one of several backends."""
+
+from .backends import BACKENDS, Backend
+from .op import attention, current_backend, set_backend
+from .selection import Row, Selection, select
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Row",
+    "Selection",
+    "attention",
+    "current_backend",
+    "select",
+    "set_backend",
+]

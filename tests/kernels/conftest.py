@@ -35,10 +35,15 @@ def why_no_interpreter():
 
 
 @pytest.fixture(scope="session")
-def interpreter():
-    """A process under TRITON_INTERPRET=1; `interpreter(function, *arguments)` runs there."""
+def can_interpret():
+    """Skips where Triton's interpreter cannot run."""
     if reason := why_no_interpreter():
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def interpreter(can_interpret):
+    """A process under TRITON_INTERPRET=1; `interpreter(function, *arguments)` runs there."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
         # In the environment from the start: importing Triton decides how its functions run.

@@ -59,11 +59,13 @@ def runs_triton(
         ValueError: unknown implementation, or kernels asked for that cannot run, with the reason;
             tensors on several devices.
     """
-    devices = {str(tensor.device) for tensor in tensors}
-    if len(devices) > 1:
-        raise ValueError(f"{op}: tensors on {', '.join(sorted(devices))}, expected one device")
-    foreign = [str(tensor.dtype) for tensor in tensors if tensor.dtype not in dtypes]
-    return _runs_triton(op, implementation, tensors[0].device.type, *foreign[:1])
+    device, foreign = tensors[0].device, ""
+    for tensor in tensors:
+        if tensor.device != device:
+            raise ValueError(f"{op}: tensors on {device} and {tensor.device}, expected one device")
+        if tensor.dtype not in dtypes:
+            foreign = str(tensor.dtype)
+    return _runs_triton(op, implementation, device.type, foreign)
 
 
 def describe(device: str) -> str:
@@ -76,12 +78,12 @@ def describe(device: str) -> str:
     if implementation == "auto":
         reason = why_not_triton(device)
         return f"reference, since {reason}" if reason else "Triton"
-    _runs_triton("kernels", implementation, device)
+    _runs_triton("kernels", implementation, device, "")
     return f"{implementation}, asked for"
 
 
 @torch.compiler.assume_constant_result
-def _runs_triton(op: str, implementation: str | None, device: str, foreign: str = "") -> bool:
+def _runs_triton(op: str, implementation: str | None, device: str, foreign: str) -> bool:
     if implementation is None:
         implementation = asked()
     expect_choice(f"{op}: implementation", implementation, IMPLEMENTATIONS)

@@ -1,5 +1,6 @@
 """Kernels as torch operators, so that torch.compile, FSDP and checkpointing see through them."""
 
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -7,7 +8,7 @@ import torch
 _library = torch.library.Library("repa_fast", "FRAGMENT")
 
 
-def define(schema: str, run: Callable, fake: Callable) -> torch._ops.OpOverload:
+def define(schema: str, package: str, run: str, fake: Callable) -> torch._ops.OpOverload:
     """Register torch.ops.repa_fast.<name>, without autograd, unless it is already there.
 
     An op's module can exist twice, as repa_fast.kernels.<op> and, imported from the root of a
@@ -15,12 +16,25 @@ def define(schema: str, run: Callable, fake: Callable) -> torch._ops.OpOverload:
 
     Args:
         schema: "name(Tensor x, ...) -> Tensor", outputs new tensors.
-        run: called with real tensors of any device.
+        package, run: the op's package and the name of a function in its triton_kernels, which is
+            imported at the first call; called with real tensors of any device.
         fake: called with fake ones; returns empty outputs of the right shape, dtype, strides.
     """
     name = schema.partition("(")[0]
     if not hasattr(torch.ops.repa_fast, name):
         _library.define(schema)
-        _library.impl(name, run, "CompositeExplicitAutograd")
+        _library.impl(name, _imported_late(package, run), "CompositeExplicitAutograd")
         torch.library.register_fake(f"repa_fast::{name}", fake, lib=_library)
     return getattr(torch.ops.repa_fast, name).default
+
+
+def _imported_late(package: str, name: str) -> Callable:
+    function = None
+
+    def run(*args):
+        nonlocal function
+        if function is None:
+            function = getattr(importlib.import_module(".triton_kernels", package), name)
+        return function(*args)
+
+    return run

@@ -68,22 +68,10 @@ class AdaLN(torch.autograd.Function):
         return dx, dshift.to(ctx.shift_dtype), dscale.to(scale.dtype), None, None
 
 
-def _forward(x, shift, scale, eps, out_dtype):
-    from .triton_kernels import forward
-
-    return forward(x, shift, scale, eps, out_dtype)
-
-
 def _forward_fake(x, shift, scale, eps, out_dtype):
     return x.new_empty(x.shape, dtype=out_dtype), x.new_empty(
         (*x.shape[:2], 2), dtype=torch.float32
     )
-
-
-def _backward(dy, x, scale, statistics, vector_dtype):
-    from .triton_kernels import backward
-
-    return backward(dy, x, scale, statistics, vector_dtype)
 
 
 def _backward_fake(dy, x, scale, statistics, vector_dtype):
@@ -94,12 +82,14 @@ def _backward_fake(dy, x, scale, statistics, vector_dtype):
 adaln_forward = define(
     "adaln_forward(Tensor x, Tensor shift, Tensor scale, float eps, ScalarType out_dtype)"
     " -> (Tensor, Tensor)",
-    _forward,
+    __package__,
+    "forward",
     _forward_fake,
 )
 adaln_backward = define(
     "adaln_backward(Tensor dy, Tensor x, Tensor scale, Tensor statistics, ScalarType vector_dtype)"
     " -> (Tensor, Tensor)",
-    _backward,
+    __package__,
+    "backward",
     _backward_fake,
 )

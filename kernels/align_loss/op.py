@@ -56,32 +56,22 @@ class AlignLoss(torch.autograd.Function):
         return align_loss_backward(dloss, *ctx.saved_tensors, ctx.eps), None, None
 
 
-def _forward(prediction, target, eps):
-    from .triton_kernels import forward
-
-    return forward(prediction, target, eps)
-
-
 def _forward_fake(prediction, target, eps):
     batch, tokens, _ = prediction.shape
     losses = prediction.new_empty((batch,), dtype=torch.float32)
     return losses, prediction.new_empty((batch, tokens, 3), dtype=torch.float32)
 
 
-def _backward(dloss, prediction, target, patches, eps):
-    from .triton_kernels import backward
-
-    return backward(dloss, prediction, target, patches, eps)
-
-
 align_loss_forward = define(
     "align_loss_forward(Tensor prediction, Tensor target, float eps) -> (Tensor, Tensor)",
-    _forward,
+    __package__,
+    "forward",
     _forward_fake,
 )
 align_loss_backward = define(
     "align_loss_backward(Tensor dloss, Tensor prediction, Tensor target, Tensor patches,"
     " float eps) -> Tensor",
-    _backward,
+    __package__,
+    "backward",
     lambda dloss, prediction, target, patches, eps: prediction.new_empty(prediction.shape),
 )

@@ -131,12 +131,6 @@ def _factors(coefficients: tuple[float, ...], diffusion: float, dt: float) -> li
     ]
 
 
-def _step(x, v_cond, v_uncond, noise, index, factors, cfg_scale, seed, step, copy_dtype):
-    from .triton_kernels import step_
-
-    return step_(x, v_cond, v_uncond, noise, index, factors, cfg_scale, seed, step, copy_dtype)
-
-
 def _step_fake(x, v_cond, v_uncond, noise, index, factors, cfg_scale, seed, step, copy_dtype):
     shape = x.shape if copy_dtype != x.dtype else (0,)
     return x.new_empty(x.shape), x.new_empty(shape, dtype=copy_dtype)
@@ -146,6 +140,7 @@ euler_maruyama_step_kernel = define(
     "euler_maruyama_step(Tensor x, Tensor v_cond, Tensor? v_uncond, Tensor? noise, Tensor? index,"
     " float[] factors, float cfg_scale, int seed, int step, ScalarType copy_dtype)"
     " -> (Tensor, Tensor)",
-    _step,
+    __package__,
+    "step_",
     _step_fake,
 )

@@ -128,32 +128,6 @@ class GateResidualAdaLN(torch.autograd.Function):
         return dx, dbranch, *dvectors, None, None
 
 
-def _gate_residual_forward(x, branch, gate):
-    from .triton_kernels import gate_residual_forward
-
-    return gate_residual_forward(x, branch, gate)
-
-
-def _gate_residual_backward(dout, branch, gate):
-    from .triton_kernels import gate_residual_backward
-
-    return gate_residual_backward(dout, branch, gate)
-
-
-def _gate_residual_adaln_forward(x, branch, gate, shift, scale, eps, out_dtype):
-    from .triton_kernels import gate_residual_adaln_forward
-
-    return gate_residual_adaln_forward(x, branch, gate, shift, scale, eps, out_dtype)
-
-
-def _gate_residual_adaln_backward(dy, dout, out, branch, gate, scale, statistics, vector_dtype):
-    from .triton_kernels import gate_residual_adaln_backward
-
-    return gate_residual_adaln_backward(
-        dy, dout, out, branch, gate, scale, statistics, vector_dtype
-    )
-
-
 def _adaln_forward_fake(x, branch, gate, shift, scale, eps, out_dtype):
     statistics = x.new_empty((*x.shape[:2], 2), dtype=torch.float32)
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=out_dtype), statistics
@@ -167,23 +141,27 @@ def _adaln_backward_fake(dy, dout, out, branch, gate, scale, statistics, vector_
 
 gate_residual_forward = define(
     "gate_residual_forward(Tensor x, Tensor branch, Tensor gate) -> Tensor",
-    _gate_residual_forward,
+    __package__,
+    "gate_residual_forward",
     lambda x, branch, gate: x.new_empty(x.shape),
 )
 gate_residual_backward = define(
     "gate_residual_backward(Tensor dout, Tensor branch, Tensor gate) -> (Tensor, Tensor)",
-    _gate_residual_backward,
+    __package__,
+    "gate_residual_backward",
     lambda dout, branch, gate: (branch.new_empty(branch.shape), gate.new_empty(gate.shape)),
 )
 gate_residual_adaln_forward = define(
     "gate_residual_adaln_forward(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale,"
     " float eps, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)",
-    _gate_residual_adaln_forward,
+    __package__,
+    "gate_residual_adaln_forward",
     _adaln_forward_fake,
 )
 gate_residual_adaln_backward = define(
     "gate_residual_adaln_backward(Tensor dy, Tensor? dout, Tensor out, Tensor branch, Tensor gate,"
     " Tensor scale, Tensor statistics, ScalarType vector_dtype) -> (Tensor, Tensor, Tensor)",
-    _gate_residual_adaln_backward,
+    __package__,
+    "gate_residual_adaln_backward",
     _adaln_backward_fake,
 )

@@ -4,25 +4,51 @@ A stage that cannot run says so in one line and succeeds.
 """
 
 import argparse
-import datetime
 import importlib.util
 import subprocess
 import sys
+import time
 
 import torch
 
-from benchmarks.environment import RESULTS, ROOT, device
+from benchmarks.environment import ROOT
+from benchmarks.kernels.ops import CASES
 
 STAGES = ("kernels", "optim", "step", "sample", "data")
+KERNELS_MEASURE, KERNELS_END = 390, 455
+"""Seconds after which gpu-kernels measures no further op, and after which it has ended."""
 
 
 def kernels() -> int:
-    """pytest-benchmark comparisons of every op, as a JSON file under benchmarks/results/."""
-    folder = device().lower().replace(" ", "-")
-    out = RESULTS / folder / f"{datetime.date.today().isoformat()}_kernels"
-    out.mkdir(parents=True, exist_ok=True)
-    arguments = ["benchmarks/kernels", "--benchmark-only", f"--benchmark-json={out / 'rows.json'}"]
-    return subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT).returncode
+    """Every op's gate and figures, then a sweep of launch parameters in the time that is left.
+
+    One process per op, so that a kernel that breaks the device spoils no other op; an op may take
+    twice its share of the time that is left, what it leaves is the next ones'.
+    """
+    started = time.monotonic()
+    status = 0
+    for number, op in enumerate(CASES):
+        left = KERNELS_MEASURE - (time.monotonic() - started)
+        limit = max(15.0, min(left, 2 * left / (len(CASES) - number)))
+        print(f"gpu-kernels: {op}, at most {limit:.0f} s", flush=True)
+        status |= limited(["benchmarks.run", "--op", op, "--limit", f"{limit:.0f}"], limit + 40)
+    left = KERNELS_END - (time.monotonic() - started)
+    if left < 30:
+        print("gpu-kernels: no time is left to sweep launch parameters", flush=True)
+        return status
+    print(f"gpu-kernels: launch parameters, at most {left:.0f} s", flush=True)
+    arguments = ["benchmarks.kernels.tune", "--limit", f"{left - 20:.0f}"]
+    return status | limited(arguments, left)
+
+
+def limited(arguments: list[str], seconds: float) -> int:
+    """Exit status of `python -m` with these arguments, 1 if it had to be stopped."""
+    try:
+        command = [sys.executable, "-m", *arguments]
+        return subprocess.run(command, cwd=ROOT, timeout=seconds).returncode
+    except subprocess.TimeoutExpired:
+        print(f"gpu-kernels: {' '.join(arguments)}: stopped after {seconds:.0f} s", flush=True)
+        return 1
 
 
 def step() -> int:
@@ -47,7 +73,7 @@ def why_not(stage: str) -> str | None:
     return None
 
 
-WORK = {"kernels": (kernels, "pytest_benchmark"), "step": (step, "timm")}
+WORK = {"kernels": (kernels, "triton"), "step": (step, "timm")}
 """Stage -> what runs it, and the package it needs."""
 
 

@@ -1,73 +1,72 @@
-"""Every op, eager and under torch.compile, forward and forward with backward.
+"""Every op by every provider, in pytest-benchmark's tables: `make bench`.
 
-On a GPU at SiT-XL/2's shapes and in bf16 with an fp32 residual stream; on a CPU at a small shape in
-fp32, to see that it runs. `make bench`, or `pytest benchmarks/kernels --benchmark-only`.
+On a GPU at SiT-XL/2's shapes, on a CPU at a small shape. pytest-benchmark's own figures are wall
+clock with a synchronisation per call; `extra_info` holds those of benchmarks.timing, which
+`python -m benchmarks.run` writes as rows. A provider that is wrong fails and has no figure.
 """
-
-from collections.abc import Callable
 
 import pytest
 import torch
 
-from benchmarks.environment import stamp
-from repa_fast import ops
+from benchmarks import timing
+from benchmarks.kernels.measure import Bench, prepare
+from benchmarks.kernels.ops import CASES, Problem, problems
+from benchmarks.kernels.providers import Provider, providers
 
 CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
-DTYPE = torch.bfloat16 if CUDA else torch.float32
-SHAPES = [(32, 256, 1152), (256, 256, 1152)] if CUDA else [(4, 64, 384)]
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+CALLS = {
+    f"{problem.name} {name}".replace(" ", "-"): (problem, provider)
+    for op in CASES
+    for problem in problems(op, DEVICE)
+    for name, provider in providers(op).items()
+}
+COMBINATIONS = [
+    pytest.param(problem, provider, mode, id=f"{name}-{mode}")
+    for name, (problem, provider) in CALLS.items()
+    for mode in problem.case.modes
+]
 
 
-def tokens(shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(shape, device=DEVICE, dtype=dtype, requires_grad=True)
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return Bench(DEVICE, timing.QUICK if CUDA else timing.ON_CPU)
 
 
-def vectors(shape: tuple[int, int, int], count: int) -> list[torch.Tensor]:
-    """`count` strided (B, D) chunks of one tensor, as a block's modulation gives them."""
-    batch, _, width = shape
-    modulation = torch.randn(batch, 6 * width, device=DEVICE, dtype=DTYPE, requires_grad=True)
-    return list(modulation.chunk(6, dim=-1)[:count])
+@pytest.fixture(scope="module")
+def checked(bench):
+    """checked(problem, provider) -> its function; skips or fails where there is none.
+
+    The one of the call before is kept, since modes follow one another.
+    """
+    latest = {}
+
+    def get(problem: Problem, provider: Provider):
+        reason = provider.why_not(DEVICE.type)
+        if reason:
+            pytest.skip(reason)
+        if (problem.name, provider.name) not in latest:
+            latest.clear()
+            latest[problem.name, provider.name] = bench.checked(problem, provider)
+        call, wrong = latest[problem.name, provider.name]
+        if wrong:
+            pytest.fail(wrong)
+        return call
+
+    return get
 
 
-def inputs(name: str, shape: tuple[int, int, int]) -> list[torch.Tensor]:
-    residual, branch = tokens(shape, torch.float32), tokens(shape, DTYPE)
-    return {
-        "adaln": lambda: [residual, *vectors(shape, 2)],
-        "gate_residual": lambda: [residual, branch, *vectors(shape, 1)],
-        "gate_residual_adaln": lambda: [residual, branch, *vectors(shape, 3)],
-        "align_loss": lambda: [branch, tokens(shape, DTYPE).detach()],
-    }[name]()
+@pytest.mark.parametrize("problem, provider, mode", COMBINATIONS)
+def bench_op(benchmark, bench, checked, problem, provider, mode):
+    call = checked(problem, provider)
+    benchmark.group = f"{problem.name} {mode}"
+    benchmark.extra_info.update(bench.stamp, provider=provider.name, note=provider.note)
+    benchmark.extra_info.update(bench.figures(problem, call, mode))
+    variant = prepare(problem, call, mode, 0, DEVICE)
 
+    def synchronised():
+        variant()
+        if CUDA:
+            torch.cuda.synchronize()
 
-def forward(op: Callable, arguments: list[torch.Tensor]) -> None:
-    with torch.no_grad():
-        op(*arguments)
-    synchronise()
-
-
-def forward_backward(op: Callable, arguments: list[torch.Tensor]) -> None:
-    outputs = op(*arguments)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    wanted = [argument for argument in arguments if argument.requires_grad]
-    torch.autograd.grad(outputs, wanted, [torch.ones_like(output) for output in outputs])
-    synchronise()
-
-
-def synchronise() -> None:
-    if CUDA:
-        torch.cuda.synchronize()
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-@pytest.mark.parametrize("work", [forward, forward_backward], ids=lambda work: work.__name__)
-@pytest.mark.parametrize("provider", ["eager", "compile"])
-@pytest.mark.parametrize("name", ops.__all__)
-def bench_op(benchmark, name, provider, work, shape):
-    op = getattr(ops, name)
-    if provider == "compile":
-        op = torch.compile(op, fullgraph=True)
-    arguments = inputs(name, shape)
-    work(op, arguments)  # compiles
-    benchmark.group = f"{name} {work.__name__} {'x'.join(map(str, shape))}"
-    benchmark.extra_info.update(stamp(), dtype=str(DTYPE), shape=list(shape))
-    benchmark(work, op, arguments)
+    benchmark.pedantic(synchronised, rounds=10, iterations=1, warmup_rounds=1)

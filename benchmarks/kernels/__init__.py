@@ -1,0 +1,1 @@
+"""Kernel benchmarks: what is measured (`ops`), by whom (`providers`), and how (`measure`)."""

@@ -1,0 +1,209 @@
+"""Figures of a provider at a problem: time, bandwidth, memory, host time; a row of JSON each."""
+
+import functools
+import gc
+import importlib.metadata
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from benchmarks import timing
+from benchmarks.environment import stamp
+from benchmarks.kernels import gate
+from benchmarks.kernels.ops import Problem, problems, short, tiny
+from benchmarks.kernels.providers import Provider
+from benchmarks.timing import Effort, Timing
+from repa_fast.kernels.attention.backends import describe
+
+Row = dict[str, Any]
+LOST = ("CUDA error", "AcceleratorError", "illegal memory access", "unspecified launch failure")
+
+
+def triton_version() -> str:
+    """Installed version of Triton, or "none"."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+class Bench:
+    """Measures on one device, with one effort; the copy of a number of bytes is timed once."""
+
+    def __init__(self, device: torch.device, effort: Effort):
+        self.device, self.effort = device, effort
+        self.stamp = {**stamp(), "triton": triton_version()}
+        self._verdicts: dict[tuple[str, str], str | None] = {}
+        self.copy = functools.cache(lambda n: timing.copy_time(n, device, effort))
+
+    def rows(self, problem: Problem, provider: Provider, modes: tuple[str, ...]) -> Iterator[Row]:
+        """A row per mode; one with the reason where the provider is absent, wrong or fails."""
+        head = self._head(problem, provider)
+        reason = provider.why_not(self.device.type)
+        if reason:
+            yield {**head, "mode": "all", "status": "unavailable", "message": reason}
+            return
+        call, wrong = self.checked(problem, provider)
+        if wrong:
+            yield {**head, "mode": "all", "status": "failed", "message": wrong}
+            return
+        for mode in modes:
+            try:
+                figures = self.figures(problem, call, mode)
+            except Exception as error:  # kernels of other packages raise anything
+                figures = {"status": "failed", "message": describe(error)}
+            yield {**head, "mode": mode, **figures}
+            self.tidy()
+
+    def overhead(self, op: str, provider: Provider) -> Row:
+        """Host time of a forward and a backward (where there is one) at a tiny shape."""
+        problem = tiny(op)
+        row = {**self._head(problem, provider), "mode": "overhead"}
+        reason = provider.why_not(self.device.type)
+        if reason:
+            return {**row, "status": "unavailable", "message": reason}
+        first = problems(op, self.device)[0]
+        if (first.name, provider.name) not in self._verdicts:
+            self.checked(first, provider)
+        wrong = self._verdicts[first.name, provider.name]
+        if wrong:
+            return {**row, "status": "failed", "message": wrong}
+        try:
+            call = provider.build(problem.case)
+            mode = "both" if problem.case.gradients else "forward"
+            variant = prepare(problem, call, mode, 0, self.device)
+            batches = {"batches": 20, "calls": 50} if self._cuda else {"batches": 5, "calls": 10}
+            p20, p50, p80 = timing.host_time(variant, self.device, **batches)
+        except Exception as error:
+            return {**row, "status": "failed", "message": describe(error)}
+        figures = {"host_us_p20": p20, "host_us_p50": p50, "host_us_p80": p80}
+        return {**row, "status": "ok", "call": mode, **figures}
+
+    def checked(
+        self, problem: Problem, provider: Provider
+    ) -> tuple[Callable[..., Any] | None, str | None]:
+        """The provider's function, and why it is wrong at this problem, or None."""
+        try:
+            call = provider.build(problem.case)
+            wrong = gate.why_wrong(problem, provider, call, self.device)
+            reason = f"gate: {wrong}" if wrong else None
+        except Exception as error:
+            call, reason = None, describe(error)
+        self._verdicts[problem.name, provider.name] = reason
+        self.tidy()
+        return call, reason
+
+    def figures(self, problem: Problem, call: Callable[..., Any], mode: str) -> Row:
+        """Time and what follows from it."""
+        time, peak = self.time(problem, call, mode)
+        nbytes, flops = problem.necessary_bytes(mode), problem.flops(mode)
+        copy = self.copy(nbytes)
+        return {
+            "status": "ok",
+            "ms_p20": time.p20,
+            "ms_p50": time.p50,
+            "ms_p80": time.p80,
+            "method": time.method,
+            "calls": time.calls,
+            "rounds": time.rounds,
+            "sets": timing.sets_needed(nbytes, self.device),
+            "bytes": nbytes,
+            "gb_per_s": nbytes / time.p50 / 1e6,
+            "copy_ms_p50": copy.p50,
+            "copy_gb_per_s": nbytes / copy.p50 / 1e6,
+            "copy_method": copy.method,
+            "share_of_copy": copy.p50 / time.p50,
+            "tflop_per_s": flops / time.p50 / 1e9 if flops else None,
+            "peak_bytes": peak,
+        }
+
+    def time(
+        self, problem: Problem, call: Callable[..., Any], mode: str
+    ) -> tuple[Timing, int | None]:
+        """Time, and bytes at the peak of one call above its inputs.
+
+        A backward pass that cannot be captured alone is the difference of both passes and the
+        forward one, where these can; its method says so.
+        """
+        try:
+            time, peak = self._time(problem, call, mode)
+            reason = time.method
+        except Exception as error:
+            if mode != "backward" or any(word in str(error) for word in LOST):
+                raise
+            time, peak, reason = None, None, describe(error)
+        if mode != "backward" or (time and not time.method.startswith("events")):
+            return time, peak
+        both, forward = (self._time(problem, call, part)[0] for part in ("both", "forward"))
+        if time and (both.method.startswith("events") or forward.method.startswith("events")):
+            return time, peak
+        spread = both.p80 - both.p20 + forward.p80 - forward.p20
+        p50 = both.p50 - forward.p50
+        if p50 <= 0:
+            raise RuntimeError(f"both passes take {both.p50} ms, the forward one {forward.p50} ms")
+        method = f"both - forward, {both.method} ({reason})"
+        ends = (p50 - spread / 2, p50, p50 + spread / 2)
+        return Timing(*ends, both.calls, both.rounds, method), peak
+
+    def tidy(self) -> None:
+        """Give the memory of the last figure back."""
+        gc.collect()
+        if self._cuda:
+            torch.cuda.empty_cache()
+
+    @property
+    def _cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def _time(
+        self, problem: Problem, call: Callable[..., Any], mode: str
+    ) -> tuple[Timing, int | None]:
+        count = timing.sets_needed(problem.necessary_bytes(mode), self.device)
+        with timing.own_stream(self.device):
+            variants = [prepare(problem, call, mode, i, self.device) for i in range(count)]
+            time = timing.measure(variants, self.device, self.effort)
+            return time, timing.peak_memory(variants[0], self.device)
+
+    def _head(self, problem: Problem, provider: Provider) -> Row:
+        return {
+            "op": problem.case.op,
+            "provider": provider.name,
+            "shape": list(problem.shape),
+            "dtype": short(problem.dtype),
+            "note": provider.note,
+            **self.stamp,
+        }
+
+
+def prepare(
+    problem: Problem, call: Callable[..., Any], mode: str, seed: int, device: torch.device
+) -> Callable[[], Any]:
+    """One call of `mode` on inputs of `seed`, which it holds; it returns what it computed.
+
+    forward: without gradients. backward: of a graph that is kept, so that it can run again. both:
+    one after the other, with a new graph each time.
+    """
+    inputs, upstream = problem.make_inputs(seed, device), problem.make_upstream(seed, device)
+    if mode == "forward":
+
+        def forward() -> Any:
+            with torch.no_grad():
+                return call(**inputs)
+
+        return forward
+    leaves = {
+        name: tensor.requires_grad_(name in problem.case.gradients)
+        for name, tensor in inputs.items()
+    }
+    wanted = [leaves[name] for name in problem.case.gradients]
+
+    def both() -> Any:
+        outputs = gate.as_tuple(call(**leaves))
+        gradients = torch.autograd.grad(outputs, wanted, upstream)
+        return [output.detach() for output in outputs], gradients
+
+    if mode == "both":
+        return both
+    outputs = gate.as_tuple(call(**leaves))
+    return lambda: torch.autograd.grad(outputs, wanted, upstream, retain_graph=True)

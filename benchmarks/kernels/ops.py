@@ -1,0 +1,304 @@
+"""What is measured: every op with its shapes, dtypes, inputs and necessary bytes.
+
+Shape letters: B batch, N tokens, D width, H heads, K head dim.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from repa_fast import ops
+from repa_fast.diffusion import path
+from repa_fast.kernels.euler_maruyama_step.reference import (
+    euler_maruyama_step_reference,
+    standard_normal,
+)
+
+BRANCH = torch.bfloat16  # compute dtype: branches, modulation, projections, velocities
+MODES = ("backward", "forward", "both")
+VECTORS = ("gate", "shift", "scale")  # (B, D) chunks of one (B, 6 D) tensor, as in a block
+STEP = {"t": 0.5, "dt": -0.004, "path": path.linear, "diffusion": 1.0, "cfg_scale": 1.5, "seed": 7}
+COEFFICIENTS = tuple(
+    c.item() for c in path.linear.coefficients(torch.tensor(STEP["t"], dtype=torch.float64))
+)
+
+Shape = tuple[int, ...]
+Tensors = dict[str, torch.Tensor]
+Describe = Callable[[Shape, torch.dtype], Tensors]
+
+
+def meta(shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor's shape and dtype, without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op.
+
+    Attributes:
+        op: its name.
+        call: keyword arguments by name -> output or outputs; takes implementation=, but for
+            attention, which takes backend=.
+        inputs: (shape, dtype) -> its tensor arguments on the meta device.
+        outputs: likewise its results, by name.
+        saved: arguments and results that a backward pass has to read again.
+        gradients: arguments that get a gradient; none: the op has no backward pass.
+        written: those of `gradients` that are memory of their own.
+        shapes, dtypes: measured ones; dtype is that of the residual stream, the state, or q.
+        small: a shape for a CPU.
+        tiny: a shape whose device time does not matter, for the host's.
+        plain: the same function for torch.compile, where `call` is not traceable.
+        options: further arguments.
+        flops: (shape, mode) -> floating-point operations, for ops that are more than memory.
+    """
+
+    op: str
+    call: Callable
+    inputs: Describe
+    outputs: Describe
+    saved: tuple[str, ...]
+    gradients: tuple[str, ...]
+    written: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    small: Shape
+    tiny: Shape
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    plain: Callable | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    flops: Callable[[Shape, str], int] = lambda shape, mode: 0
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return MODES if self.gradients else ("forward",)
+
+    def reference(self, **tensors: torch.Tensor) -> Any:
+        """The specification, at the precision of `tensors`."""
+        chosen = "backend" if self.op == "attention" else "implementation"
+        return self.call(**tensors, **self.options, **{chosen: "reference"})
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A case at one shape and dtype."""
+
+    case: Case
+    shape: Shape
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return f"{self.case.op} {'x'.join(map(str, self.shape))} {short(self.dtype)}"
+
+    def make_inputs(self, seed: int, device: torch.device) -> Tensors:
+        """Normal numbers of `seed`, with the strides that the model gives them."""
+        specs = self.case.inputs(self.shape, self.dtype)
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def normal(shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+        tensors = {}
+        vectors = [name for name in VECTORS if name in specs]
+        if vectors:
+            batch, width = specs[vectors[0]].shape
+            chunks = (0.5 * normal((batch, 6 * width), BRANCH)).chunk(6, dim=-1)
+            tensors.update(zip(vectors, chunks))
+        if "q" in specs:
+            batch, heads, tokens, head_dim = self.shape
+            qkv = normal((batch, tokens, 3, heads, head_dim), self.dtype)
+            tensors.update(zip("qkv", qkv.permute(2, 0, 3, 1, 4).unbind(0)))
+        for name, spec in specs.items():
+            if name == "index":
+                tensors[name] = torch.arange(len(spec), device=device)
+            elif name == "target":  # half aligned: between unrelated vectors the loss is rounding
+                mixed = tensors["prediction"].float() + normal(spec.shape, torch.float32)
+                tensors[name] = mixed.to(spec.dtype)
+            elif name not in tensors:
+                tensors[name] = normal(spec.shape, spec.dtype)
+        return {name: tensors[name].detach() for name in specs}
+
+    def make_upstream(self, seed: int, device: torch.device) -> list[torch.Tensor]:
+        """Gradients of the outputs."""
+        generator = torch.Generator(device).manual_seed(1000 + seed)
+        return [
+            torch.randn(spec.shape, generator=generator, device=device).to(spec.dtype)
+            for spec in self.case.outputs(self.shape, self.dtype).values()
+        ]
+
+    def necessary_bytes(self, mode: str) -> int:
+        """Bytes that cannot be avoided: each tensor read once and written once.
+
+        forward: all arguments and all results. backward: the upstream gradient of each result, the
+        arguments and results that its formula needs, and the gradients; those that are the upstream
+        gradient itself cost nothing. Statistics (mean, rstd, norms, log-sum-exp) and partial sums
+        are an implementation's own affair and are not counted.
+        """
+        inputs = self.case.inputs(self.shape, self.dtype)
+        outputs = self.case.outputs(self.shape, self.dtype)
+        both = {**inputs, **outputs}
+        forward = sum(tensor.nbytes for tensor in both.values())
+        upstream = sum(tensor.nbytes for tensor in outputs.values())
+        read = upstream + sum(both[name].nbytes for name in self.case.saved)
+        backward = read + sum(inputs[name].nbytes for name in self.case.written)
+        return {"forward": forward, "backward": backward, "both": forward + backward}[mode]
+
+    def flops(self, mode: str) -> int:
+        return self.case.flops(self.shape, mode)
+
+
+def short(dtype: torch.dtype) -> str:
+    """fp32 for torch.float32 and so on."""
+    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+
+
+def _vectors(shape: Shape, *names: str) -> Tensors:
+    return {name: meta((shape[0], shape[2]), BRANCH) for name in names}
+
+
+def _stream(shape: Shape, dtype: torch.dtype, *vectors: str) -> Tensors:
+    return {
+        "x": meta(shape, dtype),
+        "branch": meta(shape, BRANCH),
+        **_vectors(shape, *vectors),
+    }
+
+
+def _step_inputs(shape: Shape, dtype: torch.dtype) -> Tensors:
+    return {
+        "x": meta(shape, dtype),
+        "v_cond": meta(shape, BRANCH),
+        "v_uncond": meta(shape, BRANCH),
+        "index": meta(shape[:1], torch.int64),
+    }
+
+
+def _step_plain(x, v_cond, v_uncond, index) -> tuple[torch.Tensor, torch.Tensor]:
+    """euler_maruyama_step with everything but the tensors known, so that it compiles whole."""
+    out = euler_maruyama_step_reference(
+        x,
+        v_cond,
+        v_uncond,
+        STEP["dt"],
+        coefficients=COEFFICIENTS,
+        diffusion=STEP["diffusion"],
+        cfg_scale=STEP["cfg_scale"],
+        noise=standard_normal(x.shape, STEP["seed"], 0, index),
+    )
+    return out, out.to(v_cond.dtype)
+
+
+def _attention_flops(shape: Shape, mode: str) -> int:
+    """2 products of N x N x K per head forward (2 FLOPs per multiply-add), 5 backward.
+
+    Backward: the scores again, dv, dp, dq and dk.
+    """
+    batch, heads, tokens, head_dim = shape
+    product = 2 * batch * heads * tokens**2 * head_dim
+    return {"forward": 2, "backward": 5, "both": 7}[mode] * product
+
+
+XL = ((32, 256, 1152), (256, 256, 1152))  # SiT-XL/2 at 256 x 256
+SMALL, TINY = (4, 64, 384), (1, 1, 8)
+
+_TABLE = (
+    Case(
+        op="gate_residual_adaln",
+        call=ops.gate_residual_adaln,
+        inputs=lambda shape, dtype: _stream(shape, dtype, "gate", "shift", "scale"),
+        outputs=lambda shape, dtype: {"out": meta(shape, dtype), "y": meta(shape, BRANCH)},
+        saved=("out", "branch", "gate", "scale"),
+        gradients=("x", "branch", "gate", "shift", "scale"),
+        written=("x", "branch", "gate", "shift", "scale"),
+        shapes=XL,
+        small=SMALL,
+        tiny=TINY,
+    ),
+    Case(
+        op="adaln",
+        call=ops.adaln,
+        inputs=lambda shape, dtype: {"x": meta(shape, dtype), **_vectors(shape, "shift", "scale")},
+        outputs=lambda shape, dtype: {"y": meta(shape, BRANCH)},
+        saved=("x", "scale"),
+        gradients=("x", "shift", "scale"),
+        written=("x", "shift", "scale"),
+        shapes=XL,
+        small=SMALL,
+        tiny=TINY,
+    ),
+    Case(
+        op="gate_residual",
+        call=ops.gate_residual,
+        inputs=lambda shape, dtype: _stream(shape, dtype, "gate"),
+        outputs=lambda shape, dtype: {"out": meta(shape, dtype)},
+        saved=("branch", "gate"),
+        gradients=("x", "branch", "gate"),
+        written=("branch", "gate"),  # the gradient of x is that of the result
+        shapes=XL,
+        small=SMALL,
+        tiny=TINY,
+    ),
+    Case(
+        op="align_loss",
+        call=ops.align_loss,
+        inputs=lambda shape, dtype: {
+            "prediction": meta(shape, dtype),
+            "target": meta(shape, BRANCH),
+        },
+        outputs=lambda shape, dtype: {"loss": meta(shape[:1], torch.float32)},
+        saved=("prediction", "target"),
+        gradients=("prediction",),
+        written=("prediction",),
+        shapes=((32, 256, 768), (256, 256, 768)),  # DINOv2-B
+        small=(16, 16, 384),
+        tiny=TINY,
+        dtypes=(BRANCH,),
+    ),
+    Case(
+        op="euler_maruyama_step",
+        call=ops.euler_maruyama_step,
+        inputs=_step_inputs,
+        outputs=lambda shape, dtype: {"out": meta(shape, dtype), "copy": meta(shape, BRANCH)},
+        saved=(),
+        gradients=(),
+        written=(),
+        shapes=((64, 4, 32, 32),),
+        small=(4, 4, 16, 16),
+        tiny=(1, 1, 1, 8),
+        dtypes=(torch.float32,),
+        plain=_step_plain,
+        options=STEP,
+    ),
+    Case(
+        op="attention",
+        call=ops.attention,
+        inputs=lambda shape, dtype: {name: meta(shape, dtype) for name in "qkv"},
+        outputs=lambda shape, dtype: {"out": meta(shape, dtype)},
+        saved=("q", "k", "v", "out"),
+        gradients=("q", "k", "v"),
+        written=("q", "k", "v"),
+        shapes=((32, 16, 256, 72), (256, 16, 256, 72), (32, 12, 257, 64)),  # XL/2, DINOv2-B
+        small=(2, 4, 64, 72),
+        tiny=(1, 1, 1, 8),
+        dtypes=(BRANCH,),
+        flops=_attention_flops,
+    ),
+)
+CASES: Mapping[str, Case] = {case.op: case for case in _TABLE}
+"""In the order in which they are measured: what the training step gains most by comes first."""
+
+
+def problems(op: str, device: torch.device) -> list[Problem]:
+    """What is measured of an op: all its shapes and dtypes on a GPU, one of each on a CPU."""
+    case = CASES[op]
+    if device.type != "cuda":
+        return [Problem(case, case.small, case.dtypes[0])]
+    return [Problem(case, shape, dtype) for shape in case.shapes for dtype in case.dtypes]
+
+
+def tiny(op: str) -> Problem:
+    """The problem at which the host's time is measured."""
+    case = CASES[op]
+    return Problem(case, case.tiny, case.dtypes[0])

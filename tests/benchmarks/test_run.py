@@ -1,0 +1,311 @@
+import json
+import math
+
+import pytest
+import torch
+
+from benchmarks import run, stage
+from benchmarks.kernels import report, tune
+from benchmarks.kernels.measure import Bench
+from benchmarks.kernels.ops import CASES, Problem, problems
+from benchmarks.kernels.providers import EAGER, Provider, providers
+from benchmarks.timing import Effort, Timing
+from repa_fast import ops
+from repa_fast.kernels.attention import BACKENDS
+
+CPU = torch.device("cpu")
+FAST = Effort(graph_ms=0.1, rounds=3, warmup=0)
+A = 32 * 256 * 1152  # elements of a stream of SiT-XL/2
+V = 32 * 1152 * 2  # bytes of a vector per sample
+P = 32 * 256 * 768
+S = 64 * 4 * 32 * 32
+Q = 32 * 16 * 256 * 72
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return Bench(CPU, FAST)
+
+
+def rows_of(bench, op, provider, modes=None):
+    (problem,) = problems(op, CPU)
+    return list(bench.rows(problem, provider, modes or problem.case.modes))
+
+
+def test_every_public_op_is_measured():
+    settings = {"select_attention", "set_attention_backend", "why_not_cuda"}
+    of_the_optimizer = {"adamw_ema", "sum_of_squares"}  # benchmarks/optim.py
+    assert set(CASES) == set(ops.__all__) - settings - of_the_optimizer
+
+
+def test_the_list_names_every_op_and_provider(capsys):
+    assert run.main(["--list"]) == 0
+    sections = dict(zip(CASES, listed(capsys.readouterr().out)))
+    for op in CASES:
+        assert sections[op] == list(providers(op))
+    assert set(sections["attention"]) >= set(BACKENDS)
+    assert {"ours", "compile", "eager", "liger", "quack", "cudnn", "apex"} == set(sections["adaln"])
+
+
+def listed(text):
+    """Providers per op, in order; every line of a provider says whether it can run."""
+    found = []
+    for line in text.splitlines():
+        if not line.startswith(" "):
+            found.append([])
+        else:
+            name, _, state = line.strip().partition(": ")
+            assert state
+            found[-1].append(name)
+    return found
+
+
+# bytes per element of x, branch, out, y in an fp32 stream and a bf16 branch: 4, 2, 4, 2
+@pytest.mark.parametrize(
+    "op, forward, backward",
+    [
+        ("adaln", (4 + 2) * A + 2 * V, (2 + 4 + 4) * A + 3 * V),
+        ("gate_residual", (4 + 2 + 4) * A + V, (4 + 2 + 2) * A + 2 * V),
+        ("gate_residual_adaln", 12 * A + 3 * V, 18 * A + 5 * V),
+        ("align_loss", 4 * P + 32 * 4, 6 * P + 32 * 4),
+        ("attention", 8 * Q, 16 * Q),
+    ],
+)
+def test_necessary_bytes(op, forward, backward):
+    case = CASES[op]
+    problem = Problem(case, case.shapes[0], case.dtypes[0])
+    assert problem.necessary_bytes("forward") == forward
+    assert problem.necessary_bytes("backward") == backward
+    assert problem.necessary_bytes("both") == forward + backward
+
+
+def test_necessary_bytes_of_a_sampling_step():
+    case = CASES["euler_maruyama_step"]
+    problem = Problem(case, case.shapes[0], case.dtypes[0])
+    assert problem.necessary_bytes("forward") == (4 + 2 + 2 + 4 + 2) * S + 64 * 8
+
+
+def test_flops_of_attention_are_those_of_its_products():
+    problem = Problem(CASES["attention"], CASES["attention"].shapes[0], torch.bfloat16)
+    assert problem.flops("forward") == 4 * 256 * Q
+    assert problem.flops("backward") == 10 * 256 * Q
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_inputs_are_what_the_case_says_and_depend_on_the_seed(op):
+    (problem,) = problems(op, CPU)
+    first, again, other = (problem.make_inputs(seed, CPU) for seed in (1, 1, 2))
+    for name, spec in problem.case.inputs(problem.shape, problem.dtype).items():
+        assert first[name].shape == spec.shape and first[name].dtype == spec.dtype
+        assert torch.equal(first[name], again[name])
+        assert name == "index" or not torch.equal(first[name], other[name])
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_the_reference_passes_the_gate_and_gets_figures(bench, op):
+    name = "reference" if op == "attention" else "eager"
+    for row in rows_of(bench, op, providers(op)[name]):
+        assert row["status"] == "ok", row
+        assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"]
+        assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["ms_p50"] / 1e6)
+        assert row["share_of_copy"] > 0 and row["method"] == "perf_counter"
+        assert math.isfinite(row["tflop_per_s"] or 0)
+
+
+class Skewed(torch.autograd.Function):
+    """The identity, with a gradient that is 5 % too large."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dx):
+        return 1.05 * dx
+
+
+def wrong(change):
+    def build(case):
+        return lambda **tensors: change(case.reference, tensors)
+
+    return Provider("wrong", build)
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda f, t: 1.05 * f(**t), "y: "),
+        (lambda f, t: f(**t) + math.nan, "y: "),
+        (lambda f, t: Skewed.apply(f(**t)), "dx: "),
+        (lambda f, t: f(**t).float(), "torch.float32"),
+        (lambda f, t: f(**t)[:1], "Mismatch in shape"),
+    ],
+    ids=["value", "nan", "gradient", "dtype", "shape"],
+)
+def test_a_wrong_provider_is_refused_and_gets_no_figure(bench, change, named):
+    (row,) = rows_of(bench, "adaln", wrong(change))
+    assert row["status"] == "failed" and named in row["message"]
+    assert not any(name.startswith("ms_") for name in row)
+    assert "host_us_p50" not in bench.overhead("adaln", wrong(change))
+
+
+def test_a_wrong_last_sample_is_refused(bench):
+    def change(formula, tensors):
+        y = formula(**tensors)
+        return torch.cat([y[:-1], 1.05 * y[-1:]])
+
+    (row,) = rows_of(bench, "adaln", wrong(change))
+    assert row["status"] == "failed" and "y: " in row["message"]
+
+
+def test_what_cannot_be_built_or_run_says_why(bench):
+    def build(case):
+        raise RuntimeError("no such kernel\nmore")
+
+    absent = Provider("absent", build, why_not=lambda device: "it is not installed")
+    (row,) = rows_of(bench, "adaln", Provider("broken", build))
+    assert (row["status"], row["message"]) == ("failed", "RuntimeError: no such kernel")
+    (row,) = rows_of(bench, "adaln", absent)
+    assert (row["status"], row["message"]) == ("unavailable", "it is not installed")
+
+
+class Once(torch.autograd.Function):
+    """The identity; its graph cannot be used twice."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.used = False
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dx):
+        if ctx.used:
+            raise RuntimeError("used twice")
+        ctx.used = True
+        return dx.clone()
+
+
+def timings(bench, monkeypatch, both, forward):
+    """Let `bench` find these milliseconds for both passes and for the forward one."""
+    measured = bench._time
+
+    def time(problem, call, mode):
+        if mode == "backward":
+            return measured(problem, call, mode)
+        p50 = {"both": both, "forward": forward}[mode]
+        return Timing(p50 - 0.5, p50, p50 + 0.5, 10, 3, "cuda graph"), None
+
+    monkeypatch.setattr(bench, "_time", time)
+
+
+def once(case):
+    return lambda **tensors: Once.apply(case.reference(**tensors))
+
+
+def test_a_backward_pass_that_cannot_repeat_is_a_difference_and_says_so(bench, monkeypatch):
+    timings(bench, monkeypatch, both=7.0, forward=3.0)
+    (row,) = rows_of(bench, "adaln", Provider("once", once), ("backward",))
+    assert row["status"] == "ok", row
+    assert row["method"] == "both - forward, cuda graph (RuntimeError: used twice)"
+    assert (row["ms_p20"], row["ms_p50"], row["ms_p80"]) == (3.0, 4.0, 5.0)
+
+
+def test_a_difference_that_is_noise_is_no_figure(bench, monkeypatch):
+    timings(bench, monkeypatch, both=3.0, forward=3.0)
+    (row,) = rows_of(bench, "adaln", Provider("once", once), ("backward",))
+    assert row["status"] == "failed" and "3.0 ms" in row["message"]
+
+
+def test_a_run_writes_rows_a_report_and_a_picture(tmp_path, capsys):
+    arguments = ["--op", "align_loss", "--op", "adaln", "--provider", "eager", "--provider", "apex"]
+    assert run.main([*arguments, "--device", "cpu", "--out", str(tmp_path)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert {row["mode"] for row in rows} == {"forward", "backward", "both", "overhead", "all"}
+    for row in rows:
+        assert {"op", "provider", "shape", "dtype", "commit", "command", "device"} <= row.keys()
+        assert row["status"] in ("ok", "unavailable")
+    text = (tmp_path / "report.md").read_text()
+    assert "align_loss" in text and "apex is not installed" in text and "host time" in text
+    assert (tmp_path / "shares.png").read_bytes().startswith(b"\x89PNG")
+    assert "% of copy" in capsys.readouterr().out
+
+
+def test_nothing_begins_after_the_time_limit(tmp_path, capsys):
+    arguments = ["--op", "adaln", "--limit", "0", "--device", "cpu", "--out", str(tmp_path)]
+    assert run.main(arguments) == 0
+    assert not (tmp_path / "rows.jsonl").read_text()
+    assert "time limit: adaln 4x64x384 fp32 ours left out" in capsys.readouterr().out
+
+
+def test_a_report_has_the_last_row_of_each_and_the_ratio_to_compile(tmp_path, bench):
+    rows = rows_of(bench, "gate_residual", EAGER, ("forward",))
+    compiled = {**rows[0], "provider": "compile", "ms_p50": 2 * rows[0]["ms_p50"]}
+    stale = {**rows[0], "ms_p50": 1e9}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (stale, rows[0], compiled)))
+    latest = report.read(path)
+    assert latest == [rows[0], compiled]
+    assert report.ratio_to_compile(latest[0], latest) == "2.00"
+
+
+def test_a_figure_is_dropped_when_its_provider_turns_out_wrong_and_comes_back(tmp_path, bench):
+    (right,) = rows_of(bench, "gate_residual", EAGER, ("forward",))
+    refused = {**right, "mode": "all", "status": "failed", "message": "gate: out"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(right) + "\n" + json.dumps(refused) + "\n")
+    assert report.read(path) == [refused]
+    assert "| gate: out | 4x64x384 fp32 all |" in report.markdown([refused])
+    with open(path, "a") as file:
+        file.write(json.dumps(right) + "\n")
+    assert report.read(path) == [right]
+
+
+def test_every_kernel_has_tiles_that_can_be_filled():
+    pytest.importorskip("triton")
+    for kernel in tune.KERNELS:
+        found = tune.points(kernel)
+        assert found and len(found) == len(set(found))
+        for tile, chunks in found:
+            assert (tile.rows is None) == (chunks is not None) == bool(tune.KERNELS[kernel][2])
+            assert tile.rows is None or tile.stages <= tile.rows
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_tuning_and_the_stage_say_so_in_one_line(capsys):
+    assert tune.main([]) == 0
+    assert capsys.readouterr().out == "tuning needs a GPU: no CUDA device\n"
+    assert stage.why_not("kernels") == "no CUDA device"
+
+
+def test_the_stage_measures_every_op_then_tunes_within_its_time(monkeypatch):
+    begun = []
+
+    def limited(arguments, seconds):
+        begun.append((arguments, float(arguments[-1]), seconds))
+        return 0
+
+    monkeypatch.setattr(stage, "limited", limited)
+    assert stage.kernels() == 0
+    assert [arguments[2] for arguments, *_ in begun[:-1]] == list(CASES)
+    assert begun[-1][0][0] == "benchmarks.kernels.tune"
+    for arguments, limit, seconds in begun:
+        assert 15 <= limit < seconds < 480, arguments
+
+
+def test_a_stopped_process_is_a_failure():
+    assert stage.limited(["benchmarks.kernels.tune", "--help"], 0.01) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", CASES)
+def test_figures_on_a_gpu_come_from_graphs(op):
+    device = torch.device("cuda")
+    bench = Bench(device, Effort(rounds=3, warmup=1))
+    case = CASES[op]
+    for name in ("compile", "sdpa" if op == "attention" else "ours"):
+        problem = Problem(case, case.small, case.dtypes[0])
+        for row in bench.rows(problem, providers(op)[name], case.modes):
+            assert row["status"] == "ok" and row["method"] == "cuda graph", row
+            assert 0 < row["ms_p50"] < 10 and row["peak_bytes"] > 0 and row["sets"] > 1
+        host = bench.overhead(op, providers(op)[name])
+        assert host["status"] == "ok" and host["host_us_p50"] > 0

@@ -25,14 +25,19 @@ $(VENV)/.installed: constraints.txt pyproject.toml setup.py
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	@touch $@
 
+# The CUDA library of csrc/; where it cannot be built, setup.py says why in one line.
+$(VENV)/.csrc: $(VENV)/.installed setup.py $(wildcard csrc/*/*.cu)
+	@$(VENV)/bin/python -W ignore setup.py -q build_ext --inplace
+	@touch $@
+
 lint: $(VENV)/.installed ## ruff check and ruff format --check
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-test: $(VENV)/.installed ## the tests that need no GPU, without the slow ones
+test: $(VENV)/.csrc ## the tests that need no GPU, without the slow ones
 	@$(PYTEST) -m "not slow and not gpu and not smoke_full"
 
-test-full: $(VENV)/.installed ## all tests that need no GPU
+test-full: $(VENV)/.csrc ## all tests that need no GPU
 	@$(PYTEST) -m "not gpu and not smoke_full"
 
 smoke-full: $(VENV)/.installed ## SiT-XL/2 with DINOv2-B: a step, save, resume, sample; 22 GiB of memory

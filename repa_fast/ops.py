@@ -1,6 +1,7 @@
 """The functional API over the kernels; the only module that imports them."""
 
 from repa_fast.kernels.adaln import adaln
+from repa_fast.kernels.adamw_ema import adamw_ema, sum_of_squares, why_not_cuda
 from repa_fast.kernels.align_loss import align_loss
 from repa_fast.kernels.attention import attention
 from repa_fast.kernels.attention import select as select_attention
@@ -10,6 +11,7 @@ from repa_fast.kernels.gate_residual_adaln import gate_residual, gate_residual_a
 
 __all__ = [
     "adaln",
+    "adamw_ema",
     "align_loss",
     "attention",
     "euler_maruyama_step",
@@ -17,4 +19,6 @@ __all__ = [
     "gate_residual_adaln",
     "select_attention",
     "set_attention_backend",
+    "sum_of_squares",
+    "why_not_cuda",
 ]

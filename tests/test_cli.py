@@ -143,7 +143,7 @@ def test_alignment_is_what_sets_repa_apart(size, depth):
 def test_defaults_are_the_official_ones():
     config = TrainConfig()
     assert {name: getattr(config, name) for name in OFFICIAL_DEFAULTS} == OFFICIAL_DEFAULTS
-    assert config.ema_decay == 0.9999
+    assert config.ema_decay == "0.9999" and config.ema_decays == (0.9999,)
 
 
 @pytest.mark.parametrize(
@@ -268,8 +268,8 @@ def test_images_per_step_count_the_accumulated_batches():
         ("max_bad_steps", 0),
         ("cfg_prob", -0.1),
         ("cfg_prob", 1.1),
-        ("ema_decay", -0.1),
-        ("ema_decay", 1.0),
+        ("ema_decay", "-0.1"),
+        ("ema_decay", "0.9,1.0"),
         ("seed", -1),
         ("micro_batch", -2),
         ("micro_batch", 0),
@@ -285,7 +285,7 @@ def test_a_config_refuses_what_cannot_run(name, value):
 
 @pytest.mark.parametrize(
     "name, value",
-    [("cfg_prob", 0.0), ("cfg_prob", 1.0), ("ema_decay", 0.0), ("micro_batch", 16)],
+    [("cfg_prob", 0.0), ("cfg_prob", 1.0), ("ema_decay", "0.0,0.5"), ("micro_batch", 16)],
 )
 def test_a_config_accepts_the_ends_of_its_ranges(name, value):
     assert getattr(TrainConfig(**{name: value}), name) == value

@@ -122,8 +122,17 @@ class TrainConfig:
     """Clip the gradient to this global norm."""
     max_bad_steps: int = 100
     """Stop after so many consecutive steps skipped for a non-finite loss or gradient."""
-    ema_decay: float = 0.9999
-    """Decay of the exponential moving average of the weights, per step."""
+    ema_decay: str = "0.9999"
+    """Decay of the exponential moving average of the weights, per step; several, comma separated,
+    keep as many averages, of which the first is sampled."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up; cosine ends at MIN_LEARNING_RATE after MAX_TRAIN_STEPS."""
+    warmup_steps: int = 0
+    """Raise the learning rate linearly over so many steps."""
+    min_learning_rate: float = 0.0
+    """Where the cosine ends."""
+    optimizer_impl: Literal["auto", "cuda", "torch"] = "auto"
+    """One pass over memory (csrc) or torch's fused AdamW; auto takes cuda where it can run."""
 
     path_type: str = "linear"
     """Interpolant: linear or cosine."""
@@ -162,8 +171,11 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if not 0 <= self.cfg_prob <= 1:
             raise ValueError(f"cfg_prob is {self.cfg_prob}, expected a probability in [0, 1]")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay is {self.ema_decay}, expected a value in [0, 1)")
+        for decay in self.ema_decays:
+            if not 0 <= decay < 1:
+                raise ValueError(f"ema_decay is {self.ema_decay}, expected values in [0, 1)")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}, expected at least 0")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}, expected at least 0")
         if self.micro_batch != "auto" and self.micro_batch < 1:
@@ -173,6 +185,16 @@ class TrainConfig:
     def images_per_step(self) -> int:
         """Images one optimizer step consumes, over all processes."""
         return self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def ema_decays(self) -> tuple[float, ...]:
+        """One per average; the first average is the one that is sampled."""
+        try:
+            return tuple(float(decay) for decay in str(self.ema_decay).split(","))
+        except ValueError:
+            raise ValueError(
+                f"ema_decay is {self.ema_decay!r}, expected numbers, comma separated"
+            ) from None
 
     @property
     def drop_prob(self) -> float:

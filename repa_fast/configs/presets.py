@@ -28,7 +28,7 @@ def digits() -> TrainConfig:
         batch_size=48,
         num_workers=1,
         learning_rate=2e-3,
-        ema_decay=0.995,
+        ema_decay="0.995",
         max_train_steps=1600,
         log_every=50,
         sampling_steps=400,

@@ -117,6 +117,10 @@ def _tensors(state: TrainState) -> dict:
     return {
         "model": state.model.state_dict(),
         "ema": state.ema.state_dict(),
+        **{
+            f"ema_{number}": average.state_dict()
+            for number, average in enumerate(state.more_emas, start=2)
+        },
         "optimizer": get_optimizer_state_dict(state.model, state.optimizer),
     }
 
@@ -139,6 +143,12 @@ def _expect_same_model(source: Path, state: TrainState) -> None:
         for name, entry in entries.items()
         if name.startswith("model.")
     }
+    averages = len({name.split(".")[0] for name in entries if name.startswith("ema")})
+    if averages != 1 + len(state.more_emas):
+        raise ValueError(
+            f"{source} holds {averages} averages of the weights, expected "
+            f"{1 + len(state.more_emas)} (--ema-decay {state.config.ema_decay})"
+        )
     problems = formats.differences(state.model.state_dict(), stored)
     if problems:
         raise ValueError(

@@ -1,49 +1,267 @@
-"""AdamW, gradient clipping and the moving average, without reading anything back to the host."""
+"""AdamW with moving averages of the weights, and gradient clipping, without waiting for the device.
+
+A step can be a no-op, decided on the device: where its flag is set, neither weights, moments, step
+counts nor averages change.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.optim.adamw import adamw
 
+from repa_fast import ops
 from repa_fast.configs.config import TrainConfig
+from repa_fast.contracts import expect_choice
+
+IMPLEMENTATIONS = ("auto", "cuda", "torch")
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW over all parameters in order, frozen ones included (pos_embed is index 0)."""
-    return torch.optim.AdamW(
+class AdamWEMA(torch.optim.AdamW):
+    """torch.optim.AdamW that also moves averages, `ema += (1 - decay) (parameter - ema)`.
+
+    Its state_dict is torch AdamW's own, so each loads the other's. Learning rates are 0-d tensors
+    on the parameters' device (`set_lr`), so that a schedule recompiles nothing.
+
+    Args:
+        params: parameters or groups, as for torch.optim.AdamW; frozen ones may be among them.
+        averages: for each average its tensors, one per parameter in the order of `params`.
+        ema_decays: for each average its decay.
+        lr, betas, eps, weight_decay: AdamW's.
+        implementation: "cuda" does a step in one pass over memory (csrc/adamw_ema; parameters in
+            fp32), "torch" is torch's fused AdamW and foreach averages, on any device; "auto" takes
+            "cuda" where it can run.
+
+    Raises:
+        ValueError: averages that do not fit, or "cuda" where it cannot run, with the reason.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        averages: Sequence[Iterable[torch.Tensor]] = (),
+        ema_decays: Sequence[float] = (),
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        implementation: str = "auto",
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        own = [p for group in self.param_groups for p in group["params"]]
+        self.device = own[0].device
+        self.averages = [list(average) for average in averages]
+        self.ema_decays = tuple(ema_decays)
+        _check_averages(own, self.averages, self.ema_decays)
+        self._averages_of = {
+            p: [average[i] for average in self.averages] for i, p in enumerate(own)
+        }
+        self.implementation, self.reason = _choose(implementation, self.device)
+        self._lr_to_device()
+        self.register_load_state_dict_post_hook(lambda optimizer: optimizer._lr_to_device())
+        self.register_state_dict_post_hook(_lr_to_host)
+
+    def set_lr(self, lr: float) -> None:
+        """Set every group's learning rate."""
+        for group in self.param_groups:
+            group["lr"].fill_(lr)
+
+    @torch.no_grad()
+    def gradient_norm(self) -> torch.Tensor:
+        """Norm of all gradients together, over all shards; 0-d fp32 on the device."""
+        by_layout: dict = {}
+        for p in self._averages_of:
+            if p.grad is not None:
+                layout = (p.grad.device_mesh, p.grad.placements) if _is_sharded(p.grad) else None
+                by_layout.setdefault(layout, []).append(_local(p.grad))
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for layout, gradients in by_layout.items():
+            squares = self._squares(gradients)
+            if layout is not None:
+                mesh, placements = layout
+                summed = [Partial() if p.is_shard() else Replicate() for p in placements]
+                squares = DTensor.from_local(squares, mesh, summed, run_check=False).full_tensor()
+            total = total + squares
+        return total.sqrt().float()
+
+    @torch.no_grad()
+    def step(
+        self,
+        closure: None = None,
+        *,
+        grad_scale: torch.Tensor | None = None,
+        skip: torch.Tensor | None = None,
+    ) -> None:
+        """One step of parameters and averages.
+
+        Args:
+            closure: not supported.
+            grad_scale: 0-d fp32, multiplies the gradients; what `.grad` holds afterwards is
+                undefined.
+            skip: 0-d fp32; where it is 1, nothing changes.
+        """
+        if closure is not None:
+            raise ValueError("AdamWEMA.step: got a closure, expected None")
+        one = torch.ones((), dtype=torch.float32, device=self.device)
+        grad_scale = one if grad_scale is None else grad_scale
+        skip = one - 1 if skip is None else skip
+        for group in self.param_groups:
+            stepped = [p for p in group["params"] if p.grad is not None]
+            for p in stepped:
+                self._begin_state(p)
+            resting = [p for p in group["params"] if p.grad is None]
+            if self.implementation == "cuda":
+                self._step_cuda(group, stepped, grad_scale, skip)
+                self._move_averages(stepped, skip, first=1)
+            else:
+                self._step_torch(group, stepped, grad_scale, skip)
+                self._move_averages(stepped, skip)
+            self._move_averages(resting, skip)
+
+    def _step_cuda(self, group, params, grad_scale, skip) -> None:
+        fused = bool(self.averages)
+        ops.adamw_ema(
+            *self._tensors(params),
+            lr=group["lr"],
+            grad_scale=grad_scale,
+            skip=skip,
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            emas=[_local(self._averages_of[p][0]) for p in params] if fused else (),
+            ema_decay=self.ema_decays[0] if fused else 0.0,
+            implementation="cuda",
+        )
+
+    def _step_torch(self, group, params, grad_scale, skip) -> None:
+        weights, grads, exp_avgs, exp_avg_sqs, steps = self._tensors(params)
+        adamw(
+            weights,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            steps,
+            fused=True,
+            grad_scale=grad_scale.reciprocal(),  # torch divides
+            found_inf=skip,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _move_averages(self, params, skip: torch.Tensor, first: int = 0) -> None:
+        """Averages number `first` and on; a weight on the device makes lerp a no-op under skip."""
+        weights = [_local(p) for p in params]
+        for number, decay in enumerate(self.ema_decays[first:], start=first):
+            averages = [_local(self._averages_of[p][number]) for p in params]
+            if averages:
+                torch._foreach_lerp_(averages, weights, [(1 - decay) * (1 - skip)] * len(averages))
+
+    def _tensors(self, params) -> tuple[list[torch.Tensor], ...]:
+        """Local parameters, gradients, moments and step counts."""
+        states = [self.state[p] for p in params]
+        return (
+            [_local(p) for p in params],
+            [_local(p.grad) for p in params],
+            [_local(state["exp_avg"]) for state in states],
+            [_local(state["exp_avg_sq"]) for state in states],
+            [state["step"] for state in states],
+        )
+
+    def _squares(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        if self.implementation == "cuda":
+            return ops.sum_of_squares(gradients, self.device, implementation="cuda")
+        return nn.utils.get_total_norm(gradients).double().square()
+
+    def _begin_state(self, p: torch.Tensor) -> None:
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state["exp_avg"] = torch.zeros_like(p)
+            state["exp_avg_sq"] = torch.zeros_like(p)
+
+    def _lr_to_device(self) -> None:
+        for group in self.param_groups:
+            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self.device)
+
+
+def build_optimizer(model: nn.Module, emas: Sequence[nn.Module], config: TrainConfig) -> AdamWEMA:
+    """AdamW over all parameters in order, frozen ones included (pos_embed is index 0)."""
+    return AdamWEMA(
         model.parameters(),
-        lr=config.learning_rate,
+        [ema.parameters() for ema in emas],
+        config.ema_decays,
+        lr=learning_rate(config, 0),
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.adam_weight_decay,
-        fused=True,
+        implementation=config.optimizer_impl,
     )
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
-    """Scale all gradients to at most `max_norm` in place; returns the global norm, a 0-d tensor.
-
-    Gradients of a non-finite norm are left non-finite: the step is then skipped.
-    """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
-    return norm
-
-
-def step_unless(optimizer: torch.optim.AdamW, bad: torch.Tensor) -> None:
-    """One optimizer step, or, where the 0-d float tensor `bad` is 1, nothing at all.
-
-    Fused AdamW takes the flag on the device, as it does from a gradient scaler; its step count
-    does not advance either.
-    """
-    optimizer.grad_scale = None
-    optimizer.found_inf = bad
-    optimizer.step()
-    del optimizer.grad_scale, optimizer.found_inf
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Of the step after `step` steps: a linear warm-up, then constant or half a cosine."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.lr_schedule == "constant":
+        return config.learning_rate
+    span = max(1, config.max_train_steps - config.warmup_steps)
+    progress = min(1.0, (step - config.warmup_steps) / span)
+    low, high = config.min_learning_rate, config.learning_rate
+    return low + (high - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-@torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float, bad: torch.Tensor) -> None:
-    """ema += (1 - decay) * (model - ema) for every parameter, or nothing where `bad` is 1."""
-    averages, parameters = list(ema.parameters()), list(model.parameters())
-    weight = (1 - decay) * (1 - bad)
-    torch._foreach_lerp_(averages, parameters, [weight] * len(averages))
+def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """What clips a gradient of this norm to `max_norm`, as torch.nn.utils.clip_grad_norm_ does."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def record_overflow(
+    scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, bad: torch.Tensor
+) -> None:
+    """Tell the scaler what its unscale_ would have found; it reads every gradient for that."""
+    states = scaler._per_optimizer_states[id(optimizer)]
+    states["found_inf_per_device"] = {bad.device: bad}
+
+
+def _choose(implementation: str, device: torch.device) -> tuple[str, str]:
+    expect_choice("optimizer_impl", implementation, IMPLEMENTATIONS)
+    reason = ops.why_not_cuda(device)
+    if implementation == "cuda" and reason:
+        raise ValueError(f"optimizer_impl is 'cuda', but {reason}")
+    if implementation == "auto":
+        return ("torch", f"since {reason}") if reason else ("cuda", "one pass over memory")
+    return implementation, "asked for"
+
+
+def _check_averages(params, averages, decays) -> None:
+    if len(averages) != len(decays):
+        raise ValueError(f"{len(averages)} averages for {len(decays)} ema_decays, expected as many")
+    for average in averages:
+        if [p.shape for p in params] != [a.shape for a in average]:
+            raise ValueError(
+                f"an average has {len(average)} tensors that do not fit the {len(params)} "
+                "parameters, expected the same shapes in the same order"
+            )
+
+
+def _lr_to_host(optimizer: torch.optim.Optimizer, state: dict) -> dict:
+    """Groups with plain numbers, as torch's own have them."""
+    groups = [{**group, "lr": float(group["lr"])} for group in state["param_groups"]]
+    return {**state, "param_groups": groups}
+
+
+def _is_sharded(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, DTensor)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if _is_sharded(tensor) else tensor

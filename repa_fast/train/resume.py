@@ -120,7 +120,8 @@ def load_official(source: Path, state: TrainState) -> None:
             f"{source} has no {', '.join(missing)}: it cannot be gone on from; start a new run "
             "from its weights with --init-from"
         )
-    for model, key in ((state.model, "model"), (state.ema, "ema")):
+    averages = [(average, "ema") for average in (state.ema, *state.more_emas)]
+    for model, key in ((state.model, "model"), *averages):
         formats.load_exactly(model, formats.normalise(contents[key]), f"{source} [{key}]")
     load_optimizer(state.optimizer, contents["opt"])
     state.step = contents["steps"]
@@ -143,5 +144,6 @@ def start_from(source: Path, origin: str, state: TrainState) -> list[str]:
     """
     weights = formats.read_weights(source, origin)
     notes = formats.initialise_from(state.model, weights, str(source))
-    state.ema.load_state_dict(state.model.state_dict())
+    for average in (state.ema, *state.more_emas):
+        average.load_state_dict(state.model.state_dict())
     return notes

@@ -20,7 +20,7 @@ from repa_fast.models.sit import SiT
 from repa_fast.train.distributed import World
 from repa_fast.train.kernels import choose_kernels
 from repa_fast.train.metrics import Accumulator
-from repa_fast.train.optim import build_optimizer
+from repa_fast.train.optim import AdamWEMA, build_optimizer
 
 AUTOCAST = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -31,7 +31,7 @@ class TrainState:
 
     Attributes:
         model: fp32 master weights; `wrapped` is the same model, under DDP with several processes.
-        ema: moving average of the weights, in eval mode.
+        ema: moving average of the weights, in eval mode; more_emas: those of other decays.
         encoders: frozen modules by name, in the order of the model's projectors.
         scaler: active for fp16 only.
         vae: for sample grids, not loaded yet; None where the latents are pixels.
@@ -47,8 +47,9 @@ class TrainState:
     model: SiT
     wrapped: nn.Module
     ema: SiT
+    more_emas: list[SiT]
     encoders: dict[str, nn.Module]
-    optimizer: torch.optim.AdamW
+    optimizer: AdamWEMA
     scaler: torch.amp.GradScaler
     metrics: Accumulator
     autocast_dtype: torch.dtype | None
@@ -87,7 +88,7 @@ def build_state(config: TrainConfig, metadata: Metadata, world: World) -> TrainS
         precision = "bf16" if world.device.type == "cuda" else "no"
     model = build_model(config, metadata).to(world.device)
     notes = choose_kernels(config, model, AUTOCAST[precision] or torch.float32, world)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    emas = [copy.deepcopy(model).eval().requires_grad_(False) for _ in config.ema_decays]
     frozen = load_encoders(config, world)
     if config.compile:
         for block in model.blocks:
@@ -99,6 +100,8 @@ def build_state(config: TrainConfig, metadata: Metadata, world: World) -> TrainS
         wrapped = DistributedDataParallel(
             model, broadcast_buffers=False, gradient_as_bucket_view=True
         )
+    optimizer = build_optimizer(model, emas, config)
+    notes.append(f"optimizer: {optimizer.implementation}, {optimizer.reason}")
     return TrainState(
         config=config,
         world=world,
@@ -106,9 +109,10 @@ def build_state(config: TrainConfig, metadata: Metadata, world: World) -> TrainS
         path=get(config.path_type),
         model=model,
         wrapped=wrapped,
-        ema=ema,
+        ema=emas[0],
+        more_emas=emas[1:],
         encoders=frozen,
-        optimizer=build_optimizer(model, config),
+        optimizer=optimizer,
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
         metrics=Accumulator(list(frozen), world.device),
         autocast_dtype=AUTOCAST[precision],

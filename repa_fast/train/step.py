@@ -10,7 +10,7 @@ from repa_fast.data.loader import Batch
 from repa_fast.diffusion.alignment import alignment_losses
 from repa_fast.diffusion.draws import Draws, draw
 from repa_fast.diffusion.flow import velocity_loss
-from repa_fast.train.optim import clip_gradients, step_unless, update_ema
+from repa_fast.train.optim import clip_factor, learning_rate, record_overflow
 from repa_fast.train.state import TrainState
 
 
@@ -100,13 +100,15 @@ def train_step(state: TrainState, batch: Batch) -> None:
     draws = draw_local(state)
     state.optimizer.zero_grad(set_to_none=True)
     values, denoise = accumulate(state, batch, draws)
-    if state.scaler.is_enabled():
-        state.scaler.unscale_(state.optimizer)
-    values[2] = norm = clip_gradients(state.model, state.config.max_grad_norm)
+    unscale = state.scaler._get_scale_async() if state.scaler.is_enabled() else None
+    unscale = values.new_ones(()) if unscale is None else unscale.reciprocal()
+    values[2] = norm = state.optimizer.gradient_norm() * unscale
     bad = state.world.max(1 - torch.isfinite(values[0] + norm).float())
-    step_unless(state.optimizer, bad)
+    state.optimizer.set_lr(learning_rate(state.config, state.step))
+    factor = clip_factor(norm, state.config.max_grad_norm) * unscale
+    state.optimizer.step(grad_scale=factor, skip=bad)
     if state.scaler.is_enabled():
+        record_overflow(state.scaler, state.optimizer, bad)
         state.scaler.update()
-    update_ema(state.ema, state.model, state.config.ema_decay, bad)
     state.metrics.add(values, bad, denoise, draws.t)
     state.step += 1

@@ -14,13 +14,14 @@ def defaults(monkeypatch):
 
 
 def test_a_run_says_which_kernels_it_uses_and_why(make_state):
-    kernels, attention = make_state().notes
+    kernels, attention, optimizer = make_state().notes
     assert kernels == "kernels: reference, since the tensors are on the CPU"
     assert attention.startswith("attention: sdpa (auto: ")
+    assert optimizer == "optimizer: torch, since the tensors are on cpu"
 
 
 def test_what_is_asked_for_is_set_for_the_process(make_state):
-    kernels, attention = make_state(kernels="reference", attention="math").notes
+    kernels, attention, _ = make_state(kernels="reference", attention="math").notes
     assert kernels == "kernels: reference, asked for"
     assert attention.startswith("attention: math (asked for")
     assert dispatch.asked() == "reference" and current_backend() == "math"
@@ -43,7 +44,7 @@ def test_an_unknown_attention_backend_is_refused_at_the_start(make_state):
 
 def test_the_explicit_softmax_leaves_the_backend_alone(make_state):
     state = make_state(fused_attn=False, attention="math")
-    assert len(state.notes) == 1 and current_backend() == "sdpa"
+    assert len(state.notes) == 2 and current_backend() == "sdpa"
     x = torch.randn(2, 16, 32)
     fused = make_state(seed=0).model.blocks[0].attn
     fused.load_state_dict(state.model.blocks[0].attn.state_dict())

@@ -79,7 +79,7 @@ def test_overfits_one_batch(make_state):
 
 def test_equals_plain_adamw_clip_and_average(make_state):
     """The whole step against torch's own pieces, written out, over several steps."""
-    state = make_state(adam_weight_decay=0.05, ema_decay=0.9, max_grad_norm=0.1)
+    state = make_state(adam_weight_decay=0.05, ema_decay="0.9", max_grad_norm=0.1)
     model, ema = copy.deepcopy(state.model), copy.deepcopy(state.model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05, foreach=False)
     for step in range(4):

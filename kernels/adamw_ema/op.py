@@ -1,0 +1,127 @@
+"""Contracts of adamw_ema and sum_of_squares, and their implementations."""
+
+from collections.abc import Sequence
+
+import torch
+
+from repa_fast import extension
+from repa_fast.contracts import expect_choice, expect_shape
+
+from .cuda import adamw_ema_cuda, sum_of_squares_cuda
+from .reference import adamw_ema_reference, sum_of_squares_reference
+
+IMPLEMENTATIONS = ("auto", "cuda", "reference")
+Tensors = Sequence[torch.Tensor]
+
+
+@torch.no_grad()
+def adamw_ema(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    steps: Tensors,
+    *,
+    lr: torch.Tensor,
+    grad_scale: torch.Tensor,
+    skip: torch.Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    emas: Tensors = (),
+    ema_decay: float = 0.0,
+    param_copies: Tensors = (),
+    ema_copies: Tensors = (),
+    implementation: str = "auto",
+) -> None:
+    """AdamW (arXiv 1711.05101) and ema += (1 - ema_decay) (param - ema), in place.
+
+    Args:
+        params: contiguous tensors of any shape, fp32 (fp64 by the reference).
+        grads: their gradients, fp32 or bf16; not changed.
+        exp_avgs, exp_avg_sqs: the moments, like params.
+        steps: 0-d fp32 tensors, steps done so far; advanced by one.
+        lr: 0-d fp32 tensor on their device.
+        grad_scale: 0-d fp32; the gradients are multiplied by it (clipping, inverse loss scale).
+        skip: 0-d fp32; where it is not 0, nothing changes at all.
+        betas, eps, weight_decay: AdamW's; the decay is decoupled.
+        emas: averages, like params; empty for none.
+        ema_decay: of the averages.
+        param_copies, ema_copies: bf16 tensors that receive params and averages; empty for none.
+        implementation: "auto", "cuda" or "reference".
+
+    Raises:
+        ValueError: lists of different length, shapes that differ, or "cuda" where it cannot run.
+        RuntimeError: a tensor the kernel does not take, by list and position.
+    """
+    lists = {
+        "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "emas": emas,
+        "param_copies": param_copies, "ema_copies": ema_copies,
+    }  # fmt: skip
+    for name, tensors in (*lists.items(), ("steps", steps)):
+        optional = name in ("emas", "param_copies", "ema_copies")
+        if len(tensors) != len(params) and not (optional and not tensors):
+            raise ValueError(
+                f"adamw_ema: {name} has {len(tensors)} tensors, expected {len(params)} as params"
+            )
+    for name, tensors in lists.items():
+        for param, tensor in zip(params, tensors):
+            expect_shape("adamw_ema", name, tensor, param.shape)
+    run = adamw_ema_cuda if _runs_cuda("adamw_ema", implementation, params) else adamw_ema_reference
+    run(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        steps,
+        emas,
+        param_copies,
+        ema_copies,
+        lr=lr,
+        grad_scale=grad_scale,
+        skip=skip,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        ema_decay=ema_decay,
+    )
+
+
+@torch.no_grad()
+def sum_of_squares(
+    tensors: Tensors, device: torch.device, *, implementation: str = "auto"
+) -> torch.Tensor:
+    """Sum of the squares of all elements of all tensors, always in the same order.
+
+    Args:
+        tensors: any shapes, fp32 or bf16; may be empty.
+        device: where they are.
+        implementation: "auto", "cuda" or "reference".
+
+    Returns:
+        0-d fp64 on `device`.
+
+    Raises:
+        ValueError: "cuda" where it cannot run.
+        RuntimeError: a tensor the kernel does not take, by position.
+    """
+    if _runs_cuda("sum_of_squares", implementation, tensors):
+        return sum_of_squares_cuda(tensors, device)
+    return sum_of_squares_reference(tensors, device)
+
+
+def why_not_cuda(device: torch.device) -> str:
+    """Why the kernels cannot run on `device`, "" if they can."""
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}"
+    return extension.why_not()
+
+
+def _runs_cuda(op: str, implementation: str, tensors: Tensors) -> bool:
+    expect_choice(f"{op}: implementation", implementation, IMPLEMENTATIONS)
+    if implementation == "reference" or not tensors:
+        return False
+    reason = why_not_cuda(tensors[0].device)
+    if implementation == "cuda" and reason:
+        raise ValueError(f"{op}: implementation is 'cuda', but {reason}")
+    return not reason

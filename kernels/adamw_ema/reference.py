@@ -1,0 +1,64 @@
+"""Specification of adamw_ema and sum_of_squares in plain torch."""
+
+from collections.abc import Sequence
+
+import torch
+
+Tensors = Sequence[torch.Tensor]
+
+
+def adamw_ema_reference(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    steps: Tensors,
+    emas: Tensors,
+    param_copies: Tensors,
+    ema_copies: Tensors,
+    *,
+    lr: torch.Tensor,
+    grad_scale: torch.Tensor,
+    skip: torch.Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    ema_decay: float,
+) -> None:
+    """One step of every tensor, in place, in its own dtype; nothing where `skip` is not 0.
+
+    Lists of equal length, those that are not wanted empty; lr, grad_scale and skip are 0-d.
+    """
+    keep = skip != 0
+    beta1, beta2 = betas
+
+    def write(target: torch.Tensor, value: torch.Tensor) -> None:
+        target.copy_(torch.where(keep, target, value.to(target.dtype)))
+
+    for i, (param, grad, m, v, step) in enumerate(
+        zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
+    ):
+        g = grad.to(param.dtype) * grad_scale
+        count = step + 1
+        first = m + (1 - beta1) * (g - m)
+        second = beta2 * v + (1 - beta2) * g * g
+        root = (second / (1 - beta2**count)).sqrt() + eps
+        new = param * (1 - lr * weight_decay) - lr / (1 - beta1**count) * first / root
+        if emas:
+            average = emas[i] + (1 - ema_decay) * (new - emas[i])
+            write(emas[i], average)
+            if ema_copies:
+                write(ema_copies[i], average)
+        if param_copies:
+            write(param_copies[i], new)
+        for target, value in ((param, new), (m, first), (v, second), (step, count)):
+            write(target, value)
+
+
+def sum_of_squares_reference(tensors: Tensors, device: torch.device) -> torch.Tensor:
+    """Sum over all tensors, 0-d fp64 on `device`; over one tensor, in at least fp32."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for tensor in tensors:
+        work = torch.promote_types(tensor.dtype, torch.float32)
+        total = total + tensor.to(work).square().sum()
+    return total

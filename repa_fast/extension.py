@@ -1,0 +1,23 @@
+"""The library that setup.py builds from csrc/, if it is there."""
+
+import functools
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).parent / "_csrc.abi3.so"
+
+
+@functools.cache
+def why_not() -> str:
+    """Loads the library's operators; why it cannot, or "" if it did."""
+    if not LIBRARY.is_file():
+        return (
+            f"{LIBRARY.name} is not built (python setup.py build_ext --inplace, "
+            "or pip install --no-build-isolation)"
+        )
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        return f"{LIBRARY.name} does not load: {error}"
+    return ""

@@ -19,6 +19,12 @@ def expect_floating(op: str, name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, expected a floating-point dtype")
 
 
+def expect_out_dtype(op: str, dtype: torch.dtype) -> None:
+    """Raise ValueError unless `dtype` holds floating-point numbers."""
+    if not dtype.is_floating_point:
+        raise ValueError(f"{op}: out_dtype is {dtype}, expected a floating-point dtype")
+
+
 def expect_tokens(op: str, name: str, tensor: torch.Tensor) -> tuple[int, int, int]:
     """Return (B, N, D) of a token tensor, or raise ValueError if it is not one."""
     if tensor.ndim != 3:

@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import logging
 import os
+import sys
 
 import torch
 
@@ -31,6 +32,8 @@ def use_kernels(implementation: str | None) -> None:
     global _asked_of_process
     if implementation is not None:
         expect_choice("kernels", implementation, IMPLEMENTATIONS)
+    if implementation != _asked_of_process and "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # compiled code has the choice built in
     _asked_of_process = implementation
 
 
@@ -106,8 +109,8 @@ def why_not_triton(device: str) -> str:
 
     if device == "cpu":
         return "" if triton.knobs.runtime.interpret else "the tensors are on the CPU"
-    if device == "meta":
-        return "the tensors are on the meta device"
+    if device != "cuda":
+        return f"the tensors are on {device}"
     capability = torch.cuda.get_device_capability()
     if capability < (8, 0):
         return f"compute capability {capability[0]}.{capability[1]} is below 8.0"

@@ -1,5 +1,6 @@
 """Kernels as torch operators, so that torch.compile, FSDP and checkpointing see through them."""
 
+import functools
 import importlib
 from collections.abc import Callable
 
@@ -26,6 +27,24 @@ def define(schema: str, package: str, run: str, fake: Callable) -> torch._ops.Op
         _library.impl(name, _imported_late(package, run), "CompositeExplicitAutograd")
         torch.library.register_fake(f"repa_fast::{name}", fake, lib=_library)
     return getattr(torch.ops.repa_fast, name).default
+
+
+def first_derivative_only(backward: Callable) -> Callable:
+    """For the backward of an autograd.Function over operators without autograd.
+
+    Under create_graph it raises: a second derivative would silently lack terms.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx, *gradients):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "the Triton kernels cannot be differentiated twice (create_graph=True): "
+                'use implementation="reference" or REPA_FAST_KERNELS=reference'
+            )
+        return backward(ctx, *gradients)
+
+    return checked
 
 
 def _imported_late(package: str, name: str) -> Callable:

@@ -1,11 +1,10 @@
 """Contract of adaln, its implementations and its gradient."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from repa_fast.contracts import expect_floating, expect_shape, expect_tokens
+from repa_fast.contracts import expect_floating, expect_out_dtype, expect_shape, expect_tokens
 from repa_fast.dispatch import runs_triton
-from repa_fast.registration import define
+from repa_fast.registration import define, first_derivative_only
 
 from .reference import adaln_reference
 
@@ -43,6 +42,7 @@ def adaln(
         expect_shape("adaln", name, tensor, (batch, width))
         expect_floating("adaln", name, tensor)
     out_dtype = out_dtype or shift.dtype
+    expect_out_dtype("adaln", out_dtype)
     if runs_triton("adaln", implementation, x, shift, scale):
         return AdaLN.apply(x, shift, scale, eps, out_dtype)
     return adaln_reference(x, shift, scale, eps=eps, out_dtype=out_dtype)
@@ -59,7 +59,7 @@ class AdaLN(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, dy):
         x, scale, statistics = ctx.saved_tensors
         common = torch.promote_types(ctx.shift_dtype, scale.dtype)

@@ -1,11 +1,10 @@
 """Contract of align_loss, its implementations and its gradient."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from repa_fast.contracts import expect_floating, expect_shape, expect_tokens
 from repa_fast.dispatch import runs_triton
-from repa_fast.registration import define
+from repa_fast.registration import define, first_derivative_only
 
 from .reference import align_loss_reference
 
@@ -47,19 +46,18 @@ class AlignLoss(torch.autograd.Function):
     def forward(ctx, prediction, target, eps):
         loss, patches = align_loss_forward(prediction, target, eps)
         ctx.save_for_backward(prediction, target, patches)
-        ctx.eps = eps
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, dloss):
-        return align_loss_backward(dloss, *ctx.saved_tensors, ctx.eps), None, None
+        return align_loss_backward(dloss, *ctx.saved_tensors), None, None
 
 
 def _forward_fake(prediction, target, eps):
     batch, tokens, _ = prediction.shape
     losses = prediction.new_empty((batch,), dtype=torch.float32)
-    return losses, prediction.new_empty((batch, tokens, 3), dtype=torch.float32)
+    return losses, prediction.new_empty((batch, tokens, 4), dtype=torch.float32)
 
 
 align_loss_forward = define(
@@ -69,9 +67,8 @@ align_loss_forward = define(
     _forward_fake,
 )
 align_loss_backward = define(
-    "align_loss_backward(Tensor dloss, Tensor prediction, Tensor target, Tensor patches,"
-    " float eps) -> Tensor",
+    "align_loss_backward(Tensor dloss, Tensor prediction, Tensor target, Tensor patches) -> Tensor",
     __package__,
     "backward",
-    lambda dloss, prediction, target, patches, eps: prediction.new_empty(prediction.shape),
+    lambda dloss, prediction, target, patches: prediction.new_empty(prediction.shape),
 )

@@ -13,7 +13,7 @@ from ..adaln.triton_kernels import FORWARD, block_of, load_row, rows_of, store_r
 def align_loss_forward_kernel(
     prediction,  # (R, D)
     target,  # (R, D)
-    patches,  # (R, 3) fp32: cosine, 1 / |prediction|, 1 / |target|
+    patches,  # (R, 4) fp32: cosine, the same or 0, 1 / |prediction|, 1 / |target|
     rows,
     eps: tl.float32,
     D: tl.constexpr,
@@ -27,12 +27,15 @@ def align_loss_forward_kernel(
     for row in tl.range(first, tl.minimum(first + ROWS, rows), num_stages=STAGES):
         p = load_row(prediction, row, cols, mask, D)
         q = load_row(target, row, cols, mask, D)
-        p_inverse = 1 / tl.maximum(tl.sqrt(tl.sum(p * p, axis=0)), eps)
+        norm = tl.sqrt(tl.sum(p * p, axis=0))
+        p_inverse = 1 / tl.maximum(norm, eps)
         q_inverse = 1 / tl.maximum(tl.sqrt(tl.sum(q * q, axis=0)), eps)
         cosine = tl.sum((p * p_inverse) * (q * q_inverse), axis=0)
-        tl.store(patches + 3 * row, cosine)
-        tl.store(patches + 3 * row + 1, p_inverse)
-        tl.store(patches + 3 * row + 2, q_inverse)
+        tl.store(patches + 4 * row, cosine)
+        # A norm clamped to eps is a constant: its direction has no part in the gradient.
+        tl.store(patches + 4 * row + 1, tl.where(norm >= eps, cosine, 0.0))
+        tl.store(patches + 4 * row + 2, p_inverse)
+        tl.store(patches + 4 * row + 3, q_inverse)
 
 
 @triton.jit
@@ -40,11 +43,10 @@ def align_loss_backward_kernel(
     dloss,  # (B) fp32
     prediction,  # (R, D), R = B * tokens
     target,  # (R, D)
-    patches,  # (R, 3) fp32
+    patches,  # (R, 4) fp32
     dprediction,  # (R, D)
     rows,
     tokens,
-    eps: tl.float32,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -54,11 +56,9 @@ def align_loss_backward_kernel(
     cols = tl.arange(0, BLOCK)
     mask = cols < D
     for row in tl.range(first, tl.minimum(first + ROWS, rows), num_stages=STAGES):
-        cosine = tl.load(patches + 3 * row)
-        p_inverse = tl.load(patches + 3 * row + 1)
-        q_inverse = tl.load(patches + 3 * row + 2)
-        # Where the norm was clamped to eps it is a constant, and the direction term vanishes.
-        cosine = tl.where(p_inverse * eps < 1, cosine, 0.0)
+        cosine = tl.load(patches + 4 * row + 1)
+        p_inverse = tl.load(patches + 4 * row + 2)
+        q_inverse = tl.load(patches + 4 * row + 3)
         factor = tl.load(dloss + row // tokens) / tokens * p_inverse
         p = load_row(prediction, row, cols, mask, D) * p_inverse
         q = load_row(target, row, cols, mask, D) * q_inverse
@@ -71,13 +71,13 @@ def align_loss_forward_launch(prediction, target, patches, eps, tile=FORWARD) ->
 
 
 def align_loss_backward_launch(
-    dloss, prediction, target, patches, dprediction, eps, tile=FORWARD
+    dloss, prediction, target, patches, dprediction, tile=FORWARD
 ) -> Launch:
     tensors = {
         "dloss": dloss, "prediction": prediction, "target": target, "patches": patches,
         "dprediction": dprediction,
     }  # fmt: skip
-    scalars = {"tokens": prediction.shape[1], "eps": eps}
+    scalars = {"tokens": prediction.shape[1]}
     return _launch(align_loss_backward_kernel, tile, tensors, scalars)
 
 
@@ -97,8 +97,8 @@ def _launch(kernel, tile, tensors: dict, scalars: dict) -> Launch:
 def forward(
     prediction: torch.Tensor, target: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss per sample (B), and cosine and inverse norms of each patch, (B, N, 3); fp32."""
-    patches = torch.empty(*prediction.shape[:2], 3, dtype=torch.float32, device=prediction.device)
+    """Loss per sample (B), and four numbers of each patch, (B, N, 4); fp32."""
+    patches = torch.empty(*prediction.shape[:2], 4, dtype=torch.float32, device=prediction.device)
     align_loss_forward_launch(rows_of(prediction), rows_of(target), patches, eps).run()
     return -patches[..., 0].mean(-1), patches
 
@@ -108,12 +108,11 @@ def backward(
     prediction: torch.Tensor,
     target: torch.Tensor,
     patches: torch.Tensor,
-    eps: float,
 ) -> torch.Tensor:
     """dprediction (B, N, D) in the dtype of prediction."""
     prediction = rows_of(prediction)
     dprediction = torch.empty_like(prediction)
     align_loss_backward_launch(
-        dloss.contiguous(), prediction, rows_of(target), patches, dprediction, eps
+        dloss.contiguous(), prediction, rows_of(target), patches, dprediction
     ).run()
     return dprediction

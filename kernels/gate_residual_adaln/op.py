@@ -3,11 +3,10 @@
 import functools
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from repa_fast.contracts import expect_floating, expect_shape, expect_tokens
+from repa_fast.contracts import expect_floating, expect_out_dtype, expect_shape, expect_tokens
 from repa_fast.dispatch import runs_triton
-from repa_fast.registration import define
+from repa_fast.registration import define, first_derivative_only
 
 from .reference import gate_residual_adaln_reference, gate_residual_reference
 
@@ -70,6 +69,7 @@ def gate_residual_adaln(
     """
     _check("gate_residual_adaln", x, branch, gate=gate, shift=shift, scale=scale)
     out_dtype = out_dtype or shift.dtype
+    expect_out_dtype("gate_residual_adaln", out_dtype)
     tensors = (x, branch, gate, shift, scale)
     if runs_triton("gate_residual_adaln", implementation, *tensors):
         return GateResidualAdaLN.apply(*tensors, eps, out_dtype)
@@ -94,7 +94,7 @@ class GateResidual(torch.autograd.Function):
         return gate_residual_forward(x, branch, gate)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, dout):
         dbranch, dgate = gate_residual_backward(dout, *ctx.saved_tensors)
         return dout, dbranch, dgate
@@ -114,7 +114,7 @@ class GateResidualAdaLN(torch.autograd.Function):
         return out, y
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, dout, dy):
         out, branch, gate, scale, statistics = ctx.saved_tensors
         if dy is None:

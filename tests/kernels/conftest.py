@@ -15,6 +15,7 @@ from tests.kernels.evaluate import (
     nan_filled,
     pack,
     poison_memory,
+    round_to_nearest,
     unpack,
 )
 
@@ -50,6 +51,7 @@ def interpreter(can_interpret):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "1")
             pool.submit(poison_memory).result()
+        pool.submit(round_to_nearest).result()
 
         def call(function, *arguments):
             if function is evaluate:

@@ -3,6 +3,7 @@
 import functools
 import io
 
+import numpy as np
 import torch
 import torch.utils._device
 
@@ -74,6 +75,24 @@ def poison_memory():
     torch.set_num_threads(1)
     for owner, name in ALLOCATORS:
         setattr(owner, name, nan_filled(getattr(owner, name)))
+
+
+def round_to_nearest():
+    """Round to bf16 as a GPU does; Triton's interpreter cuts the lower half of the fp32 off."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast = InterpreterBuilder.cast_impl
+    if cast.__name__ == "nearest":
+        return
+
+    def nearest(self, source, dtype):
+        if (source.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, source, dtype)
+        rounded = torch.from_numpy(np.array(source.data)).bfloat16()
+        return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), dtype.scalar)
+
+    InterpreterBuilder.cast_impl = nearest
 
 
 def evaluate_packed(data):

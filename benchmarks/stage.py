@@ -5,9 +5,12 @@ A stage that cannot run says so in one line and succeeds.
 
 import argparse
 import importlib.util
+import os
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -47,8 +50,27 @@ def limited(arguments: list[str], seconds: float) -> int:
         command = [sys.executable, "-m", *arguments]
         return subprocess.run(command, cwd=ROOT, timeout=seconds).returncode
     except subprocess.TimeoutExpired:
-        print(f"gpu-kernels: {' '.join(arguments)}: stopped after {seconds:.0f} s", flush=True)
+        print(f"{' '.join(arguments)}: stopped after {seconds:.0f} s", flush=True)
         return 1
+
+
+def optim() -> int:
+    """The optimizer against its rivals, then a few tensors under compute-sanitizer."""
+    status = limited(["benchmarks.optim"], 240)
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(sanitizer).exists():
+        print("gpu-optim: no compute-sanitizer, memory and races are not checked", flush=True)
+        return status
+    small = ["-m", "benchmarks.optim", "--small", "--provider", "cuda", "--out", os.devnull]
+    for tool in ("memcheck", "racecheck"):
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "1", sys.executable, *small]
+        print(f"gpu-optim: {tool}", flush=True)
+        try:
+            status |= subprocess.run(command, cwd=ROOT, timeout=100).returncode
+        except subprocess.TimeoutExpired:
+            print(f"gpu-optim: {tool} was stopped after 100 s", flush=True)
+            status = 1
+    return status
 
 
 def step() -> int:
@@ -73,7 +95,7 @@ def why_not(stage: str) -> str | None:
     return None
 
 
-WORK = {"kernels": (kernels, "triton"), "step": (step, "timm")}
+WORK = {"kernels": (kernels, "triton"), "optim": (optim, "torch"), "step": (step, "timm")}
 """Stage -> what runs it, and the package it needs."""
 
 

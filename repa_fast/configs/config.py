@@ -97,6 +97,8 @@ class TrainConfig:
     """TF32 matrix products for fp32 tensors on CUDA."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     """auto is bf16 on CUDA and fp32 (no) on CPU."""
+    compute_copy: Literal["autocast", "optimizer"] = "autocast"
+    """Who makes the bf16 copies of weights: autocast at every forward pass, or the optimizer."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """Triton kernels or plain torch; auto asks REPA_FAST_KERNELS, then takes Triton on CUDA."""
     attention: str = "auto"
@@ -174,6 +176,11 @@ class TrainConfig:
         for decay in self.ema_decays:
             if not 0 <= decay < 1:
                 raise ValueError(f"ema_decay is {self.ema_decay}, expected values in [0, 1)")
+        if self.compute_copy == "optimizer" and self.mixed_precision not in ("auto", "bf16"):
+            raise ValueError(
+                f"compute_copy is 'optimizer' with mixed_precision {self.mixed_precision!r}, "
+                "expected bf16"
+            )
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps is {self.warmup_steps}, expected at least 0")
         if self.seed < 0:

@@ -45,6 +45,7 @@ def train(config: TrainConfig) -> Path:
         state = build_state(config, dataset.metadata, world)
         run = Path(config.output_dir) / config.exp_name
         begin(run / "checkpoints", state)
+        state.optimizer.write_copies()
         if not state.micro_batch or config.micro_batch != "auto":
             state.micro_batch = choose_micro_batch(state)
         order = SampleOrder(len(dataset), config.images_per_step, config.seed)

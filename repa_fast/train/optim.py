@@ -5,7 +5,7 @@ counts nor averages change.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ class AdamWEMA(torch.optim.AdamW):
         params: parameters or groups, as for torch.optim.AdamW; frozen ones may be among them.
         averages: for each average its tensors, one per parameter in the order of `params`.
         ema_decays: for each average its decay.
+        copies: bf16 tensors that are kept equal to their parameters, by parameter.
         lr, betas, eps, weight_decay: AdamW's.
         implementation: "cuda" does a step in one pass over memory (csrc/adamw_ema; parameters in
             fp32), "torch" is torch's fused AdamW and foreach averages, on any device; "auto" takes
@@ -43,6 +44,7 @@ class AdamWEMA(torch.optim.AdamW):
         params: Iterable,
         averages: Sequence[Iterable[torch.Tensor]] = (),
         ema_decays: Sequence[float] = (),
+        copies: Mapping[torch.Tensor, torch.Tensor] | None = None,
         *,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -59,6 +61,7 @@ class AdamWEMA(torch.optim.AdamW):
         self._averages_of = {
             p: [average[i] for average in self.averages] for i, p in enumerate(own)
         }
+        self.copies = dict(copies or {})
         self.implementation, self.reason = _choose(implementation, self.device)
         self._lr_to_device()
         self.register_load_state_dict_post_hook(lambda optimizer: optimizer._lr_to_device())
@@ -114,12 +117,22 @@ class AdamWEMA(torch.optim.AdamW):
                 self._begin_state(p)
             resting = [p for p in group["params"] if p.grad is None]
             if self.implementation == "cuda":
-                self._step_cuda(group, stepped, grad_scale, skip)
+                for copied in (True, False):  # the kernel takes a copy of all tensors or of none
+                    part = [p for p in stepped if (p in self.copies) == copied]
+                    self._step_cuda(group, part, grad_scale, skip)
                 self._move_averages(stepped, skip, first=1)
             else:
                 self._step_torch(group, stepped, grad_scale, skip)
                 self._move_averages(stepped, skip)
             self._move_averages(resting, skip)
+        if self.implementation == "torch":
+            self.write_copies()
+
+    @torch.no_grad()
+    def write_copies(self) -> None:
+        """Make every copy equal to its parameter; needed after something else changed those."""
+        if self.copies:
+            torch._foreach_copy_(list(self.copies.values()), list(self.copies))
 
     def _step_cuda(self, group, params, grad_scale, skip) -> None:
         fused = bool(self.averages)
@@ -133,6 +146,7 @@ class AdamWEMA(torch.optim.AdamW):
             weight_decay=group["weight_decay"],
             emas=[_local(self._averages_of[p][0]) for p in params] if fused else (),
             ema_decay=self.ema_decays[0] if fused else 0.0,
+            param_copies=[self.copies[p] for p in params if p in self.copies],
             implementation="cuda",
         )
 
@@ -193,12 +207,18 @@ class AdamWEMA(torch.optim.AdamW):
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self.device)
 
 
-def build_optimizer(model: nn.Module, emas: Sequence[nn.Module], config: TrainConfig) -> AdamWEMA:
+def build_optimizer(
+    model: nn.Module,
+    emas: Sequence[nn.Module],
+    config: TrainConfig,
+    copies: Mapping[torch.Tensor, torch.Tensor],
+) -> AdamWEMA:
     """AdamW over all parameters in order, frozen ones included (pos_embed is index 0)."""
     return AdamWEMA(
         model.parameters(),
         [ema.parameters() for ema in emas],
         config.ema_decays,
+        copies,
         lr=learning_rate(config, 0),
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,

@@ -17,6 +17,7 @@ from repa_fast.data.latents import can_decode
 from repa_fast.data.vae import VAE
 from repa_fast.diffusion.path import Path, get
 from repa_fast.models.sit import SiT
+from repa_fast.train.compute_copy import add_copies
 from repa_fast.train.distributed import World
 from repa_fast.train.kernels import choose_kernels
 from repa_fast.train.metrics import Accumulator
@@ -90,6 +91,11 @@ def build_state(config: TrainConfig, metadata: Metadata, world: World) -> TrainS
     notes = choose_kernels(config, model, AUTOCAST[precision] or torch.float32, world)
     emas = [copy.deepcopy(model).eval().requires_grad_(False) for _ in config.ema_decays]
     frozen = load_encoders(config, world)
+    copies = {}
+    if config.compute_copy == "optimizer":
+        if precision != "bf16":
+            raise ValueError("compute_copy is 'optimizer', which needs --mixed-precision bf16")
+        copies = add_copies(model)
     if config.compile:
         for block in model.blocks:
             block.compile(fullgraph=True)
@@ -100,7 +106,7 @@ def build_state(config: TrainConfig, metadata: Metadata, world: World) -> TrainS
         wrapped = DistributedDataParallel(
             model, broadcast_buffers=False, gradient_as_bucket_view=True
         )
-    optimizer = build_optimizer(model, emas, config)
+    optimizer = build_optimizer(model, emas, config, copies)
     notes.append(f"optimizer: {optimizer.implementation}, {optimizer.reason}")
     return TrainState(
         config=config,

@@ -1,7 +1,7 @@
 """Package layout and CUDA extension; the rest of the metadata is in pyproject.toml.
 
 Every kernels/<op> is installed as repa_fast.kernels.<op>. All csrc/<op>/*.cu become one library,
-repa_fast/_csrc.abi3.so, where a CUDA toolkit and torch's headers are at hand:
+repa_fast/lib/csrc.so, where a CUDA toolkit and torch's headers are at hand:
 
     python setup.py build_ext --inplace            # in a checkout, with torch installed
     pip install --no-build-isolation .             # isolated builds have no torch, and go without
@@ -70,6 +70,9 @@ def gencode():
 class BuildCuda(build_ext):
     """Compiles with nvcc alone; the library is loaded by torch, not imported."""
 
+    def get_ext_filename(self, name):
+        return os.path.join(*name.split(".")) + ".so"  # no part of Python's ABI in it
+
     def build_extension(self, extension):
         root, torch = toolkit(), folder_of("torch")
         target = Path(self.get_ext_fullpath(extension.name))
@@ -90,7 +93,7 @@ class BuildCuda(build_ext):
 def extensions():
     reason = why_not_cuda()
     if reason is None:
-        return [Extension("repa_fast._csrc", SOURCES, py_limited_api=True)]
+        return [Extension("repa_fast.lib.csrc", SOURCES, py_limited_api=True)]
     if os.environ.get("REPA_FAST_CUDA") == "1":
         sys.exit(f"repa-fast: REPA_FAST_CUDA=1, but {reason}")
     print(f"repa-fast: csrc is not built: {reason}")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-LIBRARY = Path(__file__).parent / "_csrc.abi3.so"
+LIBRARY = Path(__file__).parent / "lib" / "csrc.so"
 
 
 @functools.cache

@@ -73,6 +73,10 @@ class BuildCuda(build_ext):
     def get_ext_filename(self, name):
         return os.path.join(*name.split(".")) + ".so"  # no part of Python's ABI in it
 
+    def copy_extensions_to_source(self):
+        (ROOT / "repa_fast" / "lib").mkdir(exist_ok=True)
+        super().copy_extensions_to_source()
+
     def build_extension(self, extension):
         root, torch = toolkit(), folder_of("torch")
         target = Path(self.get_ext_fullpath(extension.name))

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = Path(os.environ.get("REPA_FAST_RESULTS") or ROOT / "benchmarks" / "results")
 
 
 def stamp() -> dict[str, str | int]:
@@ -28,7 +28,10 @@ def stamp() -> dict[str, str | int]:
 
 
 def commit() -> str:
-    """Short hash of HEAD, with a + where tracked files differ from it; "unknown" without git."""
+    """Short hash of HEAD, with a + where tracked files differ from it.
+
+    Without git, what REPA_FAST_COMMIT says, or "unknown".
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -38,7 +41,7 @@ def commit() -> str:
     try:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("diff", "HEAD", "--stat") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("REPA_FAST_COMMIT", "unknown")
 
 
 def command() -> str:

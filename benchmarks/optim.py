@@ -6,6 +6,7 @@ the reference on the same tensors, and gets no figure where it is wrong.
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,15 +27,13 @@ BYTES = {  # per parameter in fp32: what one pass and a reading for the norm hav
     "written": 4 * 4,  # parameter, two moments, average
 }
 GATE_STEPS = 3
-GATED = ("cuda", "torch")  # the others are other people's code, rounded in their own way
+GATED = ("cuda",)  # the others are torch's and apex's code, rounded in their own way
 
 Step = Callable[[], None]
 
 
-def shapes(small: bool) -> list[tuple[int, ...]]:
-    """Of SiT-XL/2's trained parameters with a projector to 768 columns, or a few odd ones."""
-    if small:
-        return list(SMALL)
+def shapes() -> list[tuple[int, ...]]:
+    """Of SiT-XL/2's trained parameters, with a projector to 768 columns."""
     with torch.device("meta"):
         model = SiT(**size("SiT-XL/2"))
     return [tuple(p.shape) for p in model.parameters() if p.requires_grad]
@@ -72,6 +71,23 @@ def ours(params: list[nn.Parameter], implementation: str) -> Trained:
     return Trained(params, step, lambda p: optimizer.state[p], average)
 
 
+def stock(params: list[nn.Parameter]) -> Trained:
+    """The best sequence of torch's own: fused AdamW, foreach clipping, foreach average."""
+    average = [p.detach().clone() for p in params]
+    weights = [p.detach() for p in params]
+    lr = torch.tensor(LR, device=params[0].device)
+    optimizer = torch.optim.AdamW(
+        params, lr=lr, betas=BETAS, eps=EPS, weight_decay=DECAY, fused=True, capturable=True
+    )
+
+    def step() -> None:
+        nn.utils.clip_grad_norm_(params, MAX_NORM, foreach=True)
+        optimizer.step()
+        torch._foreach_lerp_(average, weights, 1 - EMA)
+
+    return Trained(params, step, lambda p: optimizer.state[p], average)
+
+
 def official(params: list[nn.Parameter]) -> Trained:
     """What REPA's trainer does: foreach AdamW, clip_grad_norm_, an average tensor by tensor."""
     average = [p.detach().clone() for p in params]
@@ -105,6 +121,7 @@ def apex(params: list[nn.Parameter]) -> Trained:
 PROVIDERS = {
     "cuda": lambda params: ours(params, "cuda"),
     "torch": lambda params: ours(params, "torch"),
+    "stock": stock,
     "official": official,
     "apex": apex,
 }
@@ -186,13 +203,19 @@ def main() -> None:
     """Measure every provider and append the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--provider", nargs="*", choices=PROVIDERS, default=list(PROVIDERS))
-    parser.add_argument("--small", action="store_true", help="a few odd tensors, for a sanitizer")
+    parser.add_argument(
+        "--gate-only", action="store_true", help="a few odd tensors, no figures: for a sanitizer"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="file to append the rows to")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    if arguments.gate_only:
+        wrong = {name: why_wrong(PROVIDERS[name], SMALL, device) for name in arguments.provider}
+        print(wrong)
+        sys.exit(any(wrong.values()))
     for name in arguments.provider:
-        row = measure(name, shapes(arguments.small), device)
+        row = measure(name, shapes(), device)
         print(json.dumps(row), flush=True)
         folder = "cpu" if device.type == "cpu" else row["device"].lower().replace(" ", "-")
         out = arguments.out or RESULTS / folder / f"{row['date']}_optim" / "rows.jsonl"

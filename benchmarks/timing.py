@@ -29,12 +29,14 @@ class Effort:
     Attributes:
         graph_ms: least work between two readings of the clock.
         rounds: readings.
-        warmup: rounds before the first reading.
+        warmup: rounds before the first reading, and at least
+        warmup_seconds: of them, on a GPU.
     """
 
     graph_ms: float = 2.0
     rounds: int = 20
     warmup: int = 5
+    warmup_seconds: float = 0.2
 
 
 QUICK = Effort(rounds=7, warmup=2)
@@ -188,7 +190,7 @@ def _measure_on_cpu(variants: Sequence[Call], effort: Effort) -> Timing:
 def _measure_graph(variants: Sequence[Call], effort: Effort) -> Timing:
     calls = len(variants)
     graph = _capture(variants, calls)
-    (each,) = _readings(graph.replay, Effort(rounds=1, warmup=2))
+    (each,) = _readings(graph.replay, Effort(rounds=1, warmup=2, warmup_seconds=0))
     calls = _calls(each / calls, len(variants), effort)
     if calls > len(variants):
         del graph  # with the memory of its results
@@ -210,7 +212,7 @@ def _measure_events(variants: Sequence[Call], effort: Effort) -> Timing:
     def one_round() -> None:
         _run(variants, calls)
 
-    (each,) = _readings(one_round, Effort(rounds=1, warmup=1))
+    (each,) = _readings(one_round, Effort(rounds=1, warmup=1, warmup_seconds=0))
     calls = _calls(each / calls, len(variants), effort)
     samples = [ms / calls for ms in _readings(one_round, effort)]
     return Timing(*percentiles(samples), calls, effort.rounds, "events")
@@ -218,8 +220,12 @@ def _measure_events(variants: Sequence[Call], effort: Effort) -> Timing:
 
 def _readings(one_round: Call, effort: Effort) -> list[float]:
     """Milliseconds on the device of each round after the warm-up."""
+    started = time.perf_counter()
     for _ in range(effort.warmup):
         one_round()
+    while time.perf_counter() - started < effort.warmup_seconds:  # the clock of an idle GPU is low
+        one_round()
+        torch.cuda.synchronize()
     pairs = []
     for _ in range(effort.rounds):
         pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]

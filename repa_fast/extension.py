@@ -7,6 +7,8 @@ import torch
 
 LIBRARY = Path(__file__).parent / "lib" / "csrc.so"
 
+OPERATORS = ("adamw_ema", "sum_of_squares")  # they write into their arguments and return nothing
+
 
 @functools.cache
 def why_not() -> str:
@@ -20,4 +22,6 @@ def why_not() -> str:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         return f"{LIBRARY.name} does not load: {error}"
+    for name in OPERATORS:
+        torch.library.register_fake(f"repa_fast::{name}", lambda *arguments: None)
     return ""

@@ -129,7 +129,7 @@ def gate_residual_forward(t: Tensors, upstream: list[torch.Tensor]) -> Bind:
 def align_loss_forward(t: Tensors, upstream: list[torch.Tensor]) -> Bind:
     from repa_fast.kernels.align_loss import triton_kernels as kernels
 
-    patches = torch.empty(*t["target"].shape[:2], 3, device=t["target"].device)
+    patches = kernels.empty_patches(t["prediction"])
 
     def bind(tile):
         launch = kernels.align_loss_forward_launch(
@@ -148,7 +148,7 @@ def align_loss_backward(t: Tensors, upstream: list[torch.Tensor]) -> Bind:
 
     def bind(tile):
         launch = kernels.align_loss_backward_launch(
-            upstream[0], **t, patches=patches, dprediction=dprediction, eps=EPS["align_loss"],
+            upstream[0], **t, patches=patches, dprediction=dprediction,
             tile=tile,
         )  # fmt: skip
         return launch, None, {"dprediction": dprediction}

@@ -101,7 +101,7 @@ __device__ void store_copy(__nv_bfloat16* copy, int64_t i, float4 value) {
   uint2 raw;
   raw.x = *reinterpret_cast<const unsigned*>(&low);
   raw.y = *reinterpret_cast<const unsigned*>(&high);
-  *reinterpret_cast<uint2*>(copy + i) = raw;
+  __stcs(reinterpret_cast<uint2*>(copy + i), raw);
 }
 
 struct Rates {

@@ -64,10 +64,12 @@ def adamw_ema(
             raise ValueError(
                 f"adamw_ema: {name} has {len(tensors)} tensors, expected {len(params)} as params"
             )
-    for name, tensors in lists.items():
-        for param, tensor in zip(params, tensors):
-            expect_shape("adamw_ema", name, tensor, param.shape)
-    run = adamw_ema_cuda if _runs_cuda("adamw_ema", implementation, params) else adamw_ema_reference
+    run = adamw_ema_cuda  # which checks every tensor itself
+    if not _runs_cuda("adamw_ema", implementation, params):
+        run = adamw_ema_reference
+        for name, tensors in lists.items():
+            for param, tensor in zip(params, tensors):
+                expect_shape("adamw_ema", name, tensor, param.shape)
     run(
         params,
         grads,

@@ -65,6 +65,11 @@ def align_loss_backward_kernel(
         store_row(dprediction, row, factor * (cosine * p - q), cols, mask, D)
 
 
+def empty_patches(prediction: torch.Tensor) -> torch.Tensor:
+    """What forward keeps of each patch of `prediction` (B, N, D): (B, N, 4) fp32."""
+    return torch.empty(*prediction.shape[:2], 4, dtype=torch.float32, device=prediction.device)
+
+
 def align_loss_forward_launch(prediction, target, patches, eps, tile=FORWARD) -> Launch:
     tensors = {"prediction": prediction, "target": target, "patches": patches}
     return _launch(align_loss_forward_kernel, tile, tensors, {"eps": eps})
@@ -98,7 +103,7 @@ def forward(
     prediction: torch.Tensor, target: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss per sample (B), and four numbers of each patch, (B, N, 4); fp32."""
-    patches = torch.empty(*prediction.shape[:2], 4, dtype=torch.float32, device=prediction.device)
+    patches = empty_patches(prediction)
     align_loss_forward_launch(rows_of(prediction), rows_of(target), patches, eps).run()
     return -patches[..., 0].mean(-1), patches
 

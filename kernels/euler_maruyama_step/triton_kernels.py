@@ -27,7 +27,7 @@ def standard_normal(seed, step, sample, position):
     return radius * tl.cos(second.to(tl.float32) * (TWO_PI * 2.0**-32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "step"])
 def euler_maruyama_step_kernel(
     x,  # (B, E) fp32 or fp64
     v_cond,  # (B, E)

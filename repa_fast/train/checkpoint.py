@@ -114,6 +114,8 @@ def load(source: Path, state: TrainState) -> None:
 
 
 def _tensors(state: TrainState) -> dict:
+    # Without states torch would make them by a step of its own, which moves averages too.
+    state.optimizer.begin_states()
     return {
         "model": state.model.state_dict(),
         "ema": state.ema.state_dict(),

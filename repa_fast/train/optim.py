@@ -67,6 +67,13 @@ class AdamWEMA(torch.optim.AdamW):
         self.register_load_state_dict_post_hook(lambda optimizer: optimizer._lr_to_device())
         self.register_state_dict_post_hook(_lr_to_host)
 
+    def begin_states(self) -> None:
+        """Moments and step counts of zero for every trainable parameter that has none yet."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad:
+                    self._begin_state(p)
+
     def set_lr(self, lr: float) -> None:
         """Set every group's learning rate."""
         for group in self.param_groups:

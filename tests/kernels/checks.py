@@ -211,3 +211,18 @@ def second_derivative(op, arguments, linear):
     except RuntimeError as error:
         return str(error)
     return ""
+
+
+def swept(kernel):
+    """Statuses and messages of every launch parameter of a kernel, at a tiny shape."""
+    from benchmarks.kernels import tune
+    from benchmarks.kernels.measure import Bench
+    from benchmarks.kernels.ops import tiny
+    from benchmarks.timing import Effort
+
+    bench = Bench(torch.device("cpu"), Effort(graph_ms=0, rounds=1, warmup=0))
+    points = tune.points(kernel)[:2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune, "points", lambda _: points)
+        rows = list(tune.sweep(bench, kernel, tiny(tune.KERNELS[kernel][0]), float("inf")))
+    return [(row["status"], row.get("message", "")) for row in rows]

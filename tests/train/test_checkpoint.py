@@ -123,3 +123,15 @@ def test_fp16_scaler_state_is_restored(make_state, tmp_path):
     other = make_state(mixed_precision="fp16")
     checkpoint.load(checkpoint.path_of(tmp_path, 1), other)
     assert other.scaler.get_scale() == 256.0
+
+
+def test_saving_before_the_first_step_moves_nothing(make_state, tmp_path):
+    state = make_state()
+    with torch.no_grad():
+        for average in state.ema.parameters():
+            average.add_(1)
+    expected = [p.clone() for p in state.ema.parameters()]
+    checkpoint.save(tmp_path, state)
+    for average, before in zip(state.ema.parameters(), expected, strict=True):
+        assert torch.equal(average, before)
+    assert {float(s["step"]) for s in state.optimizer.state.values()} == {0.0}

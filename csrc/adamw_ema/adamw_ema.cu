@@ -247,6 +247,14 @@ void check(const char* op, const char* name, size_t i, const Tensor& tensor, int
                   " elements, expected ", numel);
 }
 
+void check_shape(const char* op, const char* name, size_t i, const Tensor& tensor, const Tensor& like) {
+  bool same = tensor.dim() == like.dim();
+  for (int64_t axis = 0; same && axis < like.dim(); ++axis) {
+    same = tensor.size(axis) == like.size(axis);
+  }
+  STD_TORCH_CHECK(same, op, ": ", name, "[", i, "] has another shape than params[", i, "]");
+}
+
 void check_dtype(const char* op, const char* name, size_t i, const Tensor& tensor, ScalarType dtype) {
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": ", name, "[", i,
                   "] has another dtype than expected (fp32; bf16 for gradients and copies, fp64 for sums)");
@@ -272,6 +280,7 @@ template <typename T>
 T* pointer(const char* op, const char* name, const Tensors& list, size_t i, ScalarType dtype, const Tensor& like) {
   if (list.empty()) return nullptr;
   check(op, name, i, list[i], like.get_device(), like.numel());
+  check_shape(op, name, i, list[i], like);
   check_dtype(op, name, i, list[i], dtype);
   return static_cast<T*>(list[i].data_ptr());
 }
@@ -335,6 +344,7 @@ void adamw_ema(
       check(op, "params", i, p, device, p.numel());
       check_dtype(op, "params", i, p, ScalarType::Float);
       check(op, "grads", i, grads[i], device, p.numel());
+      check_shape(op, "grads", i, grads[i], p);
       check(op, "steps", i, steps[i], device, 1);
       check_dtype(op, "steps", i, steps[i], ScalarType::Float);
       fill_grad(op, e, grads[i], i);

@@ -64,8 +64,11 @@ def adamw_ema(
             raise ValueError(
                 f"adamw_ema: {name} has {len(tensors)} tensors, expected {len(params)} as params"
             )
+    if ema_copies and not emas:
+        raise ValueError("adamw_ema: ema_copies are given without emas, expected both")
+    device = params[0].device if params else lr.device
     run = adamw_ema_cuda  # which checks every tensor itself
-    if not _runs_cuda("adamw_ema", implementation, params):
+    if not _runs_cuda("adamw_ema", implementation, device):
         run = adamw_ema_reference
         for name, tensors in lists.items():
             for param, tensor in zip(params, tensors):
@@ -107,7 +110,7 @@ def sum_of_squares(
         ValueError: "cuda" where it cannot run.
         RuntimeError: a tensor the kernel does not take, by position.
     """
-    if _runs_cuda("sum_of_squares", implementation, tensors):
+    if _runs_cuda("sum_of_squares", implementation, device):
         return sum_of_squares_cuda(tensors, device)
     return sum_of_squares_reference(tensors, device)
 
@@ -119,11 +122,11 @@ def why_not_cuda(device: torch.device) -> str:
     return extension.why_not()
 
 
-def _runs_cuda(op: str, implementation: str, tensors: Tensors) -> bool:
+def _runs_cuda(op: str, implementation: str, device: torch.device) -> bool:
     expect_choice(f"{op}: implementation", implementation, IMPLEMENTATIONS)
-    if implementation == "reference" or not tensors:
+    if implementation == "reference":
         return False
-    reason = why_not_cuda(tensors[0].device)
+    reason = why_not_cuda(device)
     if implementation == "cuda" and reason:
         raise ValueError(f"{op}: implementation is 'cuda', but {reason}")
     return not reason

@@ -38,12 +38,15 @@ def adamw_ema_reference(
     for i, (param, grad, m, v, step) in enumerate(
         zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
     ):
-        g = grad.to(param.dtype) * grad_scale
+        g = grad.to(param.dtype) * grad_scale.to(param.dtype)
         count = step + 1
+        unbias1, unbias2 = ((1 - beta ** count.double()).to(param.dtype) for beta in betas)
+        rate = lr.to(param.dtype)
         first = m + (1 - beta1) * (g - m)
         second = beta2 * v + (1 - beta2) * g * g
-        root = (second / (1 - beta2**count)).sqrt() + eps
-        new = param * (1 - lr * weight_decay) - lr / (1 - beta1**count) * first / root
+        root = (second / unbias2).sqrt() + eps
+        new = param - rate * weight_decay * param
+        new = new - rate / unbias1 * first / root
         if emas:
             average = emas[i] + (1 - ema_decay) * (new - emas[i])
             write(emas[i], average)

@@ -181,6 +181,11 @@ class TrainConfig:
                 f"compute_copy is 'optimizer' with mixed_precision {self.mixed_precision!r}, "
                 "expected bf16"
             )
+        if not 0 <= self.min_learning_rate <= self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate is {self.min_learning_rate}, expected 0 to learning_rate "
+                f"({self.learning_rate})"
+            )
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps is {self.warmup_steps}, expected at least 0")
         if self.seed < 0:

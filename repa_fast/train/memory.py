@@ -13,8 +13,8 @@ from repa_fast.models.flops import projector_flops, sit_flops
 from repa_fast.models.sit import SiT
 from repa_fast.train.state import TrainState
 
-# fp32 weights, gradients, two AdamW moments and the moving average
-BYTES_PER_PARAMETER = 4 + 4 + 8 + 4
+# fp32 weights, gradients and two AdamW moments; each moving average
+BYTES_PER_PARAMETER, BYTES_PER_AVERAGE = 4 + 4 + 8, 4
 # saved activations of one block, in bytes per token and width, bf16 with an fp32 residual stream:
 # two residual states 8, two norms' outputs 4, qkv 6, attention output 2, two branches 4, MLP 16
 ACTIVATION_BYTES = 40
@@ -68,7 +68,7 @@ def budget(config: TrainConfig, metadata: Metadata) -> Budget:
         parameters_with_projectors=total,
         train_flops=3 * forward + encoder,
         encoder_flops=encoder,
-        state_bytes=total * BYTES_PER_PARAMETER,
+        state_bytes=total * (BYTES_PER_PARAMETER + BYTES_PER_AVERAGE * len(config.ema_decays)),
         activation_bytes=ACTIVATION_BYTES * tokens * width * depth,
     )
 
@@ -103,17 +103,15 @@ def _fits_cpu(state: TrainState, size: int) -> bool:
 
 
 def _fits_cuda(state: TrainState, size: int) -> bool:
-    """Whether a forward and backward pass of `size` images leaves room for the optimizer."""
+    """Whether a forward and backward pass of `size` images runs; the moments are there already."""
     from repa_fast.train.step import losses, synthetic_batch
 
-    trainable = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     try:
-        reserve = torch.empty(8 * trainable, dtype=torch.uint8, device=state.world.device)
         batch, draws = synthetic_batch(state, size)
         denoise, align = losses(state, state.model, batch, draws)
         (denoise.sum() + sum(part.sum() for part in align)).backward()
         fits = True
-        del reserve, batch, draws, denoise, align
+        del batch, draws, denoise, align
     except torch.OutOfMemoryError:
         fits = False
     state.optimizer.zero_grad(set_to_none=True)

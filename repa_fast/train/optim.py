@@ -58,14 +58,25 @@ class AdamWEMA(torch.optim.AdamW):
         self.averages = [list(average) for average in averages]
         self.ema_decays = tuple(ema_decays)
         _check_averages(own, self.averages, self.ema_decays)
+        self._step_supports_amp_scaling = False  # a GradScaler unscales, and skips steps, itself
         self._averages_of = {
             p: [average[i] for average in self.averages] for i, p in enumerate(own)
         }
         self.copies = dict(copies or {})
-        self.implementation, self.reason = _choose(implementation, self.device)
-        self._lr_to_device()
-        self.register_load_state_dict_post_hook(lambda optimizer: optimizer._lr_to_device())
+        self.implementation, self.reason = _choose(implementation, own)
+        self.begin_states()
+        self._to_device()
+        self.register_load_state_dict_post_hook(lambda optimizer: optimizer._to_device())
         self.register_state_dict_post_hook(_lr_to_host)
+
+    def add_param_group(self, param_group: dict) -> None:
+        """As torch's, at construction; later there would be no averages for it."""
+        if hasattr(self, "averages"):
+            raise ValueError("AdamWEMA: groups are fixed at construction, as their averages are")
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict:
+        raise TypeError("AdamWEMA cannot be copied or pickled: use state_dict()")
 
     def begin_states(self) -> None:
         """Moments and step counts of zero for every trainable parameter that has none yet."""
@@ -209,9 +220,13 @@ class AdamWEMA(torch.optim.AdamW):
             state["exp_avg"] = torch.zeros_like(p)
             state["exp_avg_sq"] = torch.zeros_like(p)
 
-    def _lr_to_device(self) -> None:
+    def _to_device(self) -> None:
+        """Learning rates and step counts, which torch's own state may have on the host."""
         for group in self.param_groups:
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self.device)
+            group["fused"] = True
+        for state in self.state.values():
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=self.device)
 
 
 def build_optimizer(
@@ -259,9 +274,12 @@ def record_overflow(
     states["found_inf_per_device"] = {bad.device: bad}
 
 
-def _choose(implementation: str, device: torch.device) -> tuple[str, str]:
+def _choose(implementation: str, params: Sequence[torch.Tensor]) -> tuple[str, str]:
     expect_choice("optimizer_impl", implementation, IMPLEMENTATIONS)
-    reason = ops.why_not_cuda(device)
+    reason = ops.why_not_cuda(params[0].device)
+    for p in params:
+        if p.dtype != torch.float32:
+            reason = reason or f"a parameter is {p.dtype}, expected torch.float32"
     if implementation == "cuda" and reason:
         raise ValueError(f"optimizer_impl is 'cuda', but {reason}")
     if implementation == "auto":
@@ -272,12 +290,17 @@ def _choose(implementation: str, device: torch.device) -> tuple[str, str]:
 def _check_averages(params, averages, decays) -> None:
     if len(averages) != len(decays):
         raise ValueError(f"{len(averages)} averages for {len(decays)} ema_decays, expected as many")
+    if not all(0 <= decay < 1 for decay in decays):
+        raise ValueError(f"ema_decays are {decays}, expected values in [0, 1)")
     for average in averages:
         if [p.shape for p in params] != [a.shape for a in average]:
             raise ValueError(
                 f"an average has {len(average)} tensors that do not fit the {len(params)} "
                 "parameters, expected the same shapes in the same order"
             )
+        for p, a in zip(params, average):
+            if a.dtype != p.dtype:
+                raise ValueError(f"an average is {a.dtype}, expected {p.dtype} as its parameter")
 
 
 def _lr_to_host(optimizer: torch.optim.Optimizer, state: dict) -> dict:

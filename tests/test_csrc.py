@@ -1,0 +1,332 @@
+"""The CUDA library and its build: what can be known of them without a GPU."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from repa_fast import extension
+from repa_fast.kernels.adamw_ema.cuda import CHUNK
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "csrc" / "adamw_ema" / "adamw_ema.cu"
+ARCHS = ("sm_80", "sm_90", "sm_100")
+KERNELS = ("adamw_ema_kernel", "advance_kernel", "squares_kernel", "sum_kernel")
+ENTRY_BYTES = 72
+PARAMETER_BYTES = 32_764
+"""What a kernel may take from sm_70 and CUDA 12.1 on."""
+NOTHING_TO_BUILD_WITH = "no nvcc in CUDA_HOME, on PATH or from the package nvidia-cuda-nvcc"
+
+
+def setup_py(*args, root=ROOT, **environment):
+    """A finished process of setup.py under the given environment (None removes a variable)."""
+    env = {**os.environ, **environment}
+    env = {name: value for name, value in env.items() if value is not None}
+    command = [sys.executable, "-W", "ignore", "setup.py", "-q", *args]
+    return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+
+
+def why_not_built():
+    """setup.py's own reason, "" where it would build."""
+    process = setup_py("--version", REPA_FAST_CUDA=None)
+    assert process.returncode == 0, process.stderr
+    found = re.search(r"csrc is not built: (.*)", process.stdout)
+    return found.group(1) if found else ""
+
+
+@pytest.fixture(scope="module")
+def library():
+    """Path of the library; skips where there is nothing to build it with."""
+    if not extension.LIBRARY.is_file():
+        if reason := why_not_built():
+            pytest.skip(f"{extension.LIBRARY.name}: {reason}")
+        pytest.fail(f"{extension.LIBRARY} is missing: python setup.py build_ext --inplace")
+    return extension.LIBRARY
+
+
+def fresh(script):
+    """Output of a Python process without a GPU."""
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    process = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout.strip()
+
+
+# Its contents.
+
+
+@pytest.fixture(scope="module")
+def cuobjdump(library):
+    """cuobjdump(options...) -> what it prints of the library."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None:
+        pytest.skip("Triton, which brings cuobjdump, is not installed")
+    tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+    def call(*options):
+        command = [str(tool), *options, str(library)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def usage(cuobjdump):
+    """{(architecture, kernel): {resource: amount}}."""
+    found, arch, kernel = {}, None, None
+    for line in cuobjdump("-res-usage").splitlines():
+        if match := re.match(r"arch = (\w+)", line):
+            arch = match.group(1)
+        elif match := re.match(r" Function (\w+):", line):
+            kernel = next(name for name in KERNELS if re.search(rf"\d{name}E", match.group(1)))
+        elif "REG:" in line:
+            pairs = re.findall(r"(\w+(?:\[\d\])?):(\d+)", line)
+            found[arch, kernel] = {name: int(amount) for name, amount in pairs}
+    return found
+
+
+def test_every_architecture_has_every_kernel_and_later_gpus_get_ptx(cuobjdump, usage):
+    assert set(usage) == {(arch, kernel) for arch in ARCHS for kernel in KERNELS}
+    assert re.findall(r"\.(sm_\d+)\.ptx", cuobjdump("-lptx")) == ["sm_100"]
+
+
+def test_no_kernel_spills(usage):
+    for key, used in usage.items():
+        assert used["STACK"] == used["LOCAL"] == 0, key
+
+
+def test_registers_leave_room_for_several_blocks(usage):
+    """A multiprocessor has 65,536: 6 blocks of 256 threads with 40 registers each, 5 with 48."""
+    for (arch, kernel), used in usage.items():
+        threads = 1024 if kernel == "sum_kernel" else 256
+        blocks = 65_536 // (threads * -(-used["REG"] // 8) * 8)
+        assert blocks >= {"sum_kernel": 1, "adamw_ema_kernel": 5}.get(kernel, 6), (arch, kernel)
+
+
+def test_tables_of_pointers_fit_into_the_kernel_parameters(usage):
+    """CONSTANT[0] is the parameters behind what the driver keeps there."""
+    tensors = constant("kTensors")
+    assert tensors * ENTRY_BYTES + 128 <= PARAMETER_BYTES
+    for (arch, kernel), used in usage.items():
+        assert used["CONSTANT[0]"] <= PARAMETER_BYTES, (arch, kernel)
+    for arch in ARCHS:
+        assert usage[arch, "squares_kernel"]["CONSTANT[0]"] > tensors * ENTRY_BYTES
+
+
+def constant(name):
+    """Value of a constexpr of the source, which may be a product of others."""
+    expression = re.search(rf"constexpr \w+ {name} = ([^;]+);", SOURCE.read_text()).group(1)
+    factors = (factor.strip() for factor in expression.split("*"))
+    product = 1
+    for factor in factors:
+        product *= int(factor) if factor.isdecimal() else constant(factor)
+    return product
+
+
+def test_chunks_are_as_long_in_the_source_as_in_python():
+    assert constant("kChunk") == CHUNK
+    assert constant("kChunk") % (constant("kThreads") * constant("kVector")) == 0
+
+
+# Its operators.
+
+
+@pytest.fixture(scope="module")
+def operators(library):
+    if reason := extension.why_not():
+        pytest.fail(reason)
+    return torch.ops.repa_fast
+
+
+def test_it_loads_in_a_fresh_process_without_a_gpu(library):
+    script = (
+        "import torch\n"
+        "from repa_fast import extension\n"
+        "print(hasattr(torch.ops.repa_fast, 'adamw_ema'), repr(extension.why_not()),\n"
+        "      hasattr(torch.ops.repa_fast, 'adamw_ema'), torch.cuda.is_initialized())"
+    )
+    assert fresh(script) == "False '' True False"
+
+
+def test_importing_everything_does_not_load_it():
+    script = (
+        "import repa_fast.ops, repa_fast.train.loop\n"
+        "from repa_fast.extension import LIBRARY\n"
+        "print(str(LIBRARY) in open('/proc/self/maps').read())"
+    )
+    assert fresh(script) == "False"
+
+
+def test_it_needs_nothing_but_torch_and_the_system(library):
+    """No libcudart and no symbol of torch's C++ ABI, so that one file serves every torch."""
+    readelf = shutil.which("readelf")
+    if readelf is None:
+        pytest.skip("readelf is not installed")
+    dynamic = subprocess.run([readelf, "-d", str(library)], capture_output=True, text=True).stdout
+    needed = set(re.findall(r"NEEDED.*\[(.+?)\]", dynamic))
+    system = {"libc.so.6", "libm.so.6", "libstdc++.so.6", "libgcc_s.so.1", "libdl.so.2"}
+    system |= {"libpthread.so.0", "librt.so.1", "ld-linux-x86-64.so.2"}
+    assert needed - system <= {"libtorch_cpu.so", "libtorch_cuda.so"}
+    symbols = subprocess.run(
+        [readelf, "--dyn-syms", "-W", str(library)], capture_output=True, text=True
+    ).stdout
+    undefined = re.findall(r" UND (\S+)", symbols)
+    assert not [name for name in undefined if name.startswith(("_ZN2at", "_ZN3c10", "_ZN5torch"))]
+
+
+WRITTEN = {
+    "adamw_ema": ("params", "exp_avgs", "exp_avg_sqs", "steps", "emas", "param_copies",
+                  "ema_copies", "factors"),
+    "sum_of_squares": ("partials", "out"),
+}  # fmt: skip
+READ = {
+    "adamw_ema": ("grads", "lr", "grad_scale", "skip", "beta1", "beta2", "eps", "weight_decay",
+                  "ema_decay"),
+    "sum_of_squares": ("grads",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", WRITTEN)
+def test_schemas_say_what_is_written(operators, op):
+    schema = getattr(operators, op).default._schema
+    written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+    assert tuple(written) == WRITTEN[op]
+    assert {a.name for a in schema.arguments} == {*WRITTEN[op], *READ[op]}
+    assert not schema.returns and schema.is_mutable
+    aliases = re.findall(r"Tensor\((\w)!\)", str(schema))
+    assert len(set(aliases)) == len(aliases) == len(written)
+
+
+def adamw_arguments():
+    def tensors():
+        return [torch.zeros(3), torch.zeros(4)]
+
+    scalars = [torch.zeros(()) for _ in range(3)]
+    lists = [tensors() for _ in range(4)]
+    steps = [torch.zeros(()) for _ in range(2)]
+    return [*lists, steps, tensors(), [], [], *scalars, torch.zeros(4), 0.9, 0.99, 1e-8, 0.0, 0.9]
+
+
+def test_cpu_tensors_are_refused_by_op_and_argument(operators):
+    with pytest.raises(RuntimeError, match=r"adamw_ema: params\[0\] is not on a CUDA device"):
+        operators.adamw_ema(*adamw_arguments())
+    with pytest.raises(RuntimeError, match=r"sum_of_squares: out is not on a CUDA device"):
+        operators.sum_of_squares(
+            [torch.ones(3)],
+            torch.zeros(1, dtype=torch.float64),
+            torch.zeros((), dtype=torch.float64),
+        )
+
+
+def test_no_tensors_are_no_work(operators):
+    arguments = [[] if isinstance(a, list) else a for a in adamw_arguments()]
+    assert operators.adamw_ema(*arguments) is None
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(operators.adamw_ema.default, tuple(arguments), test_utils=tests)
+
+
+# Its build.
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """What setup.py reads, so that nothing is built in the repository."""
+    copy = tmp_path_factory.mktemp("checkout")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    skip = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in ("repa_fast", "kernels", "csrc"):
+        shutil.copytree(ROOT / name, copy / name, ignore=skip)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def no_toolkit(tmp_path_factory):
+    """Environment in which neither CUDA_HOME nor PATH nor a package has an nvcc."""
+    shadow = tmp_path_factory.mktemp("shadow")
+    (shadow / "nvidia").mkdir()
+    (shadow / "nvidia" / "__init__.py").write_text("")
+    return {"PATH": "", "CUDA_HOME": None, "PYTHONPATH": str(shadow)}
+
+
+def built(checkout):
+    return [*(checkout / "repa_fast").rglob("*.so")]
+
+
+def test_without_a_toolkit_the_build_says_so_in_one_line_and_goes_on(checkout, no_toolkit):
+    process = setup_py("build_ext", "--inplace", root=checkout, REPA_FAST_CUDA=None, **no_toolkit)
+    assert process.returncode == 0 and process.stderr == ""
+    assert process.stdout == f"repa-fast: csrc is not built: {NOTHING_TO_BUILD_WITH}\n"
+    assert not built(checkout)
+
+
+def test_the_build_can_be_refused(checkout):
+    process = setup_py("build_ext", "--inplace", root=checkout, REPA_FAST_CUDA="0")
+    assert process.returncode == 0 and process.stderr == ""
+    assert process.stdout == "repa-fast: csrc is not built: REPA_FAST_CUDA=0\n"
+    assert not built(checkout)
+
+
+def test_insisting_without_a_toolkit_fails_with_the_reason(checkout, no_toolkit):
+    process = setup_py("build_ext", "--inplace", root=checkout, REPA_FAST_CUDA="1", **no_toolkit)
+    assert process.returncode != 0
+    assert process.stderr == f"repa-fast: REPA_FAST_CUDA=1, but {NOTHING_TO_BUILD_WITH}\n"
+
+
+def test_without_torch_the_build_says_so(checkout, no_toolkit, tmp_path):
+    """As in an isolated build: setuptools is there and torch is not."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as u\n"
+        "find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest)\n"
+    )
+    for value, status in ((None, 0), ("1", 1)):
+        process = setup_py(
+            "--version", root=checkout, REPA_FAST_CUDA=value, PYTHONPATH=str(tmp_path)
+        )
+        assert process.returncode == status
+        assert "torch is not installed here" in process.stdout + process.stderr
+
+
+def test_nvcc_is_told_the_architectures_that_were_chosen(checkout, tmp_path):
+    """A stand-in for nvcc notes its arguments and writes the library."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(
+        f"#!{sys.executable}\n"
+        "import pathlib, sys\n"
+        "pathlib.Path(sys.argv[sys.argv.index('-o') + 1]).write_text(' '.join(sys.argv))\n"
+    )
+    nvcc.chmod(0o755)
+    try:
+        process = setup_py(
+            "build_ext",
+            "--inplace",
+            root=checkout,
+            REPA_FAST_CUDA="1",
+            REPA_FAST_CUDA_ARCHS="8.6 12.0+PTX",
+            CUDA_HOME=str(tmp_path),
+        )
+        assert process.returncode == 0, process.stderr
+        name = extension.LIBRARY.name
+        assert process.stdout == f"repa-fast: {name} built by {nvcc} for 8.6 12.0+PTX\n"
+        (found,) = built(checkout)
+        arguments = found.read_text().split()
+        inside = extension.LIBRARY.relative_to(Path(extension.__file__).parent)
+        assert found == checkout / "repa_fast" / inside
+        assert [a for a in arguments if a.startswith("-gencode")] == [
+            "-gencode=arch=compute_86,code=sm_86",
+            "-gencode=arch=compute_120,code=[sm_120,compute_120]",
+        ]
+        assert "csrc/adamw_ema/adamw_ema.cu" in arguments
+    finally:
+        for file in built(checkout):
+            file.unlink()

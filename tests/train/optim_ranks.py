@@ -1,0 +1,80 @@
+"""Steps of AdamWEMA on a tiny model, whole or sharded by FSDP2 over gloo ranks."""
+
+import copy
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from repa_fast.testing import seeded
+from repa_fast.train.optim import AdamWEMA, clip_factor
+
+DECAYS = (0.9, 0.5)
+SKIPPED = 3
+MAX_NORM = 5.0
+
+
+class Net(nn.Module):
+    """`last` has one row, so that a second rank holds empty shards of its weight and bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Parameter(seeded((3, 4), seed=1), requires_grad=False)
+        self.first = nn.Linear(4, 7)
+        self.last = nn.Linear(7, 1)
+        with torch.no_grad():
+            for i, p in enumerate(self.parameters()):
+                p.copy_(seeded(tuple(p.shape), seed=i))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.first(x))).square().mean()
+
+
+def steps(rank: int = 0, size: int = 1, count: int = 6) -> dict[str, torch.Tensor]:
+    """Whole parameters, moments, averages and norms after `count` steps; one of them is skipped."""
+    model = Net()
+    averages = [copy.deepcopy(model).requires_grad_(False) for _ in DECAYS]
+    if size > 1:
+        for module in (model, *averages):
+            fully_shard(module.first)
+            fully_shard(module)
+    optimizer = AdamWEMA(
+        model.parameters(), [a.parameters() for a in averages], DECAYS,
+        lr=0.05, weight_decay=0.1, implementation="torch",
+    )  # fmt: skip
+    empty = [p for p in model.parameters() if size > 1 and not p.to_local().numel()]
+    norms = []
+    for step in range(count):
+        optimizer.zero_grad(set_to_none=True)
+        x = seeded((4, 4), seed=100 + step, std=3.0)
+        model(x[rank * 4 // size : (rank + 1) * 4 // size]).backward()
+        norms.append(optimizer.gradient_norm())
+        factor = clip_factor(norms[-1], MAX_NORM)
+        optimizer.step(grad_scale=factor, skip=torch.tensor(float(step == SKIPPED)))
+    found = {"norms": torch.stack(norms), "empty shards": torch.tensor(float(len(empty)))}
+    for name, parameter in model.named_parameters():
+        found[name] = whole(parameter)
+        for key, value in optimizer.state[parameter].items():
+            found[f"{name}.{key}"] = whole(value)
+        for number, average in enumerate(averages):
+            found[f"{name}.ema {number}"] = whole(average.get_parameter(name))
+    return found
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def main() -> None:
+    """Under torchrun: every rank computes and saves."""
+    dist.init_process_group("gloo")
+    found = steps(dist.get_rank(), dist.get_world_size())
+    torch.save(found, f"{os.environ['OUT']}.{dist.get_rank()}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

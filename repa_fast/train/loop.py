@@ -119,7 +119,9 @@ def run_steps(
             reporter.line(f"stopped by a signal at step {step}; go on with --resume auto")
         if done or stop_now:
             return
+        waited = time.perf_counter()
         batch = next(batches)
+        clock.stall(waited)
         train_step(state, {k: v.to(world.device, non_blocking=True) for k, v in batch.items()})
         if reporter is not None:
             reporter.advance(state.step)

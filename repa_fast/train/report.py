@@ -8,6 +8,9 @@ from pathlib import Path
 from repa_fast.train.memory import peak_flops
 from repa_fast.train.track import Tracker
 
+SHOWN_STALL_MS = 1.0
+"""Waiting for data per step from which on the log says so."""
+
 
 class Reporter:
     """Writes rank 0's metrics; the other ranks own none.
@@ -87,6 +90,8 @@ def summary(values: dict) -> str:
         parts.append(f"MFU {100 * values['mfu']:.1f} %")
     if values.get("peak_memory_gib") is not None:
         parts.append(f"{values['peak_memory_gib']:.1f} GiB")
+    if values.get("stall_ms", 0) >= SHOWN_STALL_MS:
+        parts.append(f"stall {values['stall_ms']:.1f} ms")
     if values["skipped"]:
         parts.append(f"skipped {values['skipped']}")
     return "  ".join([*parts, f"ETA {_duration(values['eta_seconds'])}"])
@@ -111,7 +116,11 @@ class Clock:
         self._peak = peak_flops(device_name)
         self._world_size = world_size
         self._since = time.perf_counter()
-        self._paused = 0.0
+        self._paused = self._stalled = 0.0
+
+    def stall(self, since: float) -> None:
+        """Count the time from `since` (perf_counter seconds) until now as waiting for data."""
+        self._stalled += time.perf_counter() - since
 
     def pause(self, since: float) -> None:
         """Take the time from `since` (perf_counter seconds) until now out."""
@@ -121,7 +130,8 @@ class Clock:
         """Rates over `steps` steps since the last reading; resets."""
         now = time.perf_counter()
         seconds = max(now - self._since - self._paused, 1e-9)
-        self._since, self._paused = now, 0.0
+        stalled = 1e3 * self._stalled / max(steps, 1)
+        self._since, self._paused, self._stalled = now, 0.0, 0.0
         rate = steps * self._images_per_step / seconds
         mfu = None
         if self._peak is not None:
@@ -129,6 +139,7 @@ class Clock:
         return {
             "images_per_second": rate,
             "mfu": mfu,
+            "stall_ms": stalled,
             "eta_seconds": seconds / max(steps, 1) * remaining,
         }
 

@@ -170,9 +170,15 @@ def test_the_clock_gives_rates_since_the_last_reading(monkeypatch):
     time = FakeTime(monkeypatch)
     clock = Clock(images_per_step=8, train_flops=1e9, device_name="a laptop", world_size=1)
     time.now += 4
-    assert clock.read(10, 30) == {"images_per_second": 20.0, "mfu": None, "eta_seconds": 12.0}
+    assert clock.read(10, 30) == {"mfu": None, "stall_ms": 0} | {
+        "images_per_second": 20.0,
+        "eta_seconds": 12.0,
+    }
     time.now += 1
-    assert clock.read(10, 20) == {"images_per_second": 80.0, "mfu": None, "eta_seconds": 2.0}
+    assert clock.read(10, 20) == {"mfu": None, "stall_ms": 0} | {
+        "images_per_second": 80.0,
+        "eta_seconds": 2.0,
+    }
 
 
 def test_the_clock_takes_pauses_out(monkeypatch):
@@ -250,3 +256,17 @@ def test_a_picture_is_saved_exactly(tmp_path):
     preview.save_png(picture, tmp_path / "samples" / "0000010.png")
     with Image.open(tmp_path / "samples" / "0000010.png") as image:
         assert np.array_equal(np.asarray(image), picture)
+
+
+def test_waiting_for_data_is_counted_per_step_and_said_when_it_matters(monkeypatch):
+    time = FakeTime(monkeypatch)
+    clock = Clock(images_per_step=8, train_flops=1e9, device_name="a laptop", world_size=1)
+    for _ in range(2):
+        since = time.now
+        time.now += 0.25
+        clock.stall(since)
+    assert clock.read(10, 0)["stall_ms"] == 50
+    time.now += 1
+    assert clock.read(10, 0)["stall_ms"] == 0
+    assert "stall 50.0 ms" in summary(reading(stall_ms=50.0))
+    assert "stall" not in summary(reading(stall_ms=0.9))

@@ -1,15 +1,14 @@
 """DINOv2 (arXiv 2304.07193) through timm, with REPA's preprocessing."""
 
-import pickle
-import re
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from repa_fast.encoders.files import differences, measure, read, some, unwrap
+from repa_fast.encoders.vit import IMAGENET_MEAN, IMAGENET_STD
+
 SIZES = {
     "s": ("small", 384, 12),
     "b": ("base", 768, 12),
@@ -19,7 +18,6 @@ SIZES = {
 """Letter -> timm's word, width, depth."""
 STEM = {"patch_embed.proj.weight": 4, "cls_token": 3, "pos_embed": 3}
 """What every DINOv2 state dict has -> its number of axes."""
-SHOWN_NAMES = 6
 
 
 def encoder_name(letter: str, registers: bool) -> str:
@@ -125,60 +123,22 @@ def read_file(path: str | Path) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: no such file, or not a state dict of a ViT; says what was expected.
     """
-    from safetensors import SafetensorError
-    from timm.models import load_state_dict
-
-    if not Path(path).is_file():
-        raise ValueError(f"--enc-weights: {path} is not a file")
-    try:
-        state = load_state_dict(str(path), weights_only=True)
-    except (
-        OSError,
-        RuntimeError,
-        AttributeError,  # not a dictionary
-        EOFError,
-        pickle.UnpicklingError,
-        SafetensorError,
-    ) as error:
-        raise ValueError(
-            f"--enc-weights: {path} cannot be read as .safetensors or as weights of torch.save: "
-            f"{type(error).__name__}"
-        ) from error
+    state = unwrap(read(path), "state_dict", "model")
     missing = [name for name, ndim in STEM.items() if getattr(state.get(name), "ndim", 0) != ndim]
     if missing:
         raise ValueError(
             f"--enc-weights: {path} is not a DINOv2 state dict: expected {', '.join(missing)}, "
-            f"got {_some(sorted(state)) or 'nothing'}"
+            f"got {some(sorted(state)) or 'nothing'}"
         )
     return state
 
 
 def describe(state: dict[str, torch.Tensor]) -> str:
     """Which encoder a state dict, in official or timm's naming, seems to be."""
-    width, _, patch, _ = state["patch_embed.proj.weight"].shape
-    blocks = [re.match(r"blocks\.(\d+)\.", name) for name in state]
-    depth = max((int(block[1]) + 1 for block in blocks if block), default=0)
+    width, depth, patch = measure(state)
     tokens = [state[name].shape[1] for name in ("register_tokens", "reg_token") if name in state]
     registers = sum(tokens)
     for letter, (_, *known) in SIZES.items():
         if [width, depth] == known and patch == 14 and registers in (0, 4):
             return encoder_name(letter, registers == 4)
     return f"a ViT of width {width}, depth {depth}, patch size {patch}, {registers} registers"
-
-
-def differences(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> list[str]:
-    """What keeps `state` from being loaded in the place of `wanted`, in words."""
-    groups = {
-        "lacks": [name for name in wanted if name not in state],
-        "also has": [name for name in state if name not in wanted],
-        "has other shapes": [
-            f"{name} {tuple(state[name].shape)}, expected {tuple(wanted[name].shape)}"
-            for name in wanted
-            if name in state and state[name].shape != wanted[name].shape
-        ],
-    }
-    return [f"{what} {len(names)}: {_some(names)}" for what, names in groups.items() if names]
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")

@@ -9,6 +9,8 @@ import torch
 
 from repa_fast.contracts import expect_choice
 from repa_fast.encoders import dinov2
+from repa_fast.encoders.recipes import RECIPES
+from repa_fast.encoders.vit import FrozenViT
 from repa_fast.models.flops import vit_flops
 
 
@@ -93,11 +95,28 @@ def _dinov2_specs() -> list[EncoderSpec]:
     ]
 
 
+def _recipe_specs() -> list[EncoderSpec]:
+    return [
+        EncoderSpec(
+            name=recipe.name,
+            width=recipe.width,
+            depth=recipe.depth,
+            patch_size=recipe.patch_size,
+            prefix=recipe.prefix,
+            input_sizes=recipe.input_sizes,
+            build=partial(FrozenViT, recipe),
+            mlp_ratio=recipe.mlp_ratio,
+        )
+        for recipe in RECIPES
+    ]
+
+
 REGISTRY = {
     encoder.name: encoder
     for encoder in (
         EncoderSpec("digits-vit", 96, 4, 4, 0, {16: 16}, _digits_vit, mlp_ratio=3.0),
         *_dinov2_specs(),
+        *_recipe_specs(),
     )
 }
 

@@ -74,19 +74,40 @@ def parse_config(argv: Sequence[str]) -> TrainConfig:
 
 def prepare(argv: Sequence[str]) -> None:
     """Write a native dataset."""
-    from repa_fast.data.prepare import DIGITS_DIR, import_official, prepare_digits
+    from repa_fast.data.prepare import (
+        DIGITS_DIR,
+        ImagesConfig,
+        export_official,
+        import_official,
+        prepare_digits,
+        prepare_images,
+    )
 
+    if argv[:1] == ["images"]:
+        import tyro
+
+        print(
+            prepare_images(tyro.cli(ImagesConfig, prog="repa-fast prepare images", args=argv[1:]))
+        )
+        return
     parser = argparse.ArgumentParser(prog="repa-fast prepare", description=prepare.__doc__)
     sources = parser.add_subparsers(dest="source", required=True)
+    sources.add_parser("images", help="images and their latents; torchrun starts several processes")
     bundled = sources.add_parser("digits", help="scikit-learn's bundled scans of digits")
     bundled.add_argument("--out", type=Path, default=DIGITS_DIR, help="folder to write")
     official = sources.add_parser("import-official", help="an images/ + vae-sd/ folder")
     official.add_argument("--data-dir", type=Path, required=True, help="the folder")
     official.add_argument("--out", type=Path, required=True, help="folder to write")
     official.add_argument("--no-images", action="store_true", help="leave the images out")
+    export = sources.add_parser("export-official", help="a native dataset as such a folder")
+    export.add_argument("--data-dir", type=Path, required=True, help="the dataset")
+    export.add_argument("--out", type=Path, required=True, help="folder to write")
+    export.add_argument("--split", default="train", help="train or val")
     arguments = parser.parse_args(argv)
     if arguments.source == "digits":
         print(prepare_digits(arguments.out))
+    elif arguments.source == "export-official":
+        print(export_official(arguments.data_dir, arguments.out, arguments.split))
     else:
         with_images = not arguments.no_images
         print(import_official(arguments.data_dir, arguments.out, with_images=with_images))

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired, TypedDict
@@ -105,7 +105,7 @@ def write(uri: str | Path, rows: Iterable[Row], metadata: Metadata, batch_rows: 
     def batches() -> Iterator[pa.RecordBatch]:
         try:
             for pending in _batched(checked(rows), batch_rows):
-                yield _record_batch(pending, table_schema)
+                yield record_batch(pending, table_schema)
         except ValueError as error:
             refused.append(error)
             raise
@@ -146,7 +146,8 @@ def _batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
         yield batch
 
 
-def _record_batch(rows: list[Row], table_schema: "pa.Schema") -> "pa.RecordBatch":
+def record_batch(rows: Sequence[Row], table_schema: "pa.Schema") -> "pa.RecordBatch":
+    """Rows as Arrow columns of `schema`."""
     import pyarrow as pa
 
     moments = np.stack([row["moments"] for row in rows]).astype(np.float32)

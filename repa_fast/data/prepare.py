@@ -1,19 +1,26 @@
 """`repa-fast prepare`: data sources to native datasets."""
 
+import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import torch
 
 from repa_fast.data import dataset, digits, images
-from repa_fast.data.official import OfficialFolder
+from repa_fast.data.official import SD_VAE_FACTOR, SD_VAE_SCALE, OfficialFolder
+from repa_fast.data.vae import VAE
 
 DIGITS_DIR = Path("data/digits")
+FILES_PER_FOLDER = 1000  # of an official folder
+EXPORTED_ROWS = 256
 
 
 def prepare_digits(out: str | Path = DIGITS_DIR) -> Path:
@@ -75,6 +82,203 @@ def import_official(source: str | Path, out: str | Path, *, with_images: bool = 
     return Path(out)
 
 
+def export_official(source: str | Path, out: str | Path, split: str = "train") -> Path:
+    """Write a native dataset as an official folder: moments bit for bit, image files untouched.
+
+    What import_official makes of the result equals the source row by row. Images keep their
+    encoding (.png or .jpg); the folder appears at once, whole, or not at all.
+
+    Raises:
+        ValueError: `out` exists already, or there is no such dataset.
+    """
+    from rich.progress import track
+
+    table = dataset.LatentDataset(source, split)
+    stored = table.metadata
+    expected = replace(stored, scale=SD_VAE_SCALE, bias=0.0)
+    if stored != expected or stored.latent_shape[1] * SD_VAE_FACTOR != stored.resolution:
+        raise ValueError(
+            f"{table.uri}: latents {stored.latent_shape} of {stored.resolution} pixels, scale "
+            f"{stored.scale}; an official folder means 1/{SD_VAE_FACTOR} of the side and "
+            f"{SD_VAE_SCALE}"
+        )
+    labels = []
+    with _whole_or_not(Path(out)) as partial:
+        starts = range(0, len(table), EXPORTED_ROWS)
+        for start in track(starts, description=f"{out}", disable=not _watched()):
+            rows = table.rows(np.arange(start, min(start + EXPORTED_ROWS, len(table))))
+            for index, image, moments, label in zip(*rows.values(), strict=True):
+                folder = f"{index // FILES_PER_FOLDER:05d}"
+                latent = f"{folder}/img-mean-std-{index:08d}.npy"
+                (partial / "vae-sd" / folder).mkdir(parents=True, exist_ok=True)
+                np.save(partial / "vae-sd" / latent, moments)
+                labels.append([latent, int(label)])
+                if image:
+                    suffix = "png" if image.startswith(b"\x89PNG") else "jpg"
+                    (partial / "images" / folder).mkdir(parents=True, exist_ok=True)
+                    file = partial / "images" / folder / f"img{index:08d}.{suffix}"
+                    file.write_bytes(image)
+        (partial / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": labels}))
+    return Path(out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesConfig:
+    """`repa-fast prepare images`: encoded images and their latents, to one table."""
+
+    data_dir: str
+    """Class folders, a flat folder, .parquet or .arrow files, or .tar files of WebDataset."""
+    out: str
+    """Folder to write; the table is OUT/SPLIT.lance."""
+    split: Literal["train", "val"] = "train"
+    """Name of the table."""
+    kind: Literal["auto", "imagefolder", "flat", "huggingface", "webdataset"] = "auto"
+    """What DATA_DIR is; auto looks."""
+    labels: str = ""
+    """Labels of a flat folder: lines of file name and class, or of class indices alone."""
+    classes: str = ""
+    """The classes in the order of their labels: a text file, or a folder of class folders."""
+    resolution: int = 256
+    """Images are cropped as ADM does, to this many pixels a side."""
+    vae: str = "sd-vae-ft-mse"
+    """Autoencoder: sd-vae-ft-mse, sd-vae-ft-ema, a folder, a hub name; none for pixel latents."""
+    image: Literal["jpeg", "png", "original"] = "jpeg"
+    """How images are stored; original keeps files that already have the resolution."""
+    quality: int = 95
+    """JPEG quality, 1 to 100."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the autoencoder."""
+    batch_size: int = 32
+    """Images per encoding; part of the recipe, since it can change the last bit."""
+    compile: bool = False
+    """torch.compile the autoencoder."""
+    subset: int = 0
+    """Take so many images, chosen by SEED; 0 takes all."""
+    seed: int = 0
+    """Chooses the subset."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """A file that is no image: stop, or leave it out and record it in SPLIT.blocks.json."""
+    num_workers: int = 4
+    """Threads that decode and crop, per process."""
+    verify: bool = False
+    """Read a finished table again and check everything, instead of writing one."""
+
+
+def prepare_images(config: ImagesConfig) -> str:
+    """Write a table from images, or verify one; all processes of torchrun call it.
+
+    Returns:
+        What was done, for people; empty on processes other than the first.
+
+    Raises:
+        ValueError: source, options or an earlier beginning do not fit, or an image is bad.
+        RuntimeError: the autoencoder cannot be loaded, or the disk is full.
+    """
+    from repa_fast.data import build
+    from repa_fast.data.sources import open_source, subset
+
+    out = Path(config.out)
+    rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if config.verify:
+        with _progress("verifying", rank == 0) as progress:
+            rows = build.verify(out, config.split, progress(None))
+        return f"{out / config.split}.lance: {rows} rows, all as they were written"
+    source = open_source(
+        config.data_dir, config.kind, config.labels or None, config.classes or None
+    )
+    if config.subset:
+        source = subset(source, config.subset, config.seed)
+    device = _device()
+    metadata, encode, encoder = _latents(config, source.class_names, device)
+    recipe = build.Recipe(
+        source=_described(config),
+        rows=len(source),
+        metadata=metadata,
+        image=config.image,
+        quality=config.quality,
+        encoder=encoder,
+        batch=config.batch_size,
+        on_bad_image=config.on_bad_image,
+    )
+    with _progress(str(out), rank == 0) as progress:
+        rows = build.build(
+            source,
+            out,
+            config.split,
+            recipe,
+            encode,
+            rank=rank,
+            world_size=world_size,
+            workers=config.num_workers,
+            progress=progress(len(source)),
+        )
+    return (
+        "" if rows is None else f"{out / config.split}.lance: {rows} rows of {len(source)} images"
+    )
+
+
+def _described(config: ImagesConfig) -> str:
+    parts = [str(Path(config.data_dir).resolve())]
+    if config.labels:
+        parts.append(f"labels {config.labels}")
+    if config.classes:
+        parts.append(f"classes {config.classes}")
+    if config.subset:
+        parts.append(f"{config.subset} by seed {config.seed}")
+    return ", ".join(parts)
+
+
+def _latents(
+    config: ImagesConfig, class_names: tuple[str, ...], device: torch.device
+) -> tuple[dataset.Metadata, Callable[[np.ndarray], np.ndarray], str]:
+    """Metadata, the function from pixels to moments, and what it is, for the recipe."""
+    if config.vae == "none":
+        shape = (3, config.resolution, config.resolution)
+        metadata = dataset.Metadata(
+            resolution=config.resolution, latent_shape=shape, vae="none", scale=1.0, bias=0.0,
+            class_names=class_names,
+        )  # fmt: skip
+        return metadata, lambda p: pixel_moments(p.transpose(0, 2, 3, 1)), "pixels"
+    vae = VAE(config.vae)
+    metadata = vae.metadata(config.resolution, class_names)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
+    encode = vae.encoder(metadata, device, dtype, config.compile)
+    return metadata, encode, f"{config.vae}, {config.precision}"
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def _progress(description: str, shown: bool) -> Iterator[Callable]:
+    """progress(total) -> advance_to(done): a bar with images/s and the time that is left."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    columns = [
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"), Remaining(),
+    ]  # fmt: skip
+    with Progress(*columns, disable=not (shown and _watched())) as bar:
+        task = bar.add_task(description, total=None, rate="")
+
+        def start(total: int | None) -> Callable[[int], None]:
+            bar.update(task, total=total)
+
+            def advance(done: int) -> None:
+                speed = bar.tasks[0].speed
+                bar.update(task, completed=done, rate=f"{speed:.0f} images/s" if speed else "")
+
+            return advance
+
+        yield start
+
+
 def _watched() -> bool:
     return sys.stdout.isatty()
 
@@ -111,3 +315,9 @@ def pixel_moments(pixels: np.ndarray) -> np.ndarray:
     """uint8 (N, R, R, 3) -> float32 (N, 6, R, R): mean x / 127.5 - 1, standard deviation 0."""
     mean = pixels.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
     return np.concatenate([mean, np.zeros_like(mean)], axis=1)
+
+
+if __name__ == "__main__":
+    from repa_fast.cli import main
+
+    sys.exit(main(["prepare", "images", *sys.argv[1:]]))

@@ -1,7 +1,9 @@
-"""The Stable Diffusion autoencoder, through diffusers: pixels from latents."""
+"""The Stable Diffusion autoencoder, through diffusers: pixels from latents, and back."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from repa_fast.data.dataset import Metadata
@@ -75,6 +77,51 @@ class VAE:
                 f"{metadata.resolution} pixels, expected the dataset's {metadata.latent_shape}; "
                 "give another with --vae-path"
             )
+
+    def metadata(self, resolution: int, class_names: tuple[str, ...]) -> Metadata:
+        """Of a dataset of this autoencoder's latents, with its own scale.
+
+        Raises:
+            RuntimeError: as `load`.
+            ValueError: the resolution is no multiple of what the autoencoder reduces it by.
+        """
+        model = self._read()
+        factor = 2 ** (len(model.config.block_out_channels) - 1)
+        if resolution % factor:
+            raise ValueError(f"resolution is {resolution}, expected a multiple of {factor}")
+        self._model = model.eval().requires_grad_(False)
+        side = resolution // factor
+        return Metadata(
+            resolution=resolution,
+            latent_shape=(model.config.latent_channels, side, side),
+            vae=self.source,
+            scale=model.config.scaling_factor,
+            bias=0.0,
+            class_names=class_names,
+        )
+
+    def encoder(
+        self, metadata: Metadata, device: torch.device, dtype: torch.dtype, compiled: bool
+    ) -> Callable[[np.ndarray], np.ndarray]:
+        """A function from images, uint8 (B, 3, R, R), to moments, float32 (B, 2C, h, w).
+
+        Moments are the mean and standard deviation of the latent, unscaled, of images scaled to
+        [-1, 1]. The autoencoder stays on `device`; `dtype` is autocast's (fp32: none).
+
+        Raises:
+            RuntimeError, ValueError: as `load`.
+        """
+        model = self.load(metadata).to(device)
+        run = torch.compile(model.encode) if compiled else model.encode
+
+        @torch.no_grad()
+        def encode(pixels: np.ndarray) -> np.ndarray:
+            x = torch.from_numpy(pixels).to(device).float() / 127.5 - 1
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                latent = run(x).latent_dist
+            return torch.cat([latent.mean, latent.std], dim=1).float().cpu().numpy()
+
+        return encode
 
     @torch.no_grad()
     def decode(

@@ -1,0 +1,161 @@
+"""ADM's centre crop (Dhariwal & Nichol 2021, arXiv 2105.05233) of any encoded image.
+
+What becomes of unusual images is what REPA's preprocessing makes of them, unless stated:
+
+    EXIF orientation    ignored
+    grey, 1-bit         three equal channels
+    palette             its colours
+    alpha               dropped: the stored colours stay, even where fully transparent
+    CMYK                Pillow's conversion, without a colour profile
+    16 bits             the high byte (upstream: so for colour, clipped at 255 for grey)
+    several frames      the first
+    smaller than R      enlarged
+
+The content decides the format, never the name. Whatever does not decode whole is refused.
+"""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+MAX_PIXELS = 89_478_485
+"""Of an image as stored and as resized: 0.25 GiB, where Pillow warns of decompression bombs."""
+EXIF_ORIENTATION = 0x0112
+
+Encoding = Literal["jpeg", "png"]
+
+
+def center_crop(data: bytes, resolution: int, name: str = "image") -> np.ndarray:
+    """Encoded bytes -> uint8 RGB (R, R, 3): halved while possible, resized, cropped.
+
+    While the short side is at least 2R both sides are halved (rounding down) with a box filter; a
+    bicubic filter then makes the short side R, the long one to the nearest pixel; the centre
+    stays, an odd pixel more at the right or the bottom being cut.
+
+    Args:
+        data: a JPEG, PNG, WebP, BMP or GIF file.
+        resolution: R, in pixels.
+        name: of the image, for errors.
+
+    Raises:
+        ValueError: not such a file, damaged, or more than `MAX_PIXELS` as stored or as resized.
+    """
+    from PIL.Image import Resampling
+
+    image = _decode(data, name)
+    while min(image.size) >= 2 * resolution:
+        # not reduce(2): resize rounds to 8 bits after each direction, which upstream's images show
+        image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
+    scale = resolution / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    _check_pixels(f"{name}: of {image.width}x{image.height} pixels, resized", width, height)
+    image = image.resize((width, height), Resampling.BICUBIC)
+    left, top = (width - resolution) // 2, (height - resolution) // 2
+    return np.asarray(image)[top : top + resolution, left : left + resolution].copy()
+
+
+def encode(pixels: np.ndarray, kind: Encoding = "png", quality: int = 95) -> bytes:
+    """uint8 RGB (R, R, 3) -> a file's bytes.
+
+    Args:
+        pixels: the image.
+        kind: "png", exact, or "jpeg", with chroma at full resolution (4:4:4).
+        quality: of a JPEG, 1..100.
+
+    Raises:
+        ValueError: another kind, quality, dtype or shape.
+    """
+    from PIL import Image
+
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(f"image is {pixels.dtype} {pixels.shape}, expected uint8 (R, R, 3)")
+    if kind == "png":
+        options = {}
+    elif kind == "jpeg":
+        if not 1 <= quality <= 100:
+            raise ValueError(f"JPEG quality is {quality}, expected 1..100")
+        options = {"quality": quality, "subsampling": 0}
+    else:
+        raise ValueError(f"image kind is {kind!r}, expected 'jpeg' or 'png'")
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format=kind.upper(), **options)
+    return buffer.getvalue()
+
+
+def original(data: bytes, resolution: int, name: str = "image") -> bytes:
+    """The untouched file, if it may stand in a dataset for its centre crop.
+
+    It may if every reader makes the same R x R pixels of it: a JPEG or PNG of that size, grey or
+    RGB with 8 bits, upright. `center_crop` then changes no pixel, and is what finds damage.
+
+    Raises:
+        ValueError: it may not; says why.
+    """
+    image = _open(data, name)
+    with _named(name):
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    if image.size != (resolution, resolution):
+        got, expected = f"is {image.width}x{image.height}", f"{resolution}x{resolution}"
+    elif image.format not in ("JPEG", "PNG"):
+        got, expected = f"is {image.format}", "JPEG or PNG"
+    elif image.mode not in ("RGB", "L"):
+        got, expected = f"has mode {image.mode}", "RGB or L"
+    elif orientation != 1:
+        got, expected = f"has EXIF orientation {orientation}", "1"
+    else:
+        return data
+    raise ValueError(
+        f"{name}: {got}, expected {expected} to keep the original file; encode as jpeg or png"
+    )
+
+
+def _decode(data: bytes, name: str) -> "Image.Image":
+    """The first frame, 8-bit RGB."""
+    from PIL import Image
+
+    image = _open(data, name)
+    with _named(name):
+        image.load()
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert("RGB")
+
+
+def _open(data: bytes, name: str) -> "Image.Image":
+    """The header is read; pixels not yet."""
+    from PIL import Image
+
+    if not data:
+        raise ValueError(f"{name}: is empty, expected an image")
+    with _named(name):
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except Image.UnidentifiedImageError:
+            image = None
+    if image is None:
+        raise ValueError(f"{name}: is not an image, expected one of {', '.join(FORMATS)}")
+    _check_pixels(f"{name}: is", *image.size)
+    return image
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Whatever a decoder stumbles over, of any kind, as a ValueError with the image's name."""
+    try:
+        yield
+    except MemoryError:  # is no fault of the image: MAX_PIXELS bounds its needs
+        raise
+    except Exception as error:
+        raise ValueError(f"{name}: cannot be decoded ({error})") from error
+
+
+def _check_pixels(what: str, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{what} {width}x{height}, expected at most {MAX_PIXELS} pixels")

@@ -1,0 +1,274 @@
+"""What every source of images shares."""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+SHOWN = 3
+SHARD_NUMBER = re.compile(r"[-_.]?\d+(-of-\d+)?(-[0-9a-f]{16})?$")
+LABEL = re.compile(r"-?[0-9]{1,9}")
+WNID_LINE = re.compile(r"(n\d{8})\s")
+
+Classes = Sequence[str] | str | Path
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image.
+
+    Attributes:
+        name: unique in its source, for errors.
+        data: the encoded file, untouched.
+        label: class index.
+    """
+
+    name: str
+    data: bytes
+    label: int
+
+
+class Source(Protocol):
+    """Labelled images by index, in an order that depends on the names alone.
+
+    Attributes:
+        class_names: one per class; labels index it.
+    """
+
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Item:
+        """One image, 0 <= index < len; any thread may call.
+
+        Raises:
+            ValueError: it cannot be read; names it.
+        """
+        ...
+
+
+class Subset:
+    """Some images of a source, with all its classes.
+
+    Args:
+        source: the whole.
+        indices: int64, of the images to keep, in order.
+    """
+
+    def __init__(self, source: Source, indices: np.ndarray) -> None:
+        self.class_names = source.class_names
+        self._source = source
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def read(self, index: int) -> Item:
+        """As the source's."""
+        return self._source.read(int(self._indices[index]))
+
+
+def subset(source: Source, n: int, seed: int) -> Subset:
+    """`n` different images drawn by `seed`, in the source's order.
+
+    Raises:
+        ValueError: `n` is not in 1..len(source).
+    """
+    if not 1 <= n <= len(source):
+        raise ValueError(f"subset of {n} images, expected 1..{len(source)}")
+    drawn = np.random.default_rng(seed).choice(len(source), n, replace=False)
+    return Subset(source, np.sort(drawn))
+
+
+def read_classes(classes: Classes | None) -> tuple[str, ...] | None:
+    """Class names in the order of their labels.
+
+    Args:
+        classes: the names; or a text file with one a line ("n01440764 tench" names n01440764);
+            or a folder whose sorted subfolders are the classes.
+
+    Raises:
+        ValueError: there are none, or one occurs twice.
+    """
+    if classes is None:
+        return None
+    where = "classes"
+    if isinstance(classes, str | Path):
+        where = str(classes)
+        if Path(classes).is_dir():
+            classes = [entry.name for entry in scan(classes) if is_dir(entry)]
+        else:
+            lines = [line.strip() for line in read_text(Path(classes)).splitlines()]
+            classes = [
+                wnid[1] if (wnid := WNID_LINE.match(line)) else line for line in lines if line
+            ]
+    if not classes:
+        raise ValueError(f"{where}: no class, expected at least one")
+    repeated = repeats(classes)
+    if repeated:
+        raise ValueError(f"{where}: {some(repeated)} twice, expected different classes")
+    return tuple(classes)
+
+
+class Labeller:
+    """Reads labels that are class indices, or names where the classes are known.
+
+    Args:
+        classes: as read_classes returns it.
+    """
+
+    def __init__(self, classes: tuple[str, ...] | None) -> None:
+        self.classes = classes
+        self._index = {name: index for index, name in enumerate(classes or ())}
+
+    def label(self, value: object, where: str) -> int:
+        """The class index that an int or a text means.
+
+        Raises:
+            ValueError: neither an integer nor the name of a class.
+        """
+        if isinstance(value, str) and value in self._index:
+            return self._index[value]
+        if isinstance(value, int | str) and LABEL.fullmatch(str(value)):
+            return int(value)
+        if self.classes is None:
+            expected = "an integer (names need the list of classes)"
+        else:
+            expected = f"an integer or one of {len(self.classes)} classes"
+        raise ValueError(f"{where}: label is {value!r}, expected {expected}")
+
+    def names(self, labels: np.ndarray, name_of: Callable[[int], str]) -> tuple[str, ...]:
+        """Check the labels' range; the classes, or "0", "1", ... where they are not known.
+
+        Args:
+            labels: int64 (N).
+            name_of: the name of image i, for errors.
+
+        Raises:
+            ValueError: a label has no class; or the classes are not known and some number below
+                the largest label never occurs (counted from 1, or a part of a larger set).
+        """
+        count = len(self.classes) if self.classes else int(labels.max()) + 1
+        bad = np.flatnonzero((labels < 0) | (labels >= count))
+        if len(bad):
+            first = int(bad[0])
+            expected = f"0..{count - 1}" if self.classes else "at least 0"
+            raise ValueError(
+                f"{name_of(first)}: label is {labels[first]}, expected {expected}"
+                f" ({len(bad)} such labels)"
+            )
+        if self.classes:
+            return self.classes
+        present = np.unique(labels)
+        if len(present) < count:
+            missing = next(label for label, got in enumerate(present) if label != got)
+            raise ValueError(
+                f"{name_of(int(labels.argmax()))}: label is {count - 1}, but no image has label "
+                f"{missing}; expected every one from 0, or the list of classes"
+            )
+        return tuple(str(label) for label in range(count))
+
+
+def some(names: Iterable[object]) -> str:
+    """The first few, for an error."""
+    names = list(names)
+    return ", ".join(str(name) for name in names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def repeats(names: Sequence[str]) -> list[str]:
+    """Names that occur more than once, in order."""
+    seen: set[str] = set()
+    return [name for name in names if name in seen or seen.add(name)]
+
+
+def scan(folder: str | Path) -> list[os.DirEntry]:
+    """What a folder holds, sorted by name; without hidden entries and without a stat per file.
+
+    Raises:
+        ValueError: it cannot be read, or a name is not UTF-8; names it.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            found = [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be listed ({error.strerror})") from error
+    for entry in found:
+        if not entry.name.isascii():
+            try:
+                entry.name.encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"{folder}: name {entry.name!a} is not UTF-8") from None
+    return sorted(found, key=lambda entry: entry.name)
+
+
+def is_dir(entry: os.DirEntry) -> bool:
+    """Whether an entry is a folder or a link to one.
+
+    Raises:
+        ValueError: it is a link to nothing, or to itself.
+    """
+    try:
+        if entry.is_symlink():
+            os.stat(entry.path)
+        return entry.is_dir()
+    except OSError as error:
+        raise ValueError(
+            f"{entry.path}: is a link that leads nowhere ({error.strerror})"
+        ) from error
+
+
+def is_image(name: str) -> bool:
+    """By its suffix, in any case."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's content; ValueError where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file's content; ValueError where it cannot be read or decoded."""
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 text ({error})") from error
+
+
+def shard_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files a path means: itself, those of a folder, or those a pattern like DIR/train-* fits.
+
+    Raises:
+        ValueError: none; or a folder's belong to several splits (train-*, validation-*).
+    """
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        files = [Path(entry.path) for entry in scan(path) if entry.name.endswith(suffixes)]
+    else:
+        found = sorted(path.parent.glob(path.name))
+        files = [file for file in found if file.name.endswith(suffixes)]
+    if not files:
+        raise ValueError(f"{path}: no file, expected some that end in {', '.join(suffixes)}")
+    splits = sorted({_split(file.name, suffixes) for file in files})
+    if path.is_dir() and len(splits) > 1:
+        raise ValueError(
+            f"{path} has files of {len(splits)} splits ({some(splits)}), expected one; "
+            f"give a pattern such as {path}/{splits[0]}*"
+        )
+    return files
+
+
+def _split(name: str, suffixes: tuple[str, ...]) -> str:
+    """train-00000-of-00294.parquet -> train."""
+    ending = next(suffix for suffix in suffixes if name.endswith(suffix))
+    return SHARD_NUMBER.sub("", name.removesuffix(ending))

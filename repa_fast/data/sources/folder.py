@@ -1,0 +1,107 @@
+"""A tree with one folder per class: train/n01440764/n01440764_10026.JPEG."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from .base import Classes, Item, is_dir, is_image, read_bytes, read_classes, scan, some
+
+SPLITS = {"train", "val", "valid", "validation", "test"}
+
+
+class ImageFolder:
+    """Labels are the positions of the sorted folder names, as in torchvision.
+
+    Images are ordered by class, then by path below it, at any depth. Links to folders are followed;
+    hidden files and files with other suffixes are passed over.
+
+    Args:
+        root: the folder of the class folders.
+        classes: the classes in the order of their labels, where the tree has only some of them.
+
+    Raises:
+        ValueError: no class folder, one that is empty or not among `classes`, an image outside of
+            them, a link that leads nowhere or round in a circle, a folder that cannot be read.
+    """
+
+    def __init__(self, root: str | Path, classes: Classes | None = None) -> None:
+        self.root = Path(root)
+        folders = self._folders()
+        names = [folder.name for folder in folders]
+        self.class_names = read_classes(classes) or tuple(names)
+        unknown = sorted(set(names) - set(self.class_names))
+        if unknown:
+            raise ValueError(
+                f"{root}: class folder {some(unknown)}, expected one of "
+                f"{len(self.class_names)} classes"
+            )
+        label_of = {name: label for label, name in enumerate(self.class_names)}
+        images, labels, empty = [], [], []
+        for folder in folders:
+            found = sorted(walk(folder.path, f"{folder.name}/"))
+            if not found:
+                empty.append(folder.name)
+            images += [os.fsencode(name) for name in found]
+            labels += [label_of[folder.name]] * len(found)
+        if empty:
+            raise ValueError(
+                f"{root}: no image in {len(empty)} class folders, expected some: {some(empty)}"
+            )
+        self._images = np.array(images, dtype=np.bytes_)
+        self._labels = np.array(labels, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, index: int) -> Item:
+        """As `Source.read`."""
+        name = os.fsdecode(self._images[index])
+        return Item(name, read_bytes(self.root / name), int(self._labels[index]))
+
+    def _folders(self) -> list[os.DirEntry]:
+        entries = scan(self.root)
+        folders = [entry for entry in entries if is_dir(entry)]
+        loose = [entry.name for entry in entries if is_image(entry.name) and not is_dir(entry)]
+        if loose:
+            raise ValueError(
+                f"{self.root}: {len(loose)} images without a class folder: {some(loose)}; expected "
+                "CLASS/IMAGE, or labels for a flat folder"
+            )
+        if not folders:
+            raise ValueError(f"{self.root}: no folder, expected one per class")
+        names = [folder.name for folder in folders]
+        if SPLITS.issuperset(names):
+            raise ValueError(
+                f"{self.root} has the splits {', '.join(names)}, expected classes; "
+                f"give {self.root / names[0]}"
+            )
+        return folders
+
+
+def walk(folder: str, prefix: str = "", above: dict | None = None) -> Iterator[str]:
+    """Images at any depth below a folder, relative to it, each after `prefix`.
+
+    Args:
+        folder: where to look.
+        prefix: "" or a path that ends in a slash.
+        above: (device, inode) -> path of the folders that led here.
+
+    Raises:
+        ValueError: a link leads back to a folder above it, or a folder cannot be read.
+    """
+    entries = scan(folder)
+    status = os.stat(folder)
+    identity = (status.st_dev, status.st_ino)
+    above = above or {}
+    if identity in above:
+        raise ValueError(f"{folder}: is a link back to {above[identity]}, expected no circle")
+    above = above | {identity: folder}
+    for entry in entries:
+        if is_dir(entry):
+            yield from walk(entry.path, f"{prefix}{entry.name}/", above)
+        elif is_image(entry.name):
+            if not entry.is_file():
+                raise ValueError(f"{entry.path}: is neither a file nor a folder")
+            yield f"{prefix}{entry.name}"

@@ -1,0 +1,230 @@
+"""A Hugging Face dataset on disk: Parquet files as downloaded, or Arrow files of save_to_disk."""
+
+import json
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .base import Classes, Item, Labeller, read_classes, shard_files
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SUFFIXES = (".parquet", ".arrow")
+LABEL_COLUMNS = ("label", "labels")
+ARROW_FILE_MAGIC = b"ARROW1"
+ARROW_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
+GROUPS_KEPT = 2
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Rows that are read together: `number` is a row group's of a Parquet file, or a batch's."""
+
+    file: Path
+    number: int
+    first_row: int
+    rows: int
+
+
+class HuggingFaceDataset:
+    """Rows of all files, sorted by file name.
+
+    The image column is a struct with the field `bytes`, or binary; the label column, `label` or
+    `labels`, holds integers. Class names come from the schema's metadata where `datasets` left
+    them. Opening reads the labels; of the images a row group at a time is read when needed and the
+    last two are kept, so that reading in order reads everything once.
+
+    Args:
+        path: a folder of .parquet or .arrow files, one such file, or a pattern.
+        classes: the classes in the order of their labels, instead of the schema's.
+
+    Raises:
+        ValueError: no file or no row, files of several splits or kinds, a damaged file, a column
+            that is missing or has another type, a label that is missing or out of range.
+    """
+
+    def __init__(self, path: str | Path, classes: Classes | None = None) -> None:
+        files = shard_files(Path(path), SUFFIXES)
+        kinds = sorted({file.suffix for file in files})
+        if len(kinds) > 1:
+            raise ValueError(f"{path} has {' and '.join(kinds)} files, expected one kind")
+        self._columns: dict[Path, str] = {}
+        self._groups: list[_Group] = []
+        self._kept: OrderedDict[int, pa.Array] = OrderedDict()
+        self._lock = threading.Lock()
+        labels, names = [], None
+        for file in files:
+            found, of_file = self._index(file)
+            labels.append(found)
+            if names is not None and of_file != names:
+                raise ValueError(f"{file}: has other class names than {files[0]}")
+            names = of_file
+        self._labels = np.concatenate(labels)
+        if not len(self._labels):
+            raise ValueError(f"{path}: no row in {len(files)} files, expected some")
+        self._starts = np.cumsum([0] + [group.rows for group in self._groups])
+        labeller = Labeller(read_classes(classes) or names or None)
+        self.class_names = labeller.names(self._labels, self._name)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def read(self, index: int) -> Item:
+        """As `Source.read`; the name is FILE:ROW."""
+        label, name = int(self._labels[index]), self._name(index)
+        number = self._group_of(index)
+        value = self._images(number)[index - int(self._starts[number])].as_py()
+        if isinstance(value, dict):
+            outside = value.get("path")
+            value = value["bytes"]
+            if value is None and outside:
+                raise ValueError(f"{name}: has only a path, {outside!r}, expected the image itself")
+        if value is None:
+            raise ValueError(f"{name}: image is null, expected bytes")
+        return Item(name, value, label)
+
+    def _group_of(self, index: int) -> int:
+        return int(np.searchsorted(self._starts, index, side="right")) - 1
+
+    def _name(self, index: int) -> str:
+        number = self._group_of(index)
+        group = self._groups[number]
+        return f"{group.file.name}:{group.first_row + index - int(self._starts[number])}"
+
+    def _index(self, file: Path) -> tuple[np.ndarray, tuple[str, ...]]:
+        """Note a file's groups; its labels, int64, and class names, () where it has none."""
+        import pyarrow as pa
+
+        try:
+            reader = _reader(file)
+            image, label = _image_column(reader.schema, file), _label_column(reader.schema, file)
+            column = pa.chunked_array(reader.read(label), reader.schema.field(label).type)
+            sizes = reader.group_sizes
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(f"{file}: cannot be read ({error})") from error
+        if column.null_count:
+            row = column.is_null().to_pylist().index(True)
+            raise ValueError(f"{file.name}:{row}: label is null, expected an integer")
+        self._columns[file] = image
+        first = 0
+        for number, rows in enumerate(sizes):
+            self._groups.append(_Group(file, number, first, rows))
+            first += rows
+        return column.to_numpy().astype(np.int64), _class_names(reader.schema, label, file)
+
+    def _images(self, number: int) -> "pa.Array":
+        """The image column of a group, kept for the next rows."""
+        import pyarrow as pa
+
+        with self._lock:
+            if number not in self._kept:
+                group = self._groups[number]
+                try:
+                    image = _reader(group.file).read_group(group.number, self._columns[group.file])
+                except (OSError, pa.ArrowException) as error:
+                    raise ValueError(f"{group.file}: cannot be read ({error})") from error
+                self._kept[number] = image
+                if len(self._kept) > GROUPS_KEPT:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(number)
+            return self._kept[number]
+
+
+class _Parquet:
+    def __init__(self, file: Path) -> None:
+        import pyarrow.parquet as parquet
+
+        self._file = parquet.ParquetFile(file)
+        self.schema = self._file.schema_arrow
+        footer = self._file.metadata
+        self.group_sizes = [footer.row_group(n).num_rows for n in range(footer.num_row_groups)]
+
+    def read(self, column: str) -> "list[pa.Array]":
+        return self._file.read(columns=[column]).column(column).chunks
+
+    def read_group(self, number: int, column: str) -> "pa.Array":
+        return self._file.read_row_group(number, columns=[column]).column(column)
+
+
+class _Arrow:
+    """Batches lie in memory-mapped files: finding them reads their headers alone."""
+
+    def __init__(self, file: Path) -> None:
+        import pyarrow as pa
+
+        with open(file, "rb") as bytes_of:
+            random_access = bytes_of.read(len(ARROW_FILE_MAGIC)) == ARROW_FILE_MAGIC
+            bytes_of.seek(max(0, file.stat().st_size - len(ARROW_STREAM_END)))
+            ended = bytes_of.read() == ARROW_STREAM_END
+        if not random_access and not ended:  # pyarrow takes a cut between batches for the end
+            raise pa.ArrowInvalid("no stream of Arrow, or it is truncated: the end mark is missing")
+        opened = pa.ipc.open_file if random_access else pa.ipc.open_stream
+        reader = opened(pa.memory_map(str(file)))
+        self.schema = reader.schema
+        if random_access:
+            self._batches = [reader.get_batch(n) for n in range(reader.num_record_batches)]
+        else:
+            self._batches = list(reader)
+        self.group_sizes = [batch.num_rows for batch in self._batches]
+
+    def read(self, column: str) -> "list[pa.Array]":
+        return [batch.column(column) for batch in self._batches]
+
+    def read_group(self, number: int, column: str) -> "pa.Array":
+        return self._batches[number].column(column)
+
+
+def _reader(file: Path) -> _Parquet | _Arrow:
+    return _Parquet(file) if file.suffix == ".parquet" else _Arrow(file)
+
+
+def _image_column(schema: "pa.Schema", file: Path) -> str:
+    import pyarrow.types as types
+
+    def holds_bytes(kind: "pa.DataType") -> bool:
+        if types.is_struct(kind):
+            return kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type)
+        return types.is_binary(kind) or types.is_large_binary(kind)
+
+    fits = [field.name for field in schema if holds_bytes(field.type)]
+    if "image" in fits:
+        return "image"
+    if len(fits) != 1:
+        raise ValueError(
+            f"{file}: no column image of bytes, expected one; columns are {_columns(schema)}"
+        )
+    return fits[0]
+
+
+def _label_column(schema: "pa.Schema", file: Path) -> str:
+    import pyarrow.types as types
+
+    found = [name for name in LABEL_COLUMNS if name in schema.names]
+    if not found:
+        raise ValueError(
+            f"{file}: no column {' or '.join(LABEL_COLUMNS)}, expected one; columns are "
+            f"{_columns(schema)}"
+        )
+    kind = schema.field(found[0]).type
+    if not types.is_integer(kind):
+        raise ValueError(f"{file}: column {found[0]} is {kind}, expected integers")
+    return found[0]
+
+
+def _columns(schema: "pa.Schema") -> str:
+    return ", ".join(f"{field.name} ({field.type})" for field in schema)
+
+
+def _class_names(schema: "pa.Schema", label: str, file: Path) -> tuple[str, ...]:
+    stored = (schema.metadata or {}).get(b"huggingface", b"{}")
+    try:
+        feature = json.loads(stored).get("info", {}).get("features", {}).get(label, {})
+        names = feature.get("names") or ()
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file}: metadata {error}, expected JSON of datasets") from error
+    return read_classes(names) if names else ()

@@ -85,6 +85,11 @@ def step() -> int:
     return status
 
 
+def data() -> int:
+    """Images per second of the reader alone, with Pillow, and with DALI on the CPU and the GPU."""
+    return limited(["benchmarks.data", "--threads", "4"], 240)
+
+
 def why_not(stage: str) -> str | None:
     """The reason a stage cannot run here, or None."""
     if not torch.cuda.is_available():
@@ -97,7 +102,12 @@ def why_not(stage: str) -> str | None:
     return None
 
 
-WORK = {"kernels": (kernels, "triton"), "optim": (optim, "torch"), "step": (step, "timm")}
+WORK = {
+    "kernels": (kernels, "triton"),
+    "optim": (optim, "torch"),
+    "step": (step, "timm"),
+    "data": (data, "lance"),
+}
 """Stage -> what runs it, and the package it needs."""
 
 

@@ -90,6 +90,9 @@ class TrainConfig:
     """A row that cannot be read or does not fit: stop, or take the next good row and count it."""
     num_workers: int = 4
     """Threads that decode images."""
+    decode: Literal["auto", "dali-gpu", "dali-cpu", "torch"] = "auto"
+    """Who decodes images: DALI on the GPU, DALI on the CPU, or (torch) Pillow on the CPU; auto is
+    dali-gpu on CUDA where DALI is installed, else torch."""
 
     seed: int = 0
     """Determines initial weights, sample order and all noise."""

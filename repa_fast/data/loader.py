@@ -1,17 +1,20 @@
 """Batches ahead of time: one prefetch thread per process and a pool of decode threads."""
 
+import atexit
 import logging
 import queue
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
 
+from repa_fast.data.dali import DaliDecoder, Decode, choose
 from repa_fast.data.dataset import Sample
 from repa_fast.data.open import Dataset
 from repa_fast.data.order import SampleOrder
@@ -23,7 +26,7 @@ log = logging.getLogger(__name__)
 
 class Batch(TypedDict):
     """index int64 (B), moments float32 (B, 2C, h, w), label int64 (B), and, where an encoder needs
-    it, image uint8 (B, 3, R, R)."""
+    it, image uint8 (B, 3, R, R), on the CPU or, decoded there, on the GPU."""
 
     index: torch.Tensor
     moments: torch.Tensor
@@ -46,9 +49,15 @@ class Loader:
         num_workers: decode threads.
         pin_memory: page-locked batches for asynchronous copies to a GPU.
         skip_bad: replace a bad row by the next good one instead of raising.
+        decode: who decodes images: "torch" is Pillow on the CPU; "dali-cpu"; "dali-gpu", whose
+            images are on `device`; "auto" takes dali-gpu on CUDA where DALI is there, else torch.
+        device: the run's.
 
     Attributes:
         skipped: what was wrong with each bad row that was replaced.
+
+    Raises:
+        ValueError: a decoder that cannot be used here is asked for.
     """
 
     def __init__(
@@ -64,8 +73,16 @@ class Loader:
         num_workers: int = 1,
         pin_memory: bool = False,
         skip_bad: bool = False,
+        decode: Decode = "auto",
+        device: torch.device | str = "cpu",
     ) -> None:
         self.skipped: list[str] = []
+        decoder: AbstractContextManager = nullcontext()
+        device = torch.device(device)
+        if images and (chosen := choose(decode, device)) != "torch":
+            decoder = DaliDecoder(
+                dataset.metadata.resolution, num_workers, device if chosen == "dali-gpu" else None
+            )
         self._queue: queue.Queue = queue.Queue(PREFETCHED_BATCHES)
         self._stopped = threading.Event()
         steps = (order.rows(step, rank, world_size) for step in range(start, stop))
@@ -78,11 +95,13 @@ class Loader:
         )
         self._thread = threading.Thread(
             target=_prefetch,
-            args=(self._queue, self._stopped, steps, read, num_workers),
+            args=(self._queue, self._stopped, steps, read, num_workers, decoder),
             name="repa-fast-prefetch",
             daemon=True,
         )
         self._close = weakref.finalize(self, _stop, self._stopped, self._queue, self._thread)
+        # before DALI, which at exit destroys pipelines that may still be running
+        atexit.register(self._close)
         self._thread.start()
 
     def __enter__(self) -> "Loader":
@@ -99,11 +118,20 @@ class Loader:
             if isinstance(item, BaseException):
                 raise item
             if item is not None:
-                yield item
+                yield _received(item)
 
     def close(self) -> None:
         """Stop and join the threads; harmless when called again."""
         self._close()
+        atexit.unregister(self._close)
+
+
+def _received(batch: Batch) -> Batch:
+    """The batch; its memory on a GPU is reused only after the current stream is done with it."""
+    for tensor in batch.values():
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    return batch
 
 
 def read_batch(
@@ -114,25 +142,53 @@ def read_batch(
     images: bool = True,
     pin_memory: bool = False,
     skipped: list[str] | None = None,
+    decoder: DaliDecoder | None = None,
 ) -> Batch:
-    """Rows as tensors; they are decoded by `pool`, or here without one.
+    """Rows as tensors; `decoder` decodes their images, without one Pillow, in `pool` or here.
 
     A bad row raises ValueError; or, given a list `skipped`, is described there and the next good
     row takes its place, which is a function of the row alone.
     """
     run = map if pool is None else pool.map
-    decode = partial(_decode, dataset, images, skipped)
-    samples = list(run(decode, dataset.fetch(indices, images=images)))
+    fetched = dataset.fetch(indices, images=images)
+    if images and decoder is not None:
+        samples, pixels = _decode_whole(dataset, decoder, skipped, run, fetched)
+    else:
+        samples = list(run(partial(_decode, dataset, images, skipped), fetched))
+        pixels = _stacked(samples) if images else None
     batch: Batch = {
         "index": torch.tensor([sample["index"] for sample in samples]),
         "moments": torch.from_numpy(np.stack([sample["moments"] for sample in samples])),
         "label": torch.tensor([sample["label"] for sample in samples]),
     }
-    if images:
-        batch["image"] = torch.from_numpy(np.stack([sample["image"] for sample in samples]))
+    if pixels is not None:
+        batch["image"] = pixels
     if pin_memory:
-        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        batch = {name: t if t.is_cuda else t.pin_memory() for name, t in batch.items()}
     return batch
+
+
+def _stacked(samples: list[Sample]) -> torch.Tensor:
+    return torch.from_numpy(np.stack([sample["image"] for sample in samples]))
+
+
+def _decode_whole(
+    dataset: Dataset,
+    decoder: DaliDecoder,
+    skipped: list[str] | None,
+    run: Callable,
+    fetched: list[tuple],
+) -> tuple[list[Sample], torch.Tensor]:
+    """Samples and images by `decoder`, or row by row by Pillow where a row is bad or unusual."""
+    try:
+        return decoder.decode(dataset, fetched, run)
+    except ValueError as error:
+        reason = str(error)
+    known = len(skipped or ())
+    samples = list(run(partial(_decode, dataset, True, skipped), fetched))
+    if len(skipped or ()) == known:
+        log.warning("a batch is decoded by Pillow, not DALI: %s", reason)
+    return samples, _stacked(samples)
 
 
 def _decode(dataset: Dataset, images: bool, skipped: list[str] | None, fetched: tuple) -> Sample:
@@ -151,12 +207,24 @@ def _decode(dataset: Dataset, images: bool, skipped: list[str] | None, fetched: 
     raise ValueError(f"{dataset.uri} has no good row")
 
 
-def _prefetch(out: queue.Queue, stopped: threading.Event, steps, read, num_workers: int) -> None:
+def _prefetch(
+    out: queue.Queue,
+    stopped: threading.Event,
+    steps: Iterator[np.ndarray],
+    read: Callable[..., Batch],
+    num_workers: int,
+    decoder: AbstractContextManager,
+) -> None:
     """Thread body: every batch, then None; or the exception that ended it."""
     try:
-        with ThreadPoolExecutor(num_workers, thread_name_prefix="repa-fast-decode") as pool:
+        with (
+            ThreadPoolExecutor(num_workers, thread_name_prefix="repa-fast-decode") as pool,
+            decoder as whole,
+        ):
             for indices in steps:
-                if stopped.is_set() or not _put(out, stopped, read(indices, pool=pool)):
+                if stopped.is_set():
+                    return
+                if not _put(out, stopped, read(indices, pool=pool, decoder=whole)):
                     return
         _put(out, stopped, None)
     except BaseException as error:  # a panic in Lance is no Exception

@@ -67,6 +67,8 @@ def train(config: TrainConfig) -> Path:
                     num_workers=config.num_workers,
                     pin_memory=world.device.type == "cuda",
                     skip_bad=config.on_bad_sample == "skip",
+                    decode=config.decode,
+                    device=world.device,
                 )
             )
             run_steps(state, loader, run, reporter, total, stopping)

@@ -1,0 +1,101 @@
+"""Encoded images of many kinds, tables of them, and what is read of those."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from repa_fast.data import dataset
+from repa_fast.data.dataset import LatentDataset, Metadata
+
+R, COUNT = 32, 40
+EXIF_ORIENTATION = 0x0112
+
+
+def encode(pixels: np.ndarray | Image.Image, kind: str = "PNG", **options) -> bytes:
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def noise(seed: int = 0, side: int = R) -> np.ndarray:
+    """Smooth enough that JPEG damage is seen: uint8 (side, side, 3)."""
+    small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(small).resize((side, side)))
+
+
+def write_table(uri: Path, replaced: dict[int, bytes] | None = None) -> LatentDataset:
+    """COUNT rows, PNG and JPEG in turn, some images replaced."""
+    metadata = Metadata(
+        resolution=R, latent_shape=(1, 2, 2), vae="x", scale=1.0, bias=0.0, class_names=("a", "b")
+    )
+    rows = []
+    for index in range(COUNT):
+        kind = ("PNG", "JPEG")[index % 2]
+        moments = np.full(metadata.moments_shape, index, np.float32)
+        rows.append({"image": encode(noise(index), kind), "moments": moments, "label": index % 2})
+    for index, data in (replaced or {}).items():
+        rows[index]["image"] = data
+    dataset.write(uri, rows, metadata)
+    return LatentDataset(uri)
+
+
+def unusual(photo: np.ndarray) -> dict[str, bytes]:
+    """Files that Pillow takes and DALI may not, or not in the same way."""
+    image = Image.fromarray(photo)
+    grey16 = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    jpeg = encode(image, "JPEG")
+    return {
+        "16 bits": encode(grey16),
+        "16-bit colours": png16(R),
+        "CMYK": encode(image.convert("CMYK"), "JPEG"),
+        "GIF": encode(image, "GIF"),
+        "WebP": encode(image, "WEBP"),
+        "cut PNG": encode(image)[:-4],
+        "JPEG and more": jpeg + b"more",
+    }
+
+
+def png16(side: int) -> bytes:
+    """RGB with 16 bits, which Pillow cannot write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    values = np.random.default_rng(0).integers(0, 65536, (side, side, 3)).astype(">u2")
+    header = struct.pack(">IIBBBBB", side, side, 16, 2, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + line.tobytes() for line in values))
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
+
+
+def usual(photo: np.ndarray) -> list[bytes]:
+    """Files of every kind that DALI decodes."""
+    image = Image.fromarray(photo)
+    turned = Image.Exif()
+    turned[EXIF_ORIENTATION] = 6
+    alpha = image.convert("RGBA")
+    alpha.putalpha(image.convert("L"))
+    modes = [image.convert(mode) for mode in ("1", "L", "P")] + [alpha, alpha.convert("LA")]
+    return [
+        *[encode(mode) for mode in modes],
+        encode(image.convert("P"), transparency=0),
+        encode(image, exif=turned),
+        encode(image, "JPEG", exif=turned),
+        encode(image.convert("L"), "JPEG"),
+    ]
+
+
+def assert_equal_batches(got: dict, expected: dict) -> None:
+    assert set(got) == set(expected)
+    for name in expected:
+        assert got[name].dtype == expected[name].dtype
+        assert torch.equal(got[name].cpu(), expected[name]), name

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.xdist_group("distributed")
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40
-TIMED = ("images_per_second", "eta_seconds", "mfu")
+TIMED = ("images_per_second", "eta_seconds", "mfu", "stall_ms")
 FLAGS = {
     "--preset": "digits",
     "--hidden-size": "32",

@@ -1,7 +1,9 @@
 """A made-up source of images, and a build of it that can be run, and killed, as a process."""
 
 import io
+import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +60,7 @@ def recipe(rows, **changes):
 
 
 def encode(pixels):
+    time.sleep(float(os.environ.get("ENCODE_SECONDS", "0")))
     assert pixels.shape[1:] == (3, RESOLUTION, RESOLUTION) and pixels.dtype == np.uint8
     return pixel_moments(pixels.transpose(0, 2, 3, 1))
 
@@ -76,5 +79,5 @@ def run(out, rows=45, rank=0, world_size=1, split="train", bad=(), **changes):
 
 
 if __name__ == "__main__":
-    out, rank, world_size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    print(run(out, rank=rank, world_size=world_size))
+    out, rank, world_size, rows = sys.argv[1], *map(int, sys.argv[2:])
+    print(run(out, rows, rank=rank, world_size=world_size))

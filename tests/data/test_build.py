@@ -23,9 +23,11 @@ def rows_of(out, split="train"):
     return rows["image"], rows["moments"].tobytes(), rows["label"].tolist()
 
 
-def start(out, rank=0, world_size=1):
-    command = [sys.executable, "-m", "tests.data.building", str(out), str(rank), str(world_size)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+def start(out, rank=0, world_size=1, rows=45, seconds=0.0):
+    """A build as a process; encoding a batch takes so many seconds."""
+    numbers = map(str, (rank, world_size, rows))
+    command = [sys.executable, "-m", "tests.data.building", str(out), *numbers]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "ENCODE_SECONDS": str(seconds)}
     return subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -68,19 +70,28 @@ def test_several_processes_give_the_same_table(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments_and_gone_on_with(whole, tmp_path):
+def test_killed_at_twenty_random_moments_and_gone_on_with(tmp_path):
     generator = random.Random(0)
+    rows, killed, done = 300, tmp_path / "killed", 0
+
+    def finished():
+        return len(list(killed.glob(".train.building/[0-9]*.json")))
+
     for _ in range(20):
-        process = start(tmp_path)
-        time.sleep(generator.uniform(2.0, 5.0))
+        process = start(killed, rows=rows, seconds=0.1)
+        deadline = time.monotonic() + 60
+        while finished() <= done:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(generator.uniform(0, 0.4))  # within one of the next blocks, of 0.2 s each
         process.send_signal(signal.SIGKILL)
         process.wait()
-        if (tmp_path / "train.lance" / "_versions").exists():
-            break
-    if not (tmp_path / "train.lance" / "_versions").exists():
-        assert run(tmp_path) == 45
-    assert rows_of(tmp_path) == rows_of(whole)
-    assert build.verify(tmp_path, "train") == 45
+        done = finished()
+    assert 20 <= done < rows // 6
+    assert run(killed, rows) == rows
+    run(tmp_path / "whole", rows)
+    assert rows_of(killed) == rows_of(tmp_path / "whole")
+    assert build.verify(killed, "train") == rows
 
 
 @pytest.mark.parametrize("moment", ("rows", "record", "commit"))

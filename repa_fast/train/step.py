@@ -100,8 +100,9 @@ def train_step(state: TrainState, batch: Batch) -> None:
     draws = draw_local(state)
     state.optimizer.zero_grad(set_to_none=True)
     values, denoise = accumulate(state, batch, draws)
-    unscale = state.scaler._get_scale_async() if state.scaler.is_enabled() else None
-    unscale = values.new_ones(()) if unscale is None else unscale.reciprocal()
+    unscale = values.new_ones(())
+    if state.scaler.is_enabled():
+        unscale = state.scaler._get_scale_async().reciprocal()
     values[2] = norm = state.optimizer.gradient_norm() * unscale
     bad = state.world.max(1 - torch.isfinite(values[0] + norm).float())
     state.optimizer.set_lr(learning_rate(state.config, state.step))

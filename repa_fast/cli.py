@@ -90,9 +90,18 @@ def prepare(argv: Sequence[str]) -> None:
             prepare_images(tyro.cli(ImagesConfig, prog="repa-fast prepare images", args=argv[1:]))
         )
         return
+    if argv[:1] == ["features"]:
+        import tyro
+
+        from repa_fast.data.extract import FeaturesConfig, prepare_features
+
+        config = tyro.cli(FeaturesConfig, prog="repa-fast prepare features", args=argv[1:])
+        print(prepare_features(config))
+        return
     parser = argparse.ArgumentParser(prog="repa-fast prepare", description=prepare.__doc__)
     sources = parser.add_subparsers(dest="source", required=True)
     sources.add_parser("images", help="images and their latents; torchrun starts several processes")
+    sources.add_parser("features", help="an encoder's features, added to a dataset as a column")
     bundled = sources.add_parser("digits", help="scikit-learn's bundled scans of digits")
     bundled.add_argument("--out", type=Path, default=DIGITS_DIR, help="folder to write")
     official = sources.add_parser("import-official", help="an images/ + vae-sd/ folder")

@@ -77,8 +77,14 @@ def _describe_weights(state: formats.State) -> str:
 def _describe_dataset(path: Path) -> str:
     dataset = open_dataset(path)
     meta = dataset.metadata
-    return (
+    lines = [
         f"{dataset.uri}: dataset of {len(dataset)} rows, images of {meta.resolution} pixels, "
         f"latents {meta.latent_shape} of {meta.vae} (scale {meta.scale}, bias {meta.bias}), "
         f"{len(meta.class_names)} classes"
-    )
+    ]
+    lines += [
+        f"features {column.name}: {column.tokens} tokens of width {column.width} by "
+        f"{column.encoder}, {column.storage}, {column.bytes_per_image / 1000:.1f} kB per image"
+        for column in dataset.features.values()
+    ]
+    return "\n".join(lines)

@@ -153,6 +153,9 @@ class TrainConfig:
     """Frozen encoders to align with, comma separated; none trains without alignment."""
     enc_weights: str = ""
     """A weights file for each of ENC_TYPE, comma separated; its own source where empty."""
+    features: str = ""
+    """Columns of the dataset with the features of each of ENC_TYPE, comma separated, from which to
+    train without images and encoders; `repa-fast prepare features` adds them."""
     proj_coeff: float = 0.5
     """Weight of the alignment loss."""
 
@@ -210,6 +213,11 @@ class TrainConfig:
             raise ValueError(
                 f"ema_decay is {self.ema_decay!r}, expected numbers, comma separated"
             ) from None
+
+    @property
+    def feature_columns(self) -> list[str]:
+        """One column of features per encoder; none if the encoders run."""
+        return [name.strip() for name in self.features.split(",")] if self.features else []
 
     @property
     def drop_prob(self) -> float:

@@ -9,8 +9,6 @@ there is no table, after it there is the whole one. Processes meet in the file s
 
 import itertools
 import json
-import os
-import shutil
 import time
 import zlib
 from collections import deque
@@ -24,6 +22,7 @@ import numpy as np
 from repa_fast.data import dataset
 from repa_fast.data.crop import center_crop, encode, original
 from repa_fast.data.dataset import Metadata, Row
+from repa_fast.data.ledger import Ledger, is_disk_full, write_whole
 from repa_fast.data.sources import Source
 
 BLOCK = 4096
@@ -66,10 +65,6 @@ class Recipe:
     def blocks(self) -> int:
         return -(-self.rows // self.block)
 
-    def to_dict(self) -> dict:
-        """As JSON gives it back."""
-        return json.loads(json.dumps(asdict(self)))
-
 
 class Building:
     """A table that is being built: OUT/.SPLIT.building holds its recipe and the finished blocks."""
@@ -77,31 +72,10 @@ class Building:
     def __init__(self, out: Path, split: str, recipe: Recipe) -> None:
         self.recipe = recipe
         self.uri = out / f"{split}.lance"
-        self.folder = out / f".{split}.building"
         self.blocks_file = out / f"{split}.blocks.json"
         if (self.uri / "_versions").exists():
             raise ValueError(f"{self.uri} exists already; remove it first, or --verify it")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        stored = self.folder / "recipe.json"
-        if not stored.exists():
-            _write_whole(stored, json.dumps(recipe.to_dict(), indent=2))
-        self._expect_same(json.loads(stored.read_text()))
-
-    def _expect_same(self, other: dict) -> None:
-        own = self.recipe.to_dict()
-        changed = [f"{k}: {other.get(k)!r}, now {own[k]!r}" for k in own if own[k] != other.get(k)]
-        if changed:
-            raise ValueError(
-                f"{self.folder} was begun with another recipe ({'; '.join(changed)}); go on with "
-                "the same, or remove it"
-            )
-
-    def record(self, block: int) -> Path:
-        return self.folder / f"{block:06d}.json"
-
-    def done(self) -> list[int]:
-        """Finished blocks, in order."""
-        return sorted(int(p.stem) for p in self.folder.glob("[0-9]*.json"))
+        self.ledger = Ledger(out / f".{split}.building", asdict(recipe))
 
     def write(self, block: int, rows: Sequence[Row], skipped: Sequence[str]) -> None:
         """Write a block's rows, then its record."""
@@ -124,7 +98,7 @@ class Building:
             "skipped": list(skipped),
             "fragments": [fragment.to_json() for fragment in fragments],
         }
-        _write_whole(self.record(block), json.dumps(record))
+        self.ledger.write(block, record)
 
     def commit(self) -> int:
         """Make the table of all blocks; returns its rows.
@@ -134,7 +108,7 @@ class Building:
         """
         import lance
 
-        records = [json.loads(self.record(b).read_text()) for b in range(self.recipe.blocks)]
+        records = [self.ledger.read(block) for block in range(self.recipe.blocks)]
         fragments = [
             lance.FragmentMetadata.from_json(json.dumps(fragment))
             for record in records
@@ -147,10 +121,10 @@ class Building:
             {"rows": record["rows"], "crc32": record["crc32"], "skipped": record["skipped"]}
             for record in records
         ]
-        _write_whole(self.blocks_file, json.dumps(checks, indent=1))
+        write_whole(self.blocks_file, json.dumps(checks, indent=1))
         operation = lance.LanceOperation.Overwrite(dataset.schema(self.recipe.metadata), fragments)
         lance.LanceDataset.commit(str(self.uri), operation)
-        shutil.rmtree(self.folder)
+        self.ledger.remove()
         return sum(record["rows"] for record in records)
 
     def _remove_orphans(self, fragments: Iterable) -> None:
@@ -185,7 +159,7 @@ def build(
         RuntimeError: the disk is full; finished blocks are kept.
     """
     building = Building(out, split, recipe)
-    done = set(building.done())
+    done = set(building.ledger.done())
     mine = [b for b in range(rank, recipe.blocks, world_size) if b not in done]
     with ThreadPoolExecutor(workers, thread_name_prefix="repa-fast-crop") as pool:
         for block in mine:
@@ -194,11 +168,11 @@ def build(
                 building.write(block, rows, skipped)
             except OSError as error:
                 raise _explained(error, building) from error
-            progress(min(len(building.done()) * recipe.block, recipe.rows))
+            progress(min(len(building.ledger.done()) * recipe.block, recipe.rows))
     if rank:
         return None
-    while len(building.done()) < recipe.blocks:  # those of other processes
-        progress(len(building.done()) * recipe.block)
+    while len(building.ledger.done()) < recipe.blocks:  # those of other processes
+        progress(len(building.ledger.done()) * recipe.block)
         time.sleep(POLL_SECONDS)
     progress(recipe.rows)
     return building.commit()
@@ -299,8 +273,7 @@ def verify(out: Path, split: str, progress: Callable[[int], None] = lambda done:
             indices = np.arange(first, min(first + 256, start + block["rows"]))
             for fetched in table.fetch(indices):
                 sample = table.decode(fetched)
-                row = {"image": fetched[3], "moments": sample["moments"], "label": sample["label"]}
-                value = _extended(value, row)
+                value = _extended(value, sample | {"image": fetched.image})
             progress(int(indices[-1]) + 1)
         if value != block["crc32"]:
             raise ValueError(
@@ -312,19 +285,10 @@ def verify(out: Path, split: str, progress: Callable[[int], None] = lambda done:
 
 
 def _explained(error: OSError, building: Building) -> Exception:
-    if "no space left" not in str(error).lower() and "errno 28" not in str(error).lower():
+    if not is_disk_full(error):
         return error
+    done = len(building.ledger.done())
     return RuntimeError(
-        f"the disk of {building.uri} is full; {len(building.done())} of {building.recipe.blocks} "
+        f"the disk of {building.uri} is full; {done} of {building.recipe.blocks} "
         "blocks are written and kept: make room and run the same command again"
     )
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """A file that appears whole or not at all, also after a power cut."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -229,8 +229,8 @@ def _parts(dataset: Dataset, resolution: int, fetched: tuple) -> tuple[Sample, b
         except TypeError as error:  # of a .npy file that is no image
             raise ValueError(f"{name}: {error}") from error
     else:
-        *numbers, encoded = fetched
-        sample = dataset.decode((*numbers, None))
+        encoded = fetched.image
+        sample = dataset.decode(fetched._replace(image=None))
     expect_usual(encoded, resolution, name)
     return sample, encoded
 

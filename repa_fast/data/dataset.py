@@ -1,20 +1,24 @@
 """The native dataset: one Lance table of image bytes, latent moments and labels."""
 
+import functools
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
+from repa_fast.data.features import METADATA_KEY, FeatureColumn, feature_columns
 from repa_fast.data.images import decode
 
 if TYPE_CHECKING:
+    import lance
     import pyarrow as pa
 
-METADATA_KEY = b"repa_fast"
+ROWS_PER_FILE = 4096
+"""Rows of a fragment: what a kill costs while a column is added."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +71,26 @@ class Rows(TypedDict):
     label: np.ndarray
 
 
+class Fetched(NamedTuple):
+    """One row as it is stored: image bytes, or None where not asked for; arrays of the columns of
+    features that were."""
+
+    index: int
+    moments: np.ndarray
+    label: int
+    image: bytes | None
+    features: dict[str, np.ndarray]
+
+
 class Sample(TypedDict):
-    """One row, decoded: moments float32 (2C, h, w); image uint8 (3, R, R) where asked for."""
+    """One row, decoded: moments float32 (2C, h, w); where asked for, image uint8 (3, R, R) and
+    features as stored, by column."""
 
     index: int
     moments: np.ndarray
     label: int
     image: NotRequired[np.ndarray]
+    features: NotRequired[dict[str, np.ndarray]]
 
 
 def schema(metadata: Metadata) -> "pa.Schema":
@@ -116,7 +133,13 @@ def write(uri: str | Path, rows: Iterable[Row], metadata: Metadata, batch_rows: 
             yield row
 
     try:
-        lance.write_dataset(batches(), str(uri), schema=table_schema, mode="create")
+        lance.write_dataset(
+            batches(),
+            str(uri),
+            schema=table_schema,
+            mode="create",
+            max_rows_per_file=ROWS_PER_FILE,
+        )
     except OSError as error:
         if refused:
             raise refused[0] from None
@@ -192,10 +215,68 @@ class LatentDataset:
     def __len__(self) -> int:
         return self._length
 
+    @property
+    def table(self) -> "lance.LanceDataset":
+        """The Lance table itself, of the version that was opened."""
+        return self._table
+
+    @functools.cached_property
+    def features(self) -> dict[str, FeatureColumn]:
+        """The columns of features that `repa-fast prepare features` has added, by name."""
+        return feature_columns(self._table.schema)
+
     def rows(self, indices: np.ndarray, *, images: bool = True) -> Rows:
         """The rows at `indices` (B), in that order; `image` is empty where not asked for."""
+        return self._rows(self._take(indices, images, ()), indices, images)
+
+    def fetch(
+        self, indices: np.ndarray, *, images: bool = True, features: Sequence[str] = ()
+    ) -> list[Fetched]:
+        """What `decode` needs for each row; `features` are names of columns of features.
+
+        Raises:
+            ValueError: there is no such column.
+        """
+        columns = self._feature_columns(features)
+        table = self._take(indices, images, columns)
+        rows = self._rows(table, indices, images)
+        encoded = rows["image"] if images else [None] * len(indices)
+        stored = {name: array for c in columns for name, array in c.read(table).items()}
+        return [
+            Fetched(*row, {name: array[i] for name, array in stored.items()})
+            for i, row in enumerate(
+                zip(rows["index"], rows["moments"], rows["label"], encoded, strict=True)
+            )
+        ]
+
+    def decode(self, fetched: Fetched) -> Sample:
+        """One row as arrays.
+
+        Raises:
+            ValueError: its image cannot be decoded, or moments, label or features do not fit; names
+                it.
+        """
+        index, moments, label, encoded, features = fetched
+        name = f"{self.uri} row {index}"
+        sample: Sample = {"index": int(index), "moments": moments, "label": int(label)}
+        if encoded is not None:
+            sample["image"] = decode(encoded, self.metadata.resolution, name)
+        check_sample(name, sample, self.metadata)
+        if features:
+            sample["features"] = features
+        for column, values in features.items():
+            if not np.isfinite(values).all():
+                raise ValueError(f"{name}: {column} is not finite")
+        return sample
+
+    def _take(
+        self, indices: np.ndarray, images: bool, features: Sequence[FeatureColumn]
+    ) -> "pa.Table":
         columns = ["moments", "label", *(["image"] if images else [])]
-        table = self._table.take(indices.tolist(), columns=columns)
+        columns += [name for column in features for name in column.columns]
+        return self._table.take(indices.tolist(), columns=columns)
+
+    def _rows(self, table: "pa.Table", indices: np.ndarray, images: bool) -> Rows:
         moments = table["moments"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         return {
             "index": np.asarray(indices, dtype=np.int64),
@@ -204,22 +285,13 @@ class LatentDataset:
             "label": table["label"].to_numpy(),
         }
 
-    def fetch(self, indices: np.ndarray, *, images: bool = True) -> list[tuple]:
-        """What `decode` needs for each row: index, moments, label, and image bytes or None."""
-        rows = self.rows(indices, images=images)
-        encoded = rows["image"] if images else [None] * len(indices)
-        return list(zip(rows["index"], rows["moments"], rows["label"], encoded, strict=True))
-
-    def decode(self, fetched: tuple) -> Sample:
-        """One row as arrays.
-
-        Raises:
-            ValueError: its image cannot be decoded, or moments or label do not fit; names it.
-        """
-        index, moments, label, encoded = fetched
-        name = f"{self.uri} row {index}"
-        sample: Sample = {"index": int(index), "moments": moments, "label": int(label)}
-        if encoded is not None:
-            sample["image"] = decode(encoded, self.metadata.resolution, name)
-        check_sample(name, sample, self.metadata)
-        return sample
+    def _feature_columns(self, names: Sequence[str]) -> list[FeatureColumn]:
+        known = self.features if names else {}
+        for name in names:
+            if name not in known:
+                there = ", ".join(known) or "none"
+                raise ValueError(
+                    f"{self.uri} has no column of features {name!r}, expected one of: {there}; "
+                    "`repa-fast prepare features` adds one"
+                )
+        return [known[name] for name in names]

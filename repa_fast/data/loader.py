@@ -5,7 +5,7 @@ import logging
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -25,8 +25,9 @@ log = logging.getLogger(__name__)
 
 
 class Batch(TypedDict):
-    """index int64 (B), moments float32 (B, 2C, h, w), label int64 (B), and, where an encoder needs
-    it, image uint8 (B, 3, R, R), on the CPU or, decoded there, on the GPU."""
+    """index int64 (B), moments float32 (B, 2C, h, w), label int64 (B); where an encoder needs it,
+    image uint8 (B, 3, R, R), on the CPU or, decoded there, on the GPU; and the columns of features
+    that were asked for, by their names."""
 
     index: torch.Tensor
     moments: torch.Tensor
@@ -46,6 +47,7 @@ class Loader:
         start, stop: steps, counted from 0.
         rank, world_size: this process's share.
         images: whether batches carry decoded images.
+        features: names of columns of features that batches carry as they are stored.
         num_workers: decode threads.
         pin_memory: page-locked batches for asynchronous copies to a GPU.
         skip_bad: replace a bad row by the next good one instead of raising.
@@ -70,6 +72,7 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         images: bool = True,
+        features: Sequence[str] = (),
         num_workers: int = 1,
         pin_memory: bool = False,
         skip_bad: bool = False,
@@ -90,6 +93,7 @@ class Loader:
             read_batch,
             dataset,
             images=images,
+            features=features,
             pin_memory=pin_memory,
             skipped=self.skipped if skip_bad else None,
         )
@@ -140,6 +144,7 @@ def read_batch(
     *,
     pool: ThreadPoolExecutor | None = None,
     images: bool = True,
+    features: Sequence[str] = (),
     pin_memory: bool = False,
     skipped: list[str] | None = None,
     decoder: DaliDecoder | None = None,
@@ -150,11 +155,13 @@ def read_batch(
     row takes its place, which is a function of the row alone.
     """
     run = map if pool is None else pool.map
-    fetched = dataset.fetch(indices, images=images)
+    fetch = partial(dataset.fetch, images=images, features=features)
+    decode = partial(_decode, dataset, fetch, skipped)
+    fetched = fetch(indices)
     if images and decoder is not None:
-        samples, pixels = _decode_whole(dataset, decoder, skipped, run, fetched)
+        samples, pixels = _decode_whole(dataset, decoder, skipped, run, fetched, decode)
     else:
-        samples = list(run(partial(_decode, dataset, images, skipped), fetched))
+        samples = list(run(decode, fetched))
         pixels = _stacked(samples) if images else None
     batch: Batch = {
         "index": torch.tensor([sample["index"] for sample in samples]),
@@ -163,6 +170,9 @@ def read_batch(
     }
     if pixels is not None:
         batch["image"] = pixels
+    for column in samples[0].get("features", ()):
+        stored = np.stack([sample["features"][column] for sample in samples])
+        batch[column] = torch.from_numpy(stored)
     if pin_memory:
         batch = {name: t if t.is_cuda else t.pin_memory() for name, t in batch.items()}
     return batch
@@ -178,6 +188,7 @@ def _decode_whole(
     skipped: list[str] | None,
     run: Callable,
     fetched: list[tuple],
+    decode: Callable[[tuple], Sample],
 ) -> tuple[list[Sample], torch.Tensor]:
     """Samples and images by `decoder`, or row by row by Pillow where a row is bad or unusual."""
     try:
@@ -185,20 +196,20 @@ def _decode_whole(
     except ValueError as error:
         reason = str(error)
     known = len(skipped or ())
-    samples = list(run(partial(_decode, dataset, True, skipped), fetched))
+    samples = list(run(decode, fetched))
     if len(skipped or ()) == known:
         log.warning("a batch is decoded by Pillow, not DALI: %s", reason)
     return samples, _stacked(samples)
 
 
-def _decode(dataset: Dataset, images: bool, skipped: list[str] | None, fetched: tuple) -> Sample:
+def _decode(dataset: Dataset, fetch: Callable, skipped: list[str] | None, fetched: tuple) -> Sample:
     if skipped is None:
         return dataset.decode(fetched)
     for step in range(len(dataset)):
         try:
             if step:
                 following = (int(fetched[0]) + step) % len(dataset)
-                return dataset.decode(dataset.fetch(np.array([following]), images=images)[0])
+                return dataset.decode(fetch(np.array([following]))[0])
             return dataset.decode(fetched)
         except ValueError as error:
             if not skipped:

@@ -13,12 +13,13 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from repa_fast.data.dataset import Metadata, Sample, check_sample
+from repa_fast.data.features import FeatureColumn
 from repa_fast.data.images import decode, encode_png
 
 SD_VAE_FACTOR = 8
@@ -57,12 +58,19 @@ class OfficialFolder:
     def __len__(self) -> int:
         return len(self._latents)
 
-    def fetch(self, indices: np.ndarray, *, images: bool = True) -> list[tuple[int, bool]]:
+    def fetch(
+        self, indices: np.ndarray, *, images: bool = True, features: Sequence[str] = ()
+    ) -> list[tuple[int, bool]]:
         """What `decode` needs for each row; nothing is read yet.
 
         Raises:
-            ValueError: images are asked for and there are none.
+            ValueError: images or features are asked for and there are none.
         """
+        if features:
+            raise ValueError(
+                f"{self.root} is an official folder, which has no columns of features; copy it "
+                "with `repa-fast prepare import-official`"
+            )
         if images and not self.has_images:
             raise ValueError(
                 f"{self.root} has no images/, expected them for the encoder; --enc-type none "
@@ -86,6 +94,11 @@ class OfficialFolder:
             sample["image"] = self._read_image(index)
         check_sample(str(self._latent_path(index)), sample, self.metadata)
         return sample
+
+    @property
+    def features(self) -> dict[str, FeatureColumn]:
+        """Columns of features: an official folder has none."""
+        return {}
 
     @property
     def has_images(self) -> bool:

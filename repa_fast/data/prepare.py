@@ -16,6 +16,7 @@ import torch
 
 from repa_fast.data import dataset, digits, images
 from repa_fast.data.official import SD_VAE_FACTOR, SD_VAE_SCALE, OfficialFolder
+from repa_fast.data.processes import own_device, progress_bar, rank_and_size, watched
 from repa_fast.data.vae import VAE
 
 DIGITS_DIR = Path("data/digits")
@@ -69,7 +70,7 @@ def import_official(source: str | Path, out: str | Path, *, with_images: bool = 
     with_images = with_images and folder.has_images
 
     def rows() -> Iterator[dataset.Row]:
-        for index in track(range(len(folder)), description=f"{out}", disable=not _watched()):
+        for index in track(range(len(folder)), description=f"{out}", disable=not watched()):
             sample = folder.decode((index, with_images))
             yield {
                 "image": folder.image_bytes(index) if with_images else b"",
@@ -105,7 +106,7 @@ def export_official(source: str | Path, out: str | Path, split: str = "train") -
     labels = []
     with _whole_or_not(Path(out)) as partial:
         starts = range(0, len(table), EXPORTED_ROWS)
-        for start in track(starts, description=f"{out}", disable=not _watched()):
+        for start in track(starts, description=f"{out}", disable=not watched()):
             rows = table.rows(np.arange(start, min(start + EXPORTED_ROWS, len(table))))
             for index, image, moments, label in zip(*rows.values(), strict=True):
                 folder = f"{index // FILES_PER_FOLDER:05d}"
@@ -178,9 +179,9 @@ def prepare_images(config: ImagesConfig) -> str:
     from repa_fast.data.sources import open_source, subset
 
     out = Path(config.out)
-    rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    rank, world_size = rank_and_size()
     if config.verify:
-        with _progress("verifying", rank == 0) as progress:
+        with progress_bar("verifying", rank == 0) as progress:
             rows = build.verify(out, config.split, progress(None))
         return f"{out / config.split}.lance: {rows} rows, all as they were written"
     source = open_source(
@@ -188,7 +189,7 @@ def prepare_images(config: ImagesConfig) -> str:
     )
     if config.subset:
         source = subset(source, config.subset, config.seed)
-    device = _device()
+    device = own_device()
     metadata, encode, encoder = _latents(config, source.class_names, device)
     recipe = build.Recipe(
         source=_described(config),
@@ -200,7 +201,7 @@ def prepare_images(config: ImagesConfig) -> str:
         batch=config.batch_size,
         on_bad_image=config.on_bad_image,
     )
-    with _progress(str(out), rank == 0) as progress:
+    with progress_bar(str(out), rank == 0) as progress:
         rows = build.build(
             source,
             out,
@@ -244,43 +245,6 @@ def _latents(
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
     encode = vae.encoder(metadata, device, dtype, config.compile)
     return metadata, encode, f"{config.vae}, {config.precision}"
-
-
-def _device() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-    return device
-
-
-@contextmanager
-def _progress(description: str, shown: bool) -> Iterator[Callable]:
-    """progress(total) -> advance_to(done): a bar with images/s and the time that is left."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
-
-    columns = [
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"), Remaining(),
-    ]  # fmt: skip
-    with Progress(*columns, disable=not (shown and _watched())) as bar:
-        task = bar.add_task(description, total=None, rate="")
-
-        def start(total: int | None) -> Callable[[int], None]:
-            bar.update(task, total=total)
-
-            def advance(done: int) -> None:
-                speed = bar.tasks[0].speed
-                bar.update(task, completed=done, rate=f"{speed:.0f} images/s" if speed else "")
-
-            return advance
-
-        yield start
-
-
-def _watched() -> bool:
-    return sys.stdout.isatty()
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def train(config: TrainConfig) -> Path:
     """
     with session() as world, stop_signals() as stopping:
         dataset = run_dataset(config, world)
-        state = build_state(config, dataset.metadata, world)
+        state = build_state(config, dataset.metadata, world, dataset.features)
         run = Path(config.output_dir) / config.exp_name
         begin(run / "checkpoints", state)
         state.optimizer.write_copies()
@@ -64,6 +64,7 @@ def train(config: TrainConfig) -> Path:
                     rank=world.rank,
                     world_size=world.size,
                     images=bool(state.encoders),
+                    features=config.feature_columns,
                     num_workers=config.num_workers,
                     pin_memory=world.device.type == "cuda",
                     skip_bad=config.on_bad_sample == "skip",

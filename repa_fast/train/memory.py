@@ -62,7 +62,8 @@ def budget(config: TrainConfig, metadata: Metadata) -> Budget:
         projector_flops(tokens=tokens, width=width, projector_dim=config.projector_dim, z_dim=z_dim)
         for z_dim in arguments["z_dims"]
     )
-    encoder = sum(spec.flops(config.resolution) for spec in encoders.specs(config.enc_type))
+    specs = encoders.specs("none" if config.features else config.enc_type)
+    encoder = sum(spec.flops(config.resolution) for spec in specs)
     return Budget(
         parameters=total - heads,
         parameters_with_projectors=total,

@@ -3,6 +3,7 @@
 import copy
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +14,7 @@ from repa_fast import encoders
 from repa_fast.configs.config import TrainConfig
 from repa_fast.configs.model import build_model
 from repa_fast.data.dataset import Metadata
+from repa_fast.data.features import FeatureColumn
 from repa_fast.data.latents import can_decode
 from repa_fast.data.vae import VAE
 from repa_fast.diffusion.path import Path, get
@@ -33,7 +35,9 @@ class TrainState:
     Attributes:
         model: fp32 master weights; `wrapped` is the same model, under DDP with several processes.
         ema: moving average of the weights, in eval mode; more_emas: those of other decays.
-        encoders: frozen modules by name, in the order of the model's projectors.
+        encoders: frozen modules by name, in the order of the model's projectors; none where batches
+            carry their features.
+        features: the columns of features that batches carry, in that order.
         scaler: active for fp16 only.
         vae: for sample grids, not loaded yet; None where the latents are pixels.
         notes: lines about how the run computes, for the log.
@@ -50,6 +54,7 @@ class TrainState:
     ema: SiT
     more_emas: list[SiT]
     encoders: dict[str, nn.Module]
+    features: list[FeatureColumn]
     optimizer: AdamWEMA
     scaler: torch.amp.GradScaler
     metrics: Accumulator
@@ -73,11 +78,19 @@ class TrainState:
         return self.config.images_per_step // self.world.size
 
 
-def build_state(config: TrainConfig, metadata: Metadata, world: World) -> TrainState:
+def build_state(
+    config: TrainConfig,
+    metadata: Metadata,
+    world: World,
+    columns: Mapping[str, FeatureColumn] | None = None,
+) -> TrainState:
     """Model, average, encoders and optimizer on this process's device, at step 0.
 
+    `columns` are the dataset's columns of features.
+
     Raises:
-        ValueError: the batch does not divide among the processes, or as for `model_arguments`.
+        ValueError: the batch does not divide among the processes, or as for `model_arguments` and
+            `choose_features`.
     """
     if config.images_per_step % world.size:
         raise ValueError(
@@ -90,7 +103,9 @@ def build_state(config: TrainConfig, metadata: Metadata, world: World) -> TrainS
     model = build_model(config, metadata).to(world.device)
     notes = choose_kernels(config, model, AUTOCAST[precision] or torch.float32, world)
     emas = [copy.deepcopy(model).eval().requires_grad_(False) for _ in config.ema_decays]
-    frozen = load_encoders(config, world)
+    specs = encoders.specs(config.enc_type)
+    features = choose_features(config, specs, columns or {})
+    frozen = {} if features else load_encoders(config, world)
     copies = {}
     if config.compute_copy == "optimizer":
         if precision != "bf16":
@@ -118,14 +133,40 @@ def build_state(config: TrainConfig, metadata: Metadata, world: World) -> TrainS
         ema=emas[0],
         more_emas=emas[1:],
         encoders=frozen,
+        features=features,
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
-        metrics=Accumulator(list(frozen), world.device),
+        metrics=Accumulator([spec.name for spec in specs], world.device),
         autocast_dtype=AUTOCAST[precision],
         vae=None if can_decode(metadata) else VAE(config.vae_path or metadata.vae),
         micro_batch=0,
         notes=notes,
     )
+
+
+def choose_features(
+    config: TrainConfig, specs: list[encoders.EncoderSpec], columns: Mapping[str, FeatureColumn]
+) -> list[FeatureColumn]:
+    """The columns that stand for the encoders, in their order; none if the config names none.
+
+    Raises:
+        ValueError: there is no such column, or it does not hold that encoder's features.
+    """
+    names = config.feature_columns
+    if names and len(names) != len(specs):
+        raise ValueError(
+            f"features has {len(names)} columns ({config.features}), expected {len(specs)}, one "
+            f"for each encoder of enc_type {config.enc_type}"
+        )
+    for name, spec in zip(names, specs):
+        if name not in columns:
+            raise ValueError(
+                f"features is {name!r}, expected one of the dataset's columns: "
+                f"{', '.join(columns) or 'none'}; `repa-fast prepare features` adds one"
+            )
+        tokens = spec.num_tokens(config.resolution)
+        columns[name].expect(spec.name, config.resolution, tokens, spec.width)
+    return [columns[name] for name in names]
 
 
 def load_encoders(config: TrainConfig, world: World) -> dict[str, nn.Module]:

@@ -41,6 +41,9 @@ def synthetic_batch(state: TrainState, size: int) -> tuple[Batch, Draws]:
         "label": torch.arange(size, device=device) % state.config.num_classes,
         "image": torch.randint(0, 256, shape, dtype=torch.uint8, device=device),
     }
+    for column in state.features:
+        tokens = torch.randn((size, column.tokens, column.width))
+        batch |= {name: torch.from_numpy(a).to(device) for name, a in column.pack(tokens).items()}
     draws = draw(0, 0, size, metadata.latent_shape, path=state.path, device=device)
     return batch, draws
 
@@ -54,6 +57,7 @@ def losses(
     with state.autocast():
         with torch.no_grad():
             targets = [encoder(batch["image"]) for encoder in state.encoders.values()]
+            targets += [column.unpack(batch) for column in state.features]
         prediction, projections = model(
             noisy, draws.t, batch["label"], draws.drop, project=bool(targets)
         )

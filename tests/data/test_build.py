@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from repa_fast.data import build
+from repa_fast.data import build, ledger
 from repa_fast.data.dataset import LatentDataset
 from tests.data.building import Photographs, encode, recipe, run
 
@@ -111,7 +111,7 @@ def test_cut_off_in_a_block_it_goes_on_without_duplicates_or_holes(
         if number == block and moment == "rows":
             raise Cut
         if number == block and moment == "record":
-            monkeypatch.setattr(build, "_write_whole", cut)
+            monkeypatch.setattr(ledger, "write_whole", cut)
         write(building, number, *arguments)
 
     with monkeypatch.context() as patch:

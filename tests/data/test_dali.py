@@ -122,13 +122,15 @@ def test_other_errors_of_dali_are_not_the_images(with_dali, table, monkeypatch):
 
 def test_bad_moments_are_named(with_dali, tmp_path, monkeypatch):
     table = write_table(tmp_path / "a.lance")
-    rows = LatentDataset.rows
+    fetch = LatentDataset.fetch
 
     def spoiled(self, indices, **options):
-        found = rows(self, indices, **options)
-        return found | {"label": np.where(indices == 3, 9, found["label"])}
+        return [
+            row._replace(label=9) if row.index == 3 else row
+            for row in fetch(self, indices, **options)
+        ]
 
-    monkeypatch.setattr(LatentDataset, "rows", spoiled)
+    monkeypatch.setattr(LatentDataset, "fetch", spoiled)
     with DaliDecoder(R, 1, None) as decoder, pytest.raises(ValueError, match="row 3: label is 9"):
         read_batch(table, np.arange(4), decoder=decoder)
 

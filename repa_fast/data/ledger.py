@@ -1,0 +1,68 @@
+"""Work cut into numbered units that is resumed after a kill: one small file per finished unit."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+
+class Ledger:
+    """A folder with the recipe of the work and the records of its finished units.
+
+    Any number of processes share it; each unit is one process's. It is there from the beginning of
+    the work until what was made of it is committed.
+
+    Raises:
+        ValueError: the folder was begun with another recipe.
+    """
+
+    def __init__(self, folder: Path, recipe: dict) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        stored = folder / "recipe.json"
+        if not stored.exists():
+            write_whole(stored, json.dumps(recipe, indent=2))
+        self._expect_same(json.loads(stored.read_text()), json.loads(json.dumps(recipe)))
+
+    def _expect_same(self, begun: dict, now: dict) -> None:
+        changed = [f"{k}: {begun.get(k)!r}, now {now[k]!r}" for k in now if now[k] != begun.get(k)]
+        if changed:
+            raise ValueError(
+                f"{self.folder} was begun with another recipe ({'; '.join(changed)}); go on with "
+                "the same, or remove it"
+            )
+
+    def done(self) -> list[int]:
+        """Finished units, in order."""
+        return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.json"))
+
+    def write(self, unit: int, record: dict) -> None:
+        """Count a unit as finished."""
+        write_whole(self._file(unit), json.dumps(record))
+
+    def read(self, unit: int) -> dict:
+        """The record of a finished unit."""
+        return json.loads(self._file(unit).read_text())
+
+    def remove(self) -> None:
+        """Forget the work: it is committed."""
+        shutil.rmtree(self.folder)
+
+    def _file(self, unit: int) -> Path:
+        return self.folder / f"{unit:06d}.json"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all, also after a power cut."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether the operating system, or Lance in its words, says that no space is left."""
+    text = str(error).lower()
+    return "no space left" in text or "errno 28" in text

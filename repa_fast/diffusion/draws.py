@@ -59,7 +59,7 @@ def draw(
         batch: size of the global batch.
         latent_shape: (C, h, w).
         path: turns log-normal noise-to-signal ratios into times.
-        weighting: "uniform" times on [0, 1], or "lognormal" ratios sigma / alpha = exp(N(0, 1)),
+        weighting: "uniform" times on [0, 1] (on the VP path from 1e-5 on), or "lognormal" ratios sigma / alpha = exp(N(0, 1)),
             which on the linear path is the logit-normal distribution.
         drop_prob: probability of the null label.
         device: where the values are drawn; devices differ in their random numbers.
@@ -71,6 +71,7 @@ def draw(
     times, noise, posterior, drops = (stream(seed, step, k, device=device) for k in range(4))
     if weighting == "uniform":
         t = torch.rand(batch, generator=times, device=device)
+        t = path.train_eps + (1 - path.train_eps) * t
     else:
         t = path.time_of_ratio(torch.randn(batch, generator=times, device=device).exp())
     shape = (batch, *latent_shape)

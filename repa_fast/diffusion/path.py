@@ -12,14 +12,17 @@ import torch
 
 from repa_fast.contracts import expect_choice
 
+BETA_MIN, BETA_MAX = 0.1, 20.0
+"""Noise rate of the VP path at t = 0 and at t = 1."""
+
 
 class Coefficients(NamedTuple):
-    """alpha, sigma and their time derivatives, each of the shape and dtype of t."""
+    """alpha, sigma and their time derivatives: of the shape and dtype of t, or Python floats."""
 
-    alpha: torch.Tensor
-    sigma: torch.Tensor
-    d_alpha: torch.Tensor
-    d_sigma: torch.Tensor
+    alpha: torch.Tensor | float
+    sigma: torch.Tensor | float
+    d_alpha: torch.Tensor | float
+    d_sigma: torch.Tensor | float
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,22 @@ class Path:
         name: as on the command line.
         coefficients: t -> Coefficients.
         time_of_ratio: the t at which sigma / alpha equals a given ratio (log-normal times).
+        train_eps: SiT trains on times from here on; d_sigma of VP is infinite at t = 0.
+        sample_eps: SiT's ODE stops here, for the same reason.
+        ends_in_noise: alpha is 0 at t = 1, so that nothing may be divided by it there.
     """
 
     name: str
     coefficients: Callable[[torch.Tensor], Coefficients]
     time_of_ratio: Callable[[torch.Tensor], torch.Tensor]
+    train_eps: float = 0.0
+    sample_eps: float = 0.0
+    ends_in_noise: bool = True
+
+    def at(self, t: float) -> Coefficients:
+        """The coefficients at t as Python floats, computed in fp64."""
+        values = self.coefficients(torch.tensor(t, dtype=torch.float64))
+        return Coefficients(*(value.item() for value in values))
 
     def interpolate(
         self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
@@ -66,10 +80,25 @@ def _cosine(t: torch.Tensor) -> Coefficients:
     return Coefficients(alpha, sigma, -math.pi / 2 * sigma, math.pi / 2 * alpha)
 
 
+def _vp(t: torch.Tensor) -> Coefficients:
+    """alpha = exp(l), sigma^2 = 1 - alpha^2, l = -(max - min) t^2 / 4 - min t / 2 (2011.13456)."""
+    log_alpha = -(BETA_MAX - BETA_MIN) / 4 * t**2 - BETA_MIN / 2 * t
+    d_log_alpha = -(BETA_MAX - BETA_MIN) / 2 * t - BETA_MIN / 2
+    alpha, sigma = log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+    return Coefficients(alpha, sigma, d_log_alpha * alpha, -d_log_alpha * alpha**2 / sigma)
+
+
+def _vp_time_of_ratio(ratio: torch.Tensor) -> torch.Tensor:
+    """The positive root of -l(t) = log(1 + ratio^2) / 2; 1 for ratios above the one at t = 1."""
+    a, b, c = (BETA_MAX - BETA_MIN) / 4, BETA_MIN / 2, ratio.square().log1p() / 2
+    return (2 * c / (b + (b**2 + 4 * a * c).sqrt())).clamp(max=1)
+
+
 linear = Path("linear", _linear, lambda ratio: ratio / (1 + ratio))
 cosine = Path("cosine", _cosine, lambda ratio: ratio.atan() * (2 / math.pi))
+vp = Path("VP", _vp, _vp_time_of_ratio, train_eps=1e-5, sample_eps=1e-3, ends_in_noise=False)
 
-PATHS = {"linear": linear, "cosine": cosine, "GVP": cosine}
+PATHS = {"linear": linear, "cosine": cosine, "GVP": cosine, "VP": vp}
 
 
 def get(name: str) -> Path:

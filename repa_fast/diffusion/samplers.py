@@ -1,9 +1,11 @@
-"""Samplers of REPA: Euler (with Heun) on the probability-flow ODE, Euler-Maruyama on the SDE.
+"""Samplers: Euler (with Heun) on the probability-flow ODE, Euler-Maruyama on the reverse SDE.
 
-Time runs from t = 1 (noise) to t = 0 (data). The state is kept in fp64; the model is called in the
-dtype of the given latents and returns (velocity, ...). The schedules are those of REPA's released
+Time runs from t = 1 (noise) to t = 0 (data). The state is kept in fp64 or fp32; the model is called
+in the dtype of the given latents and returns (prediction, ...). The defaults are REPA's released
 samplers: a uniform grid for the ODE; for the SDE a uniform grid from 1 to 0.04 and one step
-without noise from 0.04 to 0, with diffusion w_t = 2t on every path.
+without noise from 0.04 to 0, with diffusion w_t = 2t on every path. The options are those of SiT
+(arXiv 2401.08740). A step of the SDE evaluates the model once, for drift and score together.
+`repa_fast.diffusion.adaptive` has the ODE with adaptive steps.
 """
 
 import functools
@@ -13,23 +15,25 @@ import torch
 
 from repa_fast import ops
 from repa_fast.contracts import expect_choice, expect_shape
+from repa_fast.diffusion.forms import diffusion
+from repa_fast.diffusion.guidance import guided_velocities
 from repa_fast.diffusion.path import Path, linear
+from repa_fast.diffusion.prediction import clean_factors, sampling_interval
 
 LAST_SDE_TIME = 0.04
+LAST_STEPS = ("mean", "euler", "tweedie", "none")
 
-Velocities = Callable[[torch.Tensor, float, float], tuple[torch.Tensor, torch.Tensor | None]]
 
-
-def ode_times(num_steps: int) -> torch.Tensor:
-    """(num_steps + 1) times from 1 to 0, fp64."""
+def ode_times(num_steps: int, start: float = 1.0, stop: float = 0.0) -> torch.Tensor:
+    """(num_steps + 1) times from start to stop, fp64."""
     _expect_steps(num_steps, at_least=1)
-    return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    return torch.linspace(start, stop, num_steps + 1, dtype=torch.float64)
 
 
-def sde_times(num_steps: int) -> torch.Tensor:
-    """(num_steps + 1) times: num_steps - 1 stochastic steps from 1 to 0.04, one step to 0; fp64."""
+def sde_times(num_steps: int, start: float = 1.0, stop: float = LAST_SDE_TIME) -> torch.Tensor:
+    """(num_steps + 1) times: num_steps - 1 stochastic steps from start to stop, one to 0; fp64."""
     _expect_steps(num_steps, at_least=2)
-    grid = torch.linspace(1, LAST_SDE_TIME, num_steps, dtype=torch.float64)
+    grid = torch.linspace(start, stop, num_steps, dtype=torch.float64)
     return torch.cat([grid, torch.zeros(1, dtype=torch.float64)])
 
 
@@ -42,38 +46,50 @@ def euler(
     num_steps: int = 50,
     cfg_scale: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guidance_channels: int | None = None,
     path: Path = linear,
+    prediction: str = "v",
+    state_dtype: torch.dtype = torch.float64,
     heun: bool = False,
 ) -> torch.Tensor:
     """Integrate dx/dt = v(x, t) from noise to data.
 
     Args:
-        model: in eval mode; model(x, t, y) -> (velocity, ...); has `num_classes` for guidance.
+        model: in eval mode; model(x, t, y) -> (prediction, ...); has `num_classes` for guidance.
         latents: (B, C, h, w), standard normal noise; its dtype is the model's.
         labels: (B), int64 classes.
         num_steps: steps; Heun evaluates twice per step but the last.
         cfg_scale: guidance scale, v_uncond + s (v_cond - v_uncond); 1 is none.
         guidance_interval: guidance acts while low <= t <= high (t at the start of the step).
-        path: without effect on the ODE; accepted so that the samplers are interchangeable.
+        guidance_channels: guide this many leading channels, the others follow v_cond; None for
+            all. SiT and DiT guide 3.
+        path: turns a score or noise into a velocity, and says where the ODE stops: t = 0, on the
+            VP path 0.001.
+        prediction: of the model: "v", or "score" or "noise", which are integrated from 0.999 (on
+            the VP path from 1) to 0.001.
+        state_dtype: fp64 or fp32, in which x is kept and advanced.
         heun: second-order correction.
 
     Returns:
-        (B, C, h, w), fp64.
+        (B, C, h, w) in the state's dtype.
 
     Raises:
-        ValueError: labels out of range or of another batch size, or too few steps.
+        ValueError: labels out of range or of another batch size, too few steps, or an option that
+            is none of those named here.
     """
-    velocities = _velocities(model, latents, labels, cfg_scale, guidance_interval)
-    times = ode_times(num_steps).tolist()
-    advance = functools.partial(ops.euler_maruyama_step, path=path, cfg_scale=cfg_scale)
-    x, copy = latents.to(torch.float64), latents
+    velocities = guided_velocities(
+        model, latents, labels, cfg_scale, guidance_interval, guidance_channels, path, prediction
+    )
+    times = ode_times(num_steps, *sampling_interval(path, prediction)).tolist()
+    advance = _stepper(latents.dtype, path, cfg_scale)
+    x, copy = initial_state(latents, state_dtype), latents
     for number, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
         dt = t_next - t
-        v = velocities(copy, t, t)
+        v = velocities(x, copy, t, t)
         if heun and number < num_steps - 1:
-            _, end = advance(x, *v, t, dt)
+            end, end_copy = advance(x, *v, t, dt)
             half, _ = advance(x, *v, t, dt / 2)
-            x, copy = advance(half, *velocities(end, t_next, t), t_next, dt / 2)
+            x, copy = advance(half, *velocities(end, end_copy, t_next, t), t_next, dt / 2)
         else:
             x, copy = advance(x, *v, t, dt)
     return x
@@ -88,46 +104,72 @@ def euler_maruyama(
     num_steps: int = 250,
     cfg_scale: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guidance_channels: int | None = None,
     path: Path = linear,
+    prediction: str = "v",
+    state_dtype: torch.dtype = torch.float64,
+    diffusion_form: str = "linear",
+    diffusion_norm: float = 1.0,
+    last_step: str = "mean",
+    last_step_size: float = LAST_SDE_TIME,
     noise: torch.Tensor | None = None,
     seed: int = 0,
     index: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Integrate the reverse SDE dx = (v - w_t s / 2) dt + sqrt(w_t) dW, w_t = 2t.
+    """Integrate the reverse SDE dx = (v - w_t s / 2) dt + sqrt(w_t) dW.
+
+    num_steps - 1 stochastic steps lead to t = last_step_size, the last step to the data.
 
     Arguments as for `euler`, and:
-        path: gives the score s from the velocity.
+        path: also gives the score s from the velocity.
+        diffusion_form, diffusion_norm: w_t, see `repa_fast.diffusion.forms`; 2t by default. "SBDM"
+            starts at 0.999 on the linear and cosine paths.
+        last_step: "mean" is the drift of the SDE, "euler" that of the ODE, "tweedie" the mean of
+            the clean latents given the noisy ones; "none" goes with the stochastic steps to t = 0
+            (to 0.001 on the VP path, for scores, for noise and for SBDM).
+        last_step_size: length of that step, between 0 and 1.
         noise: (num_steps - 1, B, C, h, w), the standard normal increments; drawn if None.
         seed: for drawing them, together with the step and the sample's number.
         index: (B) int64, the samples' numbers; 0 to B - 1 if None.
 
     Returns:
-        (B, C, h, w), fp64, after num_steps model evaluations (twice the batch under guidance).
+        (B, C, h, w) in the state's dtype, after num_steps model evaluations, one less without a
+        last step (twice the batch under guidance).
 
     Raises:
         ValueError: as for `euler`, or noise of another shape.
     """
-    times = sde_times(num_steps).tolist()
+    _expect_last_step(last_step, last_step_size)
+    start, stop = sampling_interval(path, prediction, diffusion_form)
+    *grid, _ = sde_times(num_steps, start, stop if last_step == "none" else last_step_size).tolist()
     if noise is not None:
         expect_shape("euler_maruyama", "noise", noise, (num_steps - 1, *latents.shape))
-    velocities = _velocities(model, latents, labels, cfg_scale, guidance_interval)
-    x, copy = latents.to(torch.float64), latents
-    for number, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
-        last = number == num_steps - 1
-        x, copy = ops.euler_maruyama_step(
+    velocities = guided_velocities(
+        model, latents, labels, cfg_scale, guidance_interval, guidance_channels, path, prediction
+    )
+    w = functools.partial(diffusion, diffusion_form, path=path, norm=diffusion_norm)
+    advance = _stepper(latents.dtype, path, cfg_scale)
+    x, copy = initial_state(latents, state_dtype), latents
+    for number, (t, t_next) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
+        x, copy = advance(
             x,
-            *velocities(copy, t, t),
+            *velocities(x, copy, t, t),
             t,
             t_next - t,
-            path=path,
-            diffusion=2 * t,
-            cfg_scale=cfg_scale,
-            noise=None if last or noise is None else noise[number],
-            seed=None if last or noise is not None else seed,
+            diffusion=w(t),
+            noise=None if noise is None else noise[number],
+            seed=None if noise is not None else seed,
             step=number,
             index=index,
         )
-    return x
+    if last_step == "none":
+        return x
+    t = grid[-1]
+    v = velocities(x, copy, t, t)
+    if last_step == "tweedie":
+        of_x, of_v = clean_factors(t, path)
+        return advance(of_x * x, *v, t, of_v)[0]
+    return advance(x, *v, t, -t, diffusion=w(t) if last_step == "mean" else 0.0)[0]
 
 
 def sample(
@@ -147,38 +189,29 @@ def sample(
     return euler_maruyama(model, latents, labels, seed=seed, index=index, **options)
 
 
-def _velocities(
-    model: torch.nn.Module,
-    latents: torch.Tensor,
-    labels: torch.Tensor,
-    cfg_scale: float,
-    guidance_interval: tuple[float, float],
-) -> Velocities:
-    """velocities(x, t, t_guidance) -> conditional, and inside the interval unconditional ones."""
-    expect_shape("sampler", "labels", labels, latents.shape[:1])
-    num_classes = getattr(model, "num_classes", None)
-    if num_classes is not None and labels.numel():
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high > num_classes:
-            raise ValueError(f"labels lie in [{low}, {high}], expected [0, {num_classes}]")
-    if cfg_scale != 1.0 and num_classes is None:
-        raise ValueError("guidance needs the null label: the model has no attribute num_classes")
-    low_t, high_t = guidance_interval
+def initial_state(latents: torch.Tensor, state_dtype: torch.dtype) -> torch.Tensor:
+    """The latents in the dtype in which they are integrated; ValueError unless fp64 or fp32."""
+    if state_dtype not in (torch.float64, torch.float32):
+        raise ValueError(f"state_dtype is {state_dtype}, expected torch.float64 or torch.float32")
+    return latents.to(state_dtype)
 
-    def evaluate(x: torch.Tensor, t: float, y: torch.Tensor) -> torch.Tensor:
-        return model(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device), y)[0]
 
-    def velocities(
-        x: torch.Tensor, t: float, t_guidance: float
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if cfg_scale == 1.0 or not low_t <= t_guidance <= high_t:
-            return evaluate(x, t, labels), None
-        y = torch.cat([labels, torch.full_like(labels, num_classes)])
-        return evaluate(torch.cat([x, x]), t, y).chunk(2)
+def _stepper(dtype: torch.dtype, path: Path, cfg_scale: float) -> Callable:
+    """ops.euler_maruyama_step whose second result is the next state in `dtype`."""
 
-    return velocities
+    def advance(*arguments, **options) -> tuple[torch.Tensor, torch.Tensor]:
+        x, copy = ops.euler_maruyama_step(*arguments, path=path, cfg_scale=cfg_scale, **options)
+        return x, copy if copy.dtype == dtype else x.to(dtype)
+
+    return advance
 
 
 def _expect_steps(num_steps: int, at_least: int) -> None:
     if num_steps < at_least:
         raise ValueError(f"num_steps is {num_steps}, expected at least {at_least}")
+
+
+def _expect_last_step(last_step: str, last_step_size: float) -> None:
+    expect_choice("last_step", last_step, LAST_STEPS)
+    if not 0 < last_step_size < 1:
+        raise ValueError(f"last_step_size is {last_step_size}, expected between 0 and 1")

@@ -144,3 +144,12 @@ def test_an_unknown_weighting_is_named_with_the_known_ones(weighting):
     with pytest.raises(ValueError) as error:
         drawn(weighting=weighting)
     assert all(part in str(error.value) for part in (repr(weighting), "uniform", "lognormal"))
+
+
+def test_times_of_the_vp_path_start_where_its_velocity_is_finite():
+    t = drawn(batch=4096, path=paths.vp).t
+    assert t.min() >= paths.vp.train_eps and t.max() <= 1
+    plain = drawn(batch=4096).t
+    assert torch.allclose(t, paths.vp.train_eps + (1 - paths.vp.train_eps) * plain)
+    clean, noise = torch.ones(4096, 1), torch.ones(4096, 1)
+    assert paths.vp.interpolate(clean, noise, t)[1].isfinite().all()

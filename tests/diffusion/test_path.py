@@ -5,8 +5,9 @@ import torch
 
 from repa_fast.diffusion import path as paths
 from repa_fast.testing import seeded
+from tests.diffusion import gaussians
 
-NAMES = ("linear", "cosine")
+NAMES = ("linear", "cosine", "VP")
 TIMES = torch.linspace(0.02, 0.98, 49, dtype=torch.float64)
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -15,6 +16,9 @@ def coefficients(name, t):
     """(alpha, sigma, d_alpha, d_sigma) of the papers' table, in Python floats."""
     if name == "linear":
         return 1 - t, t, -1.0, 1.0
+    if name == "VP":
+        alpha, sigma, d_alpha, d_sigma = gaussians.coefficients(name, 1 - t)
+        return alpha, sigma, -d_alpha, -d_sigma
     angle = math.pi * t / 2
     half_pi = math.pi / 2
     return math.cos(angle), math.sin(angle), -half_pi * math.sin(angle), half_pi * math.cos(angle)
@@ -36,7 +40,7 @@ def test_derivatives_are_those_of_autograd(name):
         torch.testing.assert_close(derivative, expected, **EXACT)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ("linear", "cosine"))
 def test_path_runs_from_data_to_noise(name):
     ends = paths.get(name).coefficients(torch.tensor([0.0, 1.0], dtype=torch.float64))
     one_rounding = torch.finfo(torch.float64).eps
@@ -45,8 +49,34 @@ def test_path_runs_from_data_to_noise(name):
         torch.testing.assert_close(actual, expected, rtol=0, atol=one_rounding)
 
 
-def test_cosine_path_preserves_variance():
-    alpha, sigma, *_ = paths.cosine.coefficients(TIMES)
+def test_vp_path_runs_from_data_almost_to_noise():
+    """The integral of the noise rate 0.1 + 19.9 t over [0, 1] is 10.05 = -2 log alpha."""
+    alpha, sigma, *_ = paths.vp.coefficients(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    assert alpha[0] == 1 and sigma[0] == 0
+    assert alpha[1].item() == pytest.approx(math.exp(-5.025), rel=1e-14)
+
+
+def test_only_the_vp_path_keeps_away_from_data_and_it_as_far_as_sits():
+    assert (paths.vp.train_eps, paths.vp.sample_eps) == (1e-5, 1e-3)
+    for path in (paths.linear, paths.cosine):
+        assert path.train_eps == path.sample_eps == 0
+
+
+def test_vp_path_is_exact_in_fp32_at_the_first_training_time():
+    t = paths.vp.train_eps
+    exact = torch.tensor(coefficients("VP", t))
+    actual = torch.stack(paths.vp.coefficients(torch.tensor(t)))
+    torch.testing.assert_close(actual, exact, rtol=8 * torch.finfo(torch.float32).eps, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_coefficients_at_a_time_are_floats_in_fp64(name):
+    assert paths.get(name).at(0.3) == pytest.approx(coefficients(name, 0.3), rel=1e-14)
+
+
+@pytest.mark.parametrize("path", (paths.cosine, paths.vp))
+def test_cosine_and_vp_paths_preserve_variance(path):
+    alpha, sigma, *_ = path.coefficients(TIMES)
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(TIMES), **EXACT)
 
 
@@ -60,14 +90,14 @@ def test_coefficients_have_the_shape_and_dtype_of_t(name, dtype):
 
 def test_gvp_is_the_cosine_path():
     assert paths.get("GVP") is paths.get("cosine") is paths.cosine
-    assert paths.get("linear") is paths.linear
+    assert paths.get("linear") is paths.linear and paths.get("VP") is paths.vp
 
 
 @pytest.mark.parametrize("name", ("gvp", "vp", "", "Linear"))
 def test_an_unknown_path_is_named_with_the_known_ones(name):
     with pytest.raises(ValueError) as error:
         paths.get(name)
-    assert all(part in str(error.value) for part in (repr(name), "linear", "cosine", "GVP"))
+    assert all(part in str(error.value) for part in (repr(name), "linear", "cosine", "GVP", "VP"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -107,8 +137,16 @@ def test_score_of_gaussian_data_is_exact(name, mean, std):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_time_of_ratio_inverts_sigma_over_alpha(name):
-    ratio = torch.logspace(-3, 3, 25, dtype=torch.float64)
+    ratio = torch.logspace(-3, 2, 25, dtype=torch.float64)
     t = paths.get(name).time_of_ratio(ratio)
     values = [coefficients(name, value) for value in t.tolist()]
     actual = torch.tensor([sigma / alpha for alpha, sigma, *_ in values], dtype=torch.float64)
     torch.testing.assert_close(actual, ratio, rtol=1e-11, atol=0)
+
+
+def test_ratios_beyond_the_end_of_the_vp_path_are_its_end():
+    end = math.sqrt(math.expm1(2 * 5.025))
+    ratio = torch.tensor([0.0, end * (1 - 1e-9), end * 2, 1e9], dtype=torch.float64)
+    t = paths.vp.time_of_ratio(ratio)
+    assert t[0] == 0 and t[1] == pytest.approx(1, abs=1e-9) and t[1] < 1
+    assert t[2:].tolist() == [1, 1]

@@ -1,0 +1,90 @@
+"""A model as the velocity field that samplers integrate: classifier-free guidance, prediction."""
+
+from collections.abc import Callable
+
+import torch
+
+from repa_fast.contracts import expect_shape
+from repa_fast.diffusion.path import Path
+from repa_fast.diffusion.prediction import to_velocity
+
+Velocities = Callable[
+    [torch.Tensor, torch.Tensor, float, float], tuple[torch.Tensor, torch.Tensor | None]
+]
+"""(state, its copy for the model, t, the t that decides on guidance) -> (conditional velocity,
+unconditional velocity or None without guidance)."""
+
+
+def guided_velocities(
+    model: torch.nn.Module,
+    latents: torch.Tensor,
+    labels: torch.Tensor,
+    cfg_scale: float,
+    guidance_interval: tuple[float, float],
+    guidance_channels: int | None,
+    path: Path,
+    prediction: str,
+) -> Velocities:
+    """The velocities of a model, one call of it for both.
+
+    The model is called with its t in fp32 at least: bf16 would leave 8 bits of it. A velocity has
+    the dtype of the model's output; one made of a score or noise has the state's.
+
+    Args:
+        model, labels, cfg_scale, guidance_interval, guidance_channels, prediction: as for
+            `repa_fast.diffusion.samplers.euler`.
+        latents: (B, C, h, w), for the shape.
+        path: of the score or noise.
+
+    Raises:
+        ValueError: labels out of range or of another batch size, guidance of a model without null
+            label, or channels that the latents do not have.
+    """
+    expect_shape("sampler", "labels", labels, latents.shape[:1])
+    num_classes = getattr(model, "num_classes", None)
+    _check(labels, num_classes, cfg_scale, guidance_channels, latents.shape[1])
+    low_t, high_t = guidance_interval
+
+    def evaluate(x: torch.Tensor, t: float, y: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return model(x, torch.full((len(x),), t, dtype=dtype, device=x.device), y)[0]
+
+    def velocity(output: torch.Tensor, state: torch.Tensor, t: float) -> torch.Tensor:
+        if prediction == "v":
+            return output
+        time = torch.tensor(t, dtype=torch.float64)
+        return to_velocity(prediction, output.to(state.dtype), state, time, path)
+
+    def velocities(
+        state: torch.Tensor, copy: torch.Tensor, t: float, t_guidance: float
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if cfg_scale == 1.0 or not low_t <= t_guidance <= high_t:
+            return velocity(evaluate(copy, t, labels), state, t), None
+        y = torch.cat([labels, torch.full_like(labels, num_classes)])
+        halves = evaluate(torch.cat([copy, copy]), t, y).chunk(2)
+        conditional, null = (velocity(half, state, t) for half in halves)
+        if guidance_channels is not None:
+            rest = conditional[:, guidance_channels:]
+            null = torch.cat([null[:, :guidance_channels], rest], dim=1)
+        return conditional, null
+
+    return velocities
+
+
+def _check(
+    labels: torch.Tensor,
+    num_classes: int | None,
+    cfg_scale: float,
+    guidance_channels: int | None,
+    channels: int,
+) -> None:
+    if num_classes is not None and labels.numel():
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high > num_classes:
+            raise ValueError(f"labels lie in [{low}, {high}], expected [0, {num_classes}]")
+    if cfg_scale != 1.0 and num_classes is None:
+        raise ValueError("guidance needs the null label: the model has no attribute num_classes")
+    if guidance_channels is not None and not 1 <= guidance_channels <= channels:
+        raise ValueError(
+            f"guidance_channels is {guidance_channels}, expected None or 1 to {channels}"
+        )

@@ -1,0 +1,84 @@
+"""What a model predicts, and the velocity that it stands for.
+
+With x_t = alpha x + sigma eps, primes for time derivatives and conditional means for x, eps and
+
+    v = alpha' x + sigma' eps,    s = -eps / sigma,    x_t = alpha x + sigma eps,
+
+each of velocity v, score s and noise eps gives the others:
+
+    v   = alpha' / alpha x_t + (sigma' - sigma alpha' / alpha) eps,  eps = -sigma s
+    eps = (alpha v - alpha' x_t) / D
+    x   = (sigma' x_t - sigma v) / D,                                D = alpha sigma' - alpha' sigma
+
+The first divides by alpha, which is 0 at t = 1 on the linear and cosine paths. There samplers of
+noise and score start at 1 - 0.001; on every path they stop at 0.001, as SiT's do.
+"""
+
+import torch
+
+from repa_fast.contracts import expect_choice
+from repa_fast.diffusion.path import Path
+
+PREDICTIONS = ("v", "score", "noise")
+SAMPLE_EPS = 1e-3
+"""Distance that samplers keep from an end of time where something would be divided by zero."""
+
+
+def to_velocity(
+    prediction: str, output: torch.Tensor, x: torch.Tensor, t: torch.Tensor, path: Path
+) -> torch.Tensor:
+    """The velocity of a model's output.
+
+    Args:
+        prediction: "v", "score" or "noise".
+        output, x: (B, ...), the prediction and the noisy latents x_t.
+        t: broadcastable to x; alpha must not be 0 unless the prediction is a velocity.
+
+    Raises:
+        ValueError: an unknown prediction.
+    """
+    expect_choice("prediction", prediction, PREDICTIONS)
+    if prediction == "v":
+        return output
+    alpha, sigma, d_alpha, d_sigma = path.coefficients(t)
+    noise = -sigma * output if prediction == "score" else output
+    rate = d_alpha / alpha
+    return rate * x + (d_sigma - sigma * rate) * noise
+
+
+def from_velocity(
+    prediction: str, velocity: torch.Tensor, x: torch.Tensor, t: torch.Tensor, path: Path
+) -> torch.Tensor:
+    """What a model of that prediction would say where the velocity is this one.
+
+    Arguments as for `to_velocity`; t must be positive for a score.
+    """
+    expect_choice("prediction", prediction, PREDICTIONS)
+    if prediction == "v":
+        return velocity
+    if prediction == "score":
+        return path.score(velocity, x, t)
+    alpha, sigma, d_alpha, d_sigma = path.coefficients(t)
+    return (alpha * velocity - d_alpha * x) / (alpha * d_sigma - d_alpha * sigma)
+
+
+def clean_factors(t: float, path: Path) -> tuple[float, float]:
+    """(a, b) of the clean latents a x_t + b v, Tweedie's formula (x_t + sigma^2 s) / alpha."""
+    alpha, sigma, d_alpha, d_sigma = path.at(t)
+    determinant = alpha * d_sigma - d_alpha * sigma
+    return d_sigma / determinant, -sigma / determinant
+
+
+def sampling_interval(
+    path: Path, prediction: str, diffusion_form: str | None = None
+) -> tuple[float, float]:
+    """First and last time of a sampler; diffusion_form is None for the ODE.
+
+    The whole [0, 1], but for scores, noise and SBDM diffusion, where alpha or sigma is divided by,
+    SAMPLE_EPS away from t = 0 and, if alpha is 0 there, from t = 1; a velocity on the VP path stays
+    away from t = 0 as well. The SDE's last step, if it has one, starts at a time of its own.
+    """
+    expect_choice("prediction", prediction, PREDICTIONS)
+    divides = prediction != "v" or diffusion_form == "SBDM"
+    start = 1 - SAMPLE_EPS if divides and path.ends_in_noise else 1.0
+    return start, SAMPLE_EPS if divides else path.sample_eps

@@ -1,0 +1,117 @@
+"""Gaussian data, whose velocity, score and noise are known, by SiT's formulas in SiT's time.
+
+SiT's time tau is 1 - t: 0 is noise, 1 is data. Everything here is Python floats and one tensor x.
+"""
+
+import math
+
+import torch
+
+from repa_fast.testing import seeded
+
+PATHS = ("linear", "GVP", "VP")
+FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
+SHAPE = (3, 4, 2, 2)
+LABELS = torch.tensor([0, 4, 9])
+NULL = 10
+STD = 0.5
+
+
+def coefficients(path, tau):
+    """alpha, sigma and their derivatives in tau."""
+    if path == "linear":
+        return tau, 1 - tau, 1.0, -1.0
+    if path == "GVP":
+        half_pi = math.pi / 2
+        angle = half_pi * tau
+        return (
+            math.sin(angle),
+            math.cos(angle),
+            half_pi * math.cos(angle),
+            -half_pi * math.sin(angle),
+        )
+    log_mean = -0.25 * (1 - tau) ** 2 * (20 - 0.1) - 0.5 * (1 - tau) * 0.1
+    d_log_mean = 0.5 * (1 - tau) * (20 - 0.1) + 0.5 * 0.1
+    alpha, sigma = math.exp(log_mean), math.sqrt(-math.expm1(2 * log_mean))
+    return alpha, sigma, alpha * d_log_mean, -math.exp(2 * log_mean) * d_log_mean / sigma
+
+
+def diffusion(form, norm, path, tau):
+    """SiT's w, of x += (v + w s) dt + sqrt(2 w) dW."""
+    alpha, sigma, d_alpha, d_sigma = coefficients(path, tau)
+    match form:
+        case "constant":
+            return norm
+        case "SBDM":
+            return norm * (d_alpha / alpha * sigma**2 - sigma * d_sigma)
+        case "sigma":
+            return norm * sigma
+        case "linear":
+            return norm * (1 - tau)
+        case "decreasing":
+            return 0.25 * (norm * math.cos(math.pi * tau) + 1) ** 2
+        case "increasing-decreasing":
+            return norm * math.sin(math.pi * tau) ** 2
+
+
+def means(labels, channels):
+    """Mean of the data, (B, C, 1, 1), another for each label and channel."""
+    label = labels.double().view(-1, 1, 1, 1)
+    return 0.1 * label - 0.3 + 0.2 * torch.arange(channels).double().view(1, -1, 1, 1)
+
+
+def predictions(path, x, tau, labels):
+    """Velocity in SiT's time, score and noise of data N(mean, STD^2) at x, fp64."""
+    alpha, sigma, d_alpha, d_sigma = coefficients(path, tau)
+    variance = alpha**2 * STD**2 + sigma**2
+    deviation = x.double() - alpha * means(labels, x.shape[1])
+    clean = means(labels, x.shape[1]) + alpha * STD**2 / variance * deviation
+    noise = sigma / variance * deviation
+    velocity = d_alpha * clean + d_sigma * noise
+    return {"v": velocity, "score": -deviation / variance, "noise": noise}
+
+
+def clean_mean(path, x, tau, labels):
+    """E[data | x]."""
+    alpha, sigma, *_ = coefficients(path, tau)
+    mean = means(labels, x.shape[1])
+    gain = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)
+    return mean + gain * (x - alpha * mean)
+
+
+def flow(path, x, start, stop):
+    """Where the ODE takes x from tau = start to tau = stop, without guidance."""
+    (a0, s0, *_), (a1, s1, *_) = (coefficients(path, tau) for tau in (start, stop))
+    mean = means(LABELS, x.shape[1])
+    ratio = math.sqrt((a1**2 * STD**2 + s1**2) / (a0**2 * STD**2 + s0**2))
+    return a1 * mean + ratio * (x - a0 * mean)
+
+
+class Model:
+    """The exact prediction, in our time, of a model that records its calls."""
+
+    num_classes = NULL
+
+    def __init__(self, path, prediction="v"):
+        self.path = path
+        self.prediction = prediction
+        self.calls = []
+
+    def __call__(self, x, t, y):
+        assert t.shape == y.shape == x.shape[:1] and (t == t[0]).all()
+        self.calls.append((x.clone(), t.clone(), y.clone()))
+        value = predictions(self.path, x, 1 - t[0].item(), y)[self.prediction]
+        return (-value if self.prediction == "v" else value).to(x.dtype), []
+
+    @property
+    def times(self):
+        return [t[0].item() for _, t, _ in self.calls]
+
+    @property
+    def states(self):
+        """x at every call, the conditional half."""
+        return [x[: len(LABELS)] for x, _, _ in self.calls]
+
+
+def latents(dtype=torch.float64):
+    return seeded(SHAPE, seed=1, dtype=dtype)

@@ -18,7 +18,7 @@ from benchmarks.environment import RESULTS, stamp
 from repa_fast.cli import expected_metadata
 from repa_fast.configs import presets
 from repa_fast.testing import random_encoder_weights
-from repa_fast.train.distributed import World
+from repa_fast.distributed import World
 from repa_fast.train.memory import budget, peak_flops
 from repa_fast.train.state import TrainState, build_state, device_name
 from repa_fast.train.step import synthetic_batch, train_step

@@ -14,7 +14,7 @@ import importlib, json, pkgutil, socket, sys, traceback
 
 BLOCKED = {
     "triton", "lance", "tyro", "timm", "diffusers", "nvidia", "sklearn", "matplotlib",
-    "tensorboard", "transformers", "wandb",
+    "tensorboard", "transformers", "wandb", "torchdiffeq", "torch_fidelity",
 }
 
 class Without:

@@ -22,7 +22,17 @@ def frechet_distance(
 
     The trace of the root comes from the symmetric cov_a^(1/2) cov_b cov_a^(1/2), whose eigenvalues
     are real and, up to rounding, not negative; so singular covariances need no regularisation.
+
+    Args:
+        mean_a, mean_b: (F).
+        cov_a, cov_b: (F, F), symmetric.
+
+    Raises:
+        ValueError: other shapes, as of different features.
     """
+    shapes, width = [array.shape for array in (mean_a, cov_a, mean_b, cov_b)], mean_a.size
+    if shapes != [(width,), (width, width)] * 2:
+        raise ValueError(f"means and covariances are {shapes}, expected (F), (F, F), (F), (F, F)")
     values, vectors = np.linalg.eigh(cov_a)
     root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
     trace_root = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(min=0)).sum()

@@ -6,8 +6,8 @@ import torch
 
 from repa_fast import dispatch, ops
 from repa_fast.configs.config import TrainConfig
+from repa_fast.distributed import World
 from repa_fast.models.sit import SiT
-from repa_fast.train.distributed import World
 
 TIMED_BATCH = 64
 """Images at most for which attention backends are timed."""

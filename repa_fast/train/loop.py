@@ -15,10 +15,11 @@ from repa_fast.data.loader import Loader
 from repa_fast.data.open import Dataset, open_dataset
 from repa_fast.data.order import SampleOrder
 from repa_fast.data.prepare import DIGITS_DIR, ensure_digits
+from repa_fast.distributed import World, session
+from repa_fast.eval.pictures import save_png
 from repa_fast.train import checkpoint
-from repa_fast.train.distributed import World, session
 from repa_fast.train.memory import budget, choose_micro_batch
-from repa_fast.train.preview import can_sample, sample_grid, save_png
+from repa_fast.train.preview import can_sample, sample_grid
 from repa_fast.train.report import Clock, Reporter, plot_losses
 from repa_fast.train.resume import resume, start_from
 from repa_fast.train.state import TrainState, build_state, device_name

@@ -2,7 +2,7 @@
 
 import torch
 
-from repa_fast.train.distributed import World
+from repa_fast.distributed import World
 
 T_BINS = 10
 

@@ -18,9 +18,9 @@ from repa_fast.data.features import FeatureColumn
 from repa_fast.data.latents import can_decode
 from repa_fast.data.vae import VAE
 from repa_fast.diffusion.path import Path, get
+from repa_fast.distributed import World
 from repa_fast.models.sit import SiT
 from repa_fast.train.compute_copy import add_copies
-from repa_fast.train.distributed import World
 from repa_fast.train.kernels import choose_kernels
 from repa_fast.train.metrics import Accumulator
 from repa_fast.train.optim import AdamWEMA, build_optimizer

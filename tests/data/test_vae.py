@@ -14,8 +14,8 @@ from repa_fast.configs.presets import digits
 from repa_fast.data import latents, vae
 from repa_fast.data.dataset import Metadata
 from repa_fast.data.vae import VAE
+from repa_fast.distributed import World
 from repa_fast.train import loop
-from repa_fast.train.distributed import World
 from repa_fast.train.report import Reporter
 from repa_fast.train.state import build_state
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from repa_fast import encoders
 from repa_fast.configs.config import TrainConfig
+from repa_fast.distributed import World
 from repa_fast.encoders.dinov2 import DINOv2, load_file
 from repa_fast.testing import assert_within_budget
-from repa_fast.train.distributed import World
 from repa_fast.train.state import load_encoders
 
 timm = pytest.importorskip("timm")

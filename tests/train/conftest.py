@@ -8,7 +8,7 @@ import torch
 from repa_fast.configs.config import TrainConfig
 from repa_fast.configs.presets import digits
 from repa_fast.data.prepare import digits_metadata
-from repa_fast.train.distributed import World
+from repa_fast.distributed import World
 from repa_fast.train.state import TrainState, build_state
 
 TINY = {

@@ -91,7 +91,7 @@ def test_columns_that_do_not_fit_are_refused(run, overrides, message):
 
 def test_an_official_folder_has_no_columns(config, data_dir):
     from repa_fast.data.prepare import digits_metadata
-    from repa_fast.train.distributed import World
+    from repa_fast.distributed import World
 
     world = World(rank=0, size=1, device=torch.device("cpu"))
     with pytest.raises(ValueError, match="columns: none; `repa-fast prepare features`"):
@@ -99,7 +99,7 @@ def test_an_official_folder_has_no_columns(config, data_dir):
 
 
 def test_a_made_up_batch_has_the_columns(config, data_dir):
-    from repa_fast.train.distributed import World
+    from repa_fast.distributed import World
 
     table = LatentDataset(data_dir)
     world = World(rank=0, size=1, device=torch.device("cpu"))

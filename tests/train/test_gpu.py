@@ -7,7 +7,7 @@ import torch
 
 from repa_fast.configs.presets import digits
 from repa_fast.data.prepare import digits_metadata
-from repa_fast.train.distributed import World
+from repa_fast.distributed import World
 from repa_fast.train.memory import choose_micro_batch
 from repa_fast.train.state import build_state
 from repa_fast.train.step import synthetic_batch, train_step

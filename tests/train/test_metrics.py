@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from repa_fast.train.distributed import World
+from repa_fast.distributed import World
 from repa_fast.train.metrics import T_BINS, Accumulator
 
 CPU = torch.device("cpu")

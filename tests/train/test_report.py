@@ -4,9 +4,8 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
-from repa_fast.train import preview, report
+from repa_fast.train import report
 from repa_fast.train.report import Clock, Reporter, keep_until, plot_losses, read_metrics, summary
 from repa_fast.train.track import TensorBoard
 
@@ -225,37 +224,6 @@ def test_the_summary_leaves_out_what_is_not_known():
     text = summary(reading(loss=None, denoise=None))
     assert "loss -" in text and "denoise -" in text
     assert not any(word in text for word in ("MFU", "GiB", "skipped", "None"))
-
-
-def numbered(count: int, side: int) -> torch.Tensor:
-    """Images (count, 3, side, side) whose every pixel and channel has its own value."""
-    return torch.randint(
-        1, 256, (count, 3, side, side), dtype=torch.uint8, generator=torch.manual_seed(0)
-    )
-
-
-@pytest.mark.parametrize("side, factor", [(16, 3), (24, 2), (48, 1), (64, 1)])
-@pytest.mark.parametrize("count, columns, rows", [(6, 3, 2), (5, 3, 2), (4, 4, 1), (3, 1, 3)])
-def test_a_grid_shows_the_images_row_by_row(side, factor, count, columns, rows):
-    images = numbered(count, side)
-    picture = preview.arrange(images, columns)
-    cell, pitch = side * factor, side * factor + preview.GAP
-    expected = np.full((rows * pitch, columns * pitch, 3), preview.GAP_GREY, np.uint8)
-    for index in range(count):
-        top, left = index // columns * pitch, index % columns * pitch
-        enlarged = images[index].permute(1, 2, 0).numpy().repeat(factor, 0).repeat(factor, 1)
-        expected[top : top + cell, left : left + cell] = enlarged
-    assert picture.dtype == np.uint8 and preview.GAP > 0
-    assert np.array_equal(picture, expected[: -preview.GAP, : -preview.GAP])
-
-
-def test_a_picture_is_saved_exactly(tmp_path):
-    from PIL import Image
-
-    picture = preview.arrange(numbered(4, 16), 2)
-    preview.save_png(picture, tmp_path / "samples" / "0000010.png")
-    with Image.open(tmp_path / "samples" / "0000010.png") as image:
-        assert np.array_equal(np.asarray(image), picture)
 
 
 def test_waiting_for_data_is_counted_per_step_and_said_when_it_matters(monkeypatch):

@@ -8,9 +8,9 @@ import torch
 from repa_fast.cli import expected_metadata
 from repa_fast.configs import presets
 from repa_fast.diffusion.samplers import euler
+from repa_fast.distributed import World
 from repa_fast.testing import random_encoder_weights
 from repa_fast.train import checkpoint
-from repa_fast.train.distributed import World
 from repa_fast.train.state import TrainState, build_state
 from repa_fast.train.step import synthetic_batch, train_step
 

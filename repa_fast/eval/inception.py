@@ -1,0 +1,185 @@
+"""Features to judge images by: those of the Inception graph of 2015, or of any encoder.
+
+The graph is TensorFlow's inception-2015-12-05, which FID, sFID and the inception score are defined
+with, in the port of torch-fidelity: the same weights, TensorFlow 1's bilinear resize to 299 pixels
+without half-pixel centres, (x - 128) / 128, and its poolings.
+"""
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from repa_fast.encoders.files import Weights, some, unwrap
+
+POOL_WIDTH = 2048
+SPATIAL_CHANNELS = 7
+SPATIAL_SIDE = 17
+SPATIAL_WIDTH = SPATIAL_SIDE**2 * SPATIAL_CHANNELS
+CLASSES = 1008
+WEIGHTS_SHA256 = "6726825d"
+"""The first digits of the SHA-256 of the published weights, as their file name has them."""
+
+
+class Features(NamedTuple):
+    """Of B images, in fp32.
+
+    Attributes:
+        pool: (B, 2048), TensorFlow's pool_3, for FID, KID, precision and recall.
+        spatial: (B, 2023), see `spatial_features`, for sFID.
+        logits: (B, 1008), pool times the classifier's weights. The bias is left out, as by the
+            first program of the inception score and by ADM's evaluator.
+    """
+
+    pool: torch.Tensor
+    spatial: torch.Tensor
+    logits: torch.Tensor
+
+
+class Inception:
+    """The frozen network. It computes in fp32, without TF32 or autocast, whatever surrounds it.
+
+    Args:
+        weights: file that torch-fidelity publishes; if empty, the one in torch's cache, which is
+            fetched when it is not there.
+        device: where it computes.
+
+    Attributes:
+        weights: the file it read.
+
+    Raises:
+        RuntimeError: torch-fidelity is not there, or the weights can be neither found nor fetched.
+        ValueError: `weights` is not a file of these weights.
+    """
+
+    def __init__(self, weights: str | Path = "", device: torch.device | str = "cpu") -> None:
+        try:
+            from torch_fidelity import feature_extractor_inceptionv3 as port
+        except ImportError as error:
+            raise RuntimeError(
+                f"the Inception features need torch-fidelity (pip install torch-fidelity): {error}"
+            ) from error
+        self.weights = Path(weights) if weights else _fetch(port.URL_INCEPTION_V3)
+        self.device = torch.device(device)
+        state, harmless = _read(self.weights), io.BytesIO()
+        # The port unpickles what it is given, so it gets what was read without executing code.
+        torch.save(state, harmless)
+        harmless.seek(0)
+        try:
+            module = port.FeatureExtractorInceptionV3(
+                "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=harmless
+            )
+        except RuntimeError as error:
+            raise ValueError(
+                f"--inception-weights: {self.weights} has {len(state)} tensors "
+                f"({some(sorted(state)) or 'none'}), expected those of "
+                f"{_file_name(port.URL_INCEPTION_V3)} of torch-fidelity"
+            ) from error
+        self._module = module.to(self.device)
+        self._spatial = torch.empty(0)
+        self._module.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+
+    def _keep_spatial(self, module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        self._spatial = spatial_features(output)
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> Features:
+        """Features of uint8 images (B, 3, H, W) of any size.
+
+        Raises:
+            ValueError: other images.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(
+                f"images are {images.dtype} {tuple(images.shape)}, expected uint8 (B, 3, H, W)"
+            )
+        with _exact_fp32(), torch.autocast(self.device.type, enabled=False):
+            pool, logits = self._module(images.to(self.device))
+        return Features(pool, self._spatial, logits)
+
+
+def spatial_features(activation: torch.Tensor) -> torch.Tensor:
+    """sFID's features (B, 2023) of TensorFlow's mixed_6/conv, an activation (B, C, 17, 17).
+
+    They are its first 7 channels, flattened in TensorFlow's order (H, W, C): position varies
+    slowest. The statistics of published reference files are in this order, so flattening (C, H, W)
+    gives a wrong distance to them without any error.
+
+    Which activation that is: the graph's blocks are mixed, mixed_1, mixed_2 (35x35), mixed_3 (to
+    17x17), mixed_4 to mixed_7 (17x17), so mixed_6 is Mixed_6d in torch's names, which start at
+    Mixed_5b; Mixed_6e would be mixed_7. A scope conv holds conv2d_params, Conv2D and batchnorm, and
+    the scope's own name is its last node, the ReLU; the first conv of a 17x17 block is the 1x1
+    branch of 192 channels. Hence the output of Mixed_6d.branch1x1 after batch norm and ReLU;
+    torch-fidelity's converter of the weights pairs the names in the same way.
+    """
+    return activation[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+
+
+def mean_patch_tokens(
+    encoder: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor
+) -> torch.Tensor:
+    """The mean of an encoder's patch tokens, fp32 (B, width), of uint8 images (B, 3, R, R).
+
+    For a Frechet distance, KID or MMD in the features of any of `repa_fast.encoders`. These are
+    not the published FD-DINOv2 (arXiv 2306.04675), which takes the class token of DINOv2-L, nor
+    CMMD (arXiv 2401.09603), which takes CLIP's normalised image embedding: compare values only
+    with others of this function.
+    """
+    with torch.no_grad():
+        return encoder(images).float().mean(1)
+
+
+@contextmanager
+def _exact_fp32() -> Iterator[None]:
+    """No TF32, in which features have only 10 bits of mantissa; restores what was set."""
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def _fetch(url: str) -> Path:
+    """The published weights in torch's cache."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / _file_name(url)
+    if path.exists():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), WEIGHTS_SHA256, progress=False)
+    except (OSError, RuntimeError) as error:
+        release = url.split("/")[-2]
+        raise RuntimeError(
+            f"the Inception weights are neither at {path} nor can they be fetched from {url} "
+            f"({error}); give them with --inception-weights FILE, where FILE is "
+            f"{_file_name(url)} of torch-fidelity's release {release}"
+        ) from error
+    return path
+
+
+def _file_name(url: str) -> str:
+    return url.split("/")[-1]
+
+
+def _read(path: Path) -> Weights:
+    """The tensors in a file of torch.save, read without executing pickled code."""
+    if not path.is_file():
+        raise ValueError(f"--inception-weights: {path} is not a file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails in any way
+        raise ValueError(
+            f"--inception-weights: {path} cannot be read as weights of torch.save: "
+            f"{type(error).__name__}"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"--inception-weights: {path} holds {type(content).__name__}, expected a dictionary"
+        )
+    return unwrap(content)

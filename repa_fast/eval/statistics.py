@@ -1,0 +1,149 @@
+"""Features of images that arrive in batches, in one process or several: moments, and rows."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from repa_fast.distributed import World
+
+SHOWN = 6
+
+
+class Moments:
+    """Mean and covariance of rows of width F, in fp64, without holding the rows.
+
+    Count, mean m and scatter matrix sum (x - m)(x - m)^T of two sets of rows give those of both
+    (Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample
+    variances"). Nothing is subtracted that is large beside the result, so the order of the rows and
+    how they were cut matter only to rounding.
+
+    Attributes:
+        count: rows so far.
+        mean: fp64 (F).
+        scatter: fp64 (F, F).
+    """
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        self.count = 0
+        self.mean = torch.zeros(width, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(width, width, dtype=torch.float64, device=device)
+
+    def update(self, rows: torch.Tensor) -> None:
+        """Take in rows (B, F) of any floating dtype; does not wait for the device.
+
+        Raises:
+            ValueError: another width.
+        """
+        _expect_rows(rows, len(self.mean))
+        if not len(rows):
+            return
+        rows = rows.to(self.mean)
+        mean = rows.mean(0)
+        centred = rows - mean
+        self._merge(len(rows), mean, centred.T @ centred)
+
+    def merge(self, other: "Moments") -> None:
+        """Take in all rows of `other`."""
+        if other.count:
+            self._merge(other.count, other.mean.to(self.mean), other.scatter.to(self.mean))
+
+    def _merge(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
+        total = self.count + count
+        shift = mean - self.mean
+        self.scatter += scatter
+        self.scatter += torch.outer(shift, shift) * (self.count * count / total)
+        self.mean += shift * (count / total)
+        self.count = total
+
+    def reduce(self, world: "World") -> None:
+        """Take in the rows of all processes; every one calls it, once, and has the whole then."""
+        total = int(world.sum(torch.tensor(self.count)))
+        mean = world.sum(self.mean * (self.count / max(total, 1)))
+        shift = self.mean - mean
+        self.scatter = world.sum(self.scatter + self.count * torch.outer(shift, shift))
+        self.count, self.mean = total, mean
+
+    def statistics(self, at_least: int = 2) -> tuple[np.ndarray, np.ndarray]:
+        """Mean (F) and unbiased covariance (F, F), fp64, as `fid.frechet_distance` takes them.
+
+        Raises:
+            ValueError: fewer than `at_least` rows, or than two; or a row that is not finite.
+        """
+        if self.count < max(at_least, 2):
+            raise ValueError(f"there are {self.count} images, expected at least {max(at_least, 2)}")
+        if not (self.mean.isfinite().all() and self.scatter.isfinite().all()):
+            raise ValueError(f"features of {self.count} images are not all finite")
+        return self.mean.cpu().numpy(), (self.scatter / (self.count - 1)).cpu().numpy()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """For `from_state_dict`, in another process or later."""
+        return {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, torch.Tensor]) -> "Moments":
+        """What gave `state_dict`, on the device of its tensors."""
+        moments = cls(len(state["mean"]), state["mean"].device)
+        moments.count = int(state["count"])
+        moments.mean.copy_(state["mean"])
+        moments.scatter.copy_(state["scatter"])
+        return moments
+
+
+class Rows:
+    """Rows of width F that are kept, each with the index of its image among all processes' images.
+
+    Args:
+        width: F.
+        device: where they are kept, and later gathered.
+    """
+
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        self._index = [torch.empty(0, dtype=torch.int64, device=device)]
+        self._rows = [torch.empty(0, width, device=device)]
+
+    def add(self, index: torch.Tensor, rows: torch.Tensor) -> None:
+        """Keep rows (B, F), in fp32, of the images `index`, int64 (B), in any order.
+
+        Raises:
+            ValueError: another width, or not one index per row.
+        """
+        _expect_rows(rows, self._rows[0].shape[1])
+        if index.shape != rows.shape[:1]:
+            raise ValueError(f"index has shape {tuple(index.shape)}, expected ({len(rows)},)")
+        self._index.append(index.to(self._index[0]))
+        self._rows.append(rows.to(self._rows[0]))
+
+    def gather(self, count: int, world: "World") -> torch.Tensor:
+        """Rows of the images 0 to count - 1 in order, fp32 (count, F); every process calls it.
+
+        Images from `count` on, which fill up a last batch, are left out.
+
+        Raises:
+            ValueError: an image is missing, or there twice; names them.
+        """
+        index, rows = torch.cat(self._index), torch.cat(self._rows)
+        padding = int(world.max(torch.tensor(len(index)))) - len(index)
+        index = world.gather(F.pad(index, (0, padding), value=count)).flatten()
+        rows = world.gather(F.pad(rows, (0, 0, 0, padding))).flatten(0, 1)
+        asked = (index >= 0) & (index < count)
+        index = index[asked]
+        seen = torch.bincount(index, minlength=count)
+        if not (seen == 1).all():
+            missing, repeated = (of.nonzero().flatten().tolist() for of in (seen == 0, seen > 1))
+            raise ValueError(
+                f"expected images 0 to {count - 1} once each; {len(missing)} are missing "
+                f"{missing[:SHOWN]}, {len(repeated)} are repeated {repeated[:SHOWN]}"
+            )
+        whole = rows.new_empty(count, rows.shape[1])
+        whole[index] = rows[asked]
+        return whole
+
+
+def _expect_rows(rows: torch.Tensor, width: int) -> None:
+    if rows.ndim != 2 or rows.shape[1] != width or not rows.is_floating_point():
+        raise ValueError(
+            f"features are {rows.dtype} {tuple(rows.shape)}, expected floating point (B, {width})"
+        )

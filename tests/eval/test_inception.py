@@ -1,0 +1,251 @@
+"""Features of a network with random weights, which comes through the real loading path."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from repa_fast.eval import inception
+from repa_fast.eval.inception import Inception, mean_patch_tokens, spatial_features
+from tests.eval.random_inception import write_random_inception
+
+port = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+
+FILE = "weights-inception-2015-12-05-6726825d.pth"
+
+
+def pixels(count: int, height: int = 64, width: int = 64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return write_random_inception(tmp_path_factory.mktemp("weights") / "inception.pth")
+
+
+@pytest.fixture(scope="module")
+def network(weights):
+    return Inception(weights)
+
+
+@pytest.fixture(scope="module")
+def traced(network):
+    """(inputs and outputs of some layers, features) of two images, 40 high and 64 wide."""
+    seen, handles = {}, []
+
+    def keep(name):
+        return lambda module, inputs, output: seen.update({name: (inputs[0].clone(), output)})
+
+    for name in ("Conv2d_1a_3x3", "Mixed_6d", "Mixed_7c"):
+        handles.append(network._module.get_submodule(name).register_forward_hook(keep(name)))
+    features = network(pixels(2, 40, 64))
+    for handle in handles:
+        handle.remove()
+    return seen, features
+
+
+def test_features_have_their_widths_in_fp32(network, weights, traced):
+    _, features = traced
+    assert [tuple(f.shape) for f in features] == [(2, 2048), (2, 2023), (2, 1008)]
+    for feature in features:
+        assert feature.dtype == torch.float32 and not feature.requires_grad
+        assert feature.isfinite().all() and not torch.equal(feature[0], feature[1])
+    assert network.weights == weights
+
+
+def test_images_are_resized_as_by_tensorflow_1(traced):
+    """Output pixel i lies at i * in / out of the input: neither centres nor corners are aligned."""
+    images = pixels(2, 40, 64).double().numpy()
+    for axis, size in ((2, 40), (3, 64)):
+        position = np.arange(299) * (size / 299)
+        low = np.floor(position).astype(int)
+        high = np.minimum(low + 1, size - 1)
+        share = (position - low).reshape((-1, 1) if axis == 2 else (-1,))
+        images = images.take(low, axis) * (1 - share) + images.take(high, axis) * share
+    expected = (images - 128) / 128
+    got, _ = traced[0]["Conv2d_1a_3x3"]
+    # positions near 299 * 64 / 299 are rounded to fp32, pixels differ by up to 255
+    tolerance = 255 / 128 * 64 * torch.finfo(torch.float32).eps
+    assert np.abs(got.double().numpy() - expected).max() <= 2 * tolerance
+
+
+def test_pool_is_the_mean_over_the_last_block(traced):
+    seen, features = traced
+    _, output = seen["Mixed_7c"]
+    assert torch.allclose(features.pool, output.mean((2, 3)), rtol=1e-5)
+
+
+def test_logits_have_no_bias(network, traced):
+    _, features = traced
+    layer = network._module.fc
+    assert layer.bias.abs().max() > 0.1
+    expected = features.pool.double() @ layer.weight.double().T
+    assert torch.allclose(features.logits.double(), expected, atol=1e-4)
+
+
+def test_spatial_features_are_of_the_1x1_branch_after_its_relu(network, traced):
+    seen, features = traced
+    block_input, block_output = seen["Mixed_6d"]
+    branch = network._module.Mixed_6d.branch1x1
+    norm = {name: value.double().numpy() for name, value in branch.bn.state_dict().items()}
+    scale = norm["weight"] / np.sqrt(norm["running_var"] + 0.001)
+    linear = branch.conv.weight[:, :, 0, 0].double().numpy()
+    convolved = np.einsum("bchw,oc->bhwo", block_input.double().numpy(), linear)
+    expected = np.maximum(0, (convolved - norm["running_mean"]) * scale + norm["bias"])
+    expected = expected[..., :7].reshape(2, -1)
+    assert 0 < (expected > 0).mean() < 1
+    assert np.allclose(features.spatial.numpy(), expected, rtol=1e-4, atol=1e-4)
+    # the first channels of the block's output are this branch
+    assert torch.equal(features.spatial, block_output[:, :7].permute(0, 2, 3, 1).reshape(2, -1))
+
+
+def test_spatial_features_are_in_the_order_of_tensorflow():
+    height, width, channel = np.meshgrid(*map(np.arange, (17, 17, 7)), indexing="ij")
+    tensorflow = 10_000 * height + 100 * width + channel
+    others = np.full((17, 17, 185), -1)
+    planes = np.concatenate([tensorflow, others], -1).transpose(2, 0, 1)
+    got = spatial_features(torch.tensor(planes[None]))
+    assert got.shape == (1, 2023)
+    assert got[0].tolist() == tensorflow.ravel().tolist()
+    assert got[0, [0, 1, 7, 17 * 7]].tolist() == [0, 1, 100, 10_000]
+
+
+def test_memory_layout_does_not_change_the_order():
+    activation = torch.randn(2, 192, 17, 17)
+    last = activation.to(memory_format=torch.channels_last)
+    assert torch.equal(spatial_features(last), spatial_features(activation))
+
+
+def test_an_image_has_its_features_in_any_batch(network):
+    images = pixels(3)
+    for whole, alone in zip(network(images), network(images[2:])):
+        assert torch.allclose(whole[2:], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_features_are_in_full_fp32_whatever_surrounds_them(network):
+    images, inside = pixels(1), {}
+
+    def look(module, inputs):
+        inside["tf32"] = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+        inside["autocast"] = torch.is_autocast_enabled("cpu")
+
+    expected = network(images)
+    handle = network._module.fc.register_forward_pre_hook(look)
+    handle_first = network._module.Conv2d_1a_3x3.register_forward_pre_hook(look)
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    try:
+        torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")
+        with torch.autocast("cpu", torch.bfloat16):
+            got = network(images)
+        assert inside == {"tf32": (False, "highest"), "autocast": False}
+        assert torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])
+        handle.remove()
+        handle_first.remove()
+    for a, b in zip(got, expected):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [torch.zeros(1, 3, 8, 8), pixels(1)[0], pixels(1).permute(0, 2, 3, 1), pixels(1)[:, :1]],
+)
+def test_other_images_are_refused(network, images):
+    with pytest.raises(ValueError, match=r"expected uint8 \(B, 3, H, W\)"):
+        network(images)
+
+
+def test_weights_that_cannot_be_fetched_are_named(monkeypatch, tmp_path):
+    def refused(*args, **kwargs):
+        raise OSError("no route")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refused)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(RuntimeError) as caught:
+        Inception()
+    message = str(caught.value)
+    for expected in (f"{tmp_path}/checkpoints/{FILE}", "no route", "--inception-weights", "v0.2.0"):
+        assert expected in message
+
+
+def test_weights_are_fetched_once_and_checked_by_their_hash(monkeypatch, tmp_path, weights):
+    asked = []
+
+    def download(url, target, hash_prefix, progress):
+        asked.append((url, hash_prefix))
+        with open(target, "wb") as file:
+            file.write(weights.read_bytes())
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    networks = [Inception(), Inception()]
+    assert asked == [(port.URL_INCEPTION_V3, "6726825d")]
+    assert {network.weights for network in networks} == {tmp_path / "checkpoints" / FILE}
+
+
+def test_without_torch_fidelity_the_remedy_is_named(monkeypatch, weights):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(RuntimeError, match="pip install torch-fidelity"):
+        Inception(weights)
+
+
+class Code:
+    def __reduce__(self):
+        return (pytest.fail, ("pickled code was run",))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "is not a file"),
+        (b"not weights", "cannot be read as weights"),
+        ({"code": Code()}, "cannot be read as weights"),
+        ([torch.zeros(1)], "holds list, expected a dictionary"),
+        ({"fc.bias": torch.zeros(1008)}, rf"has 1 tensors \(fc.bias\), expected those of {FILE}"),
+        ({}, r"has 0 tensors \(none\)"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, content, message):
+    path = tmp_path / "file.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=f"--inception-weights: .*file.pth {message}"):
+        Inception(path)
+
+
+def test_weights_of_another_shape_are_refused(tmp_path, weights):
+    state = torch.load(weights)
+    state["fc.weight"] = state["fc.weight"][:1000]
+    torch.save(state, tmp_path / "file.pth")
+    with pytest.raises(
+        ValueError, match=r"has \d+ tensors \(Conv2d_1a.*, \.\.\.\), expected those"
+    ):
+        Inception(tmp_path / "file.pth")
+
+
+def test_constants_are_those_of_the_network(network):
+    assert inception.SPATIAL_WIDTH == 2023
+    assert network._module.fc.weight.shape == (inception.CLASSES, inception.POOL_WIDTH)
+
+
+def test_an_encoders_features_are_the_mean_of_its_patch_tokens():
+    pytest.importorskip("timm")
+    from repa_fast import encoders
+
+    encoder = encoders.load("digits-vit", 16, "cpu")
+    images = pixels(3, 16, 16)
+    tokens = encoder(images)
+    got = mean_patch_tokens(encoder, images)
+    assert got.shape == (3, tokens.shape[2]) and got.dtype == torch.float32
+    expected = tokens.double().sum(1) / tokens.shape[1]
+    assert torch.allclose(got.double(), expected, atol=1e-6) and not got.requires_grad
+    half = mean_patch_tokens(lambda images: tokens.bfloat16(), images)
+    assert half.dtype == torch.float32

@@ -1,0 +1,200 @@
+"""Linear probing: how well a linear layer on frozen features tells the classes apart.
+
+REPA (arXiv 2410.06940, appendix C.1) trains it on BatchNorm without parameters, with Adam and
+cosine decay. Many probes, say one per block of a model, are trained as one batched product; they
+share the order of the rows and nothing else.
+
+Shapes: L probes, N training rows, M validation rows, F width, B batch, C classes.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from repa_fast.contracts import expect_floating, expect_shape
+from repa_fast.diffusion.draws import stream
+
+TOP = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a probe is trained.
+
+    Attributes:
+        epochs: passes over the rows.
+        batch: rows per step; all rows where there are fewer.
+        learning_rate: Adam's at the first step; cosine decay to 0, step by step.
+    """
+
+    epochs: int
+    batch: int
+    learning_rate: float
+
+
+PAPER = Recipe(epochs=90, batch=16_384, learning_rate=1e-3)
+"""REPA's, for ImageNet: 7,020 steps."""
+SMALL = Recipe(epochs=90, batch=256, learning_rate=1e-2)
+"""For a few thousand rows, of which PAPER would make one step per epoch: 630 steps for 2,000, and
+ten times the learning rate, so that weights can come as far."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What probes reached.
+
+    Attributes:
+        top1: (L) fp64, share of validation rows whose class has the largest logit.
+        top5: (L) fp64, or is among the five largest; None below five classes.
+        losses: (L, epochs), mean cross-entropy of each epoch's training batches.
+    """
+
+    top1: torch.Tensor
+    top5: torch.Tensor | None
+    losses: torch.Tensor
+
+
+class BatchNorm:
+    """nn.BatchNorm1d without parameters, one for each of L probes (arXiv 1502.03167).
+
+    Batch statistics in training; at evaluation their running averages, where the variance is the
+    unbiased one.
+    """
+
+    eps = 1e-5
+    momentum = 0.1
+
+    def __init__(self, probes: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.mean = torch.zeros(probes, 1, width, dtype=dtype, device=device)
+        self.variance = torch.ones_like(self.mean)
+
+    def train(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise (L, B, F) by its own statistics, and remember them."""
+        variance, mean = torch.var_mean(x, dim=1, keepdim=True, correction=0)
+        self.mean.lerp_(mean, self.momentum)
+        self.variance.lerp_(variance * (x.shape[1] / (x.shape[1] - 1)), self.momentum)
+        return (x - mean) * (variance + self.eps).rsqrt()
+
+    def evaluate(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise (L, B, F) by the running statistics."""
+        return (x - self.mean) * (self.variance + self.eps).rsqrt()
+
+
+def fit_probes(
+    train_features: torch.Tensor,
+    train_labels: torch.Tensor,
+    val_features: torch.Tensor,
+    val_labels: torch.Tensor,
+    num_classes: int,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Accuracy:
+    """Train a linear layer on each of L sets of features and judge it on held-out rows.
+
+    Weights start at zero: the loss is convex. The last, incomplete batch of an epoch is left out;
+    each epoch has its own order, so no row is left out for good.
+
+    Args:
+        train_features: (L, N, F), any floating dtype, computed with in fp32 (fp64 if they are); on
+            any device, from where batches go to `device`.
+        train_labels: (N) int64, in 0..num_classes - 1.
+        val_features: (L, M, F).
+        val_labels: (M) int64.
+        num_classes: C.
+        recipe: PAPER, SMALL or another.
+        seed: of the order of rows; the only randomness.
+        device: where the probes are trained.
+
+    Raises:
+        ValueError: shapes that do not fit, fewer than two training rows or no validation row,
+            features that are not finite, or labels out of range.
+    """
+    _check(train_features, train_labels, val_features, val_labels, num_classes)
+    device = torch.device(device)
+    probes, _, width = train_features.shape
+    dtype = torch.promote_types(train_features.dtype, torch.float32)
+    norm = BatchNorm(probes, width, dtype, device)
+    weight = torch.zeros(probes, width, num_classes, dtype=dtype, device=device)
+    bias = torch.zeros(probes, 1, num_classes, dtype=dtype, device=device)
+    losses = _train(train_features, train_labels, norm, weight, bias, recipe, seed)
+    hits = torch.zeros(TOP, probes, dtype=torch.int64, device=device)
+    for start in range(0, len(val_labels), recipe.batch):
+        rows = slice(start, start + recipe.batch)
+        x = norm.evaluate(val_features[:, rows].to(device, dtype))
+        best = torch.baddbmm(bias, x, weight).topk(min(TOP, num_classes), dim=-1).indices
+        found = best == val_labels[rows].to(device)[:, None]  # (L, B, 5)
+        hits[: best.shape[-1]] += found.sum(1).T
+    hits = hits.double().cpu()
+    return Accuracy(
+        top1=hits[0] / len(val_labels),
+        top5=hits.sum(0) / len(val_labels) if num_classes >= TOP else None,
+        losses=losses.cpu(),
+    )
+
+
+def _train(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    norm: BatchNorm,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    recipe: Recipe,
+    seed: int,
+) -> torch.Tensor:
+    """Train weight (L, F, C), bias (L, 1, C) and statistics in place; mean losses (L, epochs)."""
+    optimizer = torch.optim.Adam((weight.requires_grad_(), bias.requires_grad_()))
+    batch = min(recipe.batch, len(labels))
+    steps = len(labels) // batch
+    losses = weight.new_zeros(len(weight), recipe.epochs)
+    for epoch in range(recipe.epochs):
+        order = torch.randperm(len(labels), generator=stream(seed, epoch))
+        for step, rows in enumerate(order[: steps * batch].split(batch)):
+            x = features[:, rows.to(features.device)].to(weight.device, weight.dtype)
+            y = labels[rows.to(labels.device)].to(weight.device)
+            logits = torch.baddbmm(bias, norm.train(x), weight)  # (L, B, C)
+            loss = F.cross_entropy(
+                logits.movedim(-1, 1), y.expand(len(weight), -1), reduction="none"
+            ).mean(1)
+            optimizer.zero_grad()
+            loss.sum().backward()
+            progress = (epoch * steps + step) / (recipe.epochs * steps)
+            decay = (1 + math.cos(math.pi * progress)) / 2
+            optimizer.param_groups[0]["lr"] = recipe.learning_rate * decay
+            optimizer.step()
+            losses[:, epoch] += loss.detach() / steps
+    weight.requires_grad_(False)
+    bias.requires_grad_(False)
+    return losses
+
+
+def _check(
+    train_features: torch.Tensor,
+    train_labels: torch.Tensor,
+    val_features: torch.Tensor,
+    val_labels: torch.Tensor,
+    num_classes: int,
+) -> None:
+    if train_features.ndim != 3 or train_features.shape[1] < 2:
+        raise ValueError(
+            f"train_features have shape {tuple(train_features.shape)}, expected (L, N, F), N >= 2"
+        )
+    probes, rows, width = train_features.shape
+    held_out = len(val_labels)
+    if not held_out:
+        raise ValueError("val_labels is empty, expected at least one validation row")
+    expect_shape("fit_probes", "train_labels", train_labels, (rows,))
+    expect_shape("fit_probes", "val_features", val_features, (probes, held_out, width))
+    expect_shape("fit_probes", "val_labels", val_labels, (held_out,))
+    for name, features in (("train_features", train_features), ("val_features", val_features)):
+        expect_floating("fit_probes", name, features)
+        for probe, of_probe in enumerate(features):
+            if not of_probe.isfinite().all():
+                raise ValueError(f"{name}[{probe}] holds values that are not finite")
+    for name, labels in (("train_labels", train_labels), ("val_labels", val_labels)):
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= num_classes:
+            raise ValueError(f"{name} lie in [{low}, {high}], expected [0, {num_classes - 1}]")

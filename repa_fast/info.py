@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from repa_fast.data.open import open_dataset
+from repa_fast.data.store import is_url
 from repa_fast.models import formats
 from repa_fast.models.weights import MARKER, path_of, read_native, steps
 
@@ -22,12 +23,15 @@ def newest_checkpoint(path: Path) -> Path:
     raise ValueError(f"{path} is neither a complete checkpoint nor a run that has one")
 
 
-def describe_path(path: Path) -> str:
+def describe_path(path: str | Path) -> str:
     """A few lines for people.
 
     Raises:
         ValueError: it is nothing this package reads; says what it is not.
     """
+    if is_url(path):
+        return _describe_dataset(path)
+    path = Path(path)
     if path.is_file():
         return _describe_file(path)
     if not path.is_dir():
@@ -74,7 +78,7 @@ def _describe_weights(state: formats.State) -> str:
     return f"{formats.shape_of(state)}, {count / 1e6:.1f} M parameters"
 
 
-def _describe_dataset(path: Path) -> str:
+def _describe_dataset(path: str | Path) -> str:
     dataset = open_dataset(path)
     meta = dataset.metadata
     lines = [

@@ -12,6 +12,7 @@ import numpy as np
 
 from repa_fast.data.features import METADATA_KEY, FeatureColumn, feature_columns
 from repa_fast.data.images import decode
+from repa_fast.data.store import open_table, take
 
 if TYPE_CHECKING:
     import lance
@@ -190,21 +191,11 @@ class LatentDataset:
         split: "train" or "val", for such a folder.
 
     Raises:
-        ValueError: there is no such table, or it was not written by this package.
+        ValueError: there is no such table, its store fails, or it was not written by this package.
     """
 
     def __init__(self, uri: str | Path, split: str = "train") -> None:
-        import lance
-
-        inside = Path(str(uri)) / f"{split}.lance"
-        self.uri = str(inside if inside.exists() else uri)
-        try:
-            self._table = lance.dataset(self.uri)
-        except (ValueError, OSError) as error:
-            raise ValueError(
-                f"no dataset at {uri} (looked for {inside} and for a Lance table); "
-                "make one with `repa-fast prepare`"
-            ) from error
+        self._table, self.uri = open_table(uri, split)
         stored = (self._table.schema.metadata or {}).get(METADATA_KEY)
         if stored is None:
             raise ValueError(f"{self.uri} is a Lance table without repa-fast's metadata")
@@ -236,6 +227,7 @@ class LatentDataset:
 
         Raises:
             ValueError: there is no such column.
+            StoreError: the object store failed, and all retries too.
         """
         columns = self._feature_columns(features)
         table = self._take(indices, images, columns)
@@ -274,7 +266,7 @@ class LatentDataset:
     ) -> "pa.Table":
         columns = ["moments", "label", *(["image"] if images else [])]
         columns += [name for column in features for name in column.columns]
-        return self._table.take(indices.tolist(), columns=columns)
+        return take(self._table, self.uri, indices.tolist(), columns)
 
     def _rows(self, table: "pa.Table", indices: np.ndarray, images: bool) -> Rows:
         moments = table["moments"].combine_chunks().flatten().to_numpy(zero_copy_only=False)

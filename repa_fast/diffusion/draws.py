@@ -59,8 +59,9 @@ def draw(
         batch: size of the global batch.
         latent_shape: (C, h, w).
         path: turns log-normal noise-to-signal ratios into times.
-        weighting: "uniform" times on [0, 1] (on the VP path from 1e-5 on), or "lognormal" ratios sigma / alpha = exp(N(0, 1)),
-            which on the linear path is the logit-normal distribution.
+        weighting: "uniform" times on [0, 1] (from 1e-5 on where the path is VP), or "lognormal"
+            ratios sigma / alpha = exp(N(0, 1)), which on the linear path is the logit-normal
+            distribution.
         drop_prob: probability of the null label.
         device: where the values are drawn; devices differ in their random numbers.
 

@@ -1,0 +1,98 @@
+"""Lance tables at a path or at an object store's URL: opening, reading, and what went wrong."""
+
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import lance
+    import pyarrow as pa
+
+# A request is repeated, after waits that grow to 15 s, until either limit; the environment wins:
+# OBJECT_STORE_CLIENT_MAX_RETRIES and OBJECT_STORE_CLIENT_RETRY_TIMEOUT. Lance repeats the whole
+# 16 times over when rows are read (4 times its throttle's 4) and 6 times when a table is opened:
+# a run rides out about 3 minutes without its store, and a wrong address is reported in 1 minute.
+MAX_RETRIES = 100
+RETRY_SECONDS = 10
+
+ADVICE = (
+    "check the bucket's name, the endpoint (AWS_ENDPOINT_URL; one with http:// needs "
+    "AWS_ALLOW_HTTP=true), the credentials (AWS_ACCESS_KEY_ID and so on) and the network; "
+    "OBJECT_STORE_CLIENT_RETRY_TIMEOUT sets the seconds that a request is repeated for"
+)
+
+
+class StoreError(RuntimeError):
+    """The store failed while rows were read; no ValueError, since no row is known to be bad."""
+
+
+def is_url(uri: str | Path) -> bool:
+    return "://" in str(uri)
+
+
+def open_table(uri: str | Path, split: str) -> "tuple[lance.LanceDataset, str]":
+    """The table URI/SPLIT.lance, else the table `uri`, and where it was found.
+
+    Raises:
+        ValueError: there is no such table, or its store cannot be reached or refuses.
+    """
+    return _open_remote(str(uri), split) if is_url(uri) else _open_local(Path(uri), split)
+
+
+def _open_local(path: Path, split: str) -> "tuple[lance.LanceDataset, str]":
+    import lance
+
+    inside = path / f"{split}.lance"
+    found = str(inside if inside.exists() else path)
+    try:
+        return lance.dataset(found), found
+    except (ValueError, OSError) as error:
+        raise _no_dataset(path, inside) from error
+
+
+def _open_remote(url: str, split: str) -> "tuple[lance.LanceDataset, str]":
+    import lance
+
+    options = {"client_max_retries": str(MAX_RETRIES), "client_retry_timeout": str(RETRY_SECONDS)}
+    url = url.rstrip("/")
+    inside = f"{url}/{split}.lance"
+    for candidate in (inside, url):
+        start = time.monotonic()
+        try:
+            return lance.dataset(candidate, storage_options=options), candidate
+        except (ValueError, OSError) as error:
+            if "was not found" not in str(error):
+                raise ValueError(_failure(candidate, "cannot open it", start, error)) from error
+    raise _no_dataset(url, inside)
+
+
+def take(
+    table: "lance.LanceDataset", uri: str, indices: list[int], columns: list[str]
+) -> "pa.Table":
+    """The rows at `indices`, in that order.
+
+    Raises:
+        StoreError: a store failed, and all its retries too.
+    """
+    start = time.monotonic()
+    try:
+        return table.take(indices, columns=columns)
+    except (ValueError, OSError) as error:
+        if not is_url(uri):
+            raise
+        message = _failure(uri, f"cannot read {len(indices)} rows", start, error)
+        raise StoreError(message) from error
+
+
+def _no_dataset(uri: str | Path, inside: str | Path) -> ValueError:
+    return ValueError(
+        f"no dataset at {uri} (looked for {inside} and for a Lance table); "
+        "make one with `repa-fast prepare`"
+    )
+
+
+def _failure(uri: str, what: str, start: float, error: Exception) -> str:
+    """`start` is when the first try began; Lance's own text says what the last request met."""
+    reason = re.sub(r"(, /\S+\.rs:\d+:\d+)+$", "", str(error))  # lines of Lance's source
+    return f"{uri}: {what}, given up after {time.monotonic() - start:.1f} s: {reason}; {ADVICE}"

@@ -1,0 +1,203 @@
+"""Datasets at an S3 URL: the same batches as from the disk, or a clear error, whatever fails."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from repa_fast.data.dataset import LatentDataset
+from repa_fast.data.loader import PREFETCHED_BATCHES, Loader
+from repa_fast.data.open import open_dataset
+from repa_fast.data.order import SampleOrder
+from repa_fast.data.prepare import prepare_digits
+from repa_fast.data.store import StoreError
+from tests.data import storing
+from tests.data.storing import BROKEN, CUT, DENIED, SLOW_DOWN
+
+pytest.importorskip("lance")
+pytest.importorskip("moto.server", reason="needs moto[server]")
+
+ROOT = Path(__file__).parents[2]
+BATCH, STEPS = 16, 6
+URL = f"s3://{storing.BUCKET}/digits"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("store") / "digits"
+    prepare_digits(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def served(folder):
+    with storing.served() as (endpoint, proxy):
+        storing.upload(proxy.store, folder, "digits")
+        yield endpoint, proxy
+
+
+@pytest.fixture
+def proxy(served, monkeypatch):
+    endpoint, proxy = served
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    proxy.behave()
+    return proxy
+
+
+@pytest.fixture
+def few_retries(monkeypatch):
+    monkeypatch.setenv("OBJECT_STORE_CLIENT_MAX_RETRIES", "1")
+    monkeypatch.setenv("LANCE_AIMD_MAX_RETRIES", "0")
+
+
+def loader_of(dataset, **options):
+    order = SampleOrder(len(dataset), BATCH, 0)
+    return Loader(dataset, order, start=0, stop=STEPS, **options)
+
+
+def own_threads():
+    return [t.name for t in threading.enumerate() if t.name.startswith("repa-fast")]
+
+
+@pytest.mark.parametrize(
+    "url, split, name",
+    [
+        (f"{URL}/train.lance", "train", "train"),
+        (URL, "train", "train"),
+        (f"{URL}/", "val", "val"),
+        (f"{URL}/val.lance", "train", "val"),
+    ],
+)
+def test_rows_are_those_of_the_local_table(folder, proxy, url, split, name):
+    local = LatentDataset(folder / f"{name}.lance")
+    remote = open_dataset(url, split)
+    assert remote.uri == f"{URL}/{name}.lance"
+    assert remote.metadata == local.metadata and len(remote) == len(local)
+    indices = np.array([len(local) - 1, 3, 3, 100])
+    got, expected = remote.rows(indices), local.rows(indices)
+    assert got["image"] == expected["image"]
+    for column in ("index", "moments", "label"):
+        assert np.array_equal(got[column], expected[column])
+
+
+@pytest.mark.parametrize("faults", [(SLOW_DOWN, BROKEN), (CUT,)])
+def test_batches_are_those_of_the_local_table_while_requests_fail(folder, proxy, faults):
+    proxy.behave(storing.at_first(*faults))
+    with loader_of(open_dataset(URL)) as loader:
+        remote = list(loader)
+    assert proxy.failed >= STEPS
+    with loader_of(open_dataset(folder)) as loader:
+        local = list(loader)
+    assert len(remote) == len(local) == STEPS
+    for got, expected in zip(remote, local):
+        assert set(got) == set(expected) == {"index", "moments", "label", "image"}
+        for name in expected:
+            assert torch.equal(got[name], expected[name]), name
+
+
+@pytest.mark.parametrize(
+    "fault, said",
+    [(BROKEN, "500"), (SLOW_DOWN, "SlowDown"), (CUT, "body"), (DENIED, "InvalidAccessKeyId")],
+)
+def test_a_store_that_stays_down_ends_the_iteration(proxy, few_retries, fault, said):
+    dataset = open_dataset(URL)
+    with loader_of(dataset, skip_bad=True) as loader:  # a failing store makes no row a bad one
+        batches = iter(loader)
+        next(batches)
+        start = time.monotonic()
+        proxy.behave(storing.always(fault))
+        with pytest.raises(StoreError) as error:
+            list(batches)
+        assert loader.skipped == []
+    assert time.monotonic() - start < 5
+    for part in (f"{URL}/train.lance", f"{BATCH} rows", said, "given up after", "AWS_ENDPOINT_URL"):
+        assert part in str(error.value)
+    assert own_threads() == []
+
+
+def test_the_time_of_retries_is_set_by_the_environment_and_the_process_exits(proxy, monkeypatch):
+    monkeypatch.setenv("OBJECT_STORE_CLIENT_RETRY_TIMEOUT", "1")
+    monkeypatch.setenv("LANCE_AIMD_MAX_RETRIES", "0")
+    program = f"""
+from repa_fast.data.loader import Loader
+from repa_fast.data.open import open_dataset
+from repa_fast.data.order import SampleOrder
+dataset = open_dataset({URL!r})
+for batch in Loader(dataset, SampleOrder(len(dataset), {BATCH}, 0), start=0, stop=10_000):
+    print("batch", flush=True)
+"""
+    proxy.behave(storing.always(BROKEN, after=40))
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.stdout.startswith("batch")
+    assert ended.returncode == 1, ended.stderr  # a signal would be negative
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"repa_fast.data.store.StoreError: {URL}/train.lance: cannot read")
+    assert "retry_timeout: 1s" in last and "max_retries: 100" in last
+    seconds = float(last.split("given up after ")[1].split(" s")[0])
+    assert 4 <= seconds < 12  # 4 tries of a read, each of 1 s and the last wait of one
+
+
+@pytest.mark.parametrize(
+    "url, fault, parts",
+    [
+        (f"s3://{storing.BUCKET}/none", None, ["no dataset at", "none/train.lance", "prepare"]),
+        ("s3://elsewhere/digits", None, ["cannot open", "NoSuchBucket", "check the bucket's name"]),
+        (URL, DENIED, ["cannot open", "403", "InvalidAccessKeyId", "AWS_ACCESS_KEY_ID"]),
+    ],
+)
+def test_what_cannot_be_opened_is_named(proxy, few_retries, url, fault, parts):
+    proxy.behave(storing.always(fault))
+    with pytest.raises(ValueError) as error:
+        open_dataset(url)
+    for part in (url, *parts):
+        assert part in str(error.value)
+    assert fault or "elsewhere" in url or "cannot open" not in str(error.value)
+    assert ".rs:" not in str(error.value)
+
+
+def test_an_endpoint_that_does_not_answer_is_no_missing_dataset(proxy, few_retries, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    with pytest.raises(ValueError, match=f"{URL}/train.lance: cannot open it.*127.0.0.1:1/"):
+        open_dataset(URL)
+
+
+def test_what_nobody_consumes_is_read_no_further_ahead(proxy, monkeypatch):
+    dataset = open_dataset(URL)
+    begun, done = [], []
+    fetch = dataset.fetch
+
+    def counted(indices, **options):
+        begun.append(len(indices))
+        fetched = fetch(indices, **options)
+        done.append(len(indices))
+        return fetched
+
+    monkeypatch.setattr(dataset, "fetch", counted)
+    with loader_of(dataset) as loader:
+        for consumed in range(2):
+            # those queued, one that waits for a place, and those that are gone
+            most = [BATCH] * (PREFETCHED_BATCHES + 1 + consumed)
+            deadline = time.monotonic() + 10
+            while len(done) < len(most) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            requests = proxy.requests
+            time.sleep(0.3)
+            assert begun == done == most and proxy.requests == requests
+            next(iter(loader))

@@ -230,16 +230,18 @@ class LatentDataset:
             StoreError: the object store failed, and all retries too.
         """
         columns = self._feature_columns(features)
-        table = self._take(indices, images, columns)
-        rows = self._rows(table, indices, images)
+        order = np.argsort(indices)  # Lance sorts too, and then copies everything back in order
+        table = self._take(indices[order], images, columns)
+        rows = self._rows(table, indices[order], images)
         encoded = rows["image"] if images else [None] * len(indices)
         stored = {name: array for c in columns for name, array in c.read(table).items()}
-        return [
+        fetched = [
             Fetched(*row, {name: array[i] for name, array in stored.items()})
             for i, row in enumerate(
                 zip(rows["index"], rows["moments"], rows["label"], encoded, strict=True)
             )
         ]
+        return [fetched[place] for place in np.argsort(order)]
 
     def decode(self, fetched: Fetched) -> Sample:
         """One row as arrays.

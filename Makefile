@@ -10,7 +10,7 @@ export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help $(VENV) lint test test-full smoke-full demo bench gpu gpu-test $(GPU_STAGES) clean
+.PHONY: help $(VENV) lint test test-full smoke-full demo analyse bench gpu gpu-test $(GPU_STAGES) clean
 
 help: ## list the targets
 	@grep -hE '^[a-z$$][A-Za-z$$() _-]*:.*## ' $(MAKEFILE_LIST) \
@@ -47,6 +47,14 @@ demo: $(VENV)/.installed ## train on the bundled digits on a CPU, then evaluate
 	rm -rf runs/demo
 	$(VENV)/bin/python train.py --preset digits --output-dir runs --exp-name demo
 	$(VENV)/bin/python -m repa_fast.eval.digits runs/demo
+
+analyse: $(VENV)/.installed ## samples, scores, probing and CKNNA of the demo's run
+	$(VENV)/bin/python -m repa_fast sample --ckpt runs/demo --cfg-scale 2.5 --out runs/demo/classes.png
+	$(VENV)/bin/python -m repa_fast strip --ckpt runs/demo --cfg-scale 2.5
+	$(VENV)/bin/python -m repa_fast sweep --ckpt runs/demo --all-steps --cfg-scale 2.5 --num-fid-samples 250 \
+		--num-samples 250 --sample-dir runs/demo/scores --dataset digits --features digits-judge
+	$(VENV)/bin/python -m repa_fast probe --ckpt runs/demo
+	$(VENV)/bin/python -m repa_fast cknna --ckpt runs/demo --all-steps
 
 bench: $(VENV)/.installed ## kernel benchmarks (pytest-benchmark)
 	$(VENV)/bin/python -m pytest benchmarks/kernels --benchmark-only

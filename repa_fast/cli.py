@@ -10,6 +10,7 @@ from repa_fast.configs import presets
 from repa_fast.configs.config import TrainConfig
 from repa_fast.data.dataset import Metadata
 from repa_fast.data.open import open_dataset
+from repa_fast.data.store import StoreError, is_url
 
 SD_VAE_FACTOR = 8
 """Image pixels per latent pixel of the Stable Diffusion autoencoder."""
@@ -21,6 +22,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = {
         "train": train,
         "prepare": prepare,
+        "generate": generate,
+        "sample": sample,
+        "eval": evaluate,
+        "probe": probe,
+        "cknna": cknna,
+        "pca": pca,
+        "strip": strip,
+        "sweep": sweep,
         "export": export,
         "info": info,
         "presets": list_presets,
@@ -47,7 +56,7 @@ def train(argv: Sequence[str]) -> None:
 
     try:
         run(config)
-    except TrainingDiverged as error:
+    except (TrainingDiverged, StoreError) as error:
         raise SystemExit(f"repa-fast: {error}") from error
 
 
@@ -140,12 +149,100 @@ def export(argv: Sequence[str]) -> None:
     print(out)
 
 
+def generate(argv: Sequence[str]) -> None:
+    """Write many images of a checkpoint to one .npz."""
+    import tyro
+
+    from repa_fast.data.processes import rank_and_size
+    from repa_fast.eval.generate import GenerateConfig
+    from repa_fast.eval.generate import generate as run
+
+    written = run(tyro.cli(GenerateConfig, prog="repa-fast generate", args=argv))
+    if rank_and_size()[0] == 0:
+        print(written)
+
+
+def sample(argv: Sequence[str]) -> None:
+    """Write a picture of a checkpoint's samples of a class."""
+    import tyro
+
+    from repa_fast.eval.sample import SampleConfig
+    from repa_fast.eval.sample import sample as run
+
+    print(run(tyro.cli(SampleConfig, prog="repa-fast sample", args=_with_classes(argv))))
+
+
+def _with_classes(argv: Sequence[str]) -> list[str]:
+    """--class as --classes: the former is a word of Python's and no field's name."""
+    alone = ["--classes" if flag == "--class" else flag for flag in argv]
+    return [flag.replace("--class=", "--classes=", 1) for flag in alone]
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """Compare generated images with real ones."""
+    import tyro
+
+    from repa_fast.eval.metrics import EvalConfig
+    from repa_fast.eval.metrics import evaluate as run
+
+    print(run(tyro.cli(EvalConfig, prog="repa-fast eval", args=argv)))
+
+
+def probe(argv: Sequence[str]) -> None:
+    """Linear probing of hidden states."""
+    import tyro
+
+    from repa_fast.eval.probe import ProbeConfig
+    from repa_fast.eval.probe import probe as run
+
+    print(run(tyro.cli(ProbeConfig, prog="repa-fast probe", args=argv)))
+
+
+def cknna(argv: Sequence[str]) -> None:
+    """Compare hidden states with encoders."""
+    import tyro
+
+    from repa_fast.eval.similarity import SimilarityConfig, similarity
+
+    print(similarity(tyro.cli(SimilarityConfig, prog="repa-fast cknna", args=argv)))
+
+
+def pca(argv: Sequence[str]) -> None:
+    """Hidden states as pictures."""
+    import tyro
+
+    from repa_fast.eval.pca import PcaConfig
+    from repa_fast.eval.pca import pca as run
+
+    print(run(tyro.cli(PcaConfig, prog="repa-fast pca", args=argv)))
+
+
+def strip(argv: Sequence[str]) -> None:
+    """The same noise through every checkpoint of a run."""
+    import tyro
+
+    from repa_fast.eval.strip import StripConfig
+    from repa_fast.eval.strip import strip as run
+
+    print(run(tyro.cli(StripConfig, prog="repa-fast strip", args=_with_classes(argv))))
+
+
+def sweep(argv: Sequence[str]) -> None:
+    """Scores against steps, guidance scales and intervals."""
+    import tyro
+
+    from repa_fast.eval.sweep import SweepConfig
+    from repa_fast.eval.sweep import sweep as run
+
+    print(run(tyro.cli(SweepConfig, prog="repa-fast sweep", args=argv)))
+
+
 def info(argv: Sequence[str]) -> None:
     """Say what a checkpoint, a run, a weight file or a dataset is."""
     from repa_fast.info import describe_path
 
     parser = argparse.ArgumentParser(prog="repa-fast info", description=info.__doc__)
-    parser.add_argument("path", type=Path)
+    parser.add_argument("path", help="a path, or the URL of a dataset")
     print(describe_path(parser.parse_args(argv).path))
 
 
@@ -200,7 +297,7 @@ def expected_metadata(config: TrainConfig) -> Metadata:
 
     if config.data_dir == "digits":
         return digits_metadata()
-    if Path(config.data_dir).exists():
+    if is_url(config.data_dir) or Path(config.data_dir).exists():
         return open_dataset(config.data_dir).metadata
     side = config.resolution // SD_VAE_FACTOR
     return Metadata(

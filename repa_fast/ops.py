@@ -6,7 +6,7 @@ from repa_fast.kernels.align_loss import align_loss
 from repa_fast.kernels.attention import attention
 from repa_fast.kernels.attention import select as select_attention
 from repa_fast.kernels.attention import set_backend as set_attention_backend
-from repa_fast.kernels.euler_maruyama_step import euler_maruyama_step
+from repa_fast.kernels.euler_maruyama_step import euler_maruyama_step, standard_normal
 from repa_fast.kernels.gate_residual_adaln import gate_residual, gate_residual_adaln
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "gate_residual_adaln",
     "select_attention",
     "set_attention_backend",
+    "standard_normal",
     "sum_of_squares",
     "why_not_cuda",
 ]

@@ -18,6 +18,7 @@ POSITIVE = (
     "epochs",
     "max_train_steps",
     "max_bad_steps",
+    "eval_samples",
 )
 
 
@@ -159,8 +160,19 @@ class TrainConfig:
     proj_coeff: float = 0.5
     """Weight of the alignment loss."""
 
+    eval_every: int = 0
+    """Judge samples of the average every so many steps, and at the end; 0 never."""
+    eval_samples: int = 10_000
+    """Samples of each evaluation, over all processes."""
+    eval_features: str = "inception"
+    """inception (FID, sFID and so on), digits-judge, or an encoder's name."""
+    eval_weights: str = ""
+    """File of its weights; its own source where empty."""
+    eval_reference: str = ""
+    """The .npz to compare with, as ADM publishes them; all images of the dataset where empty."""
+
     mode: Literal["ode", "sde"] = "ode"
-    """Sampler of the sample grids: euler or euler_maruyama."""
+    """Sampler of the sample grids and evaluations: euler or euler_maruyama."""
     num_steps: int = 50
     """Steps of that sampler."""
     cfg_scale: float = 4.0

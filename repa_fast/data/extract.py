@@ -11,7 +11,6 @@ import functools
 import itertools
 import json
 import re
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -343,9 +342,3 @@ def verify(
                 f"{value:08x}, expected {check['crc32']:08x}"
             )
         start = stop
-
-
-if __name__ == "__main__":
-    from repa_fast.cli import main
-
-    sys.exit(main(["prepare", "features", *sys.argv[1:]]))

@@ -20,8 +20,12 @@ def can_decode(metadata: Metadata) -> bool:
     return metadata.vae == "none"
 
 
-def to_pixels(latents: torch.Tensor, metadata: Metadata, vae: VAE | None = None) -> torch.Tensor:
-    """Latents (B, C, h, w) -> uint8 images (B, 3, R, R), rounded; pixel latents need no `vae`.
+def to_pixels(
+    latents: torch.Tensor, metadata: Metadata, vae: VAE | None = None, *, rounding: bool = True
+) -> torch.Tensor:
+    """Latents (B, C, h, w) -> uint8 images (B, 3, R, R), rounded or cut off.
+
+    Pixel latents need no `vae`.
 
     Raises:
         ValueError: the latents are an autoencoder's, and there is none or one that does not fit.
@@ -29,7 +33,7 @@ def to_pixels(latents: torch.Tensor, metadata: Metadata, vae: VAE | None = None)
     """
     if can_decode(metadata):
         pixels = (latents.double() - metadata.bias) / metadata.scale * 127.5 + 127.5
-        return pixels.round().clamp(0, 255).to(torch.uint8)
+        return (pixels.round() if rounding else pixels).clamp(0, 255).to(torch.uint8)
     if vae is None:
         raise ValueError(f"latents of {metadata.vae!r} need its decoder, expected pixel latents")
-    return vae.decode(latents, metadata)
+    return vae.decode(latents, metadata, rounding=rounding)

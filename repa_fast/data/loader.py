@@ -17,7 +17,7 @@ import torch
 from repa_fast.data.dali import DaliDecoder, Decode, choose
 from repa_fast.data.dataset import Sample
 from repa_fast.data.open import Dataset
-from repa_fast.data.order import SampleOrder
+from repa_fast.data.order import Consecutive, SampleOrder
 
 PREFETCHED_BATCHES = 3
 
@@ -65,7 +65,7 @@ class Loader:
     def __init__(
         self,
         dataset: Dataset,
-        order: SampleOrder,
+        order: SampleOrder | Consecutive,
         *,
         start: int,
         stop: int,

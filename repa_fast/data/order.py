@@ -3,6 +3,22 @@
 import numpy as np
 
 
+class Consecutive:
+    """Given rows in their order, `batch` at a time; the last batch may be shorter.
+
+    For one process, and for a single pass; otherwise as SampleOrder.
+    """
+
+    def __init__(self, rows: np.ndarray, batch: int) -> None:
+        self._rows = rows
+        self.batch = batch
+        self.steps = -(-len(rows) // batch)
+
+    def rows(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
+        """Row numbers of `step`, counted from 0, int64."""
+        return self._rows[step * self.batch : (step + 1) * self.batch]
+
+
 class SampleOrder:
     """A global shuffle per epoch, cut into global batches; the last partial batch is dropped.
 

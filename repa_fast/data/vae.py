@@ -123,36 +123,52 @@ class VAE:
 
         return encode
 
-    @torch.no_grad()
-    def decode(
+    def decoder(
         self,
-        latents: torch.Tensor,
         metadata: Metadata,
+        device: torch.device,
         *,
         rounding: bool = True,
         batch_size: int = DECODE_BATCH,
-    ) -> torch.Tensor:
-        """Latents as the model has them -> images, computed in fp32 on the latents' device.
+        dtype: torch.dtype = torch.float32,
+        tiled: bool = False,
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A function from latents as the model has them to images, uint8 (B, 3, R, R).
+
+        Latents are (B, C, h, w), times the dataset's scale, plus its bias. The autoencoder stays on
+        `device`.
 
         Args:
-            latents: floating point (B, C, h, w), times the dataset's scale, plus its bias.
             metadata: the dataset's.
             rounding: to the nearest level; otherwise down, as REPA's generate.py does.
             batch_size: images at a time.
-
-        Returns:
-            uint8 (B, 3, R, R), on the latents' device.
+            dtype: autocast's (fp32: none).
+            tiled: in overlapping tiles of 512 pixels, for less memory; a little other than whole.
 
         Raises:
             RuntimeError, ValueError: as `load`.
         """
-        model = self.load(metadata).to(latents.device)
-        unscaled = ((latents.double() - metadata.bias) / metadata.scale).float()
-        try:
+        model = self.load(metadata).to(device)
+        if tiled:
+            model.enable_tiling()
+
+        @torch.no_grad()
+        def decode(latents: torch.Tensor) -> torch.Tensor:
+            unscaled = ((latents.double() - metadata.bias) / metadata.scale).float()
             images = []
             for part in unscaled.split(batch_size):
-                levels = (255 * ((model.decode(part).sample + 1) / 2)).clamp(0, 255)
+                with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                    decoded = model.decode(part).sample.float()
+                levels = (255 * ((decoded + 1) / 2)).clamp(0, 255)
                 images.append((levels.round() if rounding else levels).to(torch.uint8))
+            return torch.cat(images)
+
+        return decode
+
+    def decode(self, latents: torch.Tensor, metadata: Metadata, **options) -> torch.Tensor:
+        """As `decoder`, with its options, once; between, the autoencoder waits on the CPU."""
+        decode = self.decoder(metadata, latents.device, **options)
+        try:
+            return decode(latents)
         finally:
-            model.to("cpu")
-        return torch.cat(images)
+            self.load(metadata).to("cpu")

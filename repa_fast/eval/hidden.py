@@ -31,7 +31,13 @@ class Features(NamedTuple):
 
 @torch.no_grad()
 def hidden_states(
-    model: SiT, clean: torch.Tensor, noise: torch.Tensor, t: float, *, path: Path = linear
+    model: SiT,
+    clean: torch.Tensor,
+    noise: torch.Tensor,
+    t: float,
+    *,
+    path: Path = linear,
+    average: bool = True,
 ) -> torch.Tensor:
     """Mean over patches of the hidden state after every block, for the null label.
 
@@ -43,9 +49,10 @@ def hidden_states(
         noise: (B, C, h, w), standard normal.
         t: time in [0, 1], the same for all; 0 is data, 1 is noise.
         path: the model's.
+        average: over patches; otherwise every patch's state.
 
     Returns:
-        (L, B, D), fp32 (fp64 from an fp64 model); entry d - 1 is block d.
+        (L, B, D), or (L, B, patches, D), fp32 (fp64 from an fp64 model); entry d - 1 is block d.
 
     Raises:
         ValueError: t outside [0, 1], or latents of another shape.
@@ -58,7 +65,8 @@ def hidden_states(
     states: list[torch.Tensor] = []
 
     def resolve(_block: torch.nn.Module, _inputs: tuple, pending: tuple) -> None:
-        states.append(ops.gate_residual(*pending).mean(1))
+        state = ops.gate_residual(*pending)
+        states.append(state.mean(1) if average else state)
 
     with ExitStack() as hooks:
         for block in model.blocks:

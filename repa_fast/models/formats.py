@@ -8,6 +8,7 @@ code in a file is run: torch.load is called with weights_only.
 import argparse
 import math
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,7 +103,9 @@ def read_file(path: Path) -> dict:
             raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # mapped, so that the optimizer beside the weights is never read
+            mapped = zipfile.is_zipfile(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises a different kind for each way a file can be broken
         raise ValueError(f"{path} is not a readable torch checkpoint ({error})") from error
 

@@ -18,6 +18,7 @@ from repa_fast.data.prepare import DIGITS_DIR, ensure_digits
 from repa_fast.distributed import World, session
 from repa_fast.eval.pictures import save_png
 from repa_fast.train import checkpoint
+from repa_fast.train.evaluate import Evaluator
 from repa_fast.train.memory import budget, choose_micro_batch
 from repa_fast.train.preview import can_sample, sample_grid
 from repa_fast.train.report import Clock, Reporter, plot_losses
@@ -73,7 +74,8 @@ def train(config: TrainConfig) -> Path:
                     device=world.device,
                 )
             )
-            run_steps(state, loader, run, reporter, total, stopping)
+            evaluator = Evaluator(state) if config.eval_every else None
+            run_steps(state, loader, run, reporter, evaluator, total, stopping)
         if world.is_main and state.step >= total:
             finish(run, state)
     return run
@@ -84,6 +86,7 @@ def run_steps(
     loader: Loader,
     run: Path,
     reporter: Reporter | None,
+    evaluator: Evaluator | None,
     total: int,
     stopping: list[int],
 ) -> None:
@@ -114,6 +117,10 @@ def run_steps(
         paused = time.perf_counter()
         if new and config.sampling_steps and (step % config.sampling_steps == 0 or done):
             snapshot(state, run, reporter)
+        if new and evaluator is not None and (step % config.eval_every == 0 or done):
+            scores = evaluator(state)
+            if reporter is not None:
+                reporter.scores(step, scores)
         if (new and step % config.checkpointing_steps == 0) or done or stop_now:
             target = checkpoint.save(run / "checkpoints", state)
             if reporter is not None:

@@ -28,6 +28,7 @@ class Reporter:
     ) -> None:
         self.metrics_path = folder / "metrics.jsonl"
         keep_until(self.metrics_path, start_step)
+        keep_until(self.metrics_path.with_name("evals.jsonl"), start_step)
         self._metrics = open(self.metrics_path, "a", buffering=1)  # noqa: SIM115
         self._log = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115
         self._tracker = tracker
@@ -47,6 +48,15 @@ class Reporter:
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, text=short_summary(values))
         self.line(f"step {step}/{self._total_steps}  {summary(values)}", bar_has_it=True)
+
+    def scores(self, step: int, values: dict[str, float]) -> None:
+        """Record an evaluation, in evals.jsonl."""
+        with open(self.metrics_path.with_name("evals.jsonl"), "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._tracker is not None:
+            self._tracker.scalars(step, {f"eval/{name}": v for name, v in values.items()})
+        listed = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.line(f"evaluation at step {step}  {listed}")
 
     def line(self, text: str, *, bar_has_it: bool = False) -> None:
         """A line for log.txt and the terminal; where the bar shows it already, not again."""

@@ -1,9 +1,12 @@
-"""Sample order is a pure function of (seed, step), whatever the world size."""
+"""Sample order is a pure function of (seed, step), whatever the world size; or the rows given."""
 
 import numpy as np
 import pytest
 
-from repa_fast.data.order import SampleOrder
+from repa_fast.data.dataset import LatentDataset
+from repa_fast.data.loader import Loader
+from repa_fast.data.order import Consecutive, SampleOrder
+from tests.eval.analysing import noise_images, write_table
 
 NUM_ROWS, BATCH = 103, 12  # 8 steps per epoch, 7 rows dropped
 
@@ -80,3 +83,30 @@ def test_a_batch_of_all_rows_is_one_step_per_epoch():
 def test_fewer_rows_than_a_batch_are_refused():
     with pytest.raises(ValueError, match=r"11 rows.*12"):
         SampleOrder(11, 12, 0)
+
+
+@pytest.mark.parametrize("batch, lengths", [(1, [1] * 5), (2, [2, 2, 1]), (5, [5]), (9, [5])])
+def test_given_rows_come_in_their_order_and_none_is_dropped(batch, lengths):
+    given = np.array([8, 1, 30, 2, 7])
+    rows = Consecutive(given, batch)
+    parts = [rows.rows(step) for step in range(rows.steps)]
+    assert [len(part) for part in parts] == lengths
+    assert np.array_equal(np.concatenate(parts), given)
+    assert {part.dtype for part in parts} == {np.dtype(np.int64)}
+
+
+def test_no_rows_are_no_steps():
+    assert Consecutive(np.empty(0, np.int64), 3).steps == 0
+
+
+def test_a_loader_brings_given_rows_with_a_short_last_batch(tmp_path):
+    images = noise_images(9)
+    write_table(tmp_path / "train.lance", images, np.arange(9) % 4)
+    rows = Consecutive(np.array([8, 1, 3, 2, 7]), 2)
+    dataset = LatentDataset(tmp_path)
+    with Loader(dataset, rows, start=0, stop=rows.steps, num_workers=2) as loader:
+        batches = list(loader)
+    assert [batch["index"].tolist() for batch in batches] == [[8, 1], [3, 2], [7]]
+    assert [batch["label"].tolist() for batch in batches] == [[0, 1], [3, 2], [3]]
+    pixels = np.concatenate([batch["image"].numpy() for batch in batches]).transpose(0, 2, 3, 1)
+    assert np.array_equal(pixels, images[[8, 1, 3, 2, 7]])

@@ -1,0 +1,306 @@
+"""Many images of a checkpoint to one .npz: `torchrun -m repa_fast.eval.generate --ckpt FILE ...`.
+
+The unit of work is a block of consecutive image numbers, as many as a batch, the last one padded.
+A process takes every WORLD_SIZE-th block and writes its images to a file of their own and then a
+record; so the images do not depend on who computed them, and a block without a record is computed
+again. When every block has one, the first process joins them, block by block, and the .npz appears
+whole. Processes meet in the file system alone.
+"""
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import shutil
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from repa_fast.data.build import POLL_SECONDS
+from repa_fast.data.ledger import Ledger, is_disk_full, write_whole
+from repa_fast.data.processes import own_device, progress_bar, rank_and_size
+from repa_fast.eval.load import Loaded, load
+from repa_fast.eval.pictures import arrange, save_png
+from repa_fast.eval.sampling import ImageSampler, SamplerConfig, labels_of
+
+SHEET_IMAGES = 64
+SHEET_COLUMNS = 8
+LONGEST_NAME = 190
+"""Bytes of the .npz's name; file systems take 255, and some are put around it."""
+INDIFFERENT = (
+    "ckpt", "sample_dir", "pngs", "origin", "model", "resolution", "num_classes", "encoder_depth",
+    "projector_embed_dims", "qk_norm", "legacy",
+)  # fmt: skip
+"""Settings that do not decide the images, once the weights are loaded."""
+
+
+@dataclass(kw_only=True)
+class GenerateConfig(SamplerConfig):
+    """`repa-fast generate`: REPA's generate.py, its flags and more."""
+
+    ckpt: str
+    """A run's folder, a native checkpoint, an official .pt file, bare weights or safetensors."""
+    sample_dir: str = "samples"
+    """Folder of the .npz; its name holds every setting."""
+    num_fid_samples: int = 50_000
+    """How many images."""
+    per_proc_batch_size: int = 32
+    """Images at a time on each process; part of the settings, since it can change the last bit."""
+    global_seed: int = 0
+    """Determines noise and labels, together with the number of an image."""
+    labels: Literal["random", "balanced"] = "random"
+    """Labels drawn at random as upstream, or one class after the other."""
+    class_label: int = -1
+    """One class for all images."""
+    origin: Literal["repa", "sit"] = "repa"
+    """Whose weights CKPT holds: REPA's or ours, or the original SiT's."""
+    pngs: bool = False
+    """Write every image as a PNG too, into a folder beside the .npz."""
+
+    model: str = ""
+    """SiT-{S,B,L,XL}/{2,4,8}; known from the weights, and checked if given."""
+    num_heads: int = 0
+    """Of an architecture that is none of those and whose file does not say."""
+    resolution: int = 0
+    """Of the images; known from the weights, and checked if given."""
+    num_classes: int = 0
+    """Known from the weights, and checked if given."""
+    encoder_depth: int = 8
+    """Accepted for compatibility: projectors are not loaded."""
+    projector_embed_dims: str = ""
+    """Accepted for compatibility: projectors are not loaded."""
+    fused_attn: bool = True
+    """The fastest attention; otherwise the explicit softmax."""
+    qk_norm: bool = False
+    """Accepted for compatibility: known from the weights."""
+    legacy: bool = False
+    """Accepted for compatibility: old names are recognised."""
+
+
+def generate(config: GenerateConfig) -> Path:
+    """Write the .npz (or leave a finished one as it is); every process of torchrun calls it.
+
+    Returns:
+        Its path. It holds arr_0, uint8 (N, R, R, 3), and arr_1, int64 labels (N); beside it are a
+        JSON of all settings and a contact sheet.
+
+    Raises:
+        ValueError: weights or settings that do not fit, or a finished .npz of other settings.
+        RuntimeError: the autoencoder cannot be loaded, or the disk is full.
+    """
+    rank, world_size = rank_and_size()
+    device = own_device()
+    loaded = load(
+        config.ckpt,
+        device,
+        origin=config.origin,
+        model=config.model,
+        num_heads=config.num_heads,
+        prediction=config.prediction,
+    )
+    _check(config, loaded)
+    for block in loaded.model.blocks:
+        block.attn.fused_attn = config.fused_attn
+    out = Path(config.sample_dir) / f"{name_of(config, loaded)}.npz"
+    work = out.with_name(f".{out.stem}.generating")
+    if out.exists():
+        _expect_same(out, settings(config, loaded))
+        if rank == 0:  # of a process that was killed right after the .npz took its name
+            shutil.rmtree(work, ignore_errors=True)
+        return out
+    ledger = Ledger(work, settings(config, loaded))
+    blocks = -(-config.num_fid_samples // config.per_proc_batch_size)
+    done = set(ledger.done())
+    mine = [block for block in range(rank, blocks, world_size) if block not in done]
+    sampler = ImageSampler(loaded, config, device) if mine else None
+    with progress_bar(out.name, rank == 0) as progress:
+        advance = progress(config.num_fid_samples)
+        for block in mine:
+            try:
+                _write_block(ledger, block, *sample_block(sampler, config, block))
+            except OSError as error:
+                raise _explained(error, ledger, blocks) from error
+            advance(_images_done(config, ledger))
+        if rank:
+            return out
+        while len(ledger.done()) < blocks:  # those of other processes
+            advance(_images_done(config, ledger))
+            time.sleep(POLL_SECONDS)
+        advance(config.num_fid_samples)
+    try:
+        _finish(config, loaded, ledger, blocks, out)
+    except OSError as error:
+        raise _explained(error, ledger, blocks) from error
+    return out
+
+
+def _check(config: GenerateConfig, loaded: Loaded) -> None:
+    known = {"resolution": loaded.metadata.resolution, "num_classes": loaded.model.num_classes}
+    for name, value in known.items():
+        if getattr(config, name) not in (0, value):
+            raise ValueError(f"{name} is {getattr(config, name)}, expected {value} (the weights')")
+    for name in ("num_fid_samples", "per_proc_batch_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}, expected at least 1")
+    classes = len(loaded.metadata.class_names)
+    if not -1 <= config.class_label < classes:
+        raise ValueError(
+            f"class_label is {config.class_label}, expected 0..{classes - 1}, or -1 for all classes"
+        )
+
+
+def _expect_same(out: Path, now: dict) -> None:
+    """Names leave digits and folders out; a finished file has to be of these very settings."""
+    beside = out.with_suffix(".json")
+    made = json.loads(beside.read_text()) if beside.exists() else now
+    changed = [
+        f"{name}: {made.get(name)!r}, now {value!r}"
+        for name, value in now.items()
+        if name != "torch" and made.get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{out} was made with other settings ({'; '.join(changed)}); remove it, or give "
+            "another --sample-dir"
+        )
+
+
+def name_of(config: GenerateConfig, loaded: Loaded) -> str:
+    """A file name with every setting that decides the images; the end of a long one is hashed."""
+    step = f"{loaded.step:07d}" if loaded.step is not None else loaded.source.stem
+    attention = "" if config.fused_attn else "plain-attention-"
+    labels = f"class-{config.class_label}" if config.class_label >= 0 else config.labels
+    name = (
+        f"{loaded.name}-{step}-{loaded.digest}-size-{loaded.metadata.resolution}-"
+        f"{config.label(loaded.metadata)}-{attention}{labels}-seed-{config.global_seed}-"
+        f"batch-{config.per_proc_batch_size}-n-{config.num_fid_samples}"
+    ).encode()
+    if len(name) <= LONGEST_NAME:
+        return name.decode()
+    ending = f"-{hashlib.sha256(name).hexdigest()[:8]}"
+    return name[: LONGEST_NAME - len(ending)].decode(errors="ignore") + ending
+
+
+def settings(config: GenerateConfig, loaded: Loaded) -> dict:
+    """Everything that decides the images, for the JSON beside them."""
+    chosen = {name: value for name, value in asdict(config).items() if name not in INDIFFERENT}
+    return chosen | {
+        "digest": loaded.digest,
+        "step": loaded.step,
+        "num_heads": loaded.model.blocks[0].attn.num_heads,
+        "path_type": config.path_type or loaded.path_type,
+        "prediction": loaded.prediction,
+        "torch": torch.__version__,
+    }
+
+
+def sample_block(
+    sampler: ImageSampler, config: GenerateConfig, block: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 (B, R, R, 3) and labels (B) of a block; the last block may be shorter."""
+    size = config.per_proc_batch_size
+    index = np.arange(block * size, (block + 1) * size)
+    labels = _labels(config, len(sampler.metadata.class_names), index)
+    images = sampler.images(index, labels, config.global_seed).permute(0, 2, 3, 1)
+    kept = min(size, config.num_fid_samples - block * size)
+    return images.cpu().numpy()[:kept], labels[:kept]
+
+
+def _labels(config: GenerateConfig, num_classes: int, index: np.ndarray) -> np.ndarray:
+    if config.class_label >= 0:
+        return np.full(len(index), config.class_label)
+    return labels_of(index, num_classes, config.global_seed, config.labels)
+
+
+def _write_block(ledger: Ledger, block: int, images: np.ndarray, labels: np.ndarray) -> None:
+    partial = ledger.folder / f".{block:06d}.npy"
+    buffer = io.BytesIO()
+    np.save(buffer, images)  # straight to the file, it would not say that the disk is full
+    with open(partial, "wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(ledger.folder / f"{block:06d}.npy")
+    ledger.write(block, {"labels": labels.tolist()})
+
+
+def _images_done(config: GenerateConfig, ledger: Ledger) -> int:
+    return min(len(ledger.done()) * config.per_proc_batch_size, config.num_fid_samples)
+
+
+def _finish(config: GenerateConfig, loaded: Loaded, ledger: Ledger, blocks: int, out: Path) -> None:
+    """Join the blocks; the .npz takes its name last."""
+
+    def parts() -> Iterator[np.ndarray]:
+        return (np.load(ledger.folder / f"{block:06d}.npy") for block in range(blocks))
+
+    labels = np.array([label for b in range(blocks) for label in ledger.read(b)["labels"]])
+    names = loaded.metadata.class_names
+    shown = np.stack(list(itertools.islice(itertools.chain.from_iterable(parts()), SHEET_IMAGES)))
+    titles = [names[label] if label < len(names) else str(label) for label in labels[: len(shown)]]
+    pixels = torch.from_numpy(shown.transpose(0, 3, 1, 2).copy())
+    save_png(arrange(pixels, SHEET_COLUMNS, titles), out.with_suffix(".png"))
+    if config.pngs:
+        folder = out.with_suffix("")
+        for number, image in enumerate(itertools.chain.from_iterable(parts())):
+            save_png(image, folder / f"{number:06d}.png")
+    described = settings(config, loaded) | {"ckpt": str(loaded.source.resolve())}
+    write_whole(out.with_suffix(".json"), json.dumps(described, indent=2))
+    size = loaded.metadata.resolution
+    write_npz(out, parts, (config.num_fid_samples, size, size, 3), labels)
+    ledger.remove()
+
+
+def write_npz(
+    out: Path,
+    parts: Callable[[], Iterator[np.ndarray]],
+    shape: tuple[int, ...],
+    labels: np.ndarray,
+) -> None:
+    """Write arr_0, the uint8 `parts` one after the other, and arr_1, holding one part in memory.
+
+    The file takes its name when it is whole.
+
+    Raises:
+        ValueError: the parts do not add up to `shape`.
+    """
+    partial = out.with_name(f".{out.name}.partial")
+    with open(partial, "wb") as whole, zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        written = 0
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in parts():
+                written += part.size
+                file.write(np.ascontiguousarray(part, np.uint8))
+        if written != np.prod(shape, dtype=np.int64):
+            raise ValueError(f"{out}: {written} values, expected the {shape} of arr_0")
+        with archive.open("arr_1.npy", "w") as file:  # writestr would put the time of day into it
+            np.save(file, labels.astype(np.int64))
+        archive.close()
+        whole.flush()
+        os.fsync(whole.fileno())
+    partial.replace(out)
+
+
+def _explained(error: OSError, ledger: Ledger, blocks: int) -> Exception:
+    if not is_disk_full(error):
+        return error
+    return RuntimeError(
+        f"the disk of {ledger.folder} is full; {len(ledger.done())} of {blocks} batches are "
+        "written and kept: make room and run the same command again"
+    )
+
+
+if __name__ == "__main__":
+    from repa_fast.cli import main
+
+    sys.exit(main(["generate", *sys.argv[1:]]))

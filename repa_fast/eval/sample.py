@@ -1,0 +1,98 @@
+"""A picture of samples: `repa-fast sample --ckpt RUN --class "golden retriever" --seed 0`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from repa_fast.data.processes import own_device
+from repa_fast.eval.load import load
+from repa_fast.eval.pictures import arrange, save_png
+from repa_fast.eval.sampling import ImageSampler, SamplerConfig
+
+IMAGENET_CLASSES = 1000
+MOST_ROWS = 10
+SHOWN = 5
+
+
+@dataclass(kw_only=True)
+class SampleConfig(SamplerConfig):
+    """`repa-fast sample`: samples of one class, or of several, as a PNG."""
+
+    ckpt: str
+    """A run's folder, a native checkpoint, an official .pt file, bare weights or safetensors."""
+    classes: tuple[str, ...] = ()
+    """(or --class) Names or numbers, one row each; all, at most ten, where none is given."""
+    count: int = 8
+    """Images of each class."""
+    seed: int = 0
+    """Determines the noise, the same for every class."""
+    out: str = "sample.png"
+    """File to write."""
+    origin: Literal["repa", "sit"] = "repa"
+    """Whose weights CKPT holds: REPA's or ours, or the original SiT's."""
+    num_heads: int = 0
+    """Of an architecture that is no SiT-{S,B,L,XL} and whose file does not say."""
+
+
+def sample(config: SampleConfig) -> Path:
+    """Write the picture; returns its path.
+
+    Raises:
+        ValueError: unknown class, or weights or settings that do not fit.
+        RuntimeError: the autoencoder cannot be loaded.
+    """
+    if config.count < 1:
+        raise ValueError(f"count is {config.count}, expected at least 1")
+    device = own_device()
+    loaded = load(
+        config.ckpt,
+        device,
+        origin=config.origin,
+        num_heads=config.num_heads,
+        prediction=config.prediction,
+    )
+    names = class_names(loaded.metadata.class_names)
+    chosen = [class_index(name, names) for name in config.classes]
+    rows = chosen or list(range(min(len(names), MOST_ROWS)))
+    labels = np.repeat(rows, config.count)
+    index = np.tile(np.arange(config.count), len(rows))
+    sampler = ImageSampler(loaded, config, device)
+    images = sampler.images(index, labels, config.seed)
+    titles = [names[label].split(",")[0] for label in labels]
+    out = Path(config.out)
+    save_png(arrange(images, config.count, titles), out)
+    return out
+
+
+def class_names(known: Sequence[str]) -> tuple[str, ...]:
+    """Names for people: ImageNet's, synonyms after a comma, where the dataset has numbers only."""
+    if len(known) != IMAGENET_CLASSES or not all(name.isdecimal() for name in known):
+        return tuple(known)
+    from timm.data import ImageNetInfo
+
+    imagenet = ImageNetInfo()
+    return tuple(imagenet.index_to_description(index) for index in range(IMAGENET_CLASSES))
+
+
+def class_index(wanted: str, names: Sequence[str]) -> int:
+    """The class of that number or, in any case of letters, that name or part of a name.
+
+    Raises:
+        ValueError: none, or several; lists some.
+    """
+    word = wanted.lower()
+    exact = [index for index, name in enumerate(names) if word in name.lower().split(", ")]
+    if not exact and wanted.isdecimal() and int(wanted) < len(names):
+        return int(wanted)
+    found = exact or [index for index, name in enumerate(names) if word in name.lower()]
+    if len(found) == 1:
+        return found[0]
+    some = [f"{index} ({names[index]})" for index in found or range(len(names))]
+    raise ValueError(
+        f"class is {wanted!r}, expected a number below {len(names)} or a name; "
+        f"{len(found)} classes have it{'' if found else ', there are'}: "
+        f"{', '.join(some[:SHOWN])}{' ...' if len(some) > SHOWN else ''}"
+    )

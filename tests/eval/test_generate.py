@@ -1,0 +1,219 @@
+"""Many images to one .npz: what is in it and beside it."""
+
+import functools
+import json
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from repa_fast.eval import generate as generating
+from repa_fast.eval.generate import generate, write_npz
+from repa_fast.eval.load import load
+from repa_fast.eval.sampling import ImageSampler, labels_of
+from tests.eval import checkpoints
+from tests.eval.generating import COUNT, config_of
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def same_precision():
+    with checkpoints.precision_kept():
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return checkpoints.run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def loaded(run):
+    return load(run)
+
+
+@pytest.fixture(scope="module")
+def make(run):
+    """(folder, settings) -> config."""
+    return functools.partial(config_of, run)
+
+
+@pytest.fixture(scope="module")
+def whole(make, tmp_path_factory):
+    """Made at once by one process."""
+    return generate(make(tmp_path_factory.mktemp("whole")))
+
+
+def test_the_images_are_the_samplers_block_by_block(whole, make, loaded, tmp_path):
+    config = make(tmp_path)
+    sampler = ImageSampler(loaded, config, CPU)
+    numbers = np.arange(24)  # the last block is padded
+    labels = labels_of(numbers, 10, 0, "random")
+    images = [sampler.images(n, labels[n], 0) for n in np.split(numbers, 3)]
+    expected = torch.cat(images)[:COUNT].permute(0, 2, 3, 1).numpy()
+    with np.load(whole) as found:
+        assert found["arr_0"].dtype == np.uint8 and found["arr_1"].dtype == np.int64
+        assert np.array_equal(found["arr_0"], expected)
+        assert np.array_equal(found["arr_1"], labels[:COUNT])
+    assert expected.std() > 20
+
+
+def test_every_block_is_a_whole_batch(make, tmp_path, monkeypatch):
+    """Another batch size may change the last bit, on a GPU more often than here."""
+    asked, images = [], ImageSampler.images
+
+    def spied(sampler, index, labels, seed):
+        asked.append(index.tolist())
+        return images(sampler, index, labels, seed)
+
+    monkeypatch.setattr(ImageSampler, "images", spied)
+    generate(make(tmp_path))
+    assert asked == [list(range(8)), list(range(8, 16)), list(range(16, 24))]
+
+
+@pytest.mark.parametrize(
+    "settings, labels",
+    [
+        ({"labels": "balanced"}, [*range(10), *range(10)]),
+        ({"class_label": 7}, [7] * 20),
+        ({"class_label": 0, "labels": "balanced"}, [0] * 20),
+        ({"global_seed": 3}, labels_of(np.arange(20), 10, 3, "random").tolist()),
+    ],
+)
+def test_labels_are_those_asked_for(make, whole, tmp_path, settings, labels):
+    with np.load(generate(make(tmp_path, **settings))) as found, np.load(whole) as other:
+        assert found["arr_1"].tolist() == labels
+        assert found["arr_0"].shape == (20, 16, 16, 3)
+        assert not np.array_equal(found["arr_0"], other["arr_0"])
+
+
+@pytest.mark.parametrize("kind", ["random", "balanced"])
+def test_only_classes_of_the_dataset_are_sampled(make, tmp_path, kind):
+    """The label table may have more rows, which training never met."""
+    folder = checkpoints.run(tmp_path / "run", num_classes=30)
+    out = generate(make(tmp_path, ckpt=str(folder), labels=kind, num_fid_samples=30))
+    with np.load(out) as found:
+        assert len(set(found["arr_1"])) > 5 and found["arr_1"].max() < 10
+
+
+@pytest.mark.parametrize("count, batch", [(1, 8), (8, 8), (9, 8), (3, 1)])
+def test_there_are_as_many_images_as_asked_for(make, tmp_path, count, batch):
+    config = make(tmp_path, num_fid_samples=count, per_proc_batch_size=batch)
+    with np.load(generate(config)) as found:
+        assert found["arr_0"].shape == (count, 16, 16, 3) and found["arr_1"].shape == (count,)
+
+
+def test_fewer_images_are_the_first_of_more(make, whole, tmp_path):
+    with np.load(generate(make(tmp_path, num_fid_samples=11))) as few, np.load(whole) as many:
+        assert np.array_equal(few["arr_0"], many["arr_0"][:11])
+        assert np.array_equal(few["arr_1"], many["arr_1"][:11])
+
+
+def test_the_settings_lie_beside(whole, run, loaded):
+    described = json.loads(whole.with_suffix(".json").read_text())
+    assert described["num_steps"] == 2 and described["cfg_scale"] == 1.5
+    assert (described["path_type"], described["prediction"]) == ("linear", "v")
+    assert described["step"] == 7 and described["digest"] == loaded.digest
+    assert Path(described["ckpt"]) == (run / "checkpoints" / "0000007").resolve()
+    assert described["torch"] == torch.__version__
+
+
+def test_a_contact_sheet_lies_beside_with_titles(whole):
+    from repa_fast.eval import pictures
+
+    with Image.open(whole.with_suffix(".png")) as image:
+        sheet = np.asarray(image)
+    above, pitch = pictures.TITLE_PIXELS, 48 + pictures.GAP
+    rows = -(-COUNT // generating.SHEET_COLUMNS)
+    assert sheet.shape[0] == rows * (pitch + above) - pictures.GAP
+    with np.load(whole) as found:
+        for number in (0, 9, 19):
+            row, column = divmod(number, generating.SHEET_COLUMNS)
+            top, left = row * (pitch + above), column * pitch
+            shown = sheet[top + above : top + above + 48 : 3, left : left + 48 : 3]
+            assert np.array_equal(shown, found["arr_0"][number])
+            assert (sheet[top : top + above, left : left + 48] != pictures.GAP_GREY).any()
+
+
+def test_images_are_pngs_too_where_asked(make, whole, tmp_path):
+    out = generate(make(tmp_path, pngs=True))
+    assert out.read_bytes() == whole.read_bytes()
+    files = sorted(out.with_suffix("").iterdir())
+    assert [file.name for file in files] == [f"{number:06d}.png" for number in range(COUNT)]
+    with np.load(out) as found:
+        for file, expected in zip(files, found["arr_0"], strict=True):
+            assert np.array_equal(np.asarray(Image.open(file)), expected)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"num_fid_samples": 0}, "num_fid_samples is 0, expected at least 1"),
+        ({"per_proc_batch_size": 0}, "per_proc_batch_size is 0, expected at least 1"),
+        ({"class_label": 10}, r"class_label is 10, expected 0\.\.9"),
+        ({"class_label": -2}, r"class_label is -2, expected 0\.\.9"),
+        ({"resolution": 256}, "resolution is 256, expected 16"),
+        ({"num_classes": 1000}, "num_classes is 1000, expected 10"),
+        ({"model": "SiT-XL/2"}, "expected SiT-XL/2"),
+        ({"ckpt": "nowhere"}, "nowhere does not exist"),
+    ],
+)
+def test_what_does_not_fit_the_weights_is_refused(make, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        generate(make(tmp_path, **settings))
+    assert list(tmp_path.iterdir()) == []
+
+
+def parts_of(images: np.ndarray, size: int):
+    return lambda: iter(np.split(images, range(size, len(images), size)))
+
+
+def test_an_npz_is_that_of_numpy(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 3), dtype=np.uint8)
+    labels = np.arange(10, dtype=np.int32)
+    write_npz(tmp_path / "x.npz", parts_of(images, 3), images.shape, labels)
+    np.savez(tmp_path / "numpy.npz", images, labels.astype(np.int64))
+    with np.load(tmp_path / "x.npz") as got, np.load(tmp_path / "numpy.npz") as expected:
+        assert got.files == expected.files
+        for name in got.files:
+            assert got[name].dtype == expected[name].dtype
+            assert np.array_equal(got[name], expected[name])
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_an_npz_does_not_depend_on_its_parts_or_the_hour(tmp_path, monkeypatch):
+    images = np.arange(120, dtype=np.uint8).reshape(10, 2, 2, 3)
+    write_npz(tmp_path / "a.npz", parts_of(images, 3), images.shape, np.arange(10))
+    monkeypatch.setattr(time, "time", lambda: 2e9)
+    write_npz(tmp_path / "b.npz", parts_of(images, 10), images.shape, np.arange(10))
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+@pytest.mark.parametrize("count", [9, 11])
+def test_parts_that_do_not_add_up_leave_no_file(tmp_path, count):
+    images = np.zeros((count, 4, 4, 3), np.uint8)
+    with pytest.raises(ValueError, match=rf"{count * 48} values, expected the \(10, 4, 4, 3\)"):
+        write_npz(tmp_path / "x.npz", parts_of(images, 3), (10, 4, 4, 3), np.arange(10))
+    assert not (tmp_path / "x.npz").exists()
+
+
+def test_one_part_is_in_memory_at_a_time(tmp_path):
+    part, count = 2**20, 64
+
+    def parts():
+        return (np.full((1, part), number, np.uint8) for number in range(count))
+
+    tracemalloc.start()
+    try:
+        write_npz(tmp_path / "x.npz", parts, (count, part), np.arange(count))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * part
+    with np.load(tmp_path / "x.npz") as found:
+        assert np.array_equal(found["arr_0"][:, -1], np.arange(count))

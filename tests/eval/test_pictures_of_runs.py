@@ -1,0 +1,126 @@
+"""strip, sweep and pca on a run that has learnt nothing."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("lance")
+pytest.importorskip("timm")
+
+from repa_fast.data.prepare import prepare_digits
+from repa_fast.eval import pca as pca_module
+from repa_fast.eval.generate import GenerateConfig, generate
+from repa_fast.eval.load import load
+from repa_fast.eval.metrics import EvalConfig, evaluate
+from repa_fast.eval.pca import PcaConfig, colours, pca
+from repa_fast.eval.pictures import GAP, TITLE_PIXELS
+from repa_fast.eval.sampling import ImageSampler, SamplerConfig
+from repa_fast.eval.strip import StripConfig, strip
+from repa_fast.eval.sweep import SweepConfig, sweep
+from tests.eval import checkpoints
+
+SIDE = 48
+
+
+@pytest.fixture(scope="module")
+def digits_dir(tmp_path_factory):
+    return str(prepare_digits(tmp_path_factory.mktemp("data") / "digits"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with two checkpoints of different weights."""
+    return checkpoints.run(tmp_path_factory.mktemp("run"), steps=(3, 7))
+
+
+def tile(picture, row, column, side=SIDE):
+    top = row * (side + TITLE_PIXELS + GAP) + TITLE_PIXELS
+    left = column * (side + GAP)
+    return picture[top : top + side, left : left + side]
+
+
+def test_a_strip_has_a_row_per_image_and_a_column_per_checkpoint(run):
+    config = StripConfig(ckpt=str(run), classes=("3", "5", "3"), num_steps=2)
+    path = strip(config)
+    assert path == run / "strip.png"
+    picture = np.asarray(Image.open(path))
+    labels = np.array([3, 5, 3])
+    for column, step in enumerate((3, 7)):
+        loaded = load(run / "checkpoints" / f"{step:07d}")
+        sampler = ImageSampler(loaded, SamplerConfig(num_steps=2), torch.device("cpu"))
+        images = sampler.images(np.arange(3), labels, 0).permute(0, 2, 3, 1).numpy()
+        for row, image in enumerate(images):
+            assert np.array_equal(tile(picture, row, column)[::3, ::3], image)
+    assert not np.array_equal(tile(picture, 0, 0), tile(picture, 0, 1))
+
+
+def test_a_strip_of_no_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="not a run with complete checkpoints"):
+        strip(StripConfig(ckpt=str(tmp_path)))
+
+
+def test_a_sweep_s_points_are_those_of_generate_and_eval(run, digits_dir, tmp_path):
+    settings = {"num_fid_samples": 40, "num_steps": 2, "sample_dir": str(tmp_path / "s")}
+    judged = {"dataset": digits_dir, "features": "digits-judge", "num_samples": 40}
+    config = SweepConfig(ckpt=str(run), all_steps=True, cfg_scales=(1.0, 3.0), **settings, **judged)
+    written = sweep(config)
+    results = json.loads((tmp_path / "s" / "sweep.json").read_text())
+    points = results["points"]
+    assert [(p["step"], p["cfg_scale"]) for p in points] == [(3, 1), (3, 3), (7, 1), (7, 3)]
+    chosen = GenerateConfig(ckpt=str(run / "checkpoints" / "0000007"), cfg_scale=3.0, **settings)
+    samples = generate(chosen)
+    alone = tmp_path / "alone.json"
+    evaluate(EvalConfig(samples=str(samples), out=str(alone), **judged))
+    expected = json.loads(alone.read_text())["scores"]
+    assert {name: points[3][name] for name in expected} == pytest.approx(expected)
+    assert len({p["Frechet distance"] for p in points}) == 4
+    assert "Frechet distance" in written and (tmp_path / "s" / "sweep.md").exists()
+    with Image.open(tmp_path / "s" / "sweep.png") as picture:
+        assert len(picture.getcolors(1 << 20)) > 10
+
+
+def test_a_sweep_with_a_score_that_is_not_there_is_refused(run, digits_dir, tmp_path):
+    config = SweepConfig(
+        ckpt=str(run), dataset=digits_dir, features="digits-judge", num_samples=4,
+        num_fid_samples=4, num_steps=1, sample_dir=str(tmp_path), plotted="FID",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="plotted is 'FID', expected one of Frechet distance"):
+        sweep(config)
+
+
+def test_colours_are_the_three_main_directions():
+    generator = torch.Generator().manual_seed(0)
+    basis, _ = torch.linalg.qr(torch.randn((8, 8), generator=generator, dtype=torch.float64))
+    strength = torch.tensor([9.0, 5.0, 3.0, 0.1, 0.1, 0.1, 0.1, 0.1], dtype=torch.float64)
+    hidden = torch.randn((6, 16, 8), generator=generator, dtype=torch.float64) * strength
+    found = colours((hidden @ basis + 7).float())
+    assert found.shape == (6, 3, 4, 4) and found.dtype == torch.uint8
+    along = hidden.flatten(0, 1)[:, :3]
+    levels = found.permute(0, 2, 3, 1).reshape(-1, 3).double()
+    for direction in range(3):
+        inside = (levels[:, direction] > 0) & (levels[:, direction] < 255)
+        pair = torch.stack([levels[inside, direction], along[inside, direction]])
+        assert abs(torch.corrcoef(pair)[0, 1]) > 0.9
+
+
+def test_pca_writes_a_picture_for_each_image(run, digits_dir, tmp_path):
+    config = PcaConfig(
+        ckpt=str(run), data_dir=digits_dir, rows=(0, 5), times=(0.1, 0.6), out=str(tmp_path)
+    )
+    files = pca(config).splitlines()
+    assert [name.rpartition("/")[2] for name in files] == ["pca-0.png", "pca-5.png"]
+    side = pca_module.SHOWN_SIDE
+    layers = len(load(run).model.blocks)
+    for name in files:
+        picture = np.asarray(Image.open(name))
+        height = layers * (side + TITLE_PIXELS + GAP) - GAP
+        assert picture.shape == (height, 2 * (side + GAP) - GAP, 3)
+    assert (tmp_path / "image-5.png").exists()
+
+
+def test_pca_of_a_row_that_is_not_there_is_refused(run, digits_dir):
+    with pytest.raises(ValueError, match=r"row is 297, expected 0\.\.296"):
+        pca(PcaConfig(ckpt=str(run), data_dir=digits_dir, rows=(297,)))

@@ -21,6 +21,10 @@ STAGES = ("kernels", "optim", "step", "sample", "data")
 KERNELS_MEASURE, KERNELS_END = 390, 455
 """Seconds after which gpu-kernels measures no further op, and after which it has ended."""
 
+SAMPLE_PROVIDERS = ("ours-compile-bf16", "official", "ours-eager-bf16", "ours-compile-tf32")
+SAMPLE_END, SAMPLE_LEAST = 465, 60
+"""Seconds after which gpu-sample has ended, and which have to be left to begin another figure."""
+
 
 def kernels() -> int:
     """Every op's gate and figures, then a sweep of launch parameters in the time that is left.
@@ -85,17 +89,38 @@ def step() -> int:
     return status
 
 
+def sample() -> int:
+    """Sampling of SiT-XL/2, then of SiT-B/2: the fastest way, its rival, then the others.
+
+    A process each, since the rival runs other kernels, and so that memory is of one alone.
+    """
+    started = time.monotonic()
+    status = 0
+    for model in ("SiT-XL/2", "SiT-B/2"):
+        for provider in SAMPLE_PROVIDERS:
+            left = SAMPLE_END - (time.monotonic() - started)
+            if left < SAMPLE_LEAST:
+                print(f"gpu-sample: no time is left for {model} {provider}", flush=True)
+                continue
+            print(f"gpu-sample: {model} {provider}, at most {left:.0f} s", flush=True)
+            arguments = ["benchmarks.sample", "--model", model, "--provider", provider]
+            status |= limited(arguments, left)
+    return status
+
+
 def data() -> int:
-    """Images per second of the reader alone, with Pillow, and with DALI on the CPU and the GPU."""
-    return limited(["benchmarks.data", "--threads", "4"], 240)
+    """The data path's readers and their rivals, then a step fed by it, with its waiting time."""
+    readers = ["rows", "torch", "dali-cpu", "dali-gpu", "official", "dali-224"]
+    arguments = ["benchmarks.data", "--threads", "4", "--rounds", "3", "--reader", *readers]
+    status = limited(arguments, 280)
+    step = ["benchmarks.step", "--preset", "sit-b2-repa", "--compile", "--data", "photographs"]
+    return status | limited([*step, "--batch", "128"], 180)
 
 
 def why_not(stage: str) -> str | None:
     """The reason a stage cannot run here, or None."""
     if not torch.cuda.is_available():
         return "no CUDA device"
-    if stage not in WORK:
-        return "nothing to measure yet"
     _, package = WORK[stage]
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed"
@@ -106,6 +131,7 @@ WORK = {
     "kernels": (kernels, "triton"),
     "optim": (optim, "torch"),
     "step": (step, "timm"),
+    "sample": (sample, "triton"),
     "data": (data, "lance"),
 }
 """Stage -> what runs it, and the package it needs."""

@@ -135,6 +135,7 @@ class ImageSampler:
         self.model = loaded.model
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = config.tf32
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         if config.compile:
             self._compile()
         self._decode = self._decoder()

@@ -1,0 +1,253 @@
+import argparse
+import json
+import math
+import re
+import sys
+
+import pytest
+import torch
+
+from benchmarks import sample, sample_gate, sample_providers, sample_report, sample_rival, stage
+from repa_fast import dispatch
+from repa_fast.diffusion import samplers
+from repa_fast.eval import sampling
+from repa_fast.models.sit import SiT
+from tests.eval import checkpoints
+
+CPU = torch.device("cpu")
+BATCH = 2
+FULL, PART, NONE = (
+    sample_providers.GUIDANCES[name] for name in ("1.8 on [0, 1]", "1.8 on [0, 0.7]", "none")
+)
+
+
+@pytest.fixture(autouse=True)
+def same_process():
+    """Samplers choose the precision of matrix products, gates the kernels, for all that follows."""
+    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32 = cudnn
+    dispatch.use_kernels(None)
+
+
+def options(*providers, **changes) -> argparse.Namespace:
+    found = {"provider": list(providers), "model": "SiT-XL/2", "toy": True, "batch": BATCH}
+    found |= {"steps": 8, "measured": 4, "rounds": 2, "device": "cpu"}
+    return argparse.Namespace(**found | changes)
+
+
+class Analytic(torch.nn.Module):
+    """The velocity of Gaussian data of variance `data` at t = 0; a constant where no class is."""
+
+    num_classes = 3
+
+    def __init__(self, data: float) -> None:
+        super().__init__()
+        self.data = data
+
+    def forward(self, x, t, y):
+        t = t[:, None, None, None]
+        velocity = x * (t - (1 - t) * self.data) / (t**2 + (1 - t) ** 2 * self.data)
+        return torch.where((y == self.num_classes)[:, None, None, None], 0.1, velocity), []
+
+
+def test_the_rival_turns_noise_into_the_data_that_it_should():
+    """Against the variance of the data, whose samples the SDE has in the limit of many steps."""
+    torch.manual_seed(0)
+    noise, labels = torch.randn(500, 1, 4, 4), torch.zeros(500, dtype=torch.int64)
+    latents = sample_rival.sample(Analytic(0.25), noise, labels, num_steps=250, cfg_scale=1)
+    assert latents.dtype == torch.float64
+    # 8000 values: 4 standard deviations of a variance are 0.063 of it; as much for the time steps
+    assert latents.var().item() == pytest.approx(0.25, rel=0.12)
+    assert abs(latents.mean().item()) < 4 * 0.5 / math.sqrt(8000)
+
+
+@pytest.mark.parametrize("guidance", sample_providers.GUIDANCES.values())
+def test_the_rival_and_our_sampler_agree_in_fp64(guidance):
+    torch.manual_seed(1)
+    noise, labels = torch.randn(3, 1, 4, 4, dtype=torch.float64), torch.tensor([0, 2, 1])
+    increments = torch.randn(5, *noise.shape, dtype=torch.float64)
+    model = Analytic(0.5)
+    rival = sample_rival.sample(
+        model, noise, labels, num_steps=6, increments=increments, **guidance
+    )
+    ours = samplers.euler_maruyama(
+        model,
+        noise,
+        labels,
+        num_steps=6,
+        cfg_scale=guidance["cfg_scale"],
+        guidance_interval=(guidance["guidance_low"], guidance["guidance_high"]),
+        noise=increments,
+    )
+    torch.testing.assert_close(rival, ours, rtol=1e-12, atol=1e-12)
+
+
+def test_one_step_has_no_increment():
+    with pytest.raises(ValueError, match="num_steps is 0, expected at least 2"):
+        sample_rival.sample(
+            Analytic(1), torch.zeros(1, 1, 2, 2), torch.zeros(1).long(), num_steps=0, cfg_scale=1
+        )
+
+
+@pytest.mark.parametrize(
+    "guidance, guided",
+    # times 1 - 0.96 k / 249 of k = 0..249: 0.7 is passed at k = 77.8
+    [(FULL, 250), (PART, 250 - 78), (NONE, 0)],
+)
+def test_evaluations_with_guidance(guidance, guided):
+    assert sample.evaluations(250, guidance) == (250 - guided, guided)
+
+
+def test_figures_are_the_mix_of_the_steps_of_each_kind():
+    """ms 2 without and 5 with guidance, batch 2: 250 steps on [0, 0.7] take 78 * 2 + 172 * 5 ms."""
+    provider = argparse.Namespace(batch=BATCH, device=CPU, precision="no")
+    with torch.device("meta"):
+        provider.model = argparse.Namespace(model=SiT(z_dims=()))
+    rounds = [{False: [2.0, 1.0, 9.0], True: [5.0]}] * 3
+    rows = {row["guidance"]: row for row in sample.figures(provider, rounds, 250, 1e12)}
+    found = rows["1.8 on [0, 0.7]"]
+    assert found["ms_per_batch"] == pytest.approx(78 * 2 + 172 * 5)
+    assert found["images_per_s_p50"] == pytest.approx(BATCH / 1.016)
+    # 118.6 GMAC of SiT-XL/2, twice that in FLOPs, and twice the batch under guidance
+    assert rows["none"]["gflop_per_image"] == pytest.approx(250 * 237.2, rel=1e-3)
+    assert rows["1.8 on [0, 1]"]["gflop_per_image"] == pytest.approx(500 * 237.2, rel=1e-3)
+    share = found["images_per_s_p50"] * (78 + 2 * 172) * 237.2e9 / 1e12
+    assert found["share_of_floor"] == pytest.approx(share, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["official", "ours-eager-tf32", "ours-eager-bf16"])
+def test_a_run_reads_the_clock_at_every_step(name):
+    loaded = sample_providers.build("", True, CPU)
+    provider = sample_providers.Provider(name, loaded, BATCH, CPU)
+    times, wall = provider.run(6)
+    plain, guided = sample.evaluations(6, sample_providers.MEASURED)
+    assert (len(times[False]), len(times[True])) == (plain, guided)
+    assert min(times[False] + times[True]) > 0 and wall >= 1
+
+
+def test_the_model_is_the_same_at_every_call_and_predicts_something_of_unit_size():
+    first, again = (sample_providers.build("", True, CPU).model for _ in range(2))
+    for a, b in zip(first.parameters(), again.parameters()):
+        assert torch.equal(a, b)
+    x, y = torch.randn(4, 3, 16, 16), torch.arange(4)
+    velocity = first(x, torch.full((4,), 0.5), y)[0]
+    assert 0.3 < velocity.std() < 3
+    assert not torch.equal(velocity, first(x, torch.full((4,), 0.5), y + 1)[0])
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"diffusion_norm": 1.05}, "gate: (latents: |relative error)"),
+        ({"last_step": "euler"}, "gate: (latents: |relative error)"),
+        ({"state_dtype": "fp32"}, "expected torch.float64"),
+    ],
+)
+@pytest.mark.parametrize("name", ["ours-eager-tf32", "ours-eager-bf16"])
+def test_a_wrong_sampler_gets_no_figure(monkeypatch, name, changes, named):
+    settings = sample_providers.PROVIDERS[name] | changes
+    monkeypatch.setitem(sample_providers.PROVIDERS, name, settings)
+    (message,) = sample.prepare(options(name), CPU).values()
+    assert isinstance(message, str) and re.search(named, message), message
+
+
+def test_loops_that_do_not_agree_are_no_gate(monkeypatch):
+    monkeypatch.setattr(sample_rival, "LAST_TIME", 0.05)
+    with pytest.raises(RuntimeError, match=r"differ by .* in fp64"):
+        sample.prepare(options("official"), CPU)
+
+
+def fails(*arguments, **changes):
+    raise RuntimeError("no such kernel\nmore")
+
+
+def test_what_fails_says_why_and_spoils_no_other(monkeypatch):
+    monkeypatch.setattr(sampling.ImageSampler, "_compile", fails)
+    rows = sample.measure(options("ours-compile-tf32", "official"))
+    by = {row["provider"]: row for row in rows}
+    assert by["ours-compile-tf32"]["status"] == "failed"
+    assert by["ours-compile-tf32"]["message"] == "RuntimeError: no such kernel"
+    assert by["official"]["status"] == "ok" and len(rows) == 6
+    assert "RuntimeError: no such kernel" in sample_report.markdown(rows)
+
+
+def test_a_run_writes_rows_and_a_report(tmp_path, monkeypatch):
+    out = tmp_path / "rows.jsonl"
+    arguments = ["--provider", "official", "ours-eager-tf32", "--measured", "4", "--rounds", "2"]
+    command = ["sample", "--toy", "--device", "cpu", "--batch", "2", "--out", str(out), *arguments]
+    monkeypatch.setattr("sys.argv", command)
+    assert sample.main() == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {row["guidance"] for row in rows} == set(sample_providers.GUIDANCES) and len(rows) == 6
+    for row in rows:
+        assert {"commit", "command", "device", "cores", "kernels"} <= row.keys()
+        assert row["images_per_s_p20"] <= row["images_per_s_p50"] <= row["images_per_s_p80"]
+        assert row["num_steps"] == 8 and len(row["images_per_s"]) == 2
+    text = out.with_name("report.md").read_text()
+    assert text.count("| ours-eager-tf32 |") == 6 and "the latents are pixels" in text
+
+
+def test_a_ratio_is_taken_round_by_round_within_a_process():
+    row = {"provider": "ours", "command": "a", "rounds": 3, "images_per_s": [10.0, 20.0, 90.0]}
+    rival = {**row, "images_per_s": [5.0, 10.0, 30.0], "images_per_s_p50": 10.0}
+    row["images_per_s_p50"] = 25.0
+    assert sample_report.ratio(row, rival) == "| ours | 2.00 | 2.00 | 2.60 |"
+    assert sample_report.ratio(row, {**rival, "command": "b"}) == "| ours | | 2.50 | |"
+
+
+@pytest.mark.parametrize("official", [True, False])
+def test_decoding_is_timed_with_random_weights(monkeypatch, official):
+    pytest.importorskip("diffusers")
+    small = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+    small |= {"down_block_types": ("DownEncoderBlock2D",) * 2}
+    small |= {"up_block_types": ("UpDecoderBlock2D",) * 2, "latent_channels": 4}
+    monkeypatch.setattr(sample, "SD_VAE", small)
+    sampler = argparse.Namespace(metadata=checkpoints.LATENTS)
+    provider = argparse.Namespace(batch=6, official=official, device=CPU, sampler=sampler)
+    assert sample.decoding(provider, toy=False)["decode_ms"] > 0
+
+
+def test_without_diffusers_the_reason_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    found = sample.decoding(argparse.Namespace(), toy=False)
+    assert found.keys() == {"decode_skipped"} and "diffusers" in found["decode_skipped"]
+
+
+def test_on_a_gpu_the_official_is_alone(monkeypatch, capsys):
+    arguments = ["--device", "cuda", "--provider", "official", "ours-eager-bf16"]
+    monkeypatch.setattr("sys.argv", ["sample", *arguments])
+    with pytest.raises(SystemExit):
+        sample.parse()
+    assert "expected it alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", [30, 200])
+def test_the_stage_begins_with_what_matters_and_ends_within_its_time(monkeypatch, seconds):
+    begun, clock = [], [0.0]
+
+    def limited(arguments, limit):
+        begun.append((arguments[2], arguments[4]))
+        clock[0] += min(seconds, limit)
+        return 0
+
+    monkeypatch.setattr(stage, "limited", limited)
+    monkeypatch.setattr(stage.time, "monotonic", lambda: clock[0])
+    assert stage.sample() == 0
+    assert begun[:2] == [("SiT-XL/2", "ours-compile-bf16"), ("SiT-XL/2", "official")]
+    assert len(begun) == (8 if seconds == 30 else 3) and clock[0] < 480
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["ours-compile-bf16", "official"])
+def test_figures_on_a_gpu(name):
+    rows = sample.measure(options(name, device="cuda", batch=8))
+    for row in rows:
+        assert row["status"] == "ok" and row["images_per_s_p50"] > 0, row
+        assert row["peak_reserved_gib"] > 0
+
+
+def test_the_gate_knows_what_a_rounding_is():
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        assert sample_gate.ROUNDOFF[name] == torch.finfo(dtype).eps / 2

@@ -144,7 +144,8 @@ def table(results: dict) -> str:
     for number, layer in enumerate(results["layers"]):
         cells = (f"{100 * of_time[number]:.1f}" for of_time in results["top1"])
         lines.append(f"| {layer} | {' | '.join(cells)} |")
-    lines += [f"| {n} | {100 * e['top1']:.1f} |" for n, e in results["encoders"].items()]
+    empty = " |" * (len(times) - 1)
+    lines += [f"| {n} | {100 * e['top1']:.1f} |{empty}" for n, e in results["encoders"].items()]
     rows = results["rows"]
     lines += ["", f"top-1, %; learnt from {rows['train']} rows, judged on {rows['val']}"]
     return "\n".join(lines)

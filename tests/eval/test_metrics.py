@@ -1,0 +1,398 @@
+"""`repa-fast eval`: which images are compared, by which features, and what is written of it."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.special
+import scipy.stats
+import torch
+
+from repa_fast import encoders
+from repa_fast.data.dataset import LatentDataset
+from repa_fast.data.digits import digit_images
+from repa_fast.data.prepare import prepare_digits
+from repa_fast.encoders.digits import DigitsJudge
+from repa_fast.eval import metrics, scores
+from repa_fast.eval.inception import Inception
+from repa_fast.eval.metrics import EvalConfig, evaluate, feature_space
+from tests.eval.analysing import (
+    SmallInception,
+    noise_images,
+    planes,
+    small_inception,
+    write_npz,
+    write_table,
+)
+from tests.eval.random_inception import write_random_inception
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+REAL, SAMPLES = 43, 37
+"""Images; neither is a multiple of a batch or of two processes."""
+SMALL = {"kid_subsets": 5, "kid_size": 20, "batch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with a table of noise, samples of darker noise, and the table's images as npz."""
+    folder = tmp_path_factory.mktemp("files")
+    real = noise_images(REAL)
+    write_table(folder / "data" / "train.lance", real, np.arange(REAL) % 2)
+    write_npz(folder / "real.npz", real)
+    write_npz(folder / "samples.npz", noise_images(SAMPLES, seed=1, spread=200))
+    return folder
+
+
+@pytest.fixture
+def small():
+    with small_inception():
+        yield
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return prepare_digits(tmp_path_factory.mktemp("data") / "digits")
+
+
+def settings(files: Path, **changes) -> EvalConfig:
+    """Of the samples against the table."""
+    fields = {"samples": files / "samples.npz", "dataset": files / "data", "num_samples": SAMPLES}
+    named = {name: str(v) if isinstance(v, Path) else v for name, v in (fields | changes).items()}
+    return EvalConfig(**SMALL | named)
+
+
+def judged(config: EvalConfig, out: Path) -> dict:
+    """What `evaluate` writes."""
+    config.out = str(out)
+    table = evaluate(config)
+    assert out.with_suffix(".md").read_text() == table + "\n"
+    return json.loads(out.read_text())
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """The Frechet distance of features, by the eigenvalues of the product of their covariances.
+
+    Also its rounding: where an eigenvalue should be 0 its error is about eps times the squared
+    scale of the covariances, of which the root is taken.
+    """
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    trace_root = np.sqrt(scipy.linalg.eigvals(cov_a @ cov_b).astype(complex)).real.sum()
+    total = np.trace(cov_a) + np.trace(cov_b)
+    found = ((a.mean(0) - b.mean(0)) ** 2).sum() + total - 2 * trace_root
+    return found, 4 * len(cov_a) * np.sqrt(np.finfo(np.float64).eps) * total
+
+
+def test_scores_are_those_of_the_features(files, tmp_path, small):
+    """Every score from features that are computed here, all images at once."""
+    found = judged(settings(files), tmp_path / "out.json")["scores"]
+    stand_in = SmallInception()
+    real = stand_in(planes(noise_images(REAL)))
+    samples = stand_in(planes(noise_images(SAMPLES, seed=1, spread=200)))
+    for name, one, other in (
+        ("FID", real.pool, samples.pool),
+        ("sFID", real.spatial, samples.spatial),
+    ):
+        expected, rounding = distance(one.numpy(), other.numpy())
+        assert expected > 100 * rounding
+        assert found[name] == pytest.approx(expected, rel=1e-5, abs=rounding)  # fp32 features
+    posterior = scipy.special.softmax(samples.logits.double().numpy(), axis=1)
+    divergence = scipy.stats.entropy(posterior, posterior.mean(0)[None], axis=1).mean()
+    assert found["inception score"] == pytest.approx(np.exp(divergence), rel=1e-5)
+    precision, recall = scores.precision_recall(real.pool, samples.pool)
+    assert (found["precision"], found["recall"]) == (precision, recall)
+    mean, deviation = scores.kid(real.pool, samples.pool, subsets=5, size=20, seed=0)
+    assert found["KID (20 images)"] == pytest.approx(mean, rel=1e-4)
+    assert found["KID, deviation"] == pytest.approx(deviation, rel=1e-4)
+    assert len(found) == 7
+
+
+def test_a_written_reference_is_as_good_as_its_dataset(files, tmp_path, small):
+    path = tmp_path / "new" / "reference.npz"
+    said = evaluate(settings(files, samples="", write_reference=path))
+    assert said == f"{path}: {REAL} images, {REAL} of them kept"
+    direct = judged(settings(files), tmp_path / "direct.json")
+    stored = judged(settings(files, dataset="", reference=path), tmp_path / "stored.json")
+    assert stored["scores"] == pytest.approx(direct["scores"], rel=1e-9)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    assert stored["reference"]["name"] == f"reference.npz, sha256 {sha256}"
+
+
+def test_the_moments_of_a_reference_are_not_those_of_its_images(files, tmp_path, small):
+    """A published file keeps 10,000 images of many more, and does not say of how many."""
+    path = tmp_path / "reference.npz"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "REFERENCE_IMAGES", 20)
+        evaluate(settings(files, write_reference=path))
+    with np.load(path) as content:
+        kept = content["arr_0"]
+    places = [np.flatnonzero((noise_images(REAL) == one).all((1, 2, 3))) for one in kept]
+    assert [len(place) for place in places] == [1] * 20
+    assert (np.diff(np.concatenate(places)) > 0).all()
+    direct = judged(settings(files), tmp_path / "direct.json")
+    stored = judged(settings(files, dataset="", reference=path), tmp_path / "stored.json")
+    for name in ("FID", "sFID", "inception score"):
+        assert stored["scores"][name] == pytest.approx(direct["scores"][name], rel=1e-9)
+    assert stored["scores"]["recall"] != direct["scores"]["recall"]
+    assert stored["reference"] | {"name": ""} == {"name": "", "count": None, "rows": 20}
+    text = (tmp_path / "stored.md").read_text()
+    assert "stored moments, neighbours among 20. " in text
+
+
+@pytest.mark.parametrize("features", ["inception", "digits-judge"])
+def test_the_references_own_images_are_perfect(files, tmp_path, small, features):
+    config = settings(
+        files, samples=files / "real.npz", num_samples=REAL, features=features, kid_size=REAL
+    )
+    found = judged(config, tmp_path / "out.json")["scores"]
+    assert found["precision"] == found["recall"] == 1
+    real = planes(noise_images(REAL))
+    name, rows = (
+        ("FID", SmallInception()(real).pool)
+        if features == "inception"
+        else ("Frechet distance", DigitsJudge().features(real))
+    )
+    _, rounding = distance(rows.numpy(), rows.numpy())
+    assert abs(found[name]) < rounding < 1e-2
+    if features != "inception":
+        assert found["MMD"] == pytest.approx(0, abs=1e-9)  # 1000 times rounding of 1
+
+
+@pytest.mark.parametrize("features", ["digits-vit", "digits-judge"])
+def test_digits_in_a_nets_features(digits, tmp_path, features):
+    """The held-out digits against the others, by features that are computed here."""
+    (train, _), (val, _) = digit_images("train"), digit_images("val")
+    net = DigitsJudge().features
+    if features == "digits-vit":
+        encoder = encoders.load("digits-vit", 16, CPU)
+        net = lambda images: encoder(images).mean(1)  # noqa: E731
+    real, samples = (net(planes(images)).detach().numpy() for images in (train, val[:290]))
+    expected, rounding = distance(samples, real)
+    config = settings(
+        tmp_path, samples=write_npz(tmp_path / "val.npz", val), dataset=digits,
+        num_samples=290, features=features, batch_size=64,
+    )  # fmt: skip
+    assert evaluate(config).count("\n") > 6
+    described = json.loads((tmp_path / f"val.{features}.json").read_text())
+    assert (tmp_path / f"val.{features}.md").exists()
+    found = described["scores"]
+    assert found["Frechet distance"] == pytest.approx(expected, rel=1e-4, abs=rounding)
+    assert 0.7 < found["precision"] <= 1 and 0.5 < found["recall"] <= 1
+    assert "FID" not in found and "inception score" not in found and found["MMD"] >= 0
+    assert described["samples"]["count"] == 290
+    assert described["reference"]["count"] == described["reference"]["rows"] == 1500
+
+
+def test_images_of_a_file_are_the_reference_of_other_features(files, tmp_path):
+    """Its stored moments are the Inception's; an npz without any does as well."""
+    table = judged(settings(files, features="digits-judge"), tmp_path / "table.json")
+    images = judged(
+        settings(files, features="digits-judge", dataset="", reference=files / "real.npz"),
+        tmp_path / "images.json",
+    )
+    assert images["scores"] == pytest.approx(table["scores"], rel=1e-5)  # fp32 features
+    assert images["reference"]["count"] == images["reference"]["rows"] == REAL
+    assert images["reference"]["name"].startswith("arr_0 of real.npz, sha256 ")
+
+
+def test_the_split_is_the_one_asked_for(digits, tmp_path):
+    val, _ = digit_images("val")
+    config = settings(
+        tmp_path, samples=write_npz(tmp_path / "val.npz", val), dataset=digits, split="val",
+        num_samples=len(val), features="digits-judge", batch_size=64,
+    )  # fmt: skip
+    described = judged(config, tmp_path / "out.json")
+    assert described["scores"]["precision"] == described["scores"]["recall"] == 1
+    assert described["reference"]["count"] == len(val)
+    assert described["reference"]["name"].startswith("digits/val.lance, version ")
+
+
+def test_the_first_samples_are_taken(files, tmp_path, small):
+    images = noise_images(SAMPLES, seed=1, spread=200)
+    few = write_npz(tmp_path / "few.npz", images[:25])
+    taken = judged(settings(files, num_samples=25), tmp_path / "taken.json")
+    assert taken["samples"]["count"] == 25
+    alone = judged(settings(files, samples=few, num_samples=25), tmp_path / "alone.json")
+    assert taken["scores"] == alone["scores"]
+
+
+@pytest.mark.parametrize("size", [1, 7, SAMPLES, 1000])
+def test_batches_do_not_matter(files, tmp_path, small, size):
+    found = [
+        judged(settings(files, batch_size=b), tmp_path / f"{b}.json")["scores"] for b in (8, size)
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)  # fp32 features
+
+
+def test_the_seed_chooses_the_subsets_of_kid(files, tmp_path, small):
+    first, second, again = (
+        judged(settings(files, seed=seed), tmp_path / "out.json")["scores"] for seed in (0, 1, 0)
+    )
+    assert first == again
+    assert {name for name in first if first[name] != second[name]} == {
+        "KID (20 images)",
+        "KID, deviation",
+    }
+
+
+def test_subsets_of_kid_have_no_more_images_than_there_are(files, tmp_path, small):
+    found = judged(settings(files, kid_size=1000), tmp_path / "out.json")["scores"]
+    assert f"KID ({SAMPLES} images)" in found
+
+
+def test_what_is_written_says_what_was_compared(files, tmp_path, small):
+    config = settings(files, seed=5)
+    described = judged(config, tmp_path / "new" / "out.json")
+    sha256 = hashlib.sha256((files / "samples.npz").read_bytes()).hexdigest()[:16]
+    version = LatentDataset(files / "data").table.version
+    samples, real = f"samples.npz, sha256 {sha256}", f"data/train.lance, version {version}"
+    assert described["samples"] == {"name": samples, "count": SAMPLES}
+    assert described["reference"] == {"name": real, "count": REAL, "rows": REAL}
+    assert described["features"] == "inception"
+    assert described["settings"]["seed"] == 5 and described["settings"]["batch_size"] == 8
+    text = (tmp_path / "new" / "out.md").read_text()
+    for part in (
+        f"{SAMPLES} samples: {samples}. ",
+        f"Reference: {real}, moments of {REAL} images, neighbours among {REAL}. ",
+        "Features: inception; seed 5.",
+    ):
+        assert part in text.replace("\n", " ")
+    for name, value in described["scores"].items():
+        [row] = [line for line in text.splitlines() if line.startswith(f"| {name} |")]
+        assert float(row.split("|")[2]) == pytest.approx(value, rel=1e-4)
+
+
+def test_results_lie_beside_the_samples(files, tmp_path, small):
+    samples = write_npz(tmp_path / "cfg-1.5.npz", noise_images(SAMPLES, seed=1))
+    evaluate(settings(files, samples=samples))
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "cfg-1.5.npz",
+        "cfg-1.5.inception.json",
+        "cfg-1.5.inception.md",
+    }
+
+
+def test_the_inceptions_features_are_those_of_the_network(tmp_path):
+    pytest.importorskip("torch_fidelity")
+    weights = write_random_inception(tmp_path / "weights.pth")
+    space = feature_space(EvalConfig(inception_weights=str(weights)), CPU)
+    images = planes(noise_images(2))
+    expected = Inception(weights)(images)
+    assert (space.name, space.width) == ("inception", 2048)
+    for found, one in zip(
+        space.features(images), (expected.pool, expected.spatial, expected.logits), strict=True
+    ):
+        assert torch.equal(found, one)
+
+
+@pytest.mark.xdist_group("distributed")
+def test_two_processes_find_what_one_finds(files, tmp_path):
+    """Also a reference, and fewer batches than processes."""
+    changes = {
+        "small": {},
+        "judge": {"features": "digits-judge"},
+        "one batch": {"batch_size": 100},
+        "reference": {"samples": "", "write_reference": "reference.npz"},
+        "stored": {"dataset": "", "reference": "reference.npz"},
+    }
+    configs = {}
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        for name, fields in changes.items():
+            paths = ("write_reference", "reference")
+            fields = {k: folder / v if k in paths else v for k, v in fields.items()}
+            configs[processes, name] = settings(files, out=folder / f"{name}.json", **fields)
+    with small_inception():
+        for name in changes:
+            evaluate(configs[1, name])
+    listed = tmp_path / "configs.json"
+    listed.write_text(json.dumps([vars(configs[2, name]) for name in changes]))
+    process = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         "-m", "tests.eval.analysing"],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "CONFIGS": str(listed)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    for name in set(changes) - {"reference"}:
+        one, two = (json.loads((tmp_path / folder / f"{name}.json").read_text()) for folder in "12")
+        # moments are summed in another order: roots of eigenvalues that should be 0
+        assert two["scores"] == pytest.approx(one["scores"], rel=1e-9, abs=1e-5), name
+        assert two["samples"] == one["samples"]
+        assert two["reference"]["count"] == one["reference"]["count"]
+    with (
+        np.load(tmp_path / "1" / "reference.npz") as one,
+        np.load(tmp_path / "2" / "reference.npz") as two,
+    ):
+        assert set(one) == set(two) and np.array_equal(one["arr_0"], two["arr_0"])
+        for key in set(one) - {"arr_0"}:
+            assert np.allclose(one[key], two[key], rtol=1e-12, atol=1e-12)
+
+
+def test_fewer_samples_than_asked_for_are_refused(files, small):
+    with pytest.raises(ValueError, match=rf"samples.npz has {SAMPLES} images, .* at least 38"):
+        evaluate(settings(files, num_samples=38))
+
+
+@pytest.mark.parametrize("given", [{"dataset": ""}, {"reference": "reference.npz"}])
+def test_one_thing_to_compare_with_is_needed(files, given):
+    with pytest.raises(ValueError, match="reference and dataset: expected one of them"):
+        evaluate(settings(files, **given))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"features": "vgg"}, "encoder.*vgg.*digits-vit"),
+        ({"features": "dinov2-vit-b"}, "dinov2-vit-b: resolution is 16, expected 256"),
+        ({"features": "digits-vit", "enc_weights": "file.pth"}, "brings its weights"),
+        ({"samples": ""}, "samples is empty"),
+        ({"samples": "absent.npz"}, "absent.npz is not an npz file"),
+        ({"dataset": "absent"}, "no dataset at absent"),
+        ({"split": "val"}, "no dataset at"),
+        ({"dataset": "", "reference": "absent.npz"}, "absent.npz"),
+        ({"out": "scores.md"}, "out is scores.md, expected the name of a .json file"),
+        ({"write_reference": "a.npz", "features": "digits-judge"}, "write_reference needs"),
+        (
+            {"write_reference": "a.npz", "dataset": "", "reference": "b.npz"},
+            "write_reference needs --dataset",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(files, tmp_path, monkeypatch, small, changes, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        evaluate(settings(files, **changes))
+    assert not list(tmp_path.iterdir())
+
+
+def test_statistics_are_needed_for_the_inceptions_distance(files, small):
+    with pytest.raises(ValueError, match=r"real.npz lacks mu, sigma, mu_s, sigma_s"):
+        evaluate(settings(files, dataset="", reference=files / "real.npz"))
+
+
+def test_a_damaged_file_is_named(files, tmp_path, small):
+    damaged = tmp_path / "damaged.npz"
+    data = bytearray((files / "samples.npz").read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    damaged.write_bytes(data)
+    with pytest.raises(ValueError, match=r"damaged\.npz cannot be read"):
+        evaluate(settings(files, samples=damaged))
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged.npz"]
+
+
+def test_a_bad_image_of_the_dataset_is_named(tmp_path, files, small):
+    images = noise_images(5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.eval.analysing.png", lambda pixels: b"no image")
+        write_table(tmp_path / "train.lance", images, [0] * 5)
+    with pytest.raises(ValueError, match=r"train.lance row 0"):
+        evaluate(settings(files, dataset=tmp_path))

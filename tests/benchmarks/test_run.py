@@ -35,7 +35,8 @@ def rows_of(bench, op, provider, modes=None):
 def test_every_public_op_is_measured():
     settings = {"select_attention", "set_attention_backend", "why_not_cuda"}
     of_the_optimizer = {"adamw_ema", "sum_of_squares"}  # benchmarks/optim.py
-    assert set(CASES) == set(ops.__all__) - settings - of_the_optimizer
+    of_the_sampler = {"standard_normal"}  # once per image, in plain torch
+    assert set(CASES) == set(ops.__all__) - settings - of_the_optimizer - of_the_sampler
 
 
 def test_the_list_names_every_op_and_provider(capsys):

@@ -112,7 +112,7 @@ def test_blocks_times_and_images_differ():
 
 def test_no_label_can_come_in_and_the_model_sees_the_null_label_alone():
     assert list(inspect.signature(hidden_states).parameters) == [
-        "model", "clean", "noise", "t", "path",
+        "model", "clean", "noise", "t", "path", "average",
     ]  # fmt: skip
     model, seen = small(), []
     model.y_embedder.register_forward_hook(lambda _, inputs, __: seen.append(inputs))

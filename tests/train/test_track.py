@@ -1,4 +1,5 @@
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -25,7 +26,12 @@ def test_wandb_offline_keeps_a_run_and_its_id(config, tmp_path, monkeypatch):
     stored = (tmp_path / "wandb-id").read_text()
     records = list((tmp_path / "wandb").glob(f"offline-run-*-{stored}/run-{stored}.wandb"))
     assert len(records) == 2
-    assert all(b"loss" in record.read_bytes() for record in records)
+    deadline = time.monotonic() + 30  # a process of wandb's writes them
+    while not (written := all(b"loss" in record.read_bytes() for record in records)):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    assert written
 
 
 def test_missing_wandb_is_a_clear_error(config, tmp_path, monkeypatch):

@@ -254,16 +254,20 @@ def list_presets(argv: Sequence[str]) -> None:
     argparse.ArgumentParser(prog="repa-fast presets", description=list_presets.__doc__).parse_args(
         argv
     )
-    table = Table("preset", "model", "aligned with", "at block", "images per step", "what it is")
+    table = Table("preset", "model", "aligned with", "at block", "to reach", "what it is")
     for name, preset in presets.PRESETS.items():
         config = preset()
-        aligned = config.enc_type != "none"
+        aligned, depth = "-", "-"
+        if config.align == "sra":
+            aligned, depth = "its average", f"{config.block_out_s} with {config.block_out_t}"
+        elif config.enc_type != "none":
+            aligned, depth = config.enc_type, str(config.encoder_depth)
         table.add_row(
             name,
             config.model if config.hidden_size is None else f"width {config.hidden_size}",
-            config.enc_type if aligned else "-",
-            str(config.encoder_depth) if aligned else "-",
-            str(config.images_per_step),
+            aligned,
+            depth,
+            presets.TO_REACH.get(name, "-"),
             presets.describe(name),
         )
     Console(width=None if sys.stdout.isatty() else 140).print(table)
@@ -276,13 +280,14 @@ def describe(config: TrainConfig) -> str:
     estimate = budget(config, expected_metadata(config))
     activations = estimate.activation_bytes * (2 if config.mixed_precision == "no" else 1)
     batch = config.batch_size
+    frozen = "SRA's teacher" if config.align == "sra" else "the frozen encoders"
     return "\n".join(
         [
             json.dumps(config.to_dict(), indent=2),
             f"parameters: {estimate.parameters / 1e6:.0f} M, "
             f"with projectors {estimate.parameters_with_projectors / 1e6:.0f} M",
             f"training FLOPs per image: {estimate.train_flops / 1e9:.1f} GFLOP "
-            f"({estimate.encoder_flops / 1e9:.1f} of them the frozen encoders)",
+            f"({estimate.encoder_flops / 1e9:.1f} of them {frozen})",
             f"memory, estimated: {estimate.state_bytes / 2**30:.1f} GiB of weights, gradients, "
             f"optimizer and average; {activations / 2**20:.0f} MiB of activations "
             f"per image ({batch * activations / 2**30:.1f} GiB at batch {batch} in "

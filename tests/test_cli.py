@@ -12,8 +12,26 @@ from repa_fast.configs.config import TrainConfig
 
 pytest.importorskip("tyro")
 
-PRESETS = ["digits"] + [
-    f"sit-{size}2{end}" for size in ("s", "b", "l", "xl") for end in ("", "-repa")
+PRESETS = [
+    "digits",
+    "digits-sra",
+    *(f"sit-{size}2{end}" for size in ("s", "b", "l", "xl") for end in ("", "-repa")),
+    *(f"sit-xl2-sra{end}" for end in ("", "-512", "-cos", "-cos-512")),
+    *(f"sit-xl2-repa-lambda{weight}" for weight in ("0.25", "0.75", "1")),
+    *(
+        f"sit-l2-{encoder}-d8"
+        for encoder in (
+            "mae-vit-l",
+            "dinov1-vit-b",
+            "mocov3-vit-l",
+            "jepa-vit-h",
+            "clip-vit-l",
+            "dinov2-vit-b",
+            "dinov2-vit-g",
+        )
+    ),
+    *(f"sit-l2-dinov2-vit-l-d{depth}" for depth in (6, 8, 10, 12, 14, 16)),
+    "sit-l2-dinov2-vit-l-d8-cos",
 ]
 FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
 

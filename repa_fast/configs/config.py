@@ -69,9 +69,11 @@ class TrainConfig:
     num_classes: int = 1000
     """Number of classes; the embedding table has one more row, the null label."""
     encoder_depth: int = 8
-    """The block (1-based) whose output is aligned."""
+    """The block (1-based) whose output is aligned with encoders."""
     projector_dim: int = 2048
     """Hidden width of the projectors."""
+    projector: Literal["mlp", "conv"] = "mlp"
+    """REPA's three-layer MLP, or iREPA's 3x3 convolution over the patches."""
     fused_attn: bool = True
     """The backend of ATTENTION; otherwise the explicit softmax."""
     qk_norm: bool = False
@@ -150,6 +152,29 @@ class TrainConfig:
     """Probability of replacing a label by the null label."""
     legacy: bool = False
     """Drop labels twice over, as upstream does under this flag: 1 - (1 - CFG_PROB)^2."""
+    align: Literal["repa", "sra"] = "repa"
+    """What hidden states are aligned with: encoders (REPA), or the model's own average (SRA), which
+    needs no images."""
+    loss_type: Literal["cos", "nt-xent", "cos-features", "sml1", "l1", "l2"] = "cos"
+    """REPA: cos (over features) or nt-xent. SRA: cos (over tokens, as its code), cos-features, sml1
+    (smooth L1, the paper's), l1, l2."""
+    align_until: int = 0
+    """Steps after which nothing is aligned and encoders are dropped; 0 aligns to the end."""
+    align_decay: Literal["constant", "sra"] = "constant"
+    """Weight of the alignment: PROJ_COEFF, or that of SRA's code, which decays with the images."""
+    block_out_s: int = 8
+    """SRA: the block (1-based) of the student."""
+    block_out_t: int = 20
+    """SRA: the block of the teacher, above the student's."""
+    t_max: float = 0.2
+    """SRA: how far the teacher may be ahead of the student in time."""
+    spatial_norm: bool = False
+    """Normalise encoders' tokens over the patches of an image first, as iREPA does."""
+    nt_xent_temperature: float = 0.1
+    """NT-Xent's temperature."""
+    nt_xent_negatives: Literal["image", "batch", "global"] = "image"
+    """NT-Xent's negatives: patches of the same image, of this process's micro-batch, or of all
+    processes'."""
     enc_type: str = "dinov2-vit-b"
     """Frozen encoders to align with, comma separated; none trains without alignment."""
     enc_weights: str = ""
@@ -189,6 +214,7 @@ class TrainConfig:
         for name in POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        self._check_alignment()
         if not 0 <= self.cfg_prob <= 1:
             raise ValueError(f"cfg_prob is {self.cfg_prob}, expected a probability in [0, 1]")
         for decay in self.ema_decays:
@@ -210,6 +236,28 @@ class TrainConfig:
             raise ValueError(f"seed is {self.seed}, expected at least 0")
         if self.micro_batch != "auto" and self.micro_batch < 1:
             raise ValueError(f"micro_batch is {self.micro_batch}, expected auto or at least 1")
+
+    def _check_alignment(self) -> None:
+        if self.align == "sra":
+            self.enc_type, self.features = "none", ""
+            if not 1 <= self.block_out_s < self.block_out_t:
+                raise ValueError(
+                    f"block_out_s is {self.block_out_s} and block_out_t {self.block_out_t}, "
+                    "expected 1 <= block_out_s < block_out_t"
+                )
+        known = {"repa": ("cos", "nt-xent"), "sra": ("cos", "cos-features", "sml1", "l1", "l2")}
+        if self.loss_type not in known[self.align]:
+            raise ValueError(
+                f"loss_type is {self.loss_type!r}, expected one of "
+                f"{', '.join(known[self.align])} with align {self.align}"
+            )
+        if self.align_decay == "sra" and self.align != "sra":
+            raise ValueError("align_decay is 'sra', which needs --align sra")
+        if self.align_until < 0 or not 0 <= self.t_max <= 1:
+            raise ValueError(
+                f"align_until is {self.align_until} and t_max {self.t_max}, expected at least 0, "
+                "and 0 to 1"
+            )
 
     @property
     def images_per_step(self) -> int:

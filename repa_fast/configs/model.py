@@ -31,6 +31,10 @@ def model_arguments(config: TrainConfig, metadata: Metadata) -> dict:
     for name in ("hidden_size", "depth", "num_heads", "patch_size"):
         if getattr(config, name) is not None:
             arguments[name] = getattr(config, name)
+    if config.align == "sra" and config.block_out_t > arguments["depth"]:
+        raise ValueError(
+            f"block_out_t is {config.block_out_t}, expected at most the depth, {arguments['depth']}"
+        )
     specs = encoders.specs(config.enc_type)
     tokens = (height // arguments["patch_size"]) ** 2
     for spec in specs:
@@ -45,12 +49,14 @@ def model_arguments(config: TrainConfig, metadata: Metadata) -> dict:
         "input_size": height,
         "in_channels": channels,
         "num_classes": config.num_classes,
-        "encoder_depth": config.encoder_depth,
+        "encoder_depth": config.block_out_s if config.align == "sra" else config.encoder_depth,
         "class_dropout_prob": config.cfg_prob,
         "z_dims": [spec.width for spec in specs],
         "projector_dim": config.projector_dim,
+        "projector": config.projector,
         "fused_attn": config.fused_attn,
         "qk_norm": config.qk_norm,
+        "self_align": config.align == "sra",
     }
 
 

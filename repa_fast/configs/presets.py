@@ -1,5 +1,6 @@
 """A run is a function that returns a TrainConfig; `--preset NAME` names one of these."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -38,7 +39,7 @@ def digits() -> TrainConfig:
 
 
 def sit(size: str, *, repa: bool) -> TrainConfig:
-    """SiT-{size}/2 on ImageNet 256x256 with REPA's recipe (arXiv 2410.06940, appendix D).
+    """SiT-{0}/2 on ImageNet 256x256 with REPA's recipe (arXiv 2410.06940, appendix D).
 
     With alignment: DINOv2-B, cosine, weight 0.5, at the depth of appendix G.
     """
@@ -51,19 +52,109 @@ def sit(size: str, *, repa: bool) -> TrainConfig:
     return config
 
 
+def component(encoder: str, *, depth: int = 8, loss_type: str = "nt-xent") -> TrainConfig:
+    """SiT-L/2 aligned with {0}, a row of REPA's component table (table 2)."""
+    config = sit("L", repa=True)
+    config.enc_type, config.encoder_depth, config.loss_type = encoder, depth, loss_type
+    config.exp_name = f"sit-l2-{encoder.lower()}-d{depth}{'-cos' if loss_type == 'cos' else ''}"
+    return config
+
+
+def weighted(coefficient: float) -> TrainConfig:
+    """SiT-XL/2 with REPA and alignment weight {0} (REPA's ablation of lambda)."""
+    config = sit("XL", repa=True)
+    config.proj_coeff = coefficient
+    config.exp_name = f"sit-xl2-repa-lambda{coefficient:g}"
+    return config
+
+
+def sra(resolution: int, *, cosine: bool = False) -> TrainConfig:
+    """SiT-XL/2 with SRA at {0} pixels (arXiv 2505.02831): block 8 with block 20 of the average.
+
+    The paper's smooth L1 with the released weights, which decay; or the cosine over tokens, weight
+    0.5, that is the released code's default today.
+    """
+    return TrainConfig(
+        exp_name=f"sit-xl2-sra{'-cos' if cosine else ''}{'-512' if resolution == 512 else ''}",
+        model="SiT-XL/2",
+        resolution=resolution,
+        align="sra",
+        loss_type="cos" if cosine else "sml1",
+        align_decay="constant" if cosine else "sra",
+        block_out_s=8,
+        block_out_t=20,
+    )
+
+
+def digits_sra() -> TrainConfig:
+    """The digits with SRA instead of an encoder: block 2 with block 4 of the average."""
+    config = digits()
+    return dataclasses.replace(
+        config, exp_name="digits-sra", align="sra", block_out_s=2, block_out_t=4
+    )
+
+
+COMPONENTS = {
+    ("mae-vit-l", 8): 12.5,
+    ("dinov1-vit-b", 8): 11.9,
+    ("mocov3-vit-l", 8): 11.9,
+    ("jepa-vit-h", 8): 11.6,
+    ("clip-vit-L", 8): 11.0,
+    ("dinov2-vit-b", 8): 9.7,
+    ("dinov2-vit-l", 8): 10.0,
+    ("dinov2-vit-g", 8): 9.8,
+    ("dinov2-vit-l", 6): 10.3,
+    ("dinov2-vit-l", 10): 10.5,
+    ("dinov2-vit-l", 12): 11.2,
+    ("dinov2-vit-l", 14): 11.6,
+    ("dinov2-vit-l", 16): 12.1,
+}
+"""(encoder, depth) -> FID after 400K steps with NT-Xent."""
+LAMBDAS = {0.25: 8.6, 0.75: 7.8, 1.0: 7.8}
+"""Weight of the alignment -> FID of SiT-XL/2 after 400K steps; 0.5 is sit-xl2-repa."""
+
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "digits": digits,
+    "digits-sra": digits_sra,
     **{f"sit-{size.lower()}2": partial(sit, size, repa=False) for size in ALIGNMENT_DEPTH},
     **{f"sit-{size.lower()}2-repa": partial(sit, size, repa=True) for size in ALIGNMENT_DEPTH},
+    "sit-xl2-sra": partial(sra, 256),
+    "sit-xl2-sra-512": partial(sra, 512),
+    "sit-xl2-sra-cos": partial(sra, 256, cosine=True),
+    "sit-xl2-sra-cos-512": partial(sra, 512, cosine=True),
+    **{
+        f"sit-l2-{encoder.lower()}-d{depth}": partial(component, encoder, depth=depth)
+        for encoder, depth in COMPONENTS
+    },
+    "sit-l2-dinov2-vit-l-d8-cos": partial(component, "dinov2-vit-l", loss_type="cos"),
+    **{f"sit-xl2-repa-lambda{value:g}": partial(weighted, value) for value in LAMBDAS},
 }
+
+TO_REACH = {
+    "sit-b2": "FID 33.0 (400K)",
+    "sit-b2-repa": "FID 24.4 (400K)",
+    "sit-l2": "FID 18.8 (400K)",
+    "sit-l2-repa": "FID 10.0 (400K)",
+    "sit-xl2": "FID 17.2 (400K), 8.3 (7M)",
+    "sit-xl2-repa": "FID 7.9 (400K), 5.9 (4M)",
+    "sit-l2-dinov2-vit-l-d8-cos": "FID 9.9 (400K)",
+    **{
+        f"sit-l2-{encoder.lower()}-d{depth}": f"FID {fid} (400K)"
+        for (encoder, depth), fid in COMPONENTS.items()
+    },
+    **{f"sit-xl2-repa-lambda{value:g}": f"FID {fid} (400K)" for value, fid in LAMBDAS.items()},
+    "sit-xl2-sra": "guided FID 1.58 (800 epochs)",
+    "sit-xl2-sra-512": "guided FID 2.07 (400 epochs)",
+}
+"""The papers' figures: 50,000 samples, without guidance unless said, after so many steps."""
 
 
 def describe(name: str) -> str:
-    """The first sentence of a preset's docstring, with its size filled in."""
+    """The first line of a preset's docstring, with its first argument filled in."""
     function = PRESETS[name]
     arguments = getattr(function, "args", ())
     text = (getattr(function, "func", function).__doc__ or "").splitlines()[0]
-    return text.format(size=arguments[0]) if arguments else text
+    return text.format(*arguments)
 
 
 def get(name: str) -> TrainConfig:

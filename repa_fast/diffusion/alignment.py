@@ -7,7 +7,7 @@ import torch
 from repa_fast import ops
 
 
-def alignment_losses(
+def cosine_losses(
     projections: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     """Negative patch-wise cosine similarity of each encoder, per sample.

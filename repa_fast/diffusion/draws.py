@@ -20,13 +20,15 @@ WEIGHTINGS = ("uniform", "lognormal")
 class Draws(NamedTuple):
     """What one step draws; the first axis is the position in the batch.
 
-    t (B) in [0, 1]; noise and posterior_noise (B, C, h, w), standard normal; drop (B), bool.
+    t (B) in [0, 1]; noise and posterior_noise (B, C, h, w), standard normal; drop (B), bool; offset
+    (B), uniform on [0, 1), by which SRA's teacher is ahead of the student.
     """
 
     t: torch.Tensor
     noise: torch.Tensor
     posterior_noise: torch.Tensor
     drop: torch.Tensor
+    offset: torch.Tensor
 
     def part(self, start: int, stop: int) -> "Draws":
         """The draws of batch positions start..stop - 1."""
@@ -69,7 +71,9 @@ def draw(
         ValueError: unknown weighting.
     """
     expect_choice("weighting", weighting, WEIGHTINGS)
-    times, noise, posterior, drops = (stream(seed, step, k, device=device) for k in range(4))
+    times, noise, posterior, drops, offsets = (
+        stream(seed, step, key, device=device) for key in range(5)
+    )
     if weighting == "uniform":
         t = torch.rand(batch, generator=times, device=device)
         t = path.train_eps + (1 - path.train_eps) * t
@@ -81,4 +85,5 @@ def draw(
         noise=torch.randn(shape, generator=noise, device=device),
         posterior_noise=torch.randn(shape, generator=posterior, device=device),
         drop=torch.rand(batch, generator=drops, device=device) < drop_prob,
+        offset=torch.rand(batch, generator=offsets, device=device),
     )

@@ -18,7 +18,7 @@ from repa_fast.configs.model import build_model
 from repa_fast.data import latents
 from repa_fast.data.digits import digit_images
 from repa_fast.data.prepare import digits_metadata, pixel_moments
-from repa_fast.diffusion.alignment import alignment_losses
+from repa_fast.diffusion.alignment import cosine_losses
 from repa_fast.diffusion.draws import draw, stream
 from repa_fast.diffusion.path import get
 from repa_fast.diffusion.samplers import sample
@@ -111,7 +111,7 @@ def alignment_cosine(config: TrainConfig, model: SiT, seed: int) -> float | None
         draws = draw(seed, repeat, len(images), metadata.latent_shape, path=path)
         noisy, _ = path.interpolate(clean, draws.noise, draws.t)
         _, projections = model(noisy, draws.t, torch.from_numpy(labels), project=True)
-        cosines += [-loss.mean().item() for loss in alignment_losses(projections, targets)]
+        cosines += [-loss.mean().item() for loss in cosine_losses(projections, targets)]
     return float(np.mean(cosines))
 
 

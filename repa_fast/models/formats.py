@@ -110,13 +110,14 @@ def read_file(path: Path) -> dict:
         raise ValueError(f"{path} is not a readable torch checkpoint ({error})") from error
 
 
-def read_weights(path: Path, origin: str = "repa") -> State:
+def read_weights(path: Path, origin: str = "repa", *, with_head: bool = False) -> State:
     """The weights for sampling in a file or native checkpoint: the average where there is one.
 
     Args:
         path: .pt, .safetensors, or the directory of a native checkpoint.
         origin: "repa" for REPA's and ours; "sit" for the original SiT, whose time and sign run the
             other way and are turned; "dit" for the original DiT, whose trunk alone means the same.
+        with_head: keep SRA's head.
 
     Returns:
         fp32 tensors in our names and, for "sit", in our convention of time.
@@ -126,19 +127,24 @@ def read_weights(path: Path, origin: str = "repa") -> State:
     """
     expect_choice("origin", origin, ORIGINS)
     if path.is_dir():
-        return normalise(read_native(path, "ema."), origin)
+        return normalise(read_native(path, "ema."), origin, with_head=with_head)
     contents = read_file(path)
     for key in ("ema", "model"):
         if isinstance(contents.get(key), dict):
-            return normalise(contents[key], origin)
-    return normalise(contents, origin)
+            return normalise(contents[key], origin, with_head=with_head)
+    return normalise(contents, origin, with_head=with_head)
 
 
-def normalise(state: State, origin: str = "repa") -> State:
-    """A state dict as it lies in a file -> our names, shapes and convention of time."""
+def normalise(state: State, origin: str = "repa", *, with_head: bool = False) -> State:
+    """A state dict as it lies in a file -> our names, shapes and convention of time.
+
+    `with_head` keeps SRA's head, which only training needs.
+    """
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     state = {
-        name: t for name, t in _rename_legacy(state).items() if not name.startswith("ap_head.")
+        name: tensor
+        for name, tensor in _rename_legacy(state).items()
+        if with_head or not name.startswith("ap_head.")
     }
     shape = shape_of(state)
     doubled = shape.out_channels == 2 * shape.in_channels
@@ -230,11 +236,16 @@ def initialise_from(model: torch.nn.Module, state: State, source: str) -> list[s
         merged[LABELS] = own[LABELS]
         notes.append(f"label table starts anew with {ours.num_classes} classes, "
                      f"the file has {theirs.num_classes}")  # fmt: skip
-    heads = {name: t for name, t in own.items() if name.startswith("projectors.")}
-    if differences(heads, {n: t for n, t in state.items() if n.startswith("projectors.")}):
-        merged = {n: t for n, t in merged.items() if not n.startswith("projectors.")} | heads
-        notes.append(f"projectors start anew (to {ours.z_dims or 'none'}), "
-                     f"the file's (to {theirs.z_dims or 'none'}) are dropped")  # fmt: skip
+    anew = {
+        "projectors.": f"projectors start anew (to {ours.z_dims or 'none'}), "
+        f"the file's (to {theirs.z_dims or 'none'}) are dropped",
+        "ap_head.": "the head of self-alignment starts anew, or is dropped",
+    }
+    for prefix, note in anew.items():
+        heads = {name: t for name, t in own.items() if name.startswith(prefix)}
+        if differences(heads, {n: t for n, t in state.items() if n.startswith(prefix)}):
+            merged = {n: t for n, t in merged.items() if not n.startswith(prefix)} | heads
+            notes.append(note)
     load_exactly(model, merged, source)
     return notes
 

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from repa_fast import ops
-from repa_fast.models.projector import Projector
+from repa_fast.contracts import expect_choice
+from repa_fast.models.projector import ConvProjector, Projector, SimpleHead
 
 SIZES = {
     "S": {"depth": 12, "hidden_size": 384, "num_heads": 6},
@@ -223,6 +224,8 @@ class SiT(nn.Module):
         num_classes: real classes; the embedding table always has one more row, the null label.
         z_dims: feature width of each encoder; empty for a model without projectors.
         projector_dim: hidden width of the projectors.
+        projector: "mlp", REPA's, or "conv", iREPA's.
+        self_align: SRA's head `ap_head` on the same hidden state, beside or instead of projectors.
         qk_norm: LayerNorm on queries and keys.
         fused_attn: the process's attention backend instead of the explicit softmax.
         path_type, use_cfg, decoder_hidden_size: accepted for compatibility, without effect.
@@ -250,10 +253,12 @@ class SiT(nn.Module):
         projector_dim: int = 2048,
         fused_attn: bool = True,
         qk_norm: bool = False,
+        self_align: bool = False,
+        projector: str = "mlp",
     ) -> None:
         super().__init__()
         _check_sizes(input_size, patch_size, hidden_size, num_heads)
-        if z_dims and not 1 <= encoder_depth <= depth:
+        if (z_dims or self_align) and not 1 <= encoder_depth <= depth:
             raise ValueError(f"encoder_depth is {encoder_depth}, expected 1..{depth} (the depth)")
         self.in_channels = in_channels
         self.input_size = input_size
@@ -273,9 +278,14 @@ class SiT(nn.Module):
         self.blocks = nn.ModuleList(
             SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm, fused_attn) for _ in range(depth)
         )
+        expect_choice("projector", projector, ("mlp", "conv"))
         self.projectors = nn.ModuleList(
-            Projector(hidden_size, projector_dim, z_dim) for z_dim in z_dims
+            Projector(hidden_size, projector_dim, z_dim)
+            if projector == "mlp"
+            else ConvProjector(hidden_size, z_dim, grid)
+            for z_dim in z_dims
         )
+        self.ap_head = SimpleHead(hidden_size) if self_align else None
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
         self.initialize_weights()
 
@@ -315,26 +325,52 @@ class SiT(nn.Module):
             project: whether to run the projectors; by default in train mode only.
 
         Returns:
-            (velocity (B, C, h, w) in the dtype of x, [(B, N, z_dim) per encoder]); the list is
-            empty where the projectors are not run.
+            (velocity (B, C, h, w) in the dtype of x, [(B, N, z_dim) per encoder, and (B, N, D) of
+            SRA's head]); the list is empty where they are not run.
 
         Raises:
             ValueError: latents of another shape, or labels out of range (checked on CPU).
         """
-        self._check_latents(x)
         project = self.training if project is None else project
-        tokens = self.x_embedder(x)
-        residual = tokens.to(torch.promote_types(tokens.dtype, torch.float32)) + self.pos_embed
-        c = self.t_embedder(t) + self.y_embedder(y, drop)
+        heads = [*self.projectors, *([] if self.ap_head is None else [self.ap_head])]
+        residual, c = self._embed(x, t, y, drop)
         projections: list[torch.Tensor] = []
         branch = gate = None
         for index, block in enumerate(self.blocks, start=1):
             residual, branch, gate = block(residual, branch, gate, block.adaLN_modulation(c))
-            if project and self.projectors and index == self.encoder_depth:
+            if project and heads and index == self.encoder_depth:
                 residual, branch, gate = ops.gate_residual(residual, branch, gate), None, None
-                projections = [projector(residual) for projector in self.projectors]
+                projections = [head(residual) for head in heads]
         patches = self.final_layer(residual, branch, gate, c)
         return self.unpatchify(patches).to(x.dtype), projections
+
+    def hidden(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor,
+        drop: torch.Tensor | None = None,
+        *,
+        depth: int,
+    ) -> torch.Tensor:
+        """The hidden state (B, N, D), fp32, after block `depth` (1-based); later blocks do not run.
+
+        Other arguments and errors as for `forward`.
+        """
+        residual, c = self._embed(x, t, y, drop)
+        branch = gate = None
+        for block in self.blocks[:depth]:
+            residual, branch, gate = block(residual, branch, gate, block.adaLN_modulation(c))
+        return ops.gate_residual(residual, branch, gate)
+
+    def _embed(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, drop: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream (B, N, D) before the first block, and the condition (B, D)."""
+        self._check_latents(x)
+        tokens = self.x_embedder(x)
+        residual = tokens.to(torch.promote_types(tokens.dtype, torch.float32)) + self.pos_embed
+        return residual, self.t_embedder(t) + self.y_embedder(y, drop)
 
     def unpatchify(self, patches: torch.Tensor) -> torch.Tensor:
         """(B, N, P * P * C) -> (B, C, h, w)."""

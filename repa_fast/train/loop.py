@@ -4,7 +4,7 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -44,9 +44,13 @@ def train(config: TrainConfig) -> Path:
     """
     with session() as world, stop_signals() as stopping:
         dataset = run_dataset(config, world)
-        state = build_state(config, dataset.metadata, world, dataset.features)
+        state = build_state(config, dataset.metadata, world, dataset.features, encoders_later=True)
         run = Path(config.output_dir) / config.exp_name
         begin(run / "checkpoints", state)
+        if state.aligns:
+            state.load_encoders()
+        elif config.align_until:
+            state.end_alignment()
         state.optimizer.write_copies()
         if not state.micro_batch or config.micro_batch != "auto":
             state.micro_batch = choose_micro_batch(state)
@@ -57,33 +61,40 @@ def train(config: TrainConfig) -> Path:
             if world.is_main:
                 reporter = open_reporter(run, state, total)
                 stack.callback(reporter.close)
-            loader = stack.enter_context(
-                Loader(
-                    dataset,
-                    order,
-                    start=state.step,
-                    stop=total,
-                    rank=world.rank,
-                    world_size=world.size,
-                    images=bool(state.encoders),
-                    features=config.feature_columns,
-                    num_workers=config.num_workers,
-                    pin_memory=world.device.type == "cuda",
-                    skip_bad=config.on_bad_sample == "skip",
-                    decode=config.decode,
-                    device=world.device,
-                )
-            )
+
+            def next_loader() -> Loader:
+                return stack.enter_context(open_loader(state, dataset, order, total))
+
             evaluator = Evaluator(state) if config.eval_every else None
-            run_steps(state, loader, run, reporter, evaluator, total, stopping)
+            run_steps(state, next_loader, run, reporter, evaluator, total, stopping)
         if world.is_main and state.step >= total:
             finish(run, state)
     return run
 
 
+def open_loader(state: TrainState, dataset: Dataset, order: SampleOrder, total: int) -> Loader:
+    """The batches from the next step to the last one, with what the alignment still needs."""
+    config, world = state.config, state.world
+    return Loader(
+        dataset,
+        order,
+        start=state.step,
+        stop=total,
+        rank=world.rank,
+        world_size=world.size,
+        images=bool(state.encoders),
+        features=[column.name for column in state.features],
+        num_workers=config.num_workers,
+        pin_memory=world.device.type == "cuda",
+        skip_bad=config.on_bad_sample == "skip",
+        decode=config.decode,
+        device=world.device,
+    )
+
+
 def run_steps(
     state: TrainState,
-    loader: Loader,
+    next_loader: Callable[[], Loader],
     run: Path,
     reporter: Reporter | None,
     evaluator: Evaluator | None,
@@ -97,6 +108,7 @@ def run_steps(
         config.images_per_step, estimate.train_flops, device_name(world.device), world.size
     )
     start, last_read = state.step, state.step
+    loader = next_loader()
     batches = iter(loader)
     while True:
         step, new = state.step, state.step > start
@@ -130,6 +142,11 @@ def run_steps(
             reporter.line(f"stopped by a signal at step {step}; go on with --resume auto")
         if done or stop_now:
             return
+        if new and step == config.align_until:
+            loader.close()
+            state.end_alignment()
+            loader = next_loader()
+            batches = iter(loader)
         waited = time.perf_counter()
         batch = next(batches)
         clock.stall(waited)

@@ -9,7 +9,7 @@ from repa_fast import encoders
 from repa_fast.configs.config import TrainConfig
 from repa_fast.configs.model import model_arguments
 from repa_fast.data.dataset import Metadata
-from repa_fast.models.flops import projector_flops, sit_flops
+from repa_fast.models.flops import projector_flops, sit_flops, transformer_flops
 from repa_fast.models.sit import SiT
 from repa_fast.train.state import TrainState
 
@@ -30,7 +30,8 @@ class Budget:
 
     Attributes:
         parameters: of the model without and with its projectors.
-        train_flops: per image: 3x the forward pass of model and projectors, 1x the encoders.
+        train_flops: per image: 3x the forward pass of model and heads, 1x the encoders, or SRA's
+            teacher.
         state_bytes: weights, gradients, optimizer and average of one process.
         activation_bytes: saved for backward, per image, in half precision (an estimate); fp32
             takes twice as much.
@@ -50,7 +51,8 @@ def budget(config: TrainConfig, metadata: Metadata) -> Budget:
     with torch.device("meta"):
         model = SiT(**arguments)
     total = sum(p.numel() for p in model.parameters())
-    heads = sum(p.numel() for p in model.projectors.parameters())
+    modules = [*model.projectors, *([] if model.ap_head is None else [model.ap_head])]
+    heads = sum(p.numel() for module in modules for p in module.parameters())
     tokens, width, depth = model.num_tokens, arguments["hidden_size"], arguments["depth"]
     forward = sit_flops(
         tokens=tokens,
@@ -62,8 +64,12 @@ def budget(config: TrainConfig, metadata: Metadata) -> Budget:
         projector_flops(tokens=tokens, width=width, projector_dim=config.projector_dim, z_dim=z_dim)
         for z_dim in arguments["z_dims"]
     )
+    if config.align == "sra":
+        forward += 8 * tokens * width**2  # its head
     specs = encoders.specs("none" if config.features else config.enc_type)
     encoder = sum(spec.flops(config.resolution) for spec in specs)
+    if config.align == "sra":  # the teacher
+        encoder = transformer_flops(tokens=tokens, width=width, depth=config.block_out_t)
     return Budget(
         parameters=total - heads,
         parameters_with_projectors=total,

@@ -122,18 +122,28 @@ def load_official(source: Path, state: TrainState) -> None:
         )
     averages = [(average, "ema") for average in (state.ema, *state.more_emas)]
     for model, key in ((state.model, "model"), *averages):
-        formats.load_exactly(model, formats.normalise(contents[key]), f"{source} [{key}]")
-    load_optimizer(state.optimizer, contents["opt"])
+        weights = formats.normalise(contents[key], with_head=model.ap_head is not None)
+        formats.load_exactly(model, weights, f"{source} [{key}]")
+    names = [name for name, _ in state.model.named_parameters()]
+    load_optimizer(state.optimizer, names, list(weights), contents["opt"])
     state.step = contents["steps"]
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """torch AdamW's state in the official parameter order; hyperparameters stay the config's."""
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, names: list[str], saved_names: list[str], saved: dict
+) -> None:
+    """torch AdamW's state, by position in `saved_names`; hyperparameters stay the config's.
+
+    `names` are the model's parameters in their order, `saved_names` those of the file's weights,
+    which are in the order of the parameters of whoever wrote it.
+    """
     own = optimizer.state_dict()
     counts = [sum(len(g["params"]) for g in d["param_groups"]) for d in (own, saved)]
     if counts[0] != counts[1]:
         raise ValueError(f"the optimizer state has {counts[1]} parameters, expected {counts[0]}")
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": own["param_groups"]})
+    position = {name: number for number, name in enumerate(names)}
+    state = {position[saved_names[number]]: s for number, s in saved["state"].items()}
+    optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
 
 
 def start_from(source: Path, origin: str, state: TrainState) -> list[str]:
@@ -142,7 +152,7 @@ def start_from(source: Path, origin: str, state: TrainState) -> list[str]:
     Raises:
         ValueError: unreadable, or of a model that does not fit.
     """
-    weights = formats.read_weights(source, origin)
+    weights = formats.read_weights(source, origin, with_head=state.model.ap_head is not None)
     notes = formats.initialise_from(state.model, weights, str(source))
     for average in (state.ema, *state.more_emas):
         average.load_state_dict(state.model.state_dict())

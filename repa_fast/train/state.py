@@ -73,6 +73,29 @@ class TrainState:
         )
 
     @property
+    def aligns(self) -> bool:
+        """Whether the next step aligns hidden states with anything."""
+        until = self.config.align_until
+        return bool(self.metrics.aligned) and not (until and self.step >= until)
+
+    def load_encoders(self) -> None:
+        """Load what the config aligns with, unless batches carry its features."""
+        if self.features:
+            return
+        self.encoders = load_encoders(self.config, self.world)
+        if self.config.compile:
+            for encoder in self.encoders.values():
+                encoder.compile()
+
+    def end_alignment(self) -> None:
+        """Drop the encoders; heads get no gradients from here on, and DDP expects none."""
+        self.encoders, self.features = {}, []
+        for heads in (self.model.projectors, self.model.ap_head):
+            if heads is not None:
+                heads.requires_grad_(False)
+        self.wrapped = wrap(self.model, self.world)
+
+    @property
     def local_batch(self) -> int:
         """Images of this process per optimizer step."""
         return self.config.images_per_step // self.world.size
@@ -83,10 +106,13 @@ def build_state(
     metadata: Metadata,
     world: World,
     columns: Mapping[str, FeatureColumn] | None = None,
+    *,
+    encoders_later: bool = False,
 ) -> TrainState:
     """Model, average, encoders and optimizer on this process's device, at step 0.
 
-    `columns` are the dataset's columns of features.
+    `columns` are the dataset's columns of features. With `encoders_later` the state's
+    `load_encoders` is left to the caller, who may have to find out first whether any are needed.
 
     Raises:
         ValueError: the batch does not divide among the processes, or as for `model_arguments` and
@@ -104,8 +130,8 @@ def build_state(
     notes = choose_kernels(config, model, AUTOCAST[precision] or torch.float32, world)
     emas = [copy.deepcopy(model).eval().requires_grad_(False) for _ in config.ema_decays]
     specs = encoders.specs(config.enc_type)
+    aligned = ["sra"] if config.align == "sra" else [spec.name for spec in specs]
     features = choose_features(config, specs, columns or {})
-    frozen = {} if features else load_encoders(config, world)
     copies = {}
     if config.compute_copy == "optimizer":
         if precision != "bf16":
@@ -114,34 +140,40 @@ def build_state(
     if config.compile:
         for block in model.blocks:
             block.compile(fullgraph=True)
-        for encoder in frozen.values():
-            encoder.compile()
-    wrapped = model
-    if world.size > 1:
-        wrapped = DistributedDataParallel(
-            model, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        if config.align == "sra":
+            for block in emas[0].blocks[: config.block_out_t]:
+                block.compile(fullgraph=True)
     optimizer = build_optimizer(model, emas, config, copies)
     notes.append(f"optimizer: {optimizer.implementation}, {optimizer.reason}")
-    return TrainState(
+    state = TrainState(
         config=config,
         world=world,
         metadata=metadata,
         path=get(config.path_type),
         model=model,
-        wrapped=wrapped,
+        wrapped=wrap(model, world),
         ema=emas[0],
         more_emas=emas[1:],
-        encoders=frozen,
+        encoders={},
         features=features,
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
-        metrics=Accumulator([spec.name for spec in specs], world.device),
+        metrics=Accumulator(aligned, world.device),
         autocast_dtype=AUTOCAST[precision],
         vae=None if can_decode(metadata) else VAE(config.vae_path or metadata.vae),
         micro_batch=0,
         notes=notes,
     )
+    if not encoders_later:
+        state.load_encoders()
+    return state
+
+
+def wrap(model: SiT, world: World) -> nn.Module:
+    """The model under DDP where there are several processes."""
+    if world.size == 1:
+        return model
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def choose_features(

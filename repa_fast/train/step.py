@@ -7,9 +7,10 @@ from torch import nn
 
 from repa_fast.data import latents
 from repa_fast.data.loader import Batch
-from repa_fast.diffusion.alignment import alignment_losses
+from repa_fast.diffusion import sra
 from repa_fast.diffusion.draws import Draws, draw
 from repa_fast.diffusion.flow import velocity_loss
+from repa_fast.train.align import alignment_losses, alignment_weight
 from repa_fast.train.optim import clip_factor, learning_rate, record_overflow
 from repa_fast.train.state import TrainState
 
@@ -51,17 +52,34 @@ def synthetic_batch(state: TrainState, size: int) -> tuple[Batch, Draws]:
 def losses(
     state: TrainState, model: nn.Module, batch: Batch, draws: Draws
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Velocity loss and alignment loss of each encoder, (B) each, in fp32."""
+    """Velocity loss and the losses of what is aligned, (B) each, in fp32."""
     clean = latents.sample(batch["moments"], draws.posterior_noise, state.metadata)
     noisy, velocity = state.path.interpolate(clean, draws.noise, draws.t)
     with state.autocast():
         with torch.no_grad():
-            targets = [encoder(batch["image"]) for encoder in state.encoders.values()]
-            targets += [column.unpack(batch) for column in state.features]
+            targets = alignment_targets(state, batch, clean, draws) if state.aligns else []
         prediction, projections = model(
             noisy, draws.t, batch["label"], draws.drop, project=bool(targets)
         )
-    return velocity_loss(prediction, velocity), alignment_losses(projections, targets)
+    aligned = alignment_losses(projections, targets, state.config, state.world)
+    return velocity_loss(prediction, velocity), aligned
+
+
+def alignment_targets(
+    state: TrainState, batch: Batch, clean: torch.Tensor, draws: Draws
+) -> list[torch.Tensor]:
+    """What the heads' outputs are aligned with: (B, N, width) of each encoder, or of SRA's teacher.
+
+    The teacher is the average, stopped after its block, at an earlier time, with the same noise and
+    the same dropped labels (SRA, arXiv 2505.02831).
+    """
+    config = state.config
+    if config.align == "sra":
+        t = sra.teacher_times(draws.t, draws.offset, config.t_max)
+        noisy, _ = state.path.interpolate(clean, draws.noise, t)
+        return [state.ema.hidden(noisy, t, batch["label"], draws.drop, depth=config.block_out_t)]
+    online = [encoder(batch["image"]) for encoder in state.encoders.values()]
+    return online + [column.unpack(batch) for column in state.features]
 
 
 def accumulate(state: TrainState, batch: Batch, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,6 +90,7 @@ def accumulate(state: TrainState, batch: Batch, draws: Draws) -> tuple[torch.Ten
         denoise: (local batch), the velocity losses.
     """
     size = len(draws.t)
+    weight = alignment_weight(state.config, state.step)
     starts = range(0, size, state.micro_batch)
     denoise, align = [], []
     for start in starts:
@@ -84,15 +103,15 @@ def accumulate(state: TrainState, batch: Batch, draws: Draws) -> tuple[torch.Ten
             )
             loss = velocity_part.sum()
             for part in align_parts:
-                loss = loss + state.config.proj_coeff / len(align_parts) * part.sum()
+                loss = loss + weight / len(align_parts) * part.sum()
             state.scaler.scale(loss / size).backward()
         denoise.append(velocity_part.detach())
         align.append(torch.stack([part.detach().sum() for part in align_parts]) if align_parts
-                     else velocity_part.new_zeros(0))  # fmt: skip
+                     else velocity_part.new_zeros(len(state.metrics.aligned)))  # fmt: skip
     denoise = torch.cat(denoise)
     align = torch.stack(align).sum(0) / size
     alignment = align.mean() if len(align) else align.new_zeros(())
-    loss = denoise.mean() + state.config.proj_coeff * alignment
+    loss = denoise.mean() + weight * alignment
     return torch.cat([torch.stack([loss, denoise.mean(), loss.new_zeros(())]), align]), denoise
 
 

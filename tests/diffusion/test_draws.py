@@ -20,8 +20,8 @@ def equal(a, b):
 
 def test_shapes_and_dtypes():
     draws = drawn(batch=5)
-    assert [tuple(f.shape) for f in draws] == [(5,), (5, *SHAPE), (5, *SHAPE), (5,)]
-    assert [f.dtype for f in draws] == [torch.float32] * 3 + [torch.bool]
+    assert [tuple(f.shape) for f in draws] == [(5,), (5, *SHAPE), (5, *SHAPE), (5,), (5,)]
+    assert [f.dtype for f in draws] == [torch.float32] * 3 + [torch.bool, torch.float32]
     assert draws.t.min() >= 0 and draws.t.max() <= 1
 
 
@@ -37,7 +37,7 @@ def test_draws_repeat_whatever_the_global_generator_did(weighting):
 
 @pytest.mark.parametrize("other", ({"seed": 1}, {"step": 4}, {"seed": 3, "step": 0}))
 def test_other_seeds_and_steps_give_other_draws(other):
-    assert equal(drawn(drop_prob=0.5), drawn(drop_prob=0.5, **other)) == [False] * 4
+    assert equal(drawn(drop_prob=0.5), drawn(drop_prob=0.5, **other)) == [False] * 5
 
 
 @pytest.mark.parametrize("world_size", (1, 2, 4, 8, 32))
@@ -64,7 +64,7 @@ def test_weighting_and_path_change_only_the_times(batch):
     uniform = drawn(batch=batch, drop_prob=0.5)
     for path in (paths.linear, paths.cosine):
         other = drawn(batch=batch, drop_prob=0.5, weighting="lognormal", path=path)
-        assert equal(uniform, other) == [False, True, True, True]
+        assert equal(uniform, other) == [False, True, True, True, True]
 
 
 def test_uniform_times_do_not_depend_on_the_path():

@@ -3,7 +3,7 @@
 import torch
 
 from repa_fast import dispatch
-from repa_fast.diffusion.alignment import alignment_losses
+from repa_fast.diffusion.alignment import cosine_losses
 from repa_fast.diffusion.flow import velocity_loss
 from repa_fast.diffusion.path import linear
 from repa_fast.models.sit import SiT
@@ -48,7 +48,7 @@ def losses(kernels, dtype, steps):
         noisy, velocity = linear.interpolate(clean, seeded(clean.shape, seed=100 + step), t)
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
             prediction, projections = model(noisy, t, label)
-        align = alignment_losses(projections, [target])[0]
+        align = cosine_losses(projections, [target])[0]
         loss = (velocity_loss(prediction, velocity) + 0.5 * align).mean()
         optimizer.zero_grad()
         loss.backward()

@@ -15,6 +15,10 @@ pytest.importorskip("tyro")
 PRESETS = [
     "digits",
     "digits-sra",
+    "digits-dit",
+    "digits-dit-repa",
+    *(f"dit-{size}2{end}" for size in ("l", "xl") for end in ("", "-repa")),
+    "dit-xl2-sra",
     *(f"sit-{size}2{end}" for size in ("s", "b", "l", "xl") for end in ("", "-repa")),
     *(f"sit-xl2-sra{end}" for end in ("", "-512", "-cos", "-cos-512")),
     *(f"sit-xl2-repa-lambda{weight}" for weight in ("0.25", "0.75", "1")),

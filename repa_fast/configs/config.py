@@ -57,7 +57,7 @@ class TrainConfig:
     """Print the resolved config, parameter count, FLOPs and a memory estimate, and stop."""
 
     model: str = "SiT-XL/2"
-    """SiT-{S,B,L,XL}/{2,4,8}."""
+    """SiT-{S,B,L,XL}/{2,4,8}, or DiT-... with OBJECTIVE ddpm."""
     hidden_size: int | None = None
     """Overrides the model's width."""
     depth: int | None = None
@@ -142,6 +142,8 @@ class TrainConfig:
     optimizer_impl: Literal["auto", "cuda", "torch"] = "auto"
     """One pass over memory (csrc) or torch's fused AdamW; auto takes cuda where it can run."""
 
+    objective: Literal["flow", "ddpm"] = "flow"
+    """SiT's velocity of an interpolant, or DiT's noise and variance of a chain of 1000 steps."""
     path_type: str = "linear"
     """Interpolant: linear or cosine."""
     prediction: Literal["v"] = "v"
@@ -197,7 +199,8 @@ class TrainConfig:
     """The .npz to compare with, as ADM publishes them; all images of the dataset where empty."""
 
     mode: Literal["ode", "sde"] = "ode"
-    """Sampler of the sample grids and evaluations: euler or euler_maruyama."""
+    """Sampler of the sample grids and evaluations: euler or euler_maruyama; with OBJECTIVE ddpm
+    ode is DDIM and sde DDPM's ancestral one."""
     num_steps: int = 50
     """Steps of that sampler."""
     cfg_scale: float = 4.0
@@ -215,6 +218,8 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         self._check_alignment()
+        if (self.model.startswith("DiT"), self.objective) == (True, "flow"):
+            raise ValueError(f"model is {self.model}, expected --objective ddpm with it")
         if not 0 <= self.cfg_prob <= 1:
             raise ValueError(f"cfg_prob is {self.cfg_prob}, expected a probability in [0, 1]")
         for decay in self.ema_decays:

@@ -6,6 +6,7 @@ from repa_fast import encoders
 from repa_fast.configs.config import TrainConfig
 from repa_fast.data.dataset import Metadata
 from repa_fast.diffusion.draws import stream
+from repa_fast.models.dit import DiT
 from repa_fast.models.sit import SiT, size
 
 
@@ -61,7 +62,12 @@ def model_arguments(config: TrainConfig, metadata: Metadata) -> dict:
 
 
 def build_model(config: TrainConfig, metadata: Metadata) -> SiT:
-    """The model with initial weights, a pure function of the seed."""
+    """SiT or DiT: the model with initial weights, a pure function of the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(config.seed).initial_seed())
-        return SiT(**model_arguments(config, metadata))
+        return model_class(config.objective)(**model_arguments(config, metadata))
+
+
+def model_class(objective: str) -> type[SiT]:
+    """SiT for flow, DiT for ddpm."""
+    return {"flow": SiT, "ddpm": DiT}[objective]

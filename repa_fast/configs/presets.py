@@ -52,6 +52,18 @@ def sit(size: str, *, repa: bool) -> TrainConfig:
     return config
 
 
+def dit(size: str, *, repa: bool) -> TrainConfig:
+    """DiT-{0}/2 on ImageNet 256x256 (arXiv 2212.09748), in REPA's recipe.
+
+    Noise and variance of a chain of 1000 steps; with alignment: DINOv2-B, cosine, weight 0.5, at
+    block 8.
+    """
+    config = sit(size, repa=repa)
+    config.objective, config.model = "ddpm", f"DiT-{size}/2"
+    config.exp_name = config.exp_name.replace("sit", "dit")
+    return config
+
+
 def component(encoder: str, *, depth: int = 8, loss_type: str = "nt-xent") -> TrainConfig:
     """SiT-L/2 aligned with {0}, a row of REPA's component table (table 2)."""
     config = sit("L", repa=True)
@@ -86,6 +98,23 @@ def sra(resolution: int, *, cosine: bool = False) -> TrainConfig:
     )
 
 
+def dit_sra() -> TrainConfig:
+    """DiT-XL/2 with SRA at 256 pixels: block 8 with block 16 of the average, smooth L1."""
+    config = sra(256)
+    return dataclasses.replace(
+        config, exp_name="dit-xl2-sra", objective="ddpm", model="DiT-XL/2", block_out_t=16
+    )
+
+
+def digits_dit(*, repa: bool) -> TrainConfig:
+    """The digits with DiT's objective, or with DiT's and REPA's."""
+    config = digits()
+    if not repa:
+        config.enc_type = "none"
+    name = "digits-dit-repa" if repa else "digits-dit"
+    return dataclasses.replace(config, exp_name=name, objective="ddpm", model="DiT-S/4")
+
+
 def digits_sra() -> TrainConfig:
     """The digits with SRA instead of an encoder: block 2 with block 4 of the average."""
     config = digits()
@@ -116,8 +145,13 @@ LAMBDAS = {0.25: 8.6, 0.75: 7.8, 1.0: 7.8}
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "digits": digits,
     "digits-sra": digits_sra,
+    "digits-dit": partial(digits_dit, repa=False),
+    "digits-dit-repa": partial(digits_dit, repa=True),
     **{f"sit-{size.lower()}2": partial(sit, size, repa=False) for size in ALIGNMENT_DEPTH},
     **{f"sit-{size.lower()}2-repa": partial(sit, size, repa=True) for size in ALIGNMENT_DEPTH},
+    **{f"dit-{size.lower()}2": partial(dit, size, repa=False) for size in ("L", "XL")},
+    **{f"dit-{size.lower()}2-repa": partial(dit, size, repa=True) for size in ("L", "XL")},
+    "dit-xl2-sra": dit_sra,
     "sit-xl2-sra": partial(sra, 256),
     "sit-xl2-sra-512": partial(sra, 512),
     "sit-xl2-sra-cos": partial(sra, 256, cosine=True),
@@ -138,6 +172,10 @@ TO_REACH = {
     "sit-xl2": "FID 17.2 (400K), 8.3 (7M)",
     "sit-xl2-repa": "FID 7.9 (400K), 5.9 (4M)",
     "sit-l2-dinov2-vit-l-d8-cos": "FID 9.9 (400K)",
+    "dit-l2": "FID 23.3 (400K)",
+    "dit-l2-repa": "FID 15.6 (400K)",
+    "dit-xl2": "FID 19.5 (400K), 9.6 (7M)",
+    "dit-xl2-repa": "FID 12.3 (400K), 9.6 (850K)",
     **{
         f"sit-l2-{encoder.lower()}-d{depth}": f"FID {fid} (400K)"
         for (encoder, depth), fid in COMPONENTS.items()

@@ -42,7 +42,7 @@ def guided_velocities(
     """
     expect_shape("sampler", "labels", labels, latents.shape[:1])
     num_classes = getattr(model, "num_classes", None)
-    _check(labels, num_classes, cfg_scale, guidance_channels, latents.shape[1])
+    check_guidance(labels, num_classes, cfg_scale, guidance_channels, latents.shape[1])
     low_t, high_t = guidance_interval
 
     def evaluate(x: torch.Tensor, t: float, y: torch.Tensor) -> torch.Tensor:
@@ -71,13 +71,14 @@ def guided_velocities(
     return velocities
 
 
-def _check(
+def check_guidance(
     labels: torch.Tensor,
     num_classes: int | None,
     cfg_scale: float,
     guidance_channels: int | None,
     channels: int,
 ) -> None:
+    """Raise ValueError where labels, null label or guided channels cannot be."""
     if num_classes is not None and labels.numel():
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high > num_classes:

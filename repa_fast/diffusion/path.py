@@ -35,6 +35,7 @@ class Path:
         time_of_ratio: the t at which sigma / alpha equals a given ratio (log-normal times).
         train_eps: SiT trains on times from here on; d_sigma of VP is infinite at t = 0.
         sample_eps: SiT's ODE stops here, for the same reason.
+        model_times: t in [0, 1] -> what the model and `coefficients` take.
         ends_in_noise: alpha is 0 at t = 1, so that nothing may be divided by it there.
     """
 
@@ -44,6 +45,7 @@ class Path:
     train_eps: float = 0.0
     sample_eps: float = 0.0
     ends_in_noise: bool = True
+    model_times: Callable[[torch.Tensor], torch.Tensor] = lambda t: t
 
     def at(self, t: float) -> Coefficients:
         """The coefficients at t as Python floats, computed in fp64."""

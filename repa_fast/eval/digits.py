@@ -18,7 +18,9 @@ from repa_fast.configs.model import build_model
 from repa_fast.data import latents
 from repa_fast.data.digits import digit_images
 from repa_fast.data.prepare import digits_metadata, pixel_moments
+from repa_fast.diffusion import ddpm
 from repa_fast.diffusion.alignment import cosine_losses
+from repa_fast.diffusion.ddpm_samplers import ancestral, ddim
 from repa_fast.diffusion.draws import draw, stream
 from repa_fast.diffusion.path import get
 from repa_fast.diffusion.samplers import sample
@@ -82,16 +84,13 @@ def generate(
     labels = torch.arange(count) % CLASSES
     generator = stream(seed, 1)
     noise = torch.randn(count, *metadata.latent_shape, generator=generator)
-    samples = sample(
-        model,
-        noise,
-        labels,
-        mode=config.mode,
-        num_steps=config.num_steps,
-        cfg_scale=config.cfg_scale,
-        path=get(config.path_type),
-        seed=seed,
-    )
+    options = {"num_steps": config.num_steps, "cfg_scale": config.cfg_scale, "seed": seed}
+    if config.objective == "ddpm":
+        draw = ancestral if config.mode == "sde" else ddim
+        samples = draw(model, noise, labels, **options)
+    else:
+        path = get(config.path_type)
+        samples = sample(model, noise, labels, mode=config.mode, path=path, **options)
     return latents.to_pixels(samples, metadata).numpy(), labels.numpy()
 
 
@@ -101,7 +100,8 @@ def alignment_cosine(config: TrainConfig, model: SiT, seed: int) -> float | None
     specs = encoders.specs(config.enc_type)
     if not specs:
         return None
-    metadata, path = digits_metadata(), get(config.path_type)
+    metadata = digits_metadata()
+    path = ddpm.path if config.objective == "ddpm" else get(config.path_type)
     pixels, labels = digit_images("val")
     images = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
     clean = latents.sample(torch.from_numpy(pixel_moments(pixels)), torch.zeros(()), metadata)
@@ -109,8 +109,9 @@ def alignment_cosine(config: TrainConfig, model: SiT, seed: int) -> float | None
     cosines = []
     for repeat in range(ALIGNMENT_DRAWS):
         draws = draw(seed, repeat, len(images), metadata.latent_shape, path=path)
-        noisy, _ = path.interpolate(clean, draws.noise, draws.t)
-        _, projections = model(noisy, draws.t, torch.from_numpy(labels), project=True)
+        t = path.model_times(draws.t)
+        noisy, _ = path.interpolate(clean, draws.noise, t)
+        _, projections = model(noisy, t, torch.from_numpy(labels), project=True)
         cosines += [-loss.mean().item() for loss in cosine_losses(projections, targets)]
     return float(np.mean(cosines))
 

@@ -23,7 +23,6 @@ from repa_fast.data.order import Consecutive
 from repa_fast.data.prepare import ensure_digits
 from repa_fast.data.processes import progress_bar
 from repa_fast.data.store import is_url
-from repa_fast.diffusion.path import get
 from repa_fast.eval.hidden import collect, encoder_features
 from repa_fast.eval.load import Loaded
 
@@ -60,8 +59,8 @@ class AnalysisConfig:
     """Folder of computed features; none where empty."""
     out: str = ""
     """Folder for the results; beside the checkpoints where empty."""
-    origin: Literal["repa", "sit"] = "repa"
-    """Whose weights CKPT holds: REPA's or ours, or the original SiT's."""
+    origin: Literal["repa", "sit", "dit"] = "repa"
+    """Whose weights CKPT holds: REPA's or ours, or the original SiT's or DiT's."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ def gather(
     files = encoders.weight_files(",".join(names) or "none", config.enc_weights)
     described = {
         "model": loaded.digest,
-        "path": loaded.path_type,
+        "path": [loaded.objective, loaded.path_type],
         "data": [*_identity(dataset), len(dataset), hashlib.sha256(rows.tobytes()).hexdigest()],
         "encoders": [list(names), files],
         "times": list(config.times),
@@ -212,7 +211,7 @@ def _compute(
             config.times,
             count=len(rows),
             metadata=dataset.metadata,
-            path=get(loaded.path_type),
+            path=loaded.path,
             seed=config.seed,
             blocks=config.layers or None,
         )

@@ -60,8 +60,8 @@ class GenerateConfig(SamplerConfig):
     """Labels drawn at random as upstream, or one class after the other."""
     class_label: int = -1
     """One class for all images."""
-    origin: Literal["repa", "sit"] = "repa"
-    """Whose weights CKPT holds: REPA's or ours, or the original SiT's."""
+    origin: Literal["repa", "sit", "dit"] = "repa"
+    """Whose weights CKPT holds: REPA's or ours, or the original SiT's or DiT's."""
     pngs: bool = False
     """Write every image as a PNG too, into a folder beside the .npz."""
 

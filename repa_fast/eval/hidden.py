@@ -59,7 +59,7 @@ def hidden_states(
     """
     if not 0 <= t <= 1:
         raise ValueError(f"t is {t}, expected a time in [0, 1]")
-    times = torch.full((len(clean),), t, dtype=clean.dtype, device=clean.device)
+    times = path.model_times(torch.full((len(clean),), t, dtype=clean.dtype, device=clean.device))
     null = torch.full((len(clean),), model.num_classes, device=clean.device)
     noisy, _ = path.interpolate(clean, noise, times)
     states: list[torch.Tensor] = []

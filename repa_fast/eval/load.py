@@ -10,8 +10,12 @@ from pathlib import Path
 import torch
 
 from repa_fast.configs.config import TrainConfig
+from repa_fast.configs.model import model_class
 from repa_fast.data.dataset import Metadata
 from repa_fast.data.official import SD_VAE_FACTOR, SD_VAE_SCALE
+from repa_fast.diffusion import ddpm
+from repa_fast.diffusion.path import Path as DiffusionPath
+from repa_fast.diffusion.path import get
 from repa_fast.info import newest_checkpoint
 from repa_fast.models import formats
 from repa_fast.models.formats import Shape
@@ -26,7 +30,8 @@ class Loaded:
 
     Attributes:
         metadata: of the dataset it was trained on, as far as it is known.
-        path_type, prediction: of its training.
+        objective: flow, or ddpm for a DiT.
+        path_type, prediction: of its training, for flow.
         name: of its architecture, fit for a file name.
         step: optimizer steps of the training; None where the file does not say.
         digest: the first hexadecimal digits of a SHA-256 of the weights.
@@ -41,6 +46,12 @@ class Loaded:
     step: int | None
     digest: str
     source: Path
+    objective: str = "flow"
+
+    @property
+    def path(self) -> DiffusionPath:
+        """From data to noise, as it was trained."""
+        return ddpm.path if self.objective == "ddpm" else get(self.path_type)
 
 
 def load(
@@ -56,7 +67,7 @@ def load(
 
     Args:
         source: of a run's folder the newest complete checkpoint is taken.
-        origin: "repa" (and ours), or "sit" for the original SiT's weights.
+        origin: "repa" (and ours), "sit" or "dit" for the original SiT's or DiT's weights.
         model: SiT-{S,B,L,XL}/{2,4,8}, to be checked; known from the weights otherwise.
         num_heads: of an architecture that is none of those and whose file does not say.
         prediction: v, score or noise; what the file says, or v, where empty.
@@ -68,14 +79,13 @@ def load(
     source = Path(source)
     if not source.exists():
         raise ValueError(f"{source} does not exist, expected a run, a checkpoint or a weight file")
-    if origin == "dit":
-        raise ValueError("the original DiT predicts noise at times 0..999, which is not sampled")
     if source.is_dir():
         source = newest_checkpoint(source)
         if origin != "repa":
             raise ValueError(f"{source} is a native checkpoint, expected origin repa, got {origin}")
     config, step, metadata = _described(source)
-    state = formats.read_weights(source, origin)
+    objective = "ddpm" if origin == "dit" else config.get("objective", "flow")
+    state = formats.read_weights(source, origin, learn_sigma=objective == "ddpm")
     shape = formats.shape_of(state)
     heads = _heads(shape, config, source, num_heads)
     _expect_model(model, shape, heads, source)
@@ -83,17 +93,18 @@ def load(
     state = {name: t for name, t in state.items() if not name.startswith("projectors.")}
     if origin == "sit" and prediction != "v":  # which does not change its sign with time's
         state |= {name: -t for name, t in state.items() if name.startswith("final_layer.linear.")}
-    built = _build(shape, heads)
+    built = _build(shape, heads, objective)
     formats.load_exactly(built, state, str(source))
     return Loaded(
         model=built.to(device).eval().requires_grad_(False),
         metadata=metadata or _expected_metadata(shape, config),
         path_type=_ours(config.get("path_type", "linear")),
         prediction=prediction,
-        name=_name(shape, heads),
+        name=_name(shape, heads).replace("SiT", "DiT" if objective == "ddpm" else "SiT"),
         step=step,
         digest=digest(state),
         source=source,
+        objective=objective,
     )
 
 
@@ -129,9 +140,9 @@ def _described(source: Path) -> tuple[dict, int | None, Metadata | None]:
     return config, step if isinstance(step, int) else None, None
 
 
-def _build(shape: Shape, heads: int) -> SiT:
+def _build(shape: Shape, heads: int, objective: str) -> SiT:
     with torch.device("meta"):
-        model = SiT(
+        model = model_class(objective)(
             input_size=shape.grid * shape.patch_size,
             patch_size=shape.patch_size,
             in_channels=shape.in_channels,

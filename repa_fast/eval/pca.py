@@ -8,7 +8,6 @@ import torch
 from repa_fast.data import latents
 from repa_fast.data.loader import read_batch
 from repa_fast.data.processes import own_device
-from repa_fast.diffusion.path import get
 from repa_fast.eval.gather import AnalysisConfig, open_splits
 from repa_fast.eval.hidden import hidden_states, sample_noise
 from repa_fast.eval.load import load
@@ -48,9 +47,7 @@ def pca(config: PcaConfig) -> str:
     layers = list(config.layers or range(1, len(loaded.model.blocks) + 1))
     maps = []
     for t in config.times:
-        states = hidden_states(
-            loaded.model, clean, draws[:, 1], t, path=get(loaded.path_type), average=False
-        )
+        states = hidden_states(loaded.model, clean, draws[:, 1], t, path=loaded.path, average=False)
         maps.append(torch.stack([colours(states[layer - 1]) for layer in layers]))
     pictures = torch.stack(maps, dim=1)  # layers, times, B, 3, side, side
     out = output_folder(config, loaded, "pca")

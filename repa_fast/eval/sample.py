@@ -31,8 +31,8 @@ class SampleConfig(SamplerConfig):
     """Determines the noise, the same for every class."""
     out: str = "sample.png"
     """File to write."""
-    origin: Literal["repa", "sit"] = "repa"
-    """Whose weights CKPT holds: REPA's or ours, or the original SiT's."""
+    origin: Literal["repa", "sit", "dit"] = "repa"
+    """Whose weights CKPT holds: REPA's or ours, or the original SiT's or DiT's."""
     num_heads: int = 0
     """Of an architecture that is no SiT-{S,B,L,XL} and whose file does not say."""
 

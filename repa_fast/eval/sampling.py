@@ -18,6 +18,7 @@ from repa_fast.data.latents import can_decode, to_pixels
 from repa_fast.data.vae import VAE
 from repa_fast.diffusion import samplers
 from repa_fast.diffusion.adaptive import dopri5
+from repa_fast.diffusion.ddpm_samplers import ancestral, ddim
 from repa_fast.diffusion.path import get
 from repa_fast.eval.load import Loaded
 
@@ -31,7 +32,7 @@ class SamplerConfig:
     """How a model is sampled; names and defaults are REPA's generate.py's where it has one."""
 
     mode: Literal["ode", "sde"] = "ode"
-    """Probability-flow ODE, or the reverse SDE by Euler-Maruyama."""
+    """Probability-flow ODE, or the reverse SDE by Euler-Maruyama; of a DiT DDIM or DDPM's."""
     num_steps: int = 50
     """Model evaluations (twice as many, less one, with HEUN)."""
     heun: bool = False
@@ -119,6 +120,17 @@ def labels_of(
     return drawn[index]
 
 
+def _expect_plain(config: SamplerConfig) -> None:
+    """Raise ValueError where a DiT is to be sampled with what only flow models have."""
+    plain = SamplerConfig()
+    for name in ("heun", "adaptive", "guidance_low", "guidance_high", "path_type", "prediction"):
+        if getattr(config, name) != getattr(plain, name):
+            raise ValueError(
+                f"{name} is {getattr(config, name)}, expected {getattr(plain, name)!r}: the model "
+                "is a DiT, which has no flow"
+            )
+
+
 class ImageSampler:
     """Images of a loaded model under a config.
 
@@ -130,7 +142,10 @@ class ImageSampler:
     def __init__(self, loaded: Loaded, config: SamplerConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.metadata = loaded.metadata
-        self.path = get(config.path_type or loaded.path_type)
+        self.objective = loaded.objective
+        self.path = get(config.path_type) if config.path_type else loaded.path
+        if self.objective == "ddpm":
+            _expect_plain(config)
         self.prediction = config.prediction or loaded.prediction
         self.model = loaded.model
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
@@ -175,14 +190,22 @@ class ImageSampler:
         config = self.config
         options = {
             "cfg_scale": config.cfg_scale,
-            "guidance_interval": (config.guidance_low, config.guidance_high),
             "guidance_channels": config.guidance_channels or None,
-            "path": self.path,
-            "prediction": self.prediction,
             "state_dtype": {"fp64": torch.float64, "fp32": torch.float32}[config.state_dtype],
         }
         noise = self.noise(index, seed)
         y = torch.from_numpy(np.asarray(labels, np.int64)).to(self.device)
+        numbers = torch.from_numpy(np.asarray(index, np.int64)).to(self.device)
+        if self.objective == "ddpm":
+            draw = ancestral if config.mode == "sde" else ddim
+            options |= {"num_steps": config.num_steps, "seed": seed, "index": numbers}
+            with self._precision():
+                return draw(self.model, noise, y, **options)
+        options |= {
+            "guidance_interval": (config.guidance_low, config.guidance_high),
+            "path": self.path,
+            "prediction": self.prediction,
+        }
         with self._precision():
             if config.adaptive:
                 return dopri5(self.model, noise, y, **options)[0]
@@ -198,7 +221,7 @@ class ImageSampler:
                 last_step=config.last_step,
                 last_step_size=config.last_step_size,
                 seed=seed,
-                index=torch.from_numpy(np.asarray(index, np.int64)).to(self.device),
+                index=numbers,
                 **options,
             )
 

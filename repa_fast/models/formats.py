@@ -110,7 +110,9 @@ def read_file(path: Path) -> dict:
         raise ValueError(f"{path} is not a readable torch checkpoint ({error})") from error
 
 
-def read_weights(path: Path, origin: str = "repa", *, with_head: bool = False) -> State:
+def read_weights(
+    path: Path, origin: str = "repa", *, with_head: bool = False, learn_sigma: bool = False
+) -> State:
     """The weights for sampling in a file or native checkpoint: the average where there is one.
 
     Args:
@@ -118,6 +120,7 @@ def read_weights(path: Path, origin: str = "repa", *, with_head: bool = False) -
         origin: "repa" for REPA's and ours; "sit" for the original SiT, whose time and sign run the
             other way and are turned; "dit" for the original DiT, whose trunk alone means the same.
         with_head: keep SRA's head.
+        learn_sigma: for a DiT, which also predicts variances.
 
     Returns:
         fp32 tensors in our names and, for "sit", in our convention of time.
@@ -126,19 +129,23 @@ def read_weights(path: Path, origin: str = "repa", *, with_head: bool = False) -
         ValueError: unreadable, not a SiT or DiT, or of another origin than said.
     """
     expect_choice("origin", origin, ORIGINS)
+    kept = {"with_head": with_head, "learn_sigma": learn_sigma}
     if path.is_dir():
-        return normalise(read_native(path, "ema."), origin, with_head=with_head)
+        return normalise(read_native(path, "ema."), origin, **kept)
     contents = read_file(path)
     for key in ("ema", "model"):
         if isinstance(contents.get(key), dict):
-            return normalise(contents[key], origin, with_head=with_head)
-    return normalise(contents, origin, with_head=with_head)
+            return normalise(contents[key], origin, **kept)
+    return normalise(contents, origin, **kept)
 
 
-def normalise(state: State, origin: str = "repa", *, with_head: bool = False) -> State:
+def normalise(
+    state: State, origin: str = "repa", *, with_head: bool = False, learn_sigma: bool = False
+) -> State:
     """A state dict as it lies in a file -> our names, shapes and convention of time.
 
-    `with_head` keeps SRA's head, which only training needs.
+    `with_head` keeps SRA's head, which only training needs; `learn_sigma` the second half of the
+    output channels, DiT's variance.
     """
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     state = {
@@ -148,6 +155,8 @@ def normalise(state: State, origin: str = "repa", *, with_head: bool = False) ->
     }
     shape = shape_of(state)
     doubled = shape.out_channels == 2 * shape.in_channels
+    if doubled and learn_sigma:
+        return state
     if doubled and origin == "repa":
         raise ValueError(
             f"the final layer has {shape.out_channels} channels, expected {shape.in_channels}: "

@@ -33,10 +33,11 @@ def size(name: str) -> dict[str, int]:
     """Constructor arguments (depth, hidden_size, num_heads, patch_size) of, say, "SiT-XL/2".
 
     Raises:
-        ValueError: the name is not SiT-{S,B,L,XL}/{2,4,8}.
+        ValueError: the name is not SiT- or DiT-{S,B,L,XL}/{2,4,8}.
     """
     known = {
-        f"SiT-{size}/{patch}": {**arguments, "patch_size": patch}
+        f"{kind}-{size}/{patch}": {**arguments, "patch_size": patch}
+        for kind in ("SiT", "DiT")
         for size, arguments in SIZES.items()
         for patch in PATCH_SIZES
     }
@@ -225,6 +226,7 @@ class SiT(nn.Module):
         z_dims: feature width of each encoder; empty for a model without projectors.
         projector_dim: hidden width of the projectors.
         projector: "mlp", REPA's, or "conv", iREPA's.
+        learn_sigma: DiT's 2C output channels, noise and variance, instead of a velocity's C.
         self_align: SRA's head `ap_head` on the same hidden state, beside or instead of projectors.
         qk_norm: LayerNorm on queries and keys.
         fused_attn: the process's attention backend instead of the explicit softmax.
@@ -255,12 +257,14 @@ class SiT(nn.Module):
         qk_norm: bool = False,
         self_align: bool = False,
         projector: str = "mlp",
+        learn_sigma: bool = False,
     ) -> None:
         super().__init__()
         _check_sizes(input_size, patch_size, hidden_size, num_heads)
         if (z_dims or self_align) and not 1 <= encoder_depth <= depth:
             raise ValueError(f"encoder_depth is {encoder_depth}, expected 1..{depth} (the depth)")
         self.in_channels = in_channels
+        self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.input_size = input_size
         self.patch_size = patch_size
         self.num_classes = num_classes
@@ -286,7 +290,7 @@ class SiT(nn.Module):
             for z_dim in z_dims
         )
         self.ap_head = SimpleHead(hidden_size) if self_align else None
-        self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
@@ -373,11 +377,11 @@ class SiT(nn.Module):
         return residual, self.t_embedder(t) + self.y_embedder(y, drop)
 
     def unpatchify(self, patches: torch.Tensor) -> torch.Tensor:
-        """(B, N, P * P * C) -> (B, C, h, w)."""
+        """(B, N, P * P * C) -> (B, C, h, w), C the output channels."""
         grid = self.input_size // self.patch_size
         return (
             patches.unflatten(1, (grid, grid))
-            .unflatten(-1, (self.patch_size, self.patch_size, self.in_channels))
+            .unflatten(-1, (self.patch_size, self.patch_size, self.out_channels))
             .permute(0, 5, 1, 3, 2, 4)
             .flatten(4, 5)
             .flatten(2, 3)

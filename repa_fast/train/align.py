@@ -47,4 +47,4 @@ def alignment_weight(config: TrainConfig, step: int) -> float:
     if config.align_decay == "constant":
         return config.proj_coeff
     images = step * config.images_per_step
-    return align_weight(config.loss_type, images, config.resolution, "flow")
+    return align_weight(config.loss_type, images, config.resolution, config.objective)

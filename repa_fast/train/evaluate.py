@@ -76,6 +76,7 @@ class Evaluator:
                 step=state.step,
                 digest="",
                 source=Path(),
+                objective=config.objective,
             ),
             SamplerConfig(
                 mode=config.mode,

@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 
 from repa_fast.configs.config import TrainConfig
-from repa_fast.configs.model import model_arguments
+from repa_fast.configs.model import model_arguments, model_class
 from repa_fast.contracts import expect_choice
 from repa_fast.data.dataset import Metadata
-from repa_fast.models.sit import SiT
 from repa_fast.models.weights import read_native
 from repa_fast.train.checkpoint import CONFIG, COUNTERS, DATASET
 
@@ -56,7 +55,7 @@ def official_contents(source: Path) -> dict:
     """
     config, metadata = stored_config(source)
     with torch.device("meta"):
-        model = SiT(**model_arguments(config, metadata))
+        model = model_class(config.objective)(**model_arguments(config, metadata))
     order = [name for name, _ in model.named_parameters()]
     moments = read_native(source, "optimizer.state.")
     optimizer = torch.optim.AdamW(

@@ -7,10 +7,9 @@ import torch
 
 from repa_fast import encoders
 from repa_fast.configs.config import TrainConfig
-from repa_fast.configs.model import model_arguments
+from repa_fast.configs.model import model_arguments, model_class
 from repa_fast.data.dataset import Metadata
 from repa_fast.models.flops import projector_flops, sit_flops, transformer_flops
-from repa_fast.models.sit import SiT
 from repa_fast.train.state import TrainState
 
 # fp32 weights, gradients and two AdamW moments; each moving average
@@ -49,7 +48,7 @@ def budget(config: TrainConfig, metadata: Metadata) -> Budget:
     """Counted from the config alone; no weights are allocated."""
     arguments = model_arguments(config, metadata)
     with torch.device("meta"):
-        model = SiT(**arguments)
+        model = model_class(config.objective)(**arguments)
     total = sum(p.numel() for p in model.parameters())
     modules = [*model.projectors, *([] if model.ap_head is None else [model.ap_head])]
     heads = sum(p.numel() for module in modules for p in module.parameters())

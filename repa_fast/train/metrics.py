@@ -13,13 +13,13 @@ class Accumulator:
     A skipped step counts as skipped and adds nothing else, so that one NaN does not hide the rest.
 
     Attributes:
-        aligned: what hidden states are aligned with, a loss for each.
+        others: names of the losses beside that of denoising.
         bad_run: current number of consecutive skipped steps, int64 on the device.
     """
 
-    def __init__(self, aligned: list[str], device: torch.device) -> None:
-        self.aligned = list(aligned)
-        self.names = ["loss", "denoise", "grad_norm", *(f"align/{name}" for name in aligned)]
+    def __init__(self, others: list[str], device: torch.device) -> None:
+        self.others = list(others)
+        self.names = ["loss", "denoise", "grad_norm", *others]
         # per-step sums, then steps and skipped steps, then loss and count of each t-bin
         self.sums = torch.zeros(
             len(self.names) + 2 + 2 * T_BINS, dtype=torch.float64, device=device

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from repa_fast.models import formats
+from repa_fast.models.sit import SiT
 from repa_fast.models.weights import MARKER, path_of, steps
 from repa_fast.train import checkpoint
 from repa_fast.train.state import TrainState
@@ -122,11 +123,19 @@ def load_official(source: Path, state: TrainState) -> None:
         )
     averages = [(average, "ema") for average in (state.ema, *state.more_emas)]
     for model, key in ((state.model, "model"), *averages):
-        weights = formats.normalise(contents[key], with_head=model.ap_head is not None)
+        weights = formats.normalise(contents[key], **_kept(model))
         formats.load_exactly(model, weights, f"{source} [{key}]")
     names = [name for name, _ in state.model.named_parameters()]
     load_optimizer(state.optimizer, names, list(weights), contents["opt"])
     state.step = contents["steps"]
+
+
+def _kept(model: SiT) -> dict[str, bool]:
+    """What of a file's weights this model has a place for."""
+    return {
+        "with_head": model.ap_head is not None,
+        "learn_sigma": model.out_channels != model.in_channels,
+    }
 
 
 def load_optimizer(
@@ -152,7 +161,7 @@ def start_from(source: Path, origin: str, state: TrainState) -> list[str]:
     Raises:
         ValueError: unreadable, or of a model that does not fit.
     """
-    weights = formats.read_weights(source, origin, with_head=state.model.ap_head is not None)
+    weights = formats.read_weights(source, origin, **_kept(state.model))
     notes = formats.initialise_from(state.model, weights, str(source))
     for average in (state.ema, *state.more_emas):
         average.load_state_dict(state.model.state_dict())

@@ -17,6 +17,7 @@ from repa_fast.data.dataset import Metadata
 from repa_fast.data.features import FeatureColumn
 from repa_fast.data.latents import can_decode
 from repa_fast.data.vae import VAE
+from repa_fast.diffusion import ddpm
 from repa_fast.diffusion.path import Path, get
 from repa_fast.distributed import World
 from repa_fast.models.sit import SiT
@@ -33,6 +34,7 @@ class TrainState:
     """Everything a step reads and writes.
 
     Attributes:
+        aligned: what hidden states are aligned with, a head for each.
         model: fp32 master weights; `wrapped` is the same model, under DDP with several processes.
         ema: moving average of the weights, in eval mode; more_emas: those of other decays.
         encoders: frozen modules by name, in the order of the model's projectors; none where batches
@@ -49,6 +51,7 @@ class TrainState:
     world: World
     metadata: Metadata
     path: Path
+    aligned: list[str]
     model: SiT
     wrapped: nn.Module
     ema: SiT
@@ -76,7 +79,7 @@ class TrainState:
     def aligns(self) -> bool:
         """Whether the next step aligns hidden states with anything."""
         until = self.config.align_until
-        return bool(self.metrics.aligned) and not (until and self.step >= until)
+        return bool(self.aligned) and not (until and self.step >= until)
 
     def load_encoders(self) -> None:
         """Load what the config aligns with, unless batches carry its features."""
@@ -131,6 +134,9 @@ def build_state(
     emas = [copy.deepcopy(model).eval().requires_grad_(False) for _ in config.ema_decays]
     specs = encoders.specs(config.enc_type)
     aligned = ["sra"] if config.align == "sra" else [spec.name for spec in specs]
+    others = [f"align/{name}" for name in aligned]
+    if config.objective == "ddpm":
+        others.insert(0, "variational")
     features = choose_features(config, specs, columns or {})
     copies = {}
     if config.compute_copy == "optimizer":
@@ -149,7 +155,8 @@ def build_state(
         config=config,
         world=world,
         metadata=metadata,
-        path=get(config.path_type),
+        path=ddpm.path if config.objective == "ddpm" else get(config.path_type),
+        aligned=aligned,
         model=model,
         wrapped=wrap(model, world),
         ema=emas[0],
@@ -158,7 +165,7 @@ def build_state(
         features=features,
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
-        metrics=Accumulator(aligned, world.device),
+        metrics=Accumulator(others, world.device),
         autocast_dtype=AUTOCAST[precision],
         vae=None if can_decode(metadata) else VAE(config.vae_path or metadata.vae),
         micro_batch=0,

@@ -7,7 +7,7 @@ from torch import nn
 
 from repa_fast.data import latents
 from repa_fast.data.loader import Batch
-from repa_fast.diffusion import sra
+from repa_fast.diffusion import ddpm, sra
 from repa_fast.diffusion.draws import Draws, draw
 from repa_fast.diffusion.flow import velocity_loss
 from repa_fast.train.align import alignment_losses, alignment_weight
@@ -52,17 +52,23 @@ def synthetic_batch(state: TrainState, size: int) -> tuple[Batch, Draws]:
 def losses(
     state: TrainState, model: nn.Module, batch: Batch, draws: Draws
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Velocity loss and the losses of what is aligned, (B) each, in fp32."""
+    """The loss of denoising and the others of `state.metrics.others`, (B) each, in fp32.
+
+    Without alignment those of what is aligned are missing.
+    """
     clean = latents.sample(batch["moments"], draws.posterior_noise, state.metadata)
-    noisy, velocity = state.path.interpolate(clean, draws.noise, draws.t)
+    t = state.path.model_times(draws.t)
+    noisy, velocity = state.path.interpolate(clean, draws.noise, t)
     with state.autocast():
         with torch.no_grad():
             targets = alignment_targets(state, batch, clean, draws) if state.aligns else []
-        prediction, projections = model(
-            noisy, draws.t, batch["label"], draws.drop, project=bool(targets)
-        )
+        prediction, projections = model(noisy, t, batch["label"], draws.drop, project=bool(targets))
     aligned = alignment_losses(projections, targets, state.config, state.world)
-    return velocity_loss(prediction, velocity), aligned
+    if state.config.objective == "flow":
+        return velocity_loss(prediction, velocity), aligned
+    chain = ddpm.chain(state.world.device)
+    found = ddpm.ddpm_losses(chain, prediction, clean, draws.noise, t)
+    return found.simple, [found.variational, *aligned]
 
 
 def alignment_targets(
@@ -75,7 +81,10 @@ def alignment_targets(
     """
     config = state.config
     if config.align == "sra":
-        t = sra.teacher_times(draws.t, draws.offset, config.t_max)
+        if config.objective == "flow":
+            t = sra.teacher_times(draws.t, draws.offset, config.t_max)
+        else:
+            t = sra.teacher_steps(state.path.model_times(draws.t), draws.offset, config.t_max)
         noisy, _ = state.path.interpolate(clean, draws.noise, t)
         return [state.ema.hidden(noisy, t, batch["label"], draws.drop, depth=config.block_out_t)]
     online = [encoder(batch["image"]) for encoder in state.encoders.values()]
@@ -86,33 +95,38 @@ def accumulate(state: TrainState, batch: Batch, draws: Draws) -> tuple[torch.Ten
     """Gradients of the mean loss over this process's batch, micro-batch by micro-batch.
 
     Returns:
-        values: mean loss, velocity loss, a zero in the place of the norm, alignment losses.
-        denoise: (local batch), the velocity losses.
+        values: mean loss, loss of denoising, a zero in the place of the norm, the other losses.
+        denoise: (local batch), the losses of denoising.
     """
     size = len(draws.t)
-    weight = alignment_weight(state.config, state.step)
+    weights = other_weights(state)
     starts = range(0, size, state.micro_batch)
-    denoise, align = [], []
+    denoise, others = [], []
     for start in starts:
         stop = min(start + state.micro_batch, size)
         micro = {name: tensor[start:stop] for name, tensor in batch.items()}
         last = stop == size
         with contextlib.nullcontext() if last or state.world.size == 1 else state.wrapped.no_sync():
-            velocity_part, align_parts = losses(
-                state, state.wrapped, micro, draws.part(start, stop)
-            )
-            loss = velocity_part.sum()
-            for part in align_parts:
-                loss = loss + weight / len(align_parts) * part.sum()
+            denoise_part, parts = losses(state, state.wrapped, micro, draws.part(start, stop))
+            loss = denoise_part.sum()
+            for weight, part in zip(weights, parts):  # fewer parts once alignment has ended
+                loss = loss + weight * part.sum()
             state.scaler.scale(loss / size).backward()
-        denoise.append(velocity_part.detach())
-        align.append(torch.stack([part.detach().sum() for part in align_parts]) if align_parts
-                     else velocity_part.new_zeros(len(state.metrics.aligned)))  # fmt: skip
+        denoise.append(denoise_part.detach())
+        sums = [part.detach().sum() for part in parts]
+        sums += [denoise_part.new_zeros(())] * (len(weights) - len(parts))
+        others.append(torch.stack(sums) if sums else denoise_part.new_zeros(0))
     denoise = torch.cat(denoise)
-    align = torch.stack(align).sum(0) / size
-    alignment = align.mean() if len(align) else align.new_zeros(())
-    loss = denoise.mean() + weight * alignment
-    return torch.cat([torch.stack([loss, denoise.mean(), loss.new_zeros(())]), align]), denoise
+    others = torch.stack(others).sum(0) / size
+    loss = denoise.mean() + sum(weight * other for weight, other in zip(weights, others))
+    return torch.cat([torch.stack([loss, denoise.mean(), loss.new_zeros(())]), others]), denoise
+
+
+def other_weights(state: TrainState) -> list[float]:
+    """Of each of `state.metrics.others` in the total loss."""
+    aligned = len(state.aligned)
+    weight = alignment_weight(state.config, state.step) / max(aligned, 1)
+    return [1.0] * (len(state.metrics.others) - aligned) + [weight] * aligned
 
 
 def train_step(state: TrainState, batch: Batch) -> None:

@@ -152,7 +152,7 @@ def test_model_holds_the_position_table():
     assert torch.equal(SiT(**SMALL).pos_embed, expected) and expected.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ("SiT-XL/3", "SiT-H/2", "DiT-XL/2", ""))
+@pytest.mark.parametrize("name", ("SiT-XL/3", "SiT-H/2", "DiT-XL/3", ""))
 def test_an_unknown_size_is_named_with_the_known_ones(name):
     with pytest.raises(ValueError) as error:
         size(name)

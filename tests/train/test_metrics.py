@@ -30,8 +30,8 @@ class Lockstep(World):
 class Run:
     """`size` processes; `add` gives each its share of a step, as train_step does."""
 
-    def __init__(self, size: int, encoders: tuple[str, ...] = ("a",)):
-        self.processes = [Accumulator(list(encoders), CPU) for _ in range(size)]
+    def __init__(self, size: int, others: tuple[str, ...] = ("align/a",)):
+        self.processes = [Accumulator(list(others), CPU) for _ in range(size)]
         self.worlds = [
             Lockstep(rank, size, CPU).join(self.processes) if size > 1 else ALONE
             for rank in range(size)
@@ -72,13 +72,13 @@ def assert_equal_readings(got: dict, expected: dict) -> None:
         assert got[name] == pytest.approx(value, rel=1e-6), name
 
 
-def test_names_are_the_losses_the_norm_and_each_encoder():
-    names = Accumulator(["a", "b"], CPU).names
+def test_names_are_the_losses_the_norm_and_the_others():
+    names = Accumulator(["align/a", "align/b"], CPU).names
     assert names == ["loss", "denoise", "grad_norm", "align/a", "align/b"]
 
 
 def test_a_reading_holds_the_means_over_steps():
-    accumulator = Accumulator(["a", "b"], CPU)
+    accumulator = Accumulator(["align/a", "align/b"], CPU)
     rows = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0], [3.0, 5.0, 7.0, 9.0, 11.0]])
     for row in rows:
         accumulator.add(row, GOOD, torch.ones(2), torch.tensor([0.1, 0.2]))

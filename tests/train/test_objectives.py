@@ -10,6 +10,7 @@ pytest.importorskip("timm")
 
 from repa_fast import encoders
 from repa_fast.data.prepare import prepare_digits
+from repa_fast.diffusion.ddpm import Diffusion, ddpm_losses
 from repa_fast.diffusion.sra import sra_loss
 from repa_fast.eval.load import load
 from repa_fast.models import formats
@@ -29,6 +30,16 @@ OBJECTIVES = {
         "align": "sra",
         "block_out_s": 1,
         "block_out_t": 2,
+        "loss_type": "sml1",
+        "align_decay": "sra",
+    },
+    "dit": {"objective": "ddpm", "enc_type": "none"},
+    "dit-repa": {"objective": "ddpm", "mode": "sde"},
+    "dit-sra": {
+        "objective": "ddpm",
+        "align": "sra",
+        "block_out_s": 1,
+        "block_out_t": 3,
         "loss_type": "sml1",
         "align_decay": "sra",
     },
@@ -66,9 +77,9 @@ def test_stopped_and_resumed_is_the_undisturbed_run(run, name):
     assert lines[0] == lines[1]
     assert (cut / "samples.png").exists()
     aligned = [key for key in lines[0][-1] if key.startswith("align/")]
-    assert aligned == {"vanilla": []}.get(
-        name, ["align/sra"] if name.startswith("sra") else ["align/digits-vit"]
-    )
+    expected = ["align/sra"] if "sra" in name else ["align/digits-vit"]
+    assert aligned == ([] if name in ("vanilla", "dit") else expected)
+    assert ("variational" in lines[0][-1]) == name.startswith("dit")
 
 
 def moving(state, size=6):
@@ -236,3 +247,72 @@ def test_official_flags_of_sra():
     assert (config.block_out_s, config.block_out_t, config.t_max) == (8, 20, 0.2)
     assert config.loss_type == "sml1" and config.enc_type == "none"
     assert json.loads(json.dumps(config.to_dict()))["align"] == "sra"
+
+
+def test_ddpm_trains_on_noise_and_variance_at_integer_times(make_state):
+    state = make_state(objective="ddpm", enc_type="none")
+    batch, draws = synthetic_batch(state, 6)
+    seen = []
+    state.model.t_embedder.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    denoise, (variational,) = losses(state, state.model, batch, draws)
+    t = (draws.t * 1000).long()
+    assert torch.equal(seen[0], t)
+    mean, std = batch["moments"].chunk(2, 1)
+    clean = mean + std * draws.posterior_noise
+    chain = Diffusion.linear()
+    noisy = chain.q_sample(clean, draws.noise, t)
+    output, _ = state.model(noisy, t, batch["label"], draws.drop)
+    assert output.shape[1] == 2 * clean.shape[1]
+    expected = ddpm_losses(chain, output, clean, draws.noise, t)
+    assert torch.allclose(denoise, expected.simple, rtol=1e-5)
+    assert torch.allclose(variational, expected.variational, rtol=1e-4)
+
+
+def test_the_total_is_noise_and_variance_and_the_weighted_alignment(make_state):
+    state = make_state(objective="ddpm", proj_coeff=0.7)
+    batch, _ = moving(state, state.local_batch)
+    train_step(state, batch)
+    found = state.metrics.read(state.world)
+    expected = found["denoise"] + found["variational"] + 0.7 * found["align/digits-vit"]
+    assert found["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_sra_s_teacher_on_dit_is_at_an_earlier_integer_time(make_state):
+    state = make_state(**OBJECTIVES["dit-sra"])
+    batch, draws = moving(state)
+    seen = []
+    state.ema.t_embedder.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    losses(state, state.model, batch, draws)
+    student = (draws.t * 1000).long()
+    assert not seen[0].is_floating_point() and seen[0].min() >= 1
+    assert ((student - seen[0]).clamp(min=0) < 200).all() and (seen[0] < student).any()
+
+
+def test_a_dit_model_without_its_objective_is_refused(config):
+    with pytest.raises(ValueError, match="model is DiT-B/4, expected --objective ddpm"):
+        config(model="DiT-B/4")
+
+
+def test_the_original_dit_s_weights_start_a_dit_with_both_halves(make_state, tmp_path):
+    state = make_state(objective="ddpm", enc_type="none")
+    torch.save(state.model.state_dict(), tmp_path / "DiT.pt")
+    other = make_state(objective="ddpm", enc_type="none", seed=5)
+    assert resume.start_from(tmp_path / "DiT.pt", "dit", other) == []
+    for a, b in zip(state.model.parameters(), other.ema.parameters(), strict=True):
+        assert torch.equal(a, b)
+    flow = make_state(enc_type="none")
+    resume.start_from(tmp_path / "DiT.pt", "dit", flow)
+    assert flow.model.final_layer.linear.out_features * 2 == len(
+        state.model.final_layer.linear.weight
+    )
+
+
+def test_an_official_file_of_a_dit_goes_on(make_state, tmp_path):
+    state = make_state(objective="ddpm")
+    batch, _ = synthetic_batch(state, state.local_batch)
+    train_step(state, batch)
+    contents = official_contents(checkpoint.save(tmp_path, state))
+    torch.save(contents, tmp_path / "x.pt")
+    other = make_state(objective="ddpm", seed=5)
+    resume.load(tmp_path / "x.pt", other)
+    assert all(map(torch.equal, state.model.parameters(), other.model.parameters()))

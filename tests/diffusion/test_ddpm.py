@@ -1,0 +1,332 @@
+import math
+
+import pytest
+import torch
+from scipy import stats
+from torch.distributions import Normal, kl_divergence
+
+from repa_fast.diffusion.ddpm import Diffusion, ddpm_losses
+from repa_fast.testing import assert_within_budget, seeded
+from tests.diffusion.chains import BETAS, forward, posterior
+
+SHAPE = (5, 3, 4, 4)
+TIMES = torch.tensor([1, 2, 250, 640, 999])
+LINEAR = Diffusion.linear()
+# A product of 1000 factors, each rounded, in another order.
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def batch(dtype=torch.float64, shape=SHAPE):
+    """(output, clean latents, noise)."""
+    output = seeded((shape[0], 2 * shape[1], *shape[2:]), seed=1, dtype=dtype, std=0.5)
+    return output, seeded(shape, seed=2, dtype=dtype), seeded(shape, seed=3, dtype=dtype)
+
+
+def visited(chain):
+    """(step, time before, time) of all steps but the first."""
+    times = chain.times.tolist()
+    return [(step, times[step - 1], times[step]) for step in range(1, len(times))]
+
+
+def likelihood(x, mean, log_variance):
+    """Probability of the bin around x, by scipy."""
+    std = math.exp(log_variance / 2)
+    low = -math.inf if x < -0.999 else x - 1 / 255
+    high = math.inf if x > 0.999 else x + 1 / 255
+    if low > mean:  # the difference of small numbers
+        return stats.norm.sf(low, mean, std) - stats.norm.sf(high, mean, std)
+    return stats.norm.cdf(high, mean, std) - stats.norm.cdf(low, mean, std)
+
+
+def test_the_betas_are_linear_and_the_times_count_them():
+    torch.testing.assert_close(LINEAR.betas, torch.tensor(BETAS, dtype=torch.float64), **EXACT)
+    assert LINEAR.times.tolist() == list(range(1000))
+    assert LINEAR.times.dtype == torch.int64
+    assert {table.dtype for table in LINEAR[1:]} == {torch.float64}
+    assert LINEAR.alphas_cumprod[-1].item() == pytest.approx(4.036e-5, rel=1e-3)
+
+
+@pytest.mark.parametrize("num_steps", (2, 7, 250, 1000))
+def test_noise_accumulates_over_the_original_steps(num_steps):
+    chain = LINEAR.respaced(num_steps)
+    for step, time in list(enumerate(chain.times.tolist()))[:: max(1, num_steps // 5)]:
+        factor, variance = forward(-1, time)
+        assert chain.alphas_cumprod[step].item() == pytest.approx(factor**2, rel=1e-12)
+        assert 1 - chain.alphas_cumprod[step].item() == pytest.approx(variance, rel=1e-11)
+    assert torch.equal(chain.alphas_cumprod_prev[1:], chain.alphas_cumprod[:-1])
+    assert chain.alphas_cumprod_prev[0] == 1
+
+
+@pytest.mark.parametrize("num_steps", (2, 7, 250, 1000))
+def test_respaced_betas_are_those_of_the_steps_they_join(num_steps):
+    chain = LINEAR.respaced(num_steps)
+    assert chain.num_steps == num_steps == len(chain.times)
+    survived = (1 - torch.tensor(BETAS, dtype=torch.float64)).tolist()
+    for step, previous, time in visited(chain):
+        expected = 1 - math.prod(survived[previous + 1 : time + 1])
+        assert chain.betas[step].item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("num_steps", (2, 3, 10, 21, 250, 999, 1000))
+def test_respaced_times_are_the_rounded_multiples_of_a_stride(num_steps):
+    times = LINEAR.respaced(num_steps).times.tolist()
+    assert times[0] == 0 and times[-1] == 999 and times == sorted(set(times))
+    assert len(times) == num_steps
+    for step, time in enumerate(times):
+        assert abs(time - step * 999 / (num_steps - 1)) <= 0.5 + 1e-9
+
+
+def test_two_hundred_and_fifty_steps_are_the_published_ones():
+    times = LINEAR.respaced(250).times.tolist()
+    assert times[:4] == [0, 4, 8, 12] and times[-4:] == [987, 991, 995, 999]
+    # A stride of 4 + 3 / 249: the third of four thirds more steps is one longer.
+    assert [b - a for a, b in zip(times, times[1:])].count(5) == 3
+
+
+def test_ties_are_broken_by_the_running_sum():
+    # The 10th multiple of 999 / 20 is 499.5; 500 is even, the sum is a little less.
+    assert LINEAR.respaced(21).times[10] == 499
+
+
+def test_respacing_twice_keeps_original_times():
+    twice = LINEAR.respaced(250).respaced(2)
+    assert twice.times.tolist() == [0, 999]
+    torch.testing.assert_close(twice.betas, LINEAR.respaced(2).betas, **EXACT)
+
+
+@pytest.mark.parametrize("num_steps", (0, 1, 1001))
+def test_impossible_numbers_of_steps_are_refused(num_steps):
+    with pytest.raises(ValueError, match=f"num_steps is {num_steps}, expected 2 to 1000"):
+        LINEAR.respaced(num_steps)
+
+
+@pytest.mark.parametrize("num_steps", (2, 10, 250, 1000))
+def test_the_posterior_is_bayes_rule_on_the_chain(num_steps):
+    chain = LINEAR.respaced(num_steps)
+    for step, previous, time in visited(chain)[:: max(1, num_steps // 10)]:
+        of_clean, of_noisy, variance = posterior(previous, time)
+        # 1 - abar at the first times has lost 4 digits.
+        assert chain.posterior_clean[step].item() == pytest.approx(of_clean, rel=1e-10)
+        assert chain.posterior_noisy[step].item() == pytest.approx(of_noisy, rel=1e-10)
+        log_variance = chain.posterior_log_variance[step].item()
+        assert math.exp(log_variance) == pytest.approx(variance, rel=1e-10)
+
+
+def test_the_first_posterior_is_the_data_with_the_second_variance():
+    assert LINEAR.posterior_clean[0].item() == pytest.approx(1, abs=1e-11)
+    assert LINEAR.posterior_noisy[0] == 0
+    assert LINEAR.posterior_log_variance[0] == LINEAR.posterior_log_variance[1]
+
+
+@pytest.mark.parametrize("time", (0, 300, 999))
+def test_q_sample_follows_the_chain(time):
+    _, x, noise = batch()
+    factor, variance = forward(-1, time)
+    sample = LINEAR.q_sample(x, noise, torch.full((5,), time))
+    torch.testing.assert_close(sample, factor * x + math.sqrt(variance) * noise, **EXACT)
+
+
+def test_every_sample_has_its_own_time():
+    output, x, noise = batch()
+    whole = LINEAR.q_sample(x, noise, TIMES), *ddpm_losses(LINEAR, output, x, noise, TIMES)
+    for i in range(5):
+        at = slice(i, i + 1)
+        rows = x[at], noise[at], TIMES[at]
+        alone = LINEAR.q_sample(*rows), *ddpm_losses(LINEAR, output[at], *rows)
+        for a, w in zip(alone, whole):
+            torch.testing.assert_close(a, w[at], **EXACT)
+
+
+def test_simple_is_the_mean_squared_error_of_the_noise():
+    output, x, noise = batch()
+    simple = ddpm_losses(LINEAR, output, x, noise, TIMES).simple
+    for i, loss in enumerate(simple.tolist()):
+        pairs = zip(output[i, :3].flatten().tolist(), noise[i].flatten().tolist())
+        assert loss == pytest.approx(sum((p - n) ** 2 for p, n in pairs) / 48, rel=1e-12)
+
+
+def test_variational_is_the_divergence_of_two_gaussians_in_bits():
+    output, x, noise = batch()
+    variational = ddpm_losses(LINEAR, output, x, noise, TIMES).variational
+    for i, time in enumerate(TIMES.tolist()):
+        factor, variance = forward(-1, time)
+        of_clean, of_noisy, low = posterior(time - 1, time)
+        predicted, v = output[i].chunk(2)
+        noisy = factor * x[i] + math.sqrt(variance) * noise[i]
+        clean = (noisy - math.sqrt(variance) * predicted) / factor
+        part = (v + 1) / 2
+        std = (part * math.log(BETAS[time]) + (1 - part) * math.log(low)).exp().sqrt()
+        q = Normal(
+            of_clean * x[i] + of_noisy * noisy, torch.tensor(low, dtype=torch.float64).sqrt()
+        )
+        p = Normal(of_clean * clean + of_noisy * noisy, std)
+        expected = kl_divergence(q, p).mean().item() / math.log(2)
+        # Forming both means costs digits that ddpm_losses does not lose: 1 / factor is up to 157.
+        assert variational[i].item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_true_posterior_has_divergence_zero():
+    _, x, noise = batch()
+    output = torch.cat([noise, torch.full_like(noise, -1)], dim=1)
+    losses = ddpm_losses(LINEAR, output, x, noise, TIMES)
+    assert losses.variational.tolist() == [0] * 5 and losses.simple.tolist() == [0] * 5
+
+
+@pytest.mark.parametrize(
+    "v, variance", ((-1, lambda t: posterior(t - 1, t)[2]), (1, BETAS.__getitem__))
+)
+def test_v_reaches_from_the_posterior_variance_to_beta(v, variance):
+    _, x, noise = batch()
+    output = torch.cat([noise, torch.full_like(noise, v)], dim=1)
+    variational = ddpm_losses(LINEAR, output, x, noise, TIMES).variational
+    for loss, time in zip(variational.tolist(), TIMES.tolist()):
+        low = posterior(time - 1, time)[2]
+        q, p = (
+            Normal(0.0, torch.tensor(s, dtype=torch.float64).sqrt()) for s in (low, variance(time))
+        )
+        expected = kl_divergence(q, p).item() / math.log(2)
+        # torch's formula subtracts numbers near 1.
+        assert loss == pytest.approx(expected, rel=1e-9, abs=1e-15)
+
+
+def first_step(x, mean, v):
+    """variational at t = 0 of values x (B) where the model's mean is `mean`."""
+    ratio = math.sqrt(BETAS[0] / (1 - BETAS[0]))
+    error = (x - mean) / ratio
+    output = torch.stack([error, torch.full_like(error, v)], dim=1)[..., None, None]
+    column = x.view(-1, 1, 1, 1)
+    t = torch.zeros(len(x), dtype=torch.int64)
+    return ddpm_losses(LINEAR, output, column, torch.zeros_like(column), t).variational
+
+
+@pytest.mark.parametrize("v", (-1.0, 0.3, 1.0))
+@pytest.mark.parametrize("mean", (-3.0, -1.0, -0.2, 0.5001, 0.999, 1.01))
+def test_the_likelihood_of_all_pixel_values_is_one(mean, v):
+    values = torch.arange(256).double() / 127.5 - 1
+    assert (-first_step(values, mean, v)).exp2().sum().item() == pytest.approx(1, rel=1e-11)
+
+
+@pytest.mark.parametrize("v", (-1.0, 0.3, 1.0))
+@pytest.mark.parametrize("x", (-4.0, -1.0, -0.9989, -0.3, 0.0, 0.7, 0.9989, 1.0, 2.5))
+@pytest.mark.parametrize("distance", (-0.04, -0.003, 0.0, 0.01, 0.04))
+def test_the_first_step_is_the_likelihood_of_a_bin(x, distance, v):
+    low = math.log(posterior(0, 1)[2])
+    log_variance = low + (v + 1) / 2 * (math.log(BETAS[0]) - low)
+    expected = -math.log2(likelihood(x, x - distance, log_variance))
+    actual = first_step(torch.tensor([x], dtype=torch.float64), x - distance, v).item()
+    # scipy's difference of two values of the distribution function, at least 1e-8 here.
+    assert actual == pytest.approx(expected, rel=1e-8)
+
+
+@pytest.mark.parametrize("error", (1e4, -1e4))
+def test_a_value_far_from_the_mean_has_a_finite_likelihood_and_gradient(error):
+    output, x, noise = (tensor.float() for tensor in batch())
+    output[:, :3] += error
+    output.requires_grad_()
+    t = torch.tensor([0, 0, 1, 500, 999])
+    variational = ddpm_losses(LINEAR, output, x, noise, t).variational
+    variational.sum().backward()
+    assert variational.isfinite().all() and output.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("first", (0, 1))
+def test_the_bound_trains_the_variance_alone_and_the_error_the_noise_alone(first):
+    output, x, noise = batch()
+    output.requires_grad_()
+    losses = ddpm_losses(LINEAR, output, x, noise, torch.arange(first, first + 5))
+    (of_simple,) = torch.autograd.grad(losses.simple.sum(), output, retain_graph=True)
+    (of_bound,) = torch.autograd.grad(losses.variational.sum(), output)
+    assert (of_simple[:, :3] != 0).all() and (of_simple[:, 3:] == 0).all()
+    assert (of_bound[:, :3] == 0).all() and (of_bound[:, 3:] != 0).all()
+
+
+def test_the_gradient_of_the_bound_is_its_slope():
+    output, x, noise = batch(shape=(5, 1, 2, 2))
+    t = torch.tensor([0, 0, 1, 500, 999])
+    x[0] = torch.tensor([[-1.0, 1.0], [0.999, 0.3]])
+
+    def bound(v):
+        return ddpm_losses(LINEAR, torch.cat([output[:, :1], v], 1), x, noise, t).variational
+
+    assert torch.autograd.gradcheck(bound, (output[:, 1:].clone().requires_grad_(),))
+
+
+def released(output, x, noise, t):
+    """Both losses with the means formed, in the dtype of the arguments; x_t in that dtype."""
+
+    def at(table):
+        return table[t].to(x.dtype).view(-1, 1, 1, 1)
+
+    chain = LINEAR
+    abar = chain.alphas_cumprod
+    noisy = at(abar.sqrt()) * x + at((1 - abar).sqrt()) * noise
+    predicted, v = output.to(x.dtype).chunk(2, dim=1)
+    clean = at((1 / abar).sqrt()) * noisy - at((1 / abar - 1).sqrt()) * predicted
+    true, mean = (
+        at(chain.posterior_clean) * c + at(chain.posterior_noisy) * noisy for c in (x, clean)
+    )
+    low, high = at(chain.posterior_log_variance), at(chain.betas.log())
+    log_variance = (v + 1) / 2 * high + (1 - (v + 1) / 2) * low
+    kl = (
+        log_variance
+        - low
+        - 1
+        + (low - log_variance).exp()
+        + (true - mean).square() * (-log_variance).exp()
+    ) / 2
+    return (predicted - noise).square().mean((1, 2, 3)), kl.mean((1, 2, 3)) / math.log(2)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_losses_are_computed_in_fp32_from_any_output(dtype):
+    shape = (32, 4, 8, 8)
+    output, x, noise = batch(torch.float32, shape)
+    output = output.to(dtype)
+    t = torch.arange(1, 33) * 31
+    losses = ddpm_losses(LINEAR, output, x, noise, t)
+    oracle = released(output.double(), x.double(), noise.double(), t)
+    working = released(output, x, noise, t)
+    for name, actual, exact, plain in zip(losses._fields, losses, oracle, working):
+        assert_within_budget(name, actual, exact, plain)
+
+
+def test_bf16_latents_are_noised_in_fp32():
+    _, x, noise = (tensor.bfloat16() for tensor in batch())
+    sample = LINEAR.q_sample(x, noise, TIMES)
+    assert sample.dtype == torch.float32
+    exact = LINEAR.q_sample(x.double(), noise.double(), TIMES)
+    torch.testing.assert_close(sample.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_no_value_is_read_on_the_host():
+    chain = LINEAR.to("meta")
+    output, x, noise = (tensor.to("meta") for tensor in batch())
+    t = TIMES.to("meta")
+    assert chain.q_sample(x, noise, t).shape == SHAPE
+    assert [tuple(loss.shape) for loss in ddpm_losses(chain, output, x, noise, t)] == [(5,), (5,)]
+
+
+@pytest.mark.parametrize(
+    "name, shape, expected",
+    (
+        (
+            "output",
+            (5, 3, 4, 4),
+            "the model's output has shape (5, 3, 4, 4), expected (5, 6, 4, 4)",
+        ),
+        ("noise", (5, 3, 4), "noise has shape (5, 3, 4), expected (5, 3, 4, 4)"),
+        ("t", (1,), "t has shape (1,), expected (5,)"),
+    ),
+)
+def test_shapes_that_do_not_fit_are_named(name, shape, expected):
+    output, x, noise = batch()
+    arguments = {"output": output, "x": x, "noise": noise, "t": TIMES}
+    arguments[name] = torch.zeros(shape, dtype=arguments[name].dtype)
+    with pytest.raises(ValueError) as error:
+        ddpm_losses(LINEAR, **arguments)
+    assert expected in str(error.value)
+    if name != "output":
+        del arguments["output"]
+        with pytest.raises(ValueError) as error:
+            LINEAR.q_sample(**arguments)
+        assert expected in str(error.value)

@@ -1,0 +1,85 @@
+"""DiT through everything that takes a checkpoint."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("lance")
+pytest.importorskip("timm")
+
+from repa_fast.data.prepare import digits_metadata, prepare_digits
+from repa_fast.diffusion.ddpm import Diffusion
+from repa_fast.diffusion.ddpm_samplers import ancestral, ddim
+from repa_fast.eval.generate import GenerateConfig, generate
+from repa_fast.eval.hidden import hidden_states
+from repa_fast.eval.load import load
+from repa_fast.eval.probe import ProbeConfig, probe
+from repa_fast.eval.sampling import ImageSampler, SamplerConfig
+from repa_fast.models.dit import DiT
+from tests.eval import checkpoints
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return checkpoints.run(tmp_path_factory.mktemp("run"), objective="ddpm")
+
+
+@pytest.mark.parametrize("mode, draw", [("sde", ancestral), ("ode", ddim)])
+def test_samples_are_those_of_the_chain(run, mode, draw):
+    loaded = load(run)
+    assert isinstance(loaded.model, DiT) and loaded.objective == "ddpm"
+    assert loaded.name.startswith("DiT")
+    config = SamplerConfig(mode=mode, num_steps=6, cfg_scale=2.0, guidance_channels=2)
+    sampler = ImageSampler(loaded, config, CPU)
+    index = np.array([4, 9])
+    found = sampler.latents(index, index % 10, seed=3)
+    expected = draw(
+        loaded.model, sampler.noise(index, 3), torch.tensor([4, 9]), num_steps=6, cfg_scale=2.0,
+        guidance_channels=2, seed=3, index=torch.tensor([4, 9]),
+    )  # fmt: skip
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "flow", [{"heun": True}, {"adaptive": True}, {"guidance_high": 0.7}, {"path_type": "linear"}]
+)
+def test_what_only_flows_have_is_refused(run, flow):
+    with pytest.raises(ValueError, match="the model is a DiT, which has no flow"):
+        ImageSampler(load(run), SamplerConfig(**flow), CPU)
+
+
+def test_generate_takes_it(run, tmp_path):
+    path = generate(
+        GenerateConfig(ckpt=str(run), num_fid_samples=5, num_steps=3, sample_dir=str(tmp_path))
+    )
+    assert np.load(path)["arr_0"].shape == (5, 16, 16, 3) and path.name.startswith("DiT")
+
+
+def test_the_original_s_weights_are_sampled_as_they_are(run, tmp_path):
+    loaded = load(run)
+    torch.save(loaded.model.state_dict(), tmp_path / "DiT.pt")
+    original = load(tmp_path / "DiT.pt", origin="dit", num_heads=4)
+    assert original.objective == "ddpm" and original.digest == loaded.digest
+
+
+def test_hidden_states_are_at_the_chain_s_noise_and_times(run):
+    loaded = load(run)
+    clean, noise = torch.randn(2, 4, *digits_metadata().latent_shape)
+    found = hidden_states(loaded.model, clean, noise, 0.3, path=loaded.path)
+    step = torch.full((4,), 300)
+    noisy = Diffusion.linear().q_sample(clean, noise, step)
+    null = torch.full((4,), loaded.model.num_classes)
+    with torch.no_grad():
+        expected = loaded.model.hidden(noisy, step, null, depth=2).mean(1)
+    assert torch.allclose(found[1], expected, atol=1e-5)
+
+
+def test_probe_takes_it(run, tmp_path):
+    data = prepare_digits(tmp_path / "digits")
+    config = ProbeConfig(
+        ckpt=str(run), data_dir=str(data), times=(0.1,), encoders="none", cache="",
+        out=str(tmp_path / "out"), train_rows=64, val_rows=32,
+    )  # fmt: skip
+    assert "| layer | t = 0.1 |" in probe(config)

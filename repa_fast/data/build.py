@@ -9,7 +9,6 @@ there is no table, after it there is the whole one. Processes meet in the file s
 
 import itertools
 import json
-import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +28,6 @@ BLOCK = 4096
 """Images per block: what a kill can cost, and the rows of a fragment."""
 AHEAD = 2
 """Batches that are decoded while one is encoded."""
-POLL_SECONDS = 0.5
 
 Encode = Callable[[np.ndarray], np.ndarray]
 """uint8 (B, 3, R, R) -> float32 moments (B, 2C, h, w)."""
@@ -100,6 +98,10 @@ class Building:
         }
         self.ledger.write(block, record)
 
+    def rows_done(self) -> int:
+        """Images of the source in finished blocks; the last block counts as a whole one."""
+        return min(len(self.ledger.done()) * self.recipe.block, self.recipe.rows)
+
     def commit(self) -> int:
         """Make the table of all blocks; returns its rows.
 
@@ -159,21 +161,17 @@ def build(
         RuntimeError: the disk is full; finished blocks are kept.
     """
     building = Building(out, split, recipe)
-    done = set(building.ledger.done())
-    mine = [b for b in range(rank, recipe.blocks, world_size) if b not in done]
     with ThreadPoolExecutor(workers, thread_name_prefix="repa-fast-crop") as pool:
-        for block in mine:
+        for block in building.ledger.left(recipe.blocks, rank, world_size):
             rows, skipped = block_rows(source, block, recipe, encode_batch, pool)
             try:
                 building.write(block, rows, skipped)
             except OSError as error:
                 raise _explained(error, building) from error
-            progress(min(len(building.ledger.done()) * recipe.block, recipe.rows))
+            progress(building.rows_done())
     if rank:
         return None
-    while len(building.ledger.done()) < recipe.blocks:  # those of other processes
-        progress(len(building.ledger.done()) * recipe.block)
-        time.sleep(POLL_SECONDS)
+    building.ledger.wait_for(recipe.blocks, lambda: progress(building.rows_done()))
     progress(recipe.rows)
     return building.commit()
 

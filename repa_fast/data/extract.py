@@ -11,7 +11,6 @@ import functools
 import itertools
 import json
 import re
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from repa_fast.data.build import AHEAD, POLL_SECONDS, ahead
+from repa_fast.data.build import AHEAD, ahead
 from repa_fast.data.dataset import LatentDataset
 from repa_fast.data.features import FeatureColumn, Storage
 from repa_fast.data.ledger import Ledger, is_disk_full, write_whole
@@ -161,19 +160,15 @@ def extract(
     ledger = Ledger(uri.parent / f".{uri.stem}.features", recipe)
     fragments = table.get_fragments()
     starts = np.cumsum([0, *(fragment.count_rows() for fragment in fragments)])
-    done = set(ledger.done())
     with ThreadPoolExecutor(workers, thread_name_prefix="repa-fast-decode") as pool:
-        for unit in range(rank, len(fragments), world_size):
-            if unit not in done:
-                indices = range(starts[unit], starts[unit + 1])
-                packed = _packed(dataset, column, encode, indices, batch, pool)
-                ledger.write(unit, _add(fragments[unit], column, packed, ledger))
+        for unit in ledger.left(len(fragments), rank, world_size):
+            indices = range(starts[unit], starts[unit + 1])
+            packed = _packed(dataset, column, encode, indices, batch, pool)
+            ledger.write(unit, _add(fragments[unit], column, packed, ledger))
             progress(_rows_of(ledger, starts))
     if rank:
         return False
-    while len(ledger.done()) < len(fragments):  # those of other processes
-        progress(_rows_of(ledger, starts))
-        time.sleep(POLL_SECONDS)
+    ledger.wait_for(len(fragments), lambda: progress(_rows_of(ledger, starts)))
     progress(len(dataset))
     _commit(dataset, column, ledger, len(fragments))
     return True

@@ -3,7 +3,11 @@
 import json
 import os
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
+
+POLL_SECONDS = 0.5
 
 
 class Ledger:
@@ -35,6 +39,17 @@ class Ledger:
     def done(self) -> list[int]:
         """Finished units, in order."""
         return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.json"))
+
+    def left(self, units: int, rank: int, world_size: int) -> list[int]:
+        """The unfinished of a process's share of 0..units - 1, which is every WORLD_SIZE-th."""
+        done = set(self.done())
+        return [unit for unit in range(rank, units, world_size) if unit not in done]
+
+    def wait_for(self, units: int, meanwhile: Callable[[], None]) -> None:
+        """Until so many units are finished, by other processes too, call `meanwhile` and sleep."""
+        while len(self.done()) < units:
+            meanwhile()
+            time.sleep(POLL_SECONDS)
 
     def write(self, unit: int, record: dict) -> None:
         """Count a unit as finished."""

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from repa_fast.contracts import expect_shape
-from repa_fast.diffusion.path import Coefficients, Path
+from repa_fast.diffusion.path import Coefficients, Path, get
 
 NUM_STEPS = 1000
 BETA_FIRST, BETA_LAST = 1e-4, 0.02
@@ -136,6 +136,11 @@ def _steps(t: torch.Tensor) -> torch.Tensor:
 
 path = Path("ddpm", _coefficients, lambda ratio: ratio, model_times=_steps)
 """The chain as a path: noisy latents at steps; it has no velocity and no flow sampler."""
+
+
+def trained_path(objective: str, path_type: str) -> Path:
+    """What a model of that objective is trained on: the chain, or for flow the named path."""
+    return path if objective == "ddpm" else get(path_type)
 
 
 class DDPMLosses(NamedTuple):

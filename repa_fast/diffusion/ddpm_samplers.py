@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from repa_fast import ops
-from repa_fast.contracts import expect_shape
+from repa_fast.contracts import expect_choice, expect_shape
 from repa_fast.diffusion.ddpm import Diffusion, split_output
 from repa_fast.diffusion.guidance import check_guidance
 from repa_fast.diffusion.samplers import initial_state
@@ -117,6 +117,15 @@ def ddim(
         if deviations[step] > 0:
             x = x + deviations[step] * normal(num_steps - 1 - step)
     return x
+
+
+def sample(
+    model: torch.nn.Module, latents: torch.Tensor, labels: torch.Tensor, *, mode: str, **options
+) -> torch.Tensor:
+    """`ddim` for mode "ode", `ancestral` for "sde", as `repa_fast.diffusion.samplers.sample`."""
+    expect_choice("mode", mode, ("ode", "sde"))
+    draw = ddim if mode == "ode" else ancestral
+    return draw(model, latents, labels, **options)
 
 
 def _predictor(

@@ -18,9 +18,8 @@ from repa_fast.configs.model import build_model
 from repa_fast.data import latents
 from repa_fast.data.digits import digit_images
 from repa_fast.data.prepare import digits_metadata, pixel_moments
-from repa_fast.diffusion import ddpm
+from repa_fast.diffusion import ddpm, ddpm_samplers
 from repa_fast.diffusion.alignment import cosine_losses
-from repa_fast.diffusion.ddpm_samplers import ancestral, ddim
 from repa_fast.diffusion.draws import draw, stream
 from repa_fast.diffusion.path import get
 from repa_fast.diffusion.samplers import sample
@@ -84,13 +83,16 @@ def generate(
     labels = torch.arange(count) % CLASSES
     generator = stream(seed, 1)
     noise = torch.randn(count, *metadata.latent_shape, generator=generator)
-    options = {"num_steps": config.num_steps, "cfg_scale": config.cfg_scale, "seed": seed}
+    options = {
+        "mode": config.mode,
+        "num_steps": config.num_steps,
+        "cfg_scale": config.cfg_scale,
+        "seed": seed,
+    }
     if config.objective == "ddpm":
-        draw = ancestral if config.mode == "sde" else ddim
-        samples = draw(model, noise, labels, **options)
+        samples = ddpm_samplers.sample(model, noise, labels, **options)
     else:
-        path = get(config.path_type)
-        samples = sample(model, noise, labels, mode=config.mode, path=path, **options)
+        samples = sample(model, noise, labels, path=get(config.path_type), **options)
     return latents.to_pixels(samples, metadata).numpy(), labels.numpy()
 
 
@@ -101,7 +103,7 @@ def alignment_cosine(config: TrainConfig, model: SiT, seed: int) -> float | None
     if not specs:
         return None
     metadata = digits_metadata()
-    path = ddpm.path if config.objective == "ddpm" else get(config.path_type)
+    path = ddpm.trained_path(config.objective, config.path_type)
     pixels, labels = digit_images("val")
     images = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
     clean = latents.sample(torch.from_numpy(pixel_moments(pixels)), torch.zeros(()), metadata)

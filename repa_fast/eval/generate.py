@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import sys
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,7 +23,6 @@ from typing import Literal
 import numpy as np
 import torch
 
-from repa_fast.data.build import POLL_SECONDS
 from repa_fast.data.ledger import Ledger, is_disk_full, write_whole
 from repa_fast.data.processes import own_device, progress_bar, rank_and_size
 from repa_fast.eval.load import Loaded, load
@@ -118,8 +116,7 @@ def generate(config: GenerateConfig) -> Path:
         return out
     ledger = Ledger(work, settings(config, loaded))
     blocks = -(-config.num_fid_samples // config.per_proc_batch_size)
-    done = set(ledger.done())
-    mine = [block for block in range(rank, blocks, world_size) if block not in done]
+    mine = ledger.left(blocks, rank, world_size)
     sampler = ImageSampler(loaded, config, device) if mine else None
     with progress_bar(out.name, rank == 0) as progress:
         advance = progress(config.num_fid_samples)
@@ -131,9 +128,7 @@ def generate(config: GenerateConfig) -> Path:
             advance(_images_done(config, ledger))
         if rank:
             return out
-        while len(ledger.done()) < blocks:  # those of other processes
-            advance(_images_done(config, ledger))
-            time.sleep(POLL_SECONDS)
+        ledger.wait_for(blocks, lambda: advance(_images_done(config, ledger)))
         advance(config.num_fid_samples)
     try:
         _finish(config, loaded, ledger, blocks, out)

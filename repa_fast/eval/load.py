@@ -13,9 +13,8 @@ from repa_fast.configs.config import TrainConfig
 from repa_fast.configs.model import model_class
 from repa_fast.data.dataset import Metadata
 from repa_fast.data.official import SD_VAE_FACTOR, SD_VAE_SCALE
-from repa_fast.diffusion import ddpm
+from repa_fast.diffusion.ddpm import trained_path
 from repa_fast.diffusion.path import Path as DiffusionPath
-from repa_fast.diffusion.path import get
 from repa_fast.info import newest_checkpoint
 from repa_fast.models import formats
 from repa_fast.models.formats import Shape
@@ -51,7 +50,7 @@ class Loaded:
     @property
     def path(self) -> DiffusionPath:
         """From data to noise, as it was trained."""
-        return ddpm.path if self.objective == "ddpm" else get(self.path_type)
+        return trained_path(self.objective, self.path_type)
 
 
 def load(

@@ -16,9 +16,8 @@ from repa_fast import ops
 from repa_fast.data.dataset import Metadata
 from repa_fast.data.latents import can_decode, to_pixels
 from repa_fast.data.vae import VAE
-from repa_fast.diffusion import samplers
+from repa_fast.diffusion import ddpm_samplers, samplers
 from repa_fast.diffusion.adaptive import dopri5
-from repa_fast.diffusion.ddpm_samplers import ancestral, ddim
 from repa_fast.diffusion.path import get
 from repa_fast.eval.load import Loaded
 
@@ -197,10 +196,9 @@ class ImageSampler:
         y = torch.from_numpy(np.asarray(labels, np.int64)).to(self.device)
         numbers = torch.from_numpy(np.asarray(index, np.int64)).to(self.device)
         if self.objective == "ddpm":
-            draw = ancestral if config.mode == "sde" else ddim
             options |= {"num_steps": config.num_steps, "seed": seed, "index": numbers}
             with self._precision():
-                return draw(self.model, noise, y, **options)
+                return ddpm_samplers.sample(self.model, noise, y, mode=config.mode, **options)
         options |= {
             "guidance_interval": (config.guidance_low, config.guidance_high),
             "path": self.path,

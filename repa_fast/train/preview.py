@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from repa_fast.data import latents
-from repa_fast.diffusion.ddpm_samplers import ancestral, ddim
+from repa_fast.diffusion import ddpm_samplers
 from repa_fast.diffusion.draws import stream
 from repa_fast.diffusion.samplers import sample
 from repa_fast.eval.pictures import arrange
@@ -50,14 +50,14 @@ def sample_grid(state: TrainState) -> np.ndarray:
         (len(labels), *state.metadata.latent_shape), generator=generator, device=device
     )
     options = {
+        "mode": config.mode,
         "num_steps": config.num_steps,
         "cfg_scale": config.cfg_scale,
         "seed": config.seed,
     }
     with state.autocast():
         if config.objective == "ddpm":
-            draw = ancestral if config.mode == "sde" else ddim
-            samples = draw(state.ema, noise, labels, **options)
+            samples = ddpm_samplers.sample(state.ema, noise, labels, **options)
         else:
-            samples = sample(state.ema, noise, labels, mode=config.mode, path=state.path, **options)
+            samples = sample(state.ema, noise, labels, path=state.path, **options)
     return arrange(latents.to_pixels(samples, state.metadata, state.vae), columns)

@@ -17,8 +17,8 @@ from repa_fast.data.dataset import Metadata
 from repa_fast.data.features import FeatureColumn
 from repa_fast.data.latents import can_decode
 from repa_fast.data.vae import VAE
-from repa_fast.diffusion import ddpm
-from repa_fast.diffusion.path import Path, get
+from repa_fast.diffusion.ddpm import trained_path
+from repa_fast.diffusion.path import Path
 from repa_fast.distributed import World
 from repa_fast.models.sit import SiT
 from repa_fast.train.compute_copy import add_copies
@@ -155,7 +155,7 @@ def build_state(
         config=config,
         world=world,
         metadata=metadata,
-        path=ddpm.path if config.objective == "ddpm" else get(config.path_type),
+        path=trained_path(config.objective, config.path_type),
         aligned=aligned,
         model=model,
         wrapped=wrap(model, world),

@@ -202,7 +202,7 @@ def test_other_files_beside_safetensors_say_nothing(tmp_path):
 
 @pytest.mark.parametrize(
     "origin, message",
-    [("dit", "expected origin repa, got dit"), ("sit", "expected origin repa, got sit")],
+    [(name, f"native checkpoint, expected origin repa, got {name}") for name in ("dit", "sit")],
 )
 def test_a_run_is_of_no_other_origin(run, origin, message):
     with pytest.raises(ValueError, match=message):

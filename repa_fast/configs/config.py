@@ -145,9 +145,11 @@ class TrainConfig:
     objective: Literal["flow", "ddpm"] = "flow"
     """SiT's velocity of an interpolant, or DiT's noise and variance of a chain of 1000 steps."""
     path_type: str = "linear"
-    """Interpolant: linear or cosine."""
-    prediction: Literal["v"] = "v"
-    """What the model predicts: the velocity."""
+    """Interpolant: linear, cosine (GVP) or VP."""
+    prediction: Literal["v", "score", "noise"] = "v"
+    """What a flow model predicts: the velocity, the score or the noise."""
+    loss_weight: Literal["none", "velocity", "likelihood"] = "none"
+    """Weight of the loss of scores and noise, as SiT's."""
     weighting: str = "uniform"
     """Distribution of times: uniform or lognormal."""
     cfg_prob: float = 0.1
@@ -162,8 +164,9 @@ class TrainConfig:
     (smooth L1, the paper's), l1, l2."""
     align_until: int = 0
     """Steps after which nothing is aligned and encoders are dropped; 0 aligns to the end."""
-    align_decay: Literal["constant", "sra"] = "constant"
-    """Weight of the alignment: PROJ_COEFF, or that of SRA's code, which decays with the images."""
+    align_decay: Literal["constant", "linear", "sra"] = "constant"
+    """Weight of the alignment: PROJ_COEFF, PROJ_COEFF falling to 0 at ALIGN_UNTIL, or that of SRA's
+    code, which decays with the images."""
     block_out_s: int = 8
     """SRA: the block (1-based) of the student."""
     block_out_t: int = 20
@@ -220,6 +223,15 @@ class TrainConfig:
         self._check_alignment()
         if (self.model.startswith("DiT"), self.objective) == (True, "flow"):
             raise ValueError(f"model is {self.model}, expected --objective ddpm with it")
+        if self.objective == "ddpm" and self.prediction != "v":
+            raise ValueError(
+                f"prediction is {self.prediction!r}, expected the default with --objective ddpm, "
+                "which predicts noise and variance"
+            )
+        if self.prediction == "v" and self.loss_weight != "none":
+            raise ValueError(
+                f"loss_weight is {self.loss_weight!r}, expected none with --prediction v"
+            )
         if not 0 <= self.cfg_prob <= 1:
             raise ValueError(f"cfg_prob is {self.cfg_prob}, expected a probability in [0, 1]")
         for decay in self.ema_decays:
@@ -258,6 +270,8 @@ class TrainConfig:
             )
         if self.align_decay == "sra" and self.align != "sra":
             raise ValueError("align_decay is 'sra', which needs --align sra")
+        if self.align_decay == "linear" and self.align_until < 1:
+            raise ValueError("align_decay is 'linear', which needs --align-until, where it ends")
         if self.align_until < 0 or not 0 <= self.t_max <= 1:
             raise ValueError(
                 f"align_until is {self.align_until} and t_max {self.t_max}, expected at least 0, "

@@ -134,7 +134,14 @@ def _steps(t: torch.Tensor) -> torch.Tensor:
     return (t * NUM_STEPS).long().clamp(max=NUM_STEPS - 1)
 
 
-path = Path("ddpm", _coefficients, lambda ratio: ratio, model_times=_steps)
+def _time_of_ratio(ratio: torch.Tensor) -> torch.Tensor:
+    """The middle of the first step at which sigma / alpha is at least `ratio`, or of the last."""
+    cumprod = chain(ratio.device).alphas_cumprod
+    steps = torch.searchsorted((1 / cumprod - 1).sqrt().to(ratio.dtype), ratio)
+    return (steps.clamp(max=NUM_STEPS - 1) + 0.5) / NUM_STEPS
+
+
+path = Path("ddpm", _coefficients, _time_of_ratio, model_times=_steps)
 """The chain as a path: noisy latents at steps; it has no velocity and no flow sampler."""
 
 

@@ -13,6 +13,7 @@ import torch
 
 from repa_fast.contracts import expect_choice
 from repa_fast.diffusion.path import Path
+from repa_fast.diffusion.prediction import training_interval
 
 WEIGHTINGS = ("uniform", "lognormal")
 
@@ -49,6 +50,7 @@ def draw(
     latent_shape: Sequence[int],
     *,
     path: Path,
+    prediction: str = "v",
     weighting: str = "uniform",
     drop_prob: float = 0.0,
     device: torch.device | str = "cpu",
@@ -61,24 +63,27 @@ def draw(
         batch: size of the global batch.
         latent_shape: (C, h, w).
         path: turns log-normal noise-to-signal ratios into times.
-        weighting: "uniform" times on [0, 1] (from 1e-5 on where the path is VP), or "lognormal"
-            ratios sigma / alpha = exp(N(0, 1)), which on the linear path is the logit-normal
-            distribution.
+        prediction: of the model; it decides how close times come to 0 and 1.
+        weighting: "uniform" times, or "lognormal" ratios sigma / alpha = exp(N(0, 1)), which on the
+            linear path is the logit-normal distribution of times.
         drop_prob: probability of the null label.
         device: where the values are drawn; devices differ in their random numbers.
 
     Raises:
-        ValueError: unknown weighting.
+        ValueError: unknown weighting or prediction.
     """
     expect_choice("weighting", weighting, WEIGHTINGS)
     times, noise, posterior, drops, offsets = (
         stream(seed, step, key, device=device) for key in range(5)
     )
+    first, last = training_interval(path, prediction)
     if weighting == "uniform":
         t = torch.rand(batch, generator=times, device=device)
-        t = path.train_eps + (1 - path.train_eps) * t
+        t = first + (last - first) * t
     else:
-        t = path.time_of_ratio(torch.randn(batch, generator=times, device=device).exp())
+        t = path.time_of_ratio(torch.randn(batch, generator=times, device=device).exp()).clamp(
+            first, last
+        )
     shape = (batch, *latent_shape)
     return Draws(
         t=t,

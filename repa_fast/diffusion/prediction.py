@@ -22,6 +22,8 @@ from repa_fast.diffusion.path import Path
 PREDICTIONS = ("v", "score", "noise")
 SAMPLE_EPS = 1e-3
 """Distance that samplers keep from an end of time where something would be divided by zero."""
+TRAIN_EPS = 1e-3
+"""Distance that scores and noise keep in training from both ends of paths that end in noise."""
 
 
 def to_velocity(
@@ -67,6 +69,18 @@ def clean_factors(t: float, path: Path) -> tuple[float, float]:
     alpha, sigma, d_alpha, d_sigma = path.at(t)
     determinant = alpha * d_sigma - d_alpha * sigma
     return d_sigma / determinant, -sigma / determinant
+
+
+def training_interval(path: Path, prediction: str) -> tuple[float, float]:
+    """Least and greatest time of training; SiT's.
+
+    The whole [0, 1] for velocities, all but 1e-5 of it on the VP path; scores and noise keep away
+    from both ends where alpha is 0 at the last.
+    """
+    expect_choice("prediction", prediction, PREDICTIONS)
+    if prediction == "v" or not path.ends_in_noise:
+        return path.train_eps, 1.0
+    return TRAIN_EPS, 1 - TRAIN_EPS
 
 
 def sampling_interval(

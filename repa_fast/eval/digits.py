@@ -92,7 +92,8 @@ def generate(
     if config.objective == "ddpm":
         samples = ddpm_samplers.sample(model, noise, labels, **options)
     else:
-        samples = sample(model, noise, labels, path=get(config.path_type), **options)
+        path = get(config.path_type)
+        samples = sample(model, noise, labels, path=path, prediction=config.prediction, **options)
     return latents.to_pixels(samples, metadata).numpy(), labels.numpy()
 
 

@@ -84,14 +84,14 @@ def load(
             raise ValueError(f"{source} is a native checkpoint, expected origin repa, got {origin}")
     config, step, metadata = _described(source)
     objective = "ddpm" if origin == "dit" else config.get("objective", "flow")
-    state = formats.read_weights(source, origin, learn_sigma=objective == "ddpm")
+    prediction = prediction or _ours(config.get("prediction", "v"))
+    state = formats.read_weights(
+        source, origin, learn_sigma=objective == "ddpm", prediction=prediction
+    )
     shape = formats.shape_of(state)
     heads = _heads(shape, config, source, num_heads)
     _expect_model(model, shape, heads, source)
-    prediction = prediction or _ours(config.get("prediction", "v"))
     state = {name: t for name, t in state.items() if not name.startswith("projectors.")}
-    if origin == "sit" and prediction != "v":  # which does not change its sign with time's
-        state |= {name: -t for name, t in state.items() if name.startswith("final_layer.linear.")}
     built = _build(shape, heads, objective)
     formats.load_exactly(built, state, str(source))
     return Loaded(

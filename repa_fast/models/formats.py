@@ -111,7 +111,12 @@ def read_file(path: Path) -> dict:
 
 
 def read_weights(
-    path: Path, origin: str = "repa", *, with_head: bool = False, learn_sigma: bool = False
+    path: Path,
+    origin: str = "repa",
+    *,
+    with_head: bool = False,
+    learn_sigma: bool = False,
+    prediction: str = "v",
 ) -> State:
     """The weights for sampling in a file or native checkpoint: the average where there is one.
 
@@ -121,6 +126,7 @@ def read_weights(
             other way and are turned; "dit" for the original DiT, whose trunk alone means the same.
         with_head: keep SRA's head.
         learn_sigma: for a DiT, which also predicts variances.
+        prediction: of the model; a velocity changes its sign with the direction of time.
 
     Returns:
         fp32 tensors in our names and, for "sit", in our convention of time.
@@ -129,7 +135,7 @@ def read_weights(
         ValueError: unreadable, not a SiT or DiT, or of another origin than said.
     """
     expect_choice("origin", origin, ORIGINS)
-    kept = {"with_head": with_head, "learn_sigma": learn_sigma}
+    kept = {"with_head": with_head, "learn_sigma": learn_sigma, "prediction": prediction}
     if path.is_dir():
         return normalise(read_native(path, "ema."), origin, **kept)
     contents = read_file(path)
@@ -140,7 +146,12 @@ def read_weights(
 
 
 def normalise(
-    state: State, origin: str = "repa", *, with_head: bool = False, learn_sigma: bool = False
+    state: State,
+    origin: str = "repa",
+    *,
+    with_head: bool = False,
+    learn_sigma: bool = False,
+    prediction: str = "v",
 ) -> State:
     """A state dict as it lies in a file -> our names, shapes and convention of time.
 
@@ -164,7 +175,7 @@ def normalise(
         )
     if doubled:
         state = _drop_sigma(state, shape)
-    return _reverse_time(state) if origin == "sit" else state
+    return _reverse_time(state, prediction) if origin == "sit" else state
 
 
 def _rename_legacy(state: State) -> State:
@@ -187,8 +198,8 @@ def _drop_sigma(state: State, shape: Shape) -> State:
     return state
 
 
-def _reverse_time(state: State) -> State:
-    """v(x, t) = -v_SiT(x, 1 - t), folded into the weights.
+def _reverse_time(state: State, prediction: str) -> State:
+    """v(x, t) = -v_SiT(x, 1 - t), folded into the weights; scores and noise keep their sign.
 
     The features of 1 - t are a fixed linear map of those of t, since cos((1-t)w) and sin((1-t)w)
     are combinations of cos(tw) and sin(tw); the map goes into the first linear layer, in fp64.
@@ -202,8 +213,9 @@ def _reverse_time(state: State) -> State:
     of_cos, of_sin = state[name].double().split(half, dim=1)
     turned = torch.cat([of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos], dim=1)
     state[name] = turned.to(state[name].dtype)
-    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        state[name] = -state[name]
+    if prediction == "v":
+        for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+            state[name] = -state[name]
     return state
 
 

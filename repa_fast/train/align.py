@@ -46,5 +46,7 @@ def alignment_weight(config: TrainConfig, step: int) -> float:
     """Of the step after `step` steps."""
     if config.align_decay == "constant":
         return config.proj_coeff
+    if config.align_decay == "linear":
+        return config.proj_coeff * max(0.0, 1 - step / config.align_until)
     images = step * config.images_per_step
     return align_weight(config.loss_type, images, config.resolution, config.objective)

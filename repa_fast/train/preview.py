@@ -59,5 +59,6 @@ def sample_grid(state: TrainState) -> np.ndarray:
         if config.objective == "ddpm":
             samples = ddpm_samplers.sample(state.ema, noise, labels, **options)
         else:
-            samples = sample(state.ema, noise, labels, path=state.path, **options)
+            flow = {"path": state.path, "prediction": config.prediction}
+            samples = sample(state.ema, noise, labels, **options, **flow)
     return arrange(latents.to_pixels(samples, state.metadata, state.vae), columns)

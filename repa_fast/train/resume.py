@@ -161,7 +161,9 @@ def start_from(source: Path, origin: str, state: TrainState) -> list[str]:
     Raises:
         ValueError: unreadable, or of a model that does not fit.
     """
-    weights = formats.read_weights(source, origin, **_kept(state.model))
+    weights = formats.read_weights(
+        source, origin, prediction=state.config.prediction, **_kept(state.model)
+    )
     notes = formats.initialise_from(state.model, weights, str(source))
     for average in (state.ema, *state.more_emas):
         average.load_state_dict(state.model.state_dict())

@@ -9,7 +9,7 @@ from repa_fast.data import latents
 from repa_fast.data.loader import Batch
 from repa_fast.diffusion import ddpm, sra
 from repa_fast.diffusion.draws import Draws, draw
-from repa_fast.diffusion.flow import velocity_loss
+from repa_fast.diffusion.flow import noise_loss, velocity_loss
 from repa_fast.train.align import alignment_losses, alignment_weight
 from repa_fast.train.optim import clip_factor, learning_rate, record_overflow
 from repa_fast.train.state import TrainState
@@ -24,6 +24,7 @@ def draw_local(state: TrainState) -> Draws:
         config.images_per_step,
         state.metadata.latent_shape,
         path=state.path,
+        prediction=config.prediction,
         weighting=config.weighting,
         drop_prob=config.drop_prob,
         device=state.world.device,
@@ -45,7 +46,15 @@ def synthetic_batch(state: TrainState, size: int) -> tuple[Batch, Draws]:
     for column in state.features:
         tokens = torch.randn((size, column.tokens, column.width))
         batch |= {name: torch.from_numpy(a).to(device) for name, a in column.pack(tokens).items()}
-    draws = draw(0, 0, size, metadata.latent_shape, path=state.path, device=device)
+    draws = draw(
+        0,
+        0,
+        size,
+        metadata.latent_shape,
+        path=state.path,
+        prediction=state.config.prediction,
+        device=device,
+    )
     return batch, draws
 
 
@@ -62,13 +71,17 @@ def losses(
     with state.autocast():
         with torch.no_grad():
             targets = alignment_targets(state, batch, clean, draws) if state.aligns else []
-        prediction, projections = model(noisy, t, batch["label"], draws.drop, project=bool(targets))
-    aligned = alignment_losses(projections, targets, state.config, state.world)
-    if state.config.objective == "flow":
-        return velocity_loss(prediction, velocity), aligned
-    chain = ddpm.chain(state.world.device)
-    found = ddpm.ddpm_losses(chain, prediction, clean, draws.noise, t)
-    return found.simple, [found.variational, *aligned]
+        output, projections = model(noisy, t, batch["label"], draws.drop, project=bool(targets))
+    config = state.config
+    aligned = alignment_losses(projections, targets, config, state.world)
+    if config.objective == "ddpm":
+        chain = ddpm.chain(state.world.device)
+        found = ddpm.ddpm_losses(chain, output, clean, draws.noise, t)
+        return found.simple, [found.variational, *aligned]
+    if config.prediction == "v":
+        return velocity_loss(output, velocity), aligned
+    of_noise = noise_loss(config.prediction, output, draws.noise, t, state.path, config.loss_weight)
+    return of_noise, aligned
 
 
 def alignment_targets(

@@ -1,11 +1,14 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
 from torch.distributions import Normal, kl_divergence
 
+from repa_fast.diffusion import ddpm
 from repa_fast.diffusion.ddpm import Diffusion, ddpm_losses
+from repa_fast.diffusion.draws import draw
 from repa_fast.testing import assert_within_budget, seeded
 from tests.diffusion.chains import BETAS, forward, posterior
 
@@ -330,3 +333,64 @@ def test_shapes_that_do_not_fit_are_named(name, shape, expected):
         with pytest.raises(ValueError) as error:
             LINEAR.q_sample(**arguments)
         assert expected in str(error.value)
+
+
+def ratios():
+    """sigma / alpha of every step, by running through the chain."""
+    found, factor, variance = [], 1.0, 0.0
+    for beta in BETAS:
+        factor, variance = factor * math.sqrt(1 - beta), (1 - beta) * variance + beta
+        found.append(math.sqrt(variance) / factor)
+    return torch.tensor(found, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("factor, later", ((0.999, 0), (1.001, 1)))
+def test_the_time_of_a_ratio_is_the_middle_of_the_first_step_that_has_it(dtype, factor, later):
+    """Ratios of neighbouring steps are at least half a percent apart."""
+    t = ddpm.path.time_of_ratio((factor * ratios()).to(dtype))
+    steps = (torch.arange(1000) + later).clamp(max=999)
+    torch.testing.assert_close(t.double(), (steps.double() + 0.5) / 1000, rtol=1e-6, atol=0)
+    assert torch.equal(ddpm.path.model_times(t), steps)
+
+
+def test_ratios_beyond_the_chain_are_its_first_and_last_step():
+    t = ddpm.path.time_of_ratio(torch.tensor([0.0, 1e-30, 1e-3, 200.0, 1e30, math.inf]))
+    assert ddpm.path.model_times(t).tolist() == [0, 0, 0, 999, 999, 999]
+
+
+def test_the_chain_has_the_ratio_that_was_asked_for():
+    asked = torch.logspace(-1.9, 2.1, 50)
+    t = ddpm.path.model_times(ddpm.path.time_of_ratio(asked))
+    alpha, sigma, *_ = ddpm.path.coefficients(t)
+    assert (sigma / alpha >= asked * (1 - 1e-5)).all()  # the chain keeps fp32 of 1 - abar
+    alpha, sigma, *_ = ddpm.path.coefficients(t - 1)
+    assert (sigma / alpha < asked).all()
+
+
+def test_lognormal_draws_on_the_chain_are_as_frequent_as_their_ratios():
+    t = draw(0, 3, 20_000, (1, 2, 2), path=ddpm.path, weighting="lognormal").t
+    assert t.dtype == torch.float32 and t.min() >= 0 and t.max() <= 1
+    found = np.bincount(ddpm.path.model_times(t).numpy(), minlength=1000)
+    below = stats.norm.cdf(ratios().log().numpy())
+    below[-1] = 1  # all that is above the last step is put there
+    ends = np.searchsorted(below, np.linspace(0.05, 1, 20))
+    expected = 20_000 * np.diff(below[ends], prepend=0)
+    assert expected.sum() == pytest.approx(20_000) and expected.min() > 500
+    counts = np.diff(found.cumsum()[ends], prepend=0)
+    assert stats.chisquare(counts, expected).pvalue > 1e-3
+
+
+def test_the_weighting_changes_only_the_times_of_the_chain():
+    uniform, lognormal = (
+        draw(0, 3, 32, (1, 2, 2), path=ddpm.path, weighting=weighting, drop_prob=0.5)
+        for weighting in ("uniform", "lognormal")
+    )
+    assert not torch.equal(uniform.t, lognormal.t)
+    assert all(map(torch.equal, uniform[1:], lognormal[1:]))
+
+
+def test_uniform_draws_visit_every_step_of_the_chain_equally_often():
+    t = draw(0, 3, 100_000, (1, 1, 1), path=ddpm.path).t
+    counts = np.bincount(ddpm.path.model_times(t).numpy())
+    assert len(counts) == 1000 and stats.chisquare(counts).pvalue > 1e-3

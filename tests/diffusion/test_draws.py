@@ -6,6 +6,7 @@ from scipy import stats
 
 from repa_fast.diffusion import path as paths
 from repa_fast.diffusion.draws import draw, stream
+from repa_fast.diffusion.prediction import PREDICTIONS, training_interval
 
 SHAPE = (4, 4, 4)
 
@@ -153,3 +154,61 @@ def test_times_of_the_vp_path_start_where_its_velocity_is_finite():
     assert torch.allclose(t, paths.vp.train_eps + (1 - paths.vp.train_eps) * plain)
     clean, noise = torch.ones(4096, 1), torch.ones(4096, 1)
     assert paths.vp.interpolate(clean, noise, t)[1].isfinite().all()
+
+
+EVERY_PATH = (paths.linear, paths.cosine, paths.vp)
+
+
+def ends(path, prediction):
+    """Of the training interval, in fp32."""
+    return torch.tensor(training_interval(path, prediction)).tolist()
+
+
+@pytest.mark.parametrize("path", EVERY_PATH, ids=lambda path: path.name)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_uniform_times_are_uniform_on_the_interval_of_the_prediction(path, prediction):
+    first, last = ends(path, prediction)
+    t = drawn(batch=20_000, path=path, prediction=prediction).t
+    assert t.dtype == torch.float32
+    assert first <= t.min() < first + 1e-3 and last - 1e-3 < t.max() <= last
+    values = t.double().numpy()
+    assert stats.kstest(values, "uniform", (first, last - first)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("path", EVERY_PATH, ids=lambda path: path.name)
+@pytest.mark.parametrize("weighting", ("uniform", "lognormal"))
+def test_the_prediction_changes_only_the_times(path, weighting):
+    velocity, score, noise = (
+        drawn(path=path, weighting=weighting, prediction=prediction, drop_prob=0.5)
+        for prediction in PREDICTIONS
+    )
+    assert all(equal(score, noise)) and all(equal(score[1:], velocity[1:]))
+    moved = path.ends_in_noise and weighting == "uniform"  # few log-normal ones are near an end
+    assert torch.equal(score.t, velocity.t) != moved
+
+
+@pytest.mark.parametrize("path", EVERY_PATH, ids=lambda path: path.name)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("ratio", (-30.0, 30.0))
+def test_lognormal_times_do_not_leave_the_interval(monkeypatch, path, prediction, ratio):
+    """Even ratios that no log-normal number reaches."""
+    monkeypatch.setattr(torch, "randn", lambda shape, **_: torch.full((32,), ratio))
+    first, last = ends(path, prediction)
+    t = drawn(path=path, prediction=prediction, weighting="lognormal").t
+    assert t.tolist() == pytest.approx([first if ratio < 0 else last] * 32, abs=1e-12)
+    assert t.min() >= first and t.max() <= last
+
+
+@pytest.mark.parametrize("prediction", ("v", "score"))
+def test_lognormal_times_of_the_vp_path_have_a_normal_log_ratio(prediction):
+    """Up to the ratio of 152 at its last time, which one of 4 million numbers exceeds."""
+    t = drawn(batch=20_000, path=paths.vp, prediction=prediction, weighting="lognormal").t
+    square = (9.95 * t.double().square() + 0.1 * t.double()).expm1()  # (sigma / alpha)^2
+    assert stats.kstest(square.log().numpy() / 2, "norm").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("prediction", ("velocity", "eps", ""))
+def test_an_unknown_prediction_is_named_with_the_known_ones(prediction):
+    with pytest.raises(ValueError) as error:
+        drawn(prediction=prediction)
+    assert all(part in str(error.value) for part in (repr(prediction), *PREDICTIONS))

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from repa_fast.diffusion import ddpm
 from repa_fast.diffusion import path as paths
 from repa_fast.diffusion.prediction import (
     PREDICTIONS,
@@ -8,6 +9,7 @@ from repa_fast.diffusion.prediction import (
     from_velocity,
     sampling_interval,
     to_velocity,
+    training_interval,
 )
 from tests.diffusion import gaussians
 from tests.diffusion.gaussians import LABELS, PATHS, latents
@@ -80,6 +82,38 @@ def test_samplers_keep_away_from_the_ends_where_sits_do(path, prediction, form, 
     assert sampling_interval(paths.get(path), prediction, form) == interval
 
 
+def sits_training_interval(path, prediction):
+    """What SiT's released code trains on by default, turned around: it is at the noise at 0."""
+    eps = 1e-5 if path == "VP" else 0.0 if prediction == "v" else 1e-3
+    first, last = (0.0 if path == "VP" else eps), 1 - eps
+    return 1 - last, 1 - first
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_training_keeps_away_from_the_ends_where_sits_does(path, prediction):
+    interval = training_interval(paths.get(path), prediction)
+    assert interval == pytest.approx(sits_training_interval(path, prediction), abs=1e-16)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_targets_and_their_velocity_are_finite_all_over_the_training_interval(path, prediction):
+    """In fp32, ends included."""
+    first, last = training_interval(paths.get(path), prediction)
+    t = torch.linspace(first, last, 1001).view(-1, 1)
+    x, noise = torch.ones(1001, 1), torch.full((1001, 1), 2.0)
+    noisy, velocity = paths.get(path).interpolate(x, noise, t.flatten())
+    sigma = paths.get(path).coefficients(t).sigma
+    target = {"v": velocity, "score": -noise / sigma, "noise": noise}[prediction]
+    assert target.isfinite().all()
+    assert to_velocity(prediction, target, noisy, t, paths.get(path)).isfinite().all()
+
+
+def test_the_chain_is_trained_at_all_its_times():
+    assert training_interval(ddpm.path, "v") == (0.0, 1.0)
+
+
 @pytest.mark.parametrize("prediction", ("velocity", "eps", ""))
 def test_an_unknown_prediction_is_named_with_the_known_ones(prediction):
     arguments = latents(), latents(), at(0.5), paths.linear
@@ -87,6 +121,7 @@ def test_an_unknown_prediction_is_named_with_the_known_ones(prediction):
         lambda: to_velocity(prediction, *arguments),
         lambda: from_velocity(prediction, *arguments),
         lambda: sampling_interval(paths.linear, prediction),
+        lambda: training_interval(paths.linear, prediction),
     ):
         with pytest.raises(ValueError) as error:
             call()

@@ -119,16 +119,38 @@ def original_velocity(state, x, t, y):
     return raw(x, t, y)[0]
 
 
-def test_original_sit_is_turned_exactly():
-    """v(x, t) = -v_SiT(x, 1 - t) for the same input."""
+@pytest.mark.parametrize("prediction, sign", [("v", -1), ("score", 1), ("noise", 1)])
+def test_original_sit_is_turned_exactly(prediction, sign):
+    """v(x, t) = -v_SiT(x, 1 - t) for the same input; a score or noise keeps its sign."""
     state = {n: t.double() for n, t in learned_sigma(model().state_dict()).items()}
     ours = model(z_dims=()).double().eval()
-    formats.load_exactly(ours, formats.normalise(state, "sit"), "x")
+    turned = formats.normalise(state, "sit", prediction=prediction)
+    formats.load_exactly(ours, turned, "x")
     x = torch.randn(6, 4, 8, 8, dtype=torch.float64)
     t, y = torch.linspace(0, 1, 6, dtype=torch.float64), torch.arange(6) % 5
-    expected = -original_velocity(state, x, 1 - t, y)
+    expected = sign * original_velocity(state, x, 1 - t, y)
     assert expected.abs().max() > 1e-3
     assert torch.allclose(ours(x, t, y)[0], expected, rtol=0, atol=1e-12)
+
+
+def test_only_the_last_layers_sign_depends_on_the_prediction(tmp_path):
+    torch.save({"ema": learned_sigma(model().state_dict())}, tmp_path / "x.pt")
+    said, score, noise = (
+        formats.read_weights(tmp_path / "x.pt", "sit", prediction=prediction)
+        for prediction in ("v", "score", "noise")
+    )
+    assert_equal(formats.read_weights(tmp_path / "x.pt", "sit"), said)
+    assert_equal(score, noise)
+    last = {"final_layer.linear.weight", "final_layer.linear.bias"}
+    assert_equal(score, {n: -t if n in last else t for n, t in said.items()})
+
+
+@pytest.mark.parametrize("origin", ["repa", "dit"])
+@pytest.mark.parametrize("prediction", ["v", "score", "noise"])
+def test_time_that_runs_our_way_leaves_every_prediction_as_it_is(tmp_path, origin, prediction):
+    state = model(z_dims=()).state_dict()
+    torch.save(state, tmp_path / "x.pt")
+    assert_equal(formats.read_weights(tmp_path / "x.pt", origin, prediction=prediction), state)
 
 
 def test_samples_of_the_original_sit_agree():

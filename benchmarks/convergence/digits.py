@@ -1,8 +1,9 @@
-"""Vanilla SiT against REPA on the digits: `python -m benchmarks.convergence.digits`.
+"""The objectives against each other on the digits: `python -m benchmarks.convergence.digits`.
 
-Same seeds, data, noise and number of steps; the vanilla run is the same program with
-`--proj-coeff 0`, so its projector stays at its initial weights and its trunk sees no alignment.
-Writes scores.json, report.md and curves.png under benchmarks/results/cpu/.
+Same seeds, data, noise and number of steps; each variant is its preset, with the preset's sampler.
+The vanilla run is REPA's with `--proj-coeff 0`, so its projector stays at its initial weights and
+its trunk sees no alignment. Rows go to scores.jsonl under benchmarks/results/cpu/ as runs end, and
+runs that are there already are not repeated; report.md and curves.png follow at the end.
 """
 
 import argparse
@@ -19,8 +20,15 @@ from benchmarks.environment import RESULTS, ROOT, stamp
 from repa_fast.eval.digits import evaluate
 from repa_fast.models.weights import steps
 
-VARIANTS = {"vanilla": "0", "REPA": "0.5"}
-COLOURS = {"vanilla": "#7f7f7f", "REPA": "#1f5fa8"}
+VARIANTS = {
+    "vanilla": ("digits", "--proj-coeff", "0"),
+    "REPA": ("digits",),
+    "SRA": ("digits-sra",),
+    "DiT": ("digits-dit",),
+    "DiT + REPA": ("digits-dit-repa",),
+}
+"""Name -> preset and further flags."""
+COLOURS = dict(zip(VARIANTS, ("#7f7f7f", "#1f5fa8", "#2a9d5c", "#d08a2e", "#a83232")))
 MEASURES = {
     "frechet_distance": "Frechet distance",
     "class_accuracy": "class accuracy",
@@ -30,34 +38,35 @@ MEASURES = {
 
 def run_variant(folder: Path, variant: str, seed: int, total: int, every: int) -> list[dict]:
     """Train one variant in its own process and judge each of its checkpoints."""
-    name = f"{variant}-{seed}"
+    name = f"{variant.replace(' ', '')}-{seed}"
+    preset, *further = VARIANTS[variant]
     flags = {
-        "--preset": "digits",
+        "--preset": preset,
         "--output-dir": str(folder),
         "--exp-name": name,
         "--seed": str(seed),
-        "--proj-coeff": VARIANTS[variant],
         "--max-train-steps": str(total),
         "--checkpointing-steps": str(every),
         "--sampling-steps": "0",
         "--report-to": "none",
     }
-    command = [sys.executable, "train.py", *(part for pair in flags.items() for part in pair)]
+    arguments = [part for pair in flags.items() for part in pair] + further
     with open(folder / f"{name}.log", "w") as log:
+        command = [sys.executable, "train.py", *arguments]
         subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=log)
     rows = []
     for step in steps(folder / name / "checkpoints"):
         scores = evaluate(folder / name, step=step)
-        rows.append({"variant": variant, "seed": seed, **asdict(scores)})
+        rows.append({"variant": variant, "seed": seed, **asdict(scores), **stamp()})
         print(f"{name} step {step}: Frechet distance {scores.frechet_distance:.2f}", flush=True)
     return rows
 
 
 def report(rows: list[dict]) -> str:
     """Markdown: mean and range over seeds, per variant and step."""
-    environment = stamp()
-    lines = ["# Digits: vanilla against REPA", ""]
-    lines += [f"- {name}: {value}" for name, value in environment.items()]
+    lines = ["# Digits: the objectives against each other", ""]
+    for name in stamp():
+        lines.append(f"- {name}: {', '.join(dict.fromkeys(str(row[name]) for row in rows))}")
     first = rows[0]
     lines += [
         f"- samples per figure: {first['samples']}; seeds: {sorted({r['seed'] for r in rows})}",
@@ -73,19 +82,25 @@ def report(rows: list[dict]) -> str:
     ]
     for step in sorted({row["step"] for row in rows}):
         for variant in VARIANTS:
-            cells = []
-            for measure in (*MEASURES, "nearest_neighbour"):
-                values = values_of(rows, variant, step, measure)
-                cells.append(
-                    f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-                )
+            cells = [
+                cell(values_of(rows, variant, step, measure))
+                for measure in (*MEASURES, "nearest_neighbour")
+            ]
             lines.append(f"| {step} | {variant} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", "![curves](curves.png)", ""])
 
 
+def cell(values: list[float]) -> str:
+    """Mean, least and greatest; empty without values."""
+    if not values:
+        return ""
+    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
 def values_of(rows: list[dict], variant: str, step: int, measure: str) -> list[float]:
-    """One value per seed."""
-    return [r[measure] for r in rows if r["variant"] == variant and r["step"] == step]
+    """One value per seed; none where the variant has no such measure."""
+    found = [r[measure] for r in rows if r["variant"] == variant and r["step"] == step]
+    return [value for value in found if value is not None]
 
 
 def plot(rows: list[dict], out: Path) -> None:
@@ -98,6 +113,8 @@ def plot(rows: list[dict], out: Path) -> None:
     for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
         for variant, colour in COLOURS.items():
             columns = [values_of(rows, variant, step, measure) for step in points]
+            if not all(columns):
+                continue
             means = [statistics.mean(column) for column in columns]
             axis.plot(points, means, color=colour, marker="o", markersize=3, label=variant)
             low, high = [min(c) for c in columns], [max(c) for c in columns]
@@ -110,25 +127,31 @@ def plot(rows: list[dict], out: Path) -> None:
 
 
 def main() -> None:
-    """Run all variants and seeds, `--jobs` at a time."""
+    """Run all variants and seeds that are missing, `--jobs` at a time."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--every", type=int, default=250, help="steps between figures")
+    parser.add_argument("--every", type=int, default=500, help="steps between figures")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
-        futures = [
-            pool.submit(run_variant, Path(folder), variant, seed, arguments.steps, arguments.every)
-            for seed in arguments.seeds
-            for variant in VARIANTS
-        ]
-        rows = [row for future in futures for row in future.result()]
-    out = RESULTS / "cpu" / f"{stamp()['date']}_digits-convergence"
+    out = RESULTS / "cpu" / f"{stamp()['date']}_digits-objectives"
     out.mkdir(parents=True, exist_ok=True)
-    (out / "scores.json").write_text(
-        json.dumps({"environment": stamp(), "rows": rows}, indent=1) + "\n"
-    )
+    scores = out / "scores.jsonl"
+    lines = scores.read_text().splitlines() if scores.exists() else []
+    rows = [json.loads(line) for line in lines]
+    done = {(row["variant"], row["seed"]) for row in rows}
+    missing = [(v, s) for s in arguments.seeds for v in VARIANTS if (v, s) not in done]
+    with tempfile.TemporaryDirectory() as folder:
+
+        def run(variant: str, seed: int) -> None:
+            found = run_variant(Path(folder), variant, seed, arguments.steps, arguments.every)
+            with open(scores, "a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in found)
+            rows.extend(found)
+
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            for future in [pool.submit(run, *pair) for pair in missing]:
+                future.result()
     (out / "report.md").write_text(report(rows))
     plot(rows, out / "curves.png")
     print(out / "report.md")

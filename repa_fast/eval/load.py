@@ -84,7 +84,7 @@ def load(
             raise ValueError(f"{source} is a native checkpoint, expected origin repa, got {origin}")
     config, step, metadata = _described(source)
     objective = "ddpm" if origin == "dit" else config.get("objective", "flow")
-    prediction = prediction or _ours(config.get("prediction", "v"))
+    prediction = _ours(prediction or config.get("prediction", "v"))
     state = formats.read_weights(
         source, origin, learn_sigma=objective == "ddpm", prediction=prediction
     )

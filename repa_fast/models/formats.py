@@ -21,6 +21,8 @@ from repa_fast.models.weights import read_native
 State = dict[str, torch.Tensor]
 
 ORIGINS = ("repa", "sit", "dit")
+SIGN_REVERSED = {"v": -1, "score": 1, "noise": 1}
+"""What a prediction is multiplied by where time runs the other way."""
 LABELS = "y_embedder.embedding_table.weight"
 
 
@@ -134,7 +136,6 @@ def read_weights(
     Raises:
         ValueError: unreadable, not a SiT or DiT, or of another origin than said.
     """
-    expect_choice("origin", origin, ORIGINS)
     kept = {"with_head": with_head, "learn_sigma": learn_sigma, "prediction": prediction}
     if path.is_dir():
         return normalise(read_native(path, "ema."), origin, **kept)
@@ -158,6 +159,8 @@ def normalise(
     `with_head` keeps SRA's head, which only training needs; `learn_sigma` the second half of the
     output channels, DiT's variance.
     """
+    expect_choice("origin", origin, ORIGINS)
+    expect_choice("prediction", prediction, tuple(SIGN_REVERSED))
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     state = {
         name: tensor
@@ -213,9 +216,8 @@ def _reverse_time(state: State, prediction: str) -> State:
     of_cos, of_sin = state[name].double().split(half, dim=1)
     turned = torch.cat([of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos], dim=1)
     state[name] = turned.to(state[name].dtype)
-    if prediction == "v":
-        for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-            state[name] = -state[name]
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        state[name] = SIGN_REVERSED[prediction] * state[name]
     return state
 
 

@@ -203,3 +203,8 @@ def test_init_from_the_same_model_takes_everything():
 def test_init_from_another_width_is_refused():
     with pytest.raises(ValueError, match="does not fit the model"):
         formats.initialise_from(model(), model(hidden_size=48).state_dict(), "x.pt")
+
+
+def test_a_prediction_that_is_not_known_is_named():
+    with pytest.raises(ValueError, match="prediction is 'velocity', expected one of v, score, noi"):
+        formats.normalise({}, "sit", prediction="velocity")

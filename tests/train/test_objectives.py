@@ -9,15 +9,26 @@ pytest.importorskip("lance")
 pytest.importorskip("timm")
 
 from repa_fast import encoders
+from repa_fast.data.latents import to_pixels
 from repa_fast.data.prepare import prepare_digits
 from repa_fast.diffusion.ddpm import Diffusion, ddpm_losses
+from repa_fast.diffusion.draws import stream
 from repa_fast.diffusion.sra import sra_loss
 from repa_fast.eval.load import load
+from repa_fast.eval.pictures import arrange
 from repa_fast.models import formats
 from repa_fast.train import checkpoint, loop, resume
 from repa_fast.train.export import official_contents
+from repa_fast.train.preview import sample_grid
 from repa_fast.train.report import read_metrics
-from repa_fast.train.step import alignment_targets, losses, synthetic_batch, train_step
+from repa_fast.train.step import (
+    alignment_targets,
+    draw_local,
+    losses,
+    synthetic_batch,
+    train_step,
+)
+from tests.diffusion import gaussians
 
 OBJECTIVES = {
     "vanilla": {"enc_type": "none"},
@@ -43,6 +54,10 @@ OBJECTIVES = {
         "loss_type": "sml1",
         "align_decay": "sra",
     },
+    "noise": {"prediction": "noise", "weighting": "lognormal"},
+    "noise-sra": {"prediction": "noise", "align": "sra", "block_out_s": 1, "block_out_t": 3},
+    "score": {"prediction": "score", "path_type": "VP", "loss_weight": "likelihood"},
+    "vp": {"path_type": "VP", "mode": "sde"},
     "until": {"align_until": 3},
     "sra-until": {"align": "sra", "block_out_s": 1, "block_out_t": 3, "align_until": 3},
 }
@@ -227,6 +242,11 @@ def test_an_official_sra_file_goes_on_whatever_its_order(make_state, tmp_path):
         ({"align_decay": "sra"}, "needs --align sra"),
         ({"align_until": -1}, "align_until is -1"),
         ({"align": "sra", "t_max": 1.5}, "t_max 1.5"),
+        ({"objective": "ddpm", "prediction": "noise"}, "'noise', expected the default with --obj"),
+        ({"objective": "ddpm", "loss_weight": "velocity"}, "loss_weight is 'velocity', expected"),
+        ({"path_type": "VP", "loss_weight": "likelihood"}, "expected none with --prediction v"),
+        ({"prediction": "eps"}, "prediction is 'eps', expected one of v, score, noise"),
+        ({"prediction": "noise", "loss_weight": "snr"}, "'snr', expected one of none, velocity, l"),
     ],
 )
 def test_settings_that_do_not_go_together(config, overrides, message):
@@ -316,3 +336,60 @@ def test_an_official_file_of_a_dit_goes_on(make_state, tmp_path):
     other = make_state(objective="ddpm", seed=5)
     resume.load(tmp_path / "x.pt", other)
     assert all(map(torch.equal, state.model.parameters(), other.model.parameters()))
+
+
+@pytest.mark.parametrize("loss_weight", ["none", "velocity", "likelihood"])
+@pytest.mark.parametrize("path", ["linear", "cosine", "VP"])
+@pytest.mark.parametrize("prediction", ["score", "noise"])
+def test_scores_and_noise_are_trained_on_the_noise(make_state, prediction, path, loss_weight):
+    flow = {"prediction": prediction, "path_type": path, "loss_weight": loss_weight}
+    state = make_state(**flow, enc_type="none")
+    batch, draws = moving(state)
+    clean = batch["moments"].chunk(2, 1)[0]
+    clean = clean + batch["moments"].chunk(2, 1)[1] * draws.posterior_noise
+    alpha, sigma, d_alpha, d_sigma = (c.view(-1, 1, 1, 1) for c in state.path.coefficients(draws.t))
+    noisy = alpha * clean + sigma * draws.noise
+    output, _ = state.model(noisy, draws.t, batch["label"], draws.drop)
+    noise = -sigma * output if prediction == "score" else output
+    rate = d_sigma - sigma * d_alpha / alpha
+    weight = {"none": torch.ones(()), "velocity": rate**2, "likelihood": rate / sigma}[loss_weight]
+    expected = (weight * (noise - draws.noise).square()).mean((1, 2, 3))
+    denoise, others = losses(state, state.model, batch, draws)
+    assert others == [] and torch.allclose(denoise, expected, rtol=1e-5)
+
+
+def test_a_step_draws_its_times_for_the_prediction(make_state):
+    whole, inner = (draw_local(make_state(enc_type="none", prediction=p)).t for p in ("v", "noise"))
+    assert torch.allclose(inner, 0.001 + 0.998 * whole, rtol=0, atol=1e-7)
+    assert (inner - whole).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("path", ["linear", "GVP", "VP"])
+@pytest.mark.parametrize("prediction", ["v", "score", "noise"])
+def test_grids_of_the_exact_prediction_are_where_its_flow_leads(make_state, prediction, path):
+    """A model of Gaussian data: that the sampler knows what it predicts shows in the pixels."""
+    flow = {"prediction": prediction, "path_type": path, "enc_type": "none"}
+    state = make_state(**flow, num_steps=100, cfg_scale=1.0)
+    state.ema = gaussians.Model(path, prediction)
+    noise = torch.randn((100, 3, 16, 16), generator=stream(state.config.seed, 0))
+    alpha, sigma, *_ = gaussians.coefficients(path, 0.0)
+    mean, std = gaussians.means(torch.arange(100) % 10, 3), gaussians.STD
+    clean = mean + std / (alpha**2 * std**2 + sigma**2) ** 0.5 * (noise - alpha * mean)
+    expected = arrange(to_pixels(clean, state.metadata), 10).astype(int)
+    # In 255ths: a hundred of Euler's steps, and the thousandths of time that are left out.
+    assert abs(sample_grid(state) - expected).mean() < 2
+
+
+@pytest.mark.parametrize("prediction, sign", [("v", -1), ("score", 1), ("noise", 1)])
+def test_the_original_sit_s_predictions_keep_their_meaning(make_state, tmp_path, prediction, sign):
+    """Its time runs the other way, which turns velocities around and nothing else."""
+    original = make_state(enc_type="none").model.eval()
+    torch.save(original.state_dict(), tmp_path / "SiT.pt")
+    state = make_state(enc_type="none", prediction=prediction, seed=5)
+    assert resume.start_from(tmp_path / "SiT.pt", "sit", state) == []
+    x, t, y = torch.randn(4, 3, 16, 16), torch.linspace(0, 1, 4), torch.arange(4)
+    expected = sign * original(x, 1 - t, y)[0]
+    for model in (state.model, state.ema):
+        # fp32: the turned time features are other sums of 256 products.
+        bound = 1e-4 * expected.abs().max().item()
+        assert torch.allclose(model(x, t, y)[0], expected, rtol=0, atol=bound)

@@ -1,0 +1,166 @@
+"""Training at 512x512 through every objective: 64x64x4 latents, 1024 tokens on either side."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.hooks import RemovableHandle
+
+pytest.importorskip("timm")
+
+from repa_fast import encoders
+from repa_fast.cli import expected_metadata
+from repa_fast.configs import presets
+from repa_fast.diffusion import ddpm_samplers, samplers
+from repa_fast.distributed import World
+from repa_fast.testing import random_encoder_weights, seeded
+from repa_fast.train import checkpoint
+from repa_fast.train.state import TrainState, build_state
+from repa_fast.train.step import synthetic_batch, train_step
+from tests.train.conftest import randomise
+
+ENCODER = "dinov2-vit-s"
+TOKENS = 1024
+SMALL = {
+    "data_dir": "/nowhere",
+    "resolution": 512,
+    "num_classes": 10,
+    "batch_size": 1,
+    "hidden_size": 32,
+    "depth": 3,
+    "num_heads": 2,
+    "projector_dim": 32,
+    "encoder_depth": 2,
+    "block_out_s": 1,
+    "block_out_t": 3,
+}
+OBJECTIVES = {
+    "repa": ("sit-xl2-repa", {"enc_type": ENCODER}),
+    "nt-xent": ("sit-xl2-repa", {"enc_type": ENCODER, "loss_type": "nt-xent"}),
+    "sra": ("sit-xl2-sra-cos-512", {}),
+    "dit-repa": ("dit-xl2-repa", {"enc_type": ENCODER}),
+    "dit-sra": ("dit-xl2-sra", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """DINOv2-S with random weights, at the size that images of 512 pixels ask for."""
+    weights = random_encoder_weights(ENCODER, 512, tmp_path_factory.mktemp("weights"))
+    return encoders.load(ENCODER, 512, "cpu", weights)
+
+
+@pytest.fixture
+def make(encoder):
+    """Objective -> a state with the shared encoder, if it aligns with any."""
+
+    def build(name: str) -> TrainState:
+        preset, overrides = OBJECTIVES[name]
+        config = dataclasses.replace(presets.get(preset), **SMALL, **overrides)
+        world = World(0, 1, torch.device("cpu"))
+        state = build_state(config, expected_metadata(config), world, encoders_later=True)
+        state.encoders = {} if config.enc_type == "none" else {ENCODER: encoder}
+        state.micro_batch = 1
+        randomise(state)
+        return state
+
+    return build
+
+
+def keep(kept: dict, name: str, module: torch.nn.Module) -> RemovableHandle:
+    """Put the module's last output under `name`."""
+    return module.register_forward_hook(lambda _, __, output: kept.update({name: output}))
+
+
+@pytest.fixture
+def heard(encoder):
+    """The shared encoder's last resized images, their patches' embeddings, and its features."""
+    kept = {}
+    embed = encoder.vit.patch_embed
+    handles = [
+        embed.register_forward_hook(lambda _, inputs, __: kept.update(pixels=inputs[0])),
+        keep(kept, "patches", embed),
+        keep(kept, "features", encoder),
+    ]
+    yield kept
+    for handle in handles:
+        handle.remove()
+
+
+def tensors(state: TrainState) -> dict[str, torch.Tensor]:
+    """Weights, averages and moments by name."""
+    found = {f"ema.{name}": tensor for name, tensor in state.ema.state_dict().items()}
+    for name, parameter in state.model.named_parameters():
+        found[name] = parameter.detach()
+        if parameter.requires_grad:
+            values = state.optimizer.state[parameter].items()
+            found |= {f"{name}.{key}": value for key, value in values}
+    return found
+
+
+def assert_bit_equal(a: TrainState, b: TrainState) -> None:
+    mine, theirs = tensors(a), tensors(b)
+    assert mine.keys() == theirs.keys()
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+
+
+def sampled(state: TrainState) -> torch.Tensor:
+    noise, labels = seeded((1, 4, 64, 64), seed=3), torch.tensor([7])
+    options = {"num_steps": 2, "cfg_scale": 2.0, "mode": "ode"}
+    if state.config.objective == "ddpm":
+        return ddpm_samplers.sample(state.ema, noise, labels, **options)
+    return samplers.sample(state.ema, noise, labels, path=state.path, **options)
+
+
+def of_all_tokens(name: str, projection: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """The alignment loss by torch, with every patch's own cosine or row of logits."""
+    a, b = (F.normalize(tokens[0], dim=-1) for tokens in (projection, features))
+    if name == "nt-xent":
+        return F.cross_entropy(a @ b.mT / 0.1, torch.arange(TOKENS))
+    return -(a * b).sum(-1).mean()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_once_through(make, heard, name, tmp_path):
+    state = make(name)
+    batch, _ = synthetic_batch(state, 1)
+    assert state.metadata.latent_shape == (4, 64, 64) and batch["image"].shape == (1, 3, 512, 512)
+    assert state.model.num_tokens == TOKENS
+    heads = [*state.model.projectors, *([state.model.ap_head] if state.model.ap_head else [])]
+    keep(heard, "projection", heads[0])
+    before = state.model.blocks[0].mlp.fc1.weight.clone()
+    train_step(state, batch)
+    reading = state.metrics.read(state.world)
+    assert len(heads) == 1 and reading["skipped"] == 0
+    assert not torch.equal(state.model.blocks[0].mlp.fc1.weight, before)
+    if state.encoders:
+        assert heard["pixels"].shape == (1, 3, 448, 448)
+        assert heard["features"].shape == heard["projection"].shape == (1, TOKENS, 384)
+        expected = of_all_tokens(name, heard["projection"], heard["features"])
+        assert reading[f"align/{ENCODER}"] == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)
+    else:
+        assert "pixels" not in heard and heard["projection"].shape == (1, TOKENS, 32)
+    target = checkpoint.save(tmp_path, state)
+    resumed = make(name)
+    for parameter in (*resumed.model.parameters(), *resumed.ema.parameters()):
+        parameter.detach().fill_(torch.nan)
+    checkpoint.load(target, resumed)
+    assert resumed.step == 1
+    assert_bit_equal(resumed, state)
+    samples = sampled(resumed)
+    assert samples.shape == (1, 4, 64, 64) and samples.isfinite().all()
+    assert torch.equal(samples, sampled(state))
+    for each in (state, resumed):
+        train_step(each, batch)
+    assert_bit_equal(resumed, state)
+
+
+def test_patches_of_the_image_and_of_the_latents_are_in_one_order(encoder, heard):
+    """Before attention mixes them, only the token in the place of a changed patch is another."""
+    image = torch.zeros(1, 3, 512, 512, dtype=torch.uint8)
+    row, column = 5, 20
+    image[..., row * 16 : (row + 1) * 16, column * 16 : (column + 1) * 16] = 255
+    encoder(image)
+    moved = (heard["patches"][0] - heard["patches"][0, 0]).norm(dim=-1)
+    assert moved.shape == (TOKENS,) and moved.argmax() == row * 32 + column

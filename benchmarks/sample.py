@@ -50,7 +50,6 @@ from repa_fast.data.vae import DECODE_BATCH, VAE
 from repa_fast.models.flops import sit_flops
 from repa_fast.train.memory import peak_flops
 
-MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}
 # diffusers' arguments of the Stable Diffusion autoencoder
 SD_VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -61,16 +60,6 @@ SD_VAE = {
     "norm_num_groups": 32,
     "sample_size": 256,
 }
-
-
-def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of a large square product of random matrices."""
-    side = MATMUL_SIDE[device.type]
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    effort = timing.Effort(graph_ms=20, rounds=10, warmup=3)
-    with timing.own_stream(device):
-        time_of = timing.measure([lambda: a @ b], device, effort)
-    return 2 * side**3 / (time_of.p50 / 1e3)
 
 
 def decode_time(provider: Provider) -> float:
@@ -215,7 +204,7 @@ def measure(options: argparse.Namespace) -> list[dict]:
             continue
         dtype = torch.bfloat16 if provider.precision == "bf16" else torch.float32
         if dtype not in rates:
-            rates[dtype] = matmul_rate(dtype, device)
+            rates[dtype] = timing.matmul_rate(dtype, device)
         times = [run[name][0] for run in runs]
         row |= {
             "status": "ok",

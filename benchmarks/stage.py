@@ -21,6 +21,17 @@ STAGES = ("kernels", "optim", "step", "sample", "data")
 KERNELS_MEASURE, KERNELS_END = 390, 455
 """Seconds after which gpu-kernels measures no further op, and after which it has ended."""
 
+STEP_RUNS = (
+    ("ladder", "--batch", "32", "--rung", "a"),
+    ("ladder", "--batch", "32", "--rung", "e"),
+    ("ladder", "--batch", "256", "--rung", "e", "--steps", "20"),
+    *(("ladder", "--batch", "32", "--rung", rung) for rung in ("d", "c", "b", "h")),
+    *(("step", "--preset", f"sit-{size}2-repa", "--compile") for size in "bl"),
+    ("sra", "--compile"),
+)
+STEP_END, STEP_LEAST = 465, 45
+"""Seconds after which gpu-step has ended, and which have to be left to begin another figure."""
+
 SAMPLE_PROVIDERS = ("ours-compile-bf16", "official", "ours-eager-bf16", "ours-compile-tf32")
 SAMPLE_END, SAMPLE_LEAST = 465, 60
 """Seconds after which gpu-sample has ended, and which have to be left to begin another figure."""
@@ -80,12 +91,21 @@ def optim() -> int:
 
 
 def step() -> int:
-    """The training step of SiT-B/2 and XL/2 with REPA, eager and compiled, a row at a time."""
+    """The ladder of SiT-XL/2 with REPA, then the other sizes, as far as the time goes.
+
+    What the goals speak of comes first: the rival and the last rung with its encoder at batch 32,
+    then that rung at 256; the rungs between and the cached features after them. A process each, so
+    that memory and compiled code are of one alone; all write into one report.
+    """
+    started = time.monotonic()
     status = 0
-    for preset in ("sit-b2-repa", "sit-xl2-repa"):
-        for flags in ([], ["--compile"]):
-            arguments = ["-m", "benchmarks.step", "--preset", preset, "--batch", "32", *flags]
-            status |= subprocess.run([sys.executable, *arguments], cwd=ROOT).returncode
+    for name, *flags in STEP_RUNS:
+        left = STEP_END - (time.monotonic() - started)
+        if left < STEP_LEAST:
+            print(f"gpu-step: no time is left for {name} {' '.join(flags)}", flush=True)
+            continue
+        print(f"gpu-step: {name} {' '.join(flags)}, at most {left:.0f} s", flush=True)
+        status |= limited([f"benchmarks.{name}", *flags], left)
     return status
 
 

@@ -18,6 +18,7 @@ import torch
 L2_TURNOVER = 3  # bytes touched between two uses of the same byte, in sizes of the L2 cache
 MIN_L2 = 50 * 2**20  # bytes
 MOST_CALLS = 2000  # in one graph
+MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}
 
 Call = Callable[[], Any]
 
@@ -124,6 +125,16 @@ def copy_time(nbytes: int, device: torch.device, effort: Effort) -> Timing:
             source.random_(256)  # zeros move faster than data
     with own_stream(device):
         return measure([_copier(*pair) for pair in pairs], device, effort)
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of a large square product of random matrices."""
+    side = MATMUL_SIDE[device.type]
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    effort = Effort(graph_ms=20, rounds=10, warmup=3)
+    with own_stream(device):
+        time_of = measure([lambda: a @ b], device, effort)
+    return 2 * side**3 / (time_of.p50 / 1e3)
 
 
 def peak_memory(call: Call, device: torch.device) -> int | None:

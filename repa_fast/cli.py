@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "sweep": sweep,
         "export": export,
         "info": info,
+        "bench": bench,
         "presets": list_presets,
     }
     if not argv or argv[0] not in commands:
@@ -244,6 +245,19 @@ def info(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="repa-fast info", description=info.__doc__)
     parser.add_argument("path", help="a path, or the URL of a dataset")
     print(describe_path(parser.parse_args(argv).path))
+
+
+def bench(argv: Sequence[str]) -> None:
+    """Measure the training step; the benchmarks are in a checkout only."""
+    try:
+        from benchmarks.step import main as run
+    except ModuleNotFoundError as error:
+        if error.name not in ("benchmarks", "benchmarks.step"):
+            raise
+        raise ValueError(
+            "bench: no benchmarks here, expected `python -m repa_fast bench` in a checkout's root"
+        ) from error
+    run(argv)
 
 
 def list_presets(argv: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
 """The objectives against each other on the digits: `python -m benchmarks.convergence.digits`.
 
-Same seeds, data, noise and number of steps; each variant is its preset, with the preset's sampler.
+Same seeds, data and noise; each variant is its preset, with the preset's steps and sampler.
 The vanilla run is REPA's with `--proj-coeff 0`, so its projector stays at its initial weights and
 its trunk sees no alignment. Rows go to scores.jsonl under benchmarks/results/cpu/ as runs end, and
 runs that are there already are not repeated; report.md and curves.png follow at the end.
@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.environment import RESULTS, ROOT, stamp
+from repa_fast.configs.presets import PRESETS
 from repa_fast.eval.digits import evaluate
 from repa_fast.models.weights import steps
 
@@ -36,16 +37,16 @@ MEASURES = {
 }
 
 
-def run_variant(folder: Path, variant: str, seed: int, total: int, every: int) -> list[dict]:
-    """Train one variant in its own process and judge each of its checkpoints."""
+def run_variant(folder: Path, variant: str, seed: int, points: int) -> list[dict]:
+    """Train one variant in its own process and judge it at `points` even parts of its steps."""
     name = f"{variant.replace(' ', '')}-{seed}"
     preset, *further = VARIANTS[variant]
+    every = PRESETS[preset]().max_train_steps // points
     flags = {
         "--preset": preset,
         "--output-dir": str(folder),
         "--exp-name": name,
         "--seed": str(seed),
-        "--max-train-steps": str(total),
         "--checkpointing-steps": str(every),
         "--sampling-steps": "0",
         "--report-to": "none",
@@ -77,16 +78,16 @@ def report(rows: list[dict]) -> str:
         "Mean over seeds (lowest to highest). The vanilla projector keeps its initial weights, so",
         "its cosine is that of a random map; it does not measure what the hidden states hold.",
         "",
-        "| step | variant | " + " | ".join(MEASURES.values()) + " | nearest training digit |",
+        "| variant | step | " + " | ".join(MEASURES.values()) + " | nearest training digit |",
         "|---|---|" + "---|" * (len(MEASURES) + 1),
     ]
-    for step in sorted({row["step"] for row in rows}):
-        for variant in VARIANTS:
+    for variant in VARIANTS:
+        for step in steps_of(rows, variant):
             cells = [
                 cell(values_of(rows, variant, step, measure))
                 for measure in (*MEASURES, "nearest_neighbour")
             ]
-            lines.append(f"| {step} | {variant} | " + " | ".join(cells) + " |")
+            lines.append(f"| {variant} | {step} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", "![curves](curves.png)", ""])
 
 
@@ -95,6 +96,11 @@ def cell(values: list[float]) -> str:
     if not values:
         return ""
     return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def steps_of(rows: list[dict], variant: str) -> list[int]:
+    """The steps at which a variant was judged, ascending."""
+    return sorted({row["step"] for row in rows if row["variant"] == variant})
 
 
 def values_of(rows: list[dict], variant: str, step: int, measure: str) -> list[float]:
@@ -109,11 +115,11 @@ def plot(rows: list[dict], out: Path) -> None:
 
     figure = Figure(figsize=(4.6 * len(MEASURES), 3.6), layout="constrained")
     axes = figure.subplots(1, len(MEASURES))
-    points = sorted({row["step"] for row in rows})
     for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
         for variant, colour in COLOURS.items():
+            points = steps_of(rows, variant)
             columns = [values_of(rows, variant, step, measure) for step in points]
-            if not all(columns):
+            if not points or not all(columns):
                 continue
             means = [statistics.mean(column) for column in columns]
             axis.plot(points, means, color=colour, marker="o", markersize=3, label=variant)
@@ -130,8 +136,7 @@ def main() -> None:
     """Run all variants and seeds that are missing, `--jobs` at a time."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--every", type=int, default=500, help="steps between figures")
+    parser.add_argument("--points", type=int, default=4, help="figures per run")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     arguments = parser.parse_args()
     out = RESULTS / "cpu" / f"{stamp()['date']}_digits-objectives"
@@ -144,7 +149,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
 
         def run(variant: str, seed: int) -> None:
-            found = run_variant(Path(folder), variant, seed, arguments.steps, arguments.every)
+            found = run_variant(Path(folder), variant, seed, arguments.points)
             with open(scores, "a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in found)
             rows.extend(found)

@@ -1,0 +1,239 @@
+"""The training step, one change at a time: `python -m benchmarks.ladder`.
+
+    a  the paper's recipe in plain PyTorch (benchmarks/baseline.py): fp16, eager, foreach AdamW
+    b  + bf16, loss of whole batches, fused AdamW, foreach average, nothing read by the host
+    c  + torch.compile of each block and of the encoder
+    d  + our kernels: the project's own step, with torch's optimizer
+    e  + optimizer in one pass over memory, which also writes the bf16 compute copy
+    h  + features from the dataset instead of the encoder
+
+Rungs run one after another in one process, each with its own warm-up, on the same weights and the
+same batch; a rung whose loss differs from that of plain fp32 gets no figure (h has features of its
+own, its loss is not compared). Rows are appended as they come, so that several commands can share
+one report. On a CPU rung a computes in fp32, and bf16 may be slower than that.
+"""
+
+import argparse
+import gc
+import itertools
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import step_report
+from benchmarks.baseline import Baseline
+from benchmarks.environment import stamp
+from benchmarks.step import (
+    Feed,
+    Ours,
+    Stepper,
+    append,
+    build,
+    figures,
+    parser,
+    results_folder,
+    settings,
+)
+from repa_fast import dispatch, encoders, ops
+from repa_fast.configs import presets
+from repa_fast.data.features import FeatureColumn
+from repa_fast.data.loader import Batch
+from repa_fast.diffusion.draws import Draws
+from repa_fast.train.state import TrainState
+from repa_fast.train.step import synthetic_batch
+
+LOSS_TOLERANCE = 0.01
+"""Relative. A mean of thousands of terms with the 2^-8 of bf16 each; a wrong time, sign, weight or
+missing term moves it by more."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A step of the ladder.
+
+    Attributes:
+        what: it changes.
+        plain: the rival's recipe: "", "recipe" as released, "tuned".
+        compiled: torch.compile.
+        cached: features come with the batch.
+        config: of the run.
+    """
+
+    what: str
+    plain: str = ""
+    compiled: bool = True
+    cached: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+STOCK = {"optimizer_impl": "torch", "compute_copy": "autocast"}
+ONE_PASS = {"optimizer_impl": "auto", "compute_copy": "optimizer"}
+RUNGS = {
+    "a": Rung("the paper's recipe", plain="recipe", compiled=False),
+    "b": Rung("+ bf16, one loss, fused AdamW, no host reads", plain="tuned", compiled=False),
+    "c": Rung("+ torch.compile", plain="tuned"),
+    "d": Rung("+ our kernels", config=STOCK),
+    "e": Rung("+ one-pass optimizer, bf16 copy", config=ONE_PASS),
+    "h": Rung("+ cached features", config=ONE_PASS, cached=True),
+}
+
+
+def precision(rung: Rung, device: str) -> str:
+    """Of a rung: the recipe's is fp16, on a CPU fp32."""
+    if rung.plain == "recipe":
+        return "no" if device == "cpu" else "fp16"
+    return "bf16"
+
+
+def feature_columns(preset: str) -> list[FeatureColumn]:
+    """A column for each of the preset's encoders."""
+    config = presets.get(preset)
+    return [
+        FeatureColumn(
+            name=f"features{number}",
+            encoder=spec.name,
+            resolution=config.resolution,
+            tokens=spec.num_tokens(config.resolution),
+            width=spec.width,
+            storage="fp16",
+            precision="bf16",
+        )
+        for number, spec in enumerate(encoders.specs(config.enc_type))
+    ]
+
+
+def prepare(rung: Rung, arguments: argparse.Namespace, folder: Path) -> TrainState:
+    """What a rung begins with: the same weights for all, none of them zero."""
+    changes = {
+        **rung.config,
+        "compile": rung.compiled and not arguments.eager,
+        "mixed_precision": precision(rung, arguments.device),
+        "attention": "sdpa" if rung.plain else "auto",
+    }
+    if rung.cached:
+        columns = feature_columns(arguments.preset)
+        changes["features"] = ",".join(column.name for column in columns)
+        changes["columns"] = {column.name: column for column in columns}
+    torch.manual_seed(0)
+    state = build(arguments, folder, **changes)
+    randomise(state)
+    return state
+
+
+def randomise(state: TrainState) -> None:
+    """Layers that begin at zero ~ N(0, 0.02), by the same numbers for every rung."""
+    generator = torch.Generator(state.world.device).manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in state.model.named_parameters():
+            if "adaLN" in name or "final_layer" in name:
+                parameter.normal_(std=0.02, generator=generator)
+    state.ema.load_state_dict(state.model.state_dict())
+    state.optimizer.write_copies()
+
+
+def expected_loss(state: TrainState) -> float:
+    """The plain fp32 loss of a rung's weights on the batch that it is timed on."""
+    batch, draws = probe(state)
+    plain = Baseline(state, tuned=False, compiled=False)
+    plain.precision = None
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        return plain.loss_of(batch, draws)
+
+
+def probe(state: TrainState) -> tuple[Batch, Draws]:
+    """A batch and its draws, the same for every rung."""
+    torch.manual_seed(2)
+    return synthetic_batch(state, state.local_batch)
+
+
+def measure(rung: Rung, arguments: argparse.Namespace) -> dict:
+    """The figures of a rung.
+
+    Raises:
+        RuntimeError: its loss is not that of plain fp32.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        state = prepare(rung, arguments, Path(folder))
+        batch, draws = probe(state)
+        expected = None if rung.cached else expected_loss(state)
+        stepper: Stepper = Ours(state)
+        if rung.plain:
+            stepper = Baseline(state, tuned=rung.plain == "tuned", compiled=state.config.compile)
+        loss = stepper.loss_of(batch, draws)
+        if expected and abs(loss / expected - 1) > LOSS_TOLERANCE:
+            raise RuntimeError(f"loss {loss:.4f} where plain fp32 has {expected:.4f}")
+        notes = [] if rung.plain else state.notes
+        del state, draws
+        free()  # what the rival does not need of the state
+        feed = Feed(itertools.repeat(batch), stepper.world.device)
+        found = figures(stepper, feed, arguments, Path(folder) / "trace.json")
+    return {**settings(stepper, arguments), **found, "loss": loss, "notes": notes}
+
+
+def free() -> None:
+    """Give back the memory of what is not referred to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def climb(arguments: argparse.Namespace, folder: Path) -> list[dict]:
+    """A row for each rung that was asked for, as it comes."""
+    end = time.monotonic() + arguments.limit
+    rows = []
+    for name in arguments.rung:
+        if time.monotonic() > end:
+            print(f"time limit: rung {name} left out", flush=True)
+            continue
+        rung, before = RUNGS[name], time.monotonic()
+        skipped = " (not compiled)" if rung.compiled and arguments.eager else ""
+        head = {"rung": name, "what": rung.what + skipped, **stamp()}
+        try:
+            row = {**head, "status": "ok", **measure(rung, arguments)}
+        except Exception as error:  # compilers raise anything; the next rung may run
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            row = {**head, "preset": arguments.preset, "batch": arguments.batch}
+            row |= {"status": "failed", "message": why}
+        row["seconds"] = time.monotonic() - before
+        append(folder, row)
+        print(line(row), flush=True)
+        rows.append(row)
+        torch.compiler.reset()
+        free()
+    dispatch.use_kernels(None)
+    ops.set_attention_backend("sdpa")
+    return rows
+
+
+def line(row: dict) -> str:
+    """A row as it passes."""
+    head = f"({row['rung']}) {row['what']}"
+    if row["status"] != "ok":
+        return f"{head}: no figure, {row['message']}"
+    rate = f"{row['images_per_second']:,.1f} images/s"
+    return f"{head}: {row['ms_p50']:.2f} ms, {rate}, after {row['seconds']:.0f} s"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure the rungs; 1 if one has no figure."""
+    flags = parser(__doc__.splitlines()[0], "sit-xl2-repa")
+    flags.add_argument("--rung", nargs="+", choices=RUNGS, default=list(RUNGS))
+    flags.add_argument("--eager", action="store_true", help="compile nothing, for a quick look")
+    flags.add_argument("--limit", type=float, default=1e9, help="seconds; begins nothing later")
+    flags.set_defaults(micro_batch=0, data="")
+    arguments = flags.parse_args(argv)
+    folder = results_folder("ladder", arguments)
+    rows = climb(arguments, folder)
+    print(step_report.markdown(step_report.read(folder / "rows.jsonl")))
+    print(folder)
+    return int(any(row["status"] != "ok" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

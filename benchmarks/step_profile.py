@@ -1,0 +1,215 @@
+"""Where the time of a step goes, from torch's profiler.
+
+On a GPU every kernel, copy and fill belongs to one category: what the host started in the range of
+the encoder or of the optimizer to these, the others by their names; where two run at once, the time
+is the first one's. On a CPU the time of an operator without the operators it calls takes the place
+of a kernel. Idle is the time in which nothing of this ran.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+CATEGORIES = (
+    "GEMM",
+    "attention",
+    "our kernels",
+    "other elementwise",
+    "optimizer",
+    "encoder",
+    "idle",
+)
+WINDOW = "profiled steps"
+DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+HOST = ("cuda_runtime", "cuda_driver")
+
+GENERATED = re.compile(r"^triton_(?!tem)")  # Inductor's, named after whatever they were made from
+OURS = re.compile(r"^(adaln|gate_residual|align_loss|sum_chunks|euler_maruyama)\w*|^repa_fast::")
+ATTENTION = re.compile(r"attention|flash|fmha|sdpa|cudnn_generated_fort_native", re.IGNORECASE)
+GEMM = re.compile(
+    r"gemm|cutlass|cublas|nvjet|xmma|wgmma|splitk|triton_tem|convolution|conv2d"  # kernels
+    r"|^aten::(mm|addmm|bmm|baddbmm|matmul|linear|mv|addmv|dot)(_|$)|^mkldnn::_linear",  # operators
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Something that ran, from `start` to `end` in microseconds."""
+
+    start: float
+    end: float
+    category: str
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Of one step, on average.
+
+    Attributes:
+        busy_ms: milliseconds by category, all but idle.
+        window_ms: wall clock under the profiler.
+        launches: kernels, copies and fills that the host started, a CUDA graph once; None on a CPU.
+    """
+
+    busy_ms: dict[str, float]
+    window_ms: float
+    launches: float | None
+
+    def milliseconds(self, step_ms: float) -> dict[str, float]:
+        """By category, of a step that takes `step_ms`; idle is what nothing accounts for.
+
+        Their sum is `step_ms`, or the busy time where that is more.
+        """
+        idle = max(0.0, step_ms - sum(self.busy_ms.values()))
+        return {name: {**self.busy_ms, "idle": idle}[name] for name in CATEGORIES}
+
+
+def category_of(name: str) -> str:
+    """Of a kernel or operator outside the encoder and the optimizer."""
+    if GENERATED.search(name):
+        return "other elementwise"
+    for category, pattern in (("our kernels", OURS), ("attention", ATTENTION), ("GEMM", GEMM)):
+        if pattern.search(name):
+            return category
+    return "other elementwise"
+
+
+def range_of(name: str) -> str | None:
+    """The category that a range of the profiler stands for, if any."""
+    if name in ("encoder", "optimizer"):
+        return name
+    return "optimizer" if name.startswith("Optimizer.") else None
+
+
+def named(category: str, function: Callable) -> Callable:
+    """`function`, whose calls the profiler shows as a range of that category."""
+
+    def call(*arguments, **options):
+        with record_function(category):
+            return function(*arguments, **options)
+
+    return call
+
+
+def run(step: Callable[[], None], steps: int, device: torch.device, trace: Path) -> Breakdown:
+    """Profile `steps` calls; the Chrome trace is written to `trace`."""
+    activities = [ProfilerActivity.CPU]
+    cuda = device.type == "cuda"
+    if cuda:
+        activities.append(ProfilerActivity.CUDA)
+        torch.cuda.synchronize()
+    with profile(activities=activities) as profiler:
+        if cuda:
+            step()  # the profiler's own first use of the device
+            torch.cuda.synchronize()
+        with record_function(WINDOW):
+            for _ in range(steps):
+                step()
+            if cuda:
+                torch.cuda.synchronize()
+    profiler.export_chrome_trace(str(trace))
+    events = json.loads(trace.read_text(), strict=False)["traceEvents"]
+    return breakdown(events, steps, cuda)
+
+
+def breakdown(events: Sequence[dict], steps: int, cuda: bool) -> Breakdown:
+    """Of the events of a Chrome trace with `steps` steps in the range WINDOW."""
+    complete = [event for event in events if event.get("ph") == "X"]
+    window = next(
+        event
+        for event in complete
+        if event["name"] == WINDOW and event.get("cat") == "user_annotation"
+    )
+    start, end = window["ts"], window["ts"] + window["dur"]
+    inside = [event for event in complete if start <= event["ts"] < end]
+    launches = None
+    if cuda:
+        intervals, launches = on_device(inside)
+        launches /= steps
+    else:
+        intervals = list(on_host(inside))
+    busy = {name: us / 1e3 / steps for name, us in exclusive(intervals, end).items()}
+    return Breakdown(busy, (end - start) / 1e3 / steps, launches)
+
+
+def on_device(events: Sequence[dict]) -> tuple[list[Interval], int]:
+    """What ran on the GPU, and how often the host started something."""
+    started = {
+        event["args"]["correlation"]: event
+        for event in events
+        if event.get("cat") in HOST and "correlation" in event.get("args", {})
+    }
+    ranges = [
+        (event["tid"], event["ts"], event["ts"] + event["dur"], range_of(event["name"]))
+        for event in events
+        if event.get("cat") == "user_annotation" and range_of(event["name"])
+    ]
+    by_launch = {
+        number: category
+        for number, launch in started.items()
+        for thread, first, last, category in ranges
+        if launch["tid"] == thread and first <= launch["ts"] < last
+    }
+    intervals, launches = [], set()
+    for event in events:
+        if event.get("cat") in DEVICE:
+            number = event["args"].get("correlation")
+            category = by_launch.get(number) or category_of(event["name"])
+            intervals.append(Interval(event["ts"], event["ts"] + event["dur"], category))
+            launches.add(number)
+    return intervals, len(launches)
+
+
+def on_host(events: Sequence[dict]) -> Iterator[Interval]:
+    """The operators of each thread, cut up so that every moment is the innermost one's."""
+    threads = defaultdict(list)
+    for event in events:
+        if event.get("cat") in ("cpu_op", "user_annotation"):
+            threads[event["tid"]].append(event)
+    for members in threads.values():
+        yield from innermost(sorted(members, key=lambda event: (event["ts"], -event["dur"])))
+
+
+def innermost(events: Sequence[dict]) -> Iterator[Interval]:
+    """Of nested events in the order of their beginnings; nothing for ranges of the profiler."""
+    stack: list[tuple[float, str | None, str | None]] = []  # end, own category, range's category
+    clock = 0.0
+
+    def until(moment: float) -> Iterator[Interval]:
+        nonlocal clock
+        while stack and stack[-1][0] <= moment:
+            end, own, _ = stack.pop()
+            if own and end > clock:
+                yield Interval(clock, end, own)
+            clock = max(clock, end)
+        if stack and stack[-1][1] and moment > clock:
+            yield Interval(clock, moment, stack[-1][1])
+        clock = max(clock, moment)
+
+    for event in events:
+        yield from until(event["ts"])
+        around = stack[-1][2] if stack else None
+        if event["cat"] == "user_annotation":
+            own, around = None, around or range_of(event["name"])
+        else:
+            own = around or category_of(event["name"])
+        stack.append((event["ts"] + event["dur"], own, around))
+    yield from until(float("inf"))
+
+
+def exclusive(intervals: Sequence[Interval], end: float) -> dict[str, float]:
+    """Microseconds of each category up to `end`, every moment counted once."""
+    total = dict.fromkeys((name for name in CATEGORIES if name != "idle"), 0.0)
+    covered = 0.0
+    for interval in sorted(intervals, key=lambda one: one.start):
+        last = min(interval.end, end)
+        total[interval.category] += max(0.0, last - max(interval.start, covered))
+        covered = max(covered, last)
+    return total

@@ -52,12 +52,13 @@ def train(argv: Sequence[str]) -> None:
     if config.dry_run:
         print(describe(config))
         return
+    from repa_fast.train.checkpoint import CheckpointFailed
     from repa_fast.train.loop import TrainingDiverged
     from repa_fast.train.loop import train as run
 
     try:
         run(config)
-    except (TrainingDiverged, StoreError) as error:
+    except (TrainingDiverged, CheckpointFailed, StoreError) as error:
         raise SystemExit(f"repa-fast: {error}") from error
 
 
@@ -135,18 +136,20 @@ def prepare(argv: Sequence[str]) -> None:
 def export(argv: Sequence[str]) -> None:
     """Write a native checkpoint as a file that other programs read."""
     from repa_fast.info import newest_checkpoint
-    from repa_fast.train.export import FORMATS
+    from repa_fast.train.export import FORMATS, file_beside, format_of
     from repa_fast.train.export import export as write
 
     parser = argparse.ArgumentParser(prog="repa-fast export", description=export.__doc__)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint's directory, or a run's")
-    parser.add_argument("--to", choices=FORMATS, default="official")
-    parser.add_argument("--out", type=Path, help="file to write; STEP.pt or STEP.safetensors")
+    parser.add_argument("--to", choices=FORMATS, help="default: by OUT's name, or official")
+    parser.add_argument(
+        "--out", type=Path, help="file to write: STEP.pt, step-STEP.pt (sra) or STEP.safetensors"
+    )
     arguments = parser.parse_args(argv)
     source = newest_checkpoint(arguments.checkpoint)
-    suffix = ".pt" if arguments.to == "official" else ".safetensors"
-    out = arguments.out or source.with_name(source.name + suffix)
-    write(source, arguments.to, out)
+    to = arguments.to or (format_of(arguments.out) if arguments.out else "official")
+    out = arguments.out or file_beside(source, to)
+    write(source, to, out)
     print(out)
 
 

@@ -4,14 +4,12 @@ A native checkpoint is a directory written through torch.distributed.checkpoint,
 it is complete when its marker file exists.
 """
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from repa_fast.models import reader
 
 MARKER = "COMPLETE"
 
@@ -32,40 +30,31 @@ def load_ema(checkpoint: Path, model: torch.nn.Module) -> None:
     """Read the moving average of a complete checkpoint into `model`, and nothing else.
 
     Raises:
-        ValueError: the checkpoint is not complete.
+        ValueError: the checkpoint is not complete, or not of this model.
     """
     expect_complete(checkpoint)
-    with alone():
-        dcp.load({"ema": model.state_dict()}, checkpoint_id=checkpoint, no_dist=True)
+    reader.load({f"ema.{name}": t for name, t in model.state_dict().items()}, checkpoint)
 
 
 def read_native(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
     """The tensors of a complete checkpoint whose names start with `prefix`, without it, on the CPU.
 
+    They are whole, by however many processes the checkpoint was written.
+
     Raises:
-        ValueError: the checkpoint is not complete.
+        ValueError: the checkpoint is not complete, or unreadable.
     """
     expect_complete(checkpoint)
-    stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    state = {
+    tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in stored.items()
+        for name, entry in reader.read_index(checkpoint).state_dict_metadata.items()
         if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
-    with alone():
-        dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    reader.load(tensors, checkpoint)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 def expect_complete(checkpoint: Path) -> None:
     """Raise ValueError unless `checkpoint` is a complete native checkpoint."""
     if not (checkpoint / MARKER).exists():
         raise ValueError(f"{checkpoint} is not a complete checkpoint (it has no file {MARKER})")
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """Without torch's warning that a single process saves or loads alone, which is meant here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield

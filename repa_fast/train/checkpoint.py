@@ -1,109 +1,221 @@
-"""Native checkpoints: a directory written through torch.distributed.checkpoint.
+"""Native checkpoints: a directory written through torch.distributed.checkpoint, beside training.
 
-It is complete when its marker file exists, and the marker is written last, with the checksum of
-every other file. A directory without it is what a crash left behind, is never loaded, and is
-removed when its step is saved again.
+Every process writes what it has: its shards of sharded tensors, and a share of those that all have
+alike. They are read back by any number of processes, sharded or not, under the official names.
+Tensors alone lie in torch's files; counters and settings lie beside them as JSON.
 """
 
 import json
-import os
-import shutil
-import zlib
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor
 
-from repa_fast.models import formats
-from repa_fast.models.weights import MARKER, alone, expect_complete, path_of, steps
+from repa_fast.distributed import World
+from repa_fast.models import formats, reader
+from repa_fast.models.weights import MARKER, expect_complete, path_of, steps
 from repa_fast.train.state import TrainState
+from repa_fast.train.writer import Writer, damage
 
 COUNTERS = "counters.json"
 CONFIG = "config.json"
 DATASET = "dataset.json"
+SAME_CONFIG = ("objective", "prediction", "path_type")
+SAME_DATASET = ("latent_shape", "vae", "scale", "bias")
+"""Settings that a run does not go on with others of: tensors would fit, and mean something else."""
+
+
+class CheckpointFailed(RuntimeError):
+    """A checkpoint that had to be written was not, or two in a row were not."""
+
+
+@dataclass
+class Save:
+    """A save in flight.
+
+    Attributes:
+        begun, ended: perf_counter seconds; ended is 0 until it is.
+        paused: seconds for which training stood still.
+    """
+
+    target: Path
+    writer: Writer
+    stager: DefaultStager
+    done: Future
+    begun: float
+    paused: float
+    ended: float = 0.0
+
+    def end(self, _: Future) -> None:
+        self.ended = time.perf_counter()
+
+
+class Checkpointer:
+    """Writes a run's checkpoints; every process has one and calls `save` and `settle` alike.
+
+    A save copies this process's part of the tensors into host memory and returns; from there a
+    thread writes it while training goes on, one save at a time. A checkpoint is announced when it
+    is complete, on the disks of all processes.
+
+    A save that fails (a full disk, a folder that is read-only) does not stop training, which may
+    have cost hours: what it wrote is removed and a warning says why. If the next one fails too,
+    the run stops with CheckpointFailed, as it does at once where the checkpoint is waited for: at
+    the end, on a signal, and when training has diverged.
+
+    Args:
+        folder: the run's checkpoints.
+        announce: takes a line about each save; on the first process.
+    """
+
+    def __init__(
+        self, folder: Path, world: World, announce: Callable[[str], None] | None = None
+    ) -> None:
+        self.folder = folder
+        self.world = world
+        self._announce = announce or (lambda line: None)
+        # Beside the steps' collectives, a thread's need a group of their own.
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._save: Save | None = None
+        self._failures: list[str] = []  # in a row
+        reader.single_process_is_meant()
+
+    @property
+    def failing(self) -> bool:
+        """Whether the last two saves that ended failed, as far as this process knows."""
+        return len(self._failures) > 1
+
+    def save(self, state: TrainState, *, wait: bool = False) -> Path:
+        """Begin to write the checkpoint of the current step; returns its directory.
+
+        A whole checkpoint of this step is left as it is; a damaged one is written again.
+
+        Raises:
+            CheckpointFailed: the last two saves failed; with `wait`, this one did.
+        """
+        called = time.perf_counter()
+        self.settle()
+        begun = time.perf_counter()
+        target = path_of(self.folder, state.step)
+        whole = self.world.is_main and (target / MARKER).exists() and not damage(target)
+        if self.world.broadcast("whole" if whole else ""):
+            self._announce(f"checkpoint {target} is there already")
+            return target
+        settings = {
+            COUNTERS: json.dumps(_counters(state), indent=2),
+            CONFIG: json.dumps(state.config.to_dict(), indent=2),
+            DATASET: json.dumps(asdict(state.metadata), indent=2),
+        }
+        writer = Writer(target, settings, state.config.keep_last, state.config.keep_every)
+        stager = DefaultStager(StagingOptions(False, False, False, False))
+        done = dcp.async_save(
+            share(tensors(state), self.world),
+            storage_writer=writer,
+            process_group=self._group,
+            async_stager=stager,
+            no_dist=self.world.size == 1,
+        )
+        self._save = Save(target, writer, stager, done, begun, time.perf_counter() - called)
+        done.add_done_callback(self._save.end)
+        if wait:
+            done.exception()
+            self._save.paused = time.perf_counter() - called
+            self._end()
+            if self._failures:
+                raise CheckpointFailed(self._failures[-1])
+        return target
+
+    def poll(self) -> None:
+        """Announce the save in flight if it has ended; never waits."""
+        if self._save is not None and self._save.done.done():
+            self._end()
+
+    def settle(self) -> None:
+        """Wait for the save in flight.
+
+        Raises:
+            CheckpointFailed: it failed, and the one before too.
+        """
+        self._end()
+        if self.failing:
+            raise CheckpointFailed("; ".join(self._failures))
+
+    def close(self) -> None:
+        """Wait for the save in flight, also when training ends in an error."""
+        self._end()
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+
+    def _end(self) -> None:
+        if self._save is None:
+            return
+        save, self._save = self._save, None
+        error = save.done.exception()
+        save.stager.close()
+        save.writer.close()
+        if error is None:
+            self._failures = []
+            seconds = (save.ended or time.perf_counter()) - save.begun
+            self._announce(
+                f"checkpoint {save.target} paused the run {1e3 * save.paused:.0f} ms, "
+                f"written in {seconds:.1f} s"
+            )
+        else:
+            newest = steps(self.folder)[-1:]
+            self._failures.append(
+                f"checkpoint {save.target} was not written: {reader.reasons(error)} (the newest "
+                f"whole one is {path_of(self.folder, *newest).name if newest else 'none'})"
+            )
+            self._announce(f"WARNING: {self._failures[-1]}; a second failure in a row ends the run")
 
 
 def save(folder: Path, state: TrainState) -> Path:
-    """Write the checkpoint of the current step; all processes call it. Returns its directory.
+    """Write the checkpoint of the current step and wait for it; all processes call it.
 
-    A complete checkpoint of this step is left as it is.
+    Raises:
+        CheckpointFailed: it could not be written.
     """
-    target = path_of(folder, state.step)
-    world = state.world
-    if (target / MARKER).exists():
-        return target
-    if world.is_main and target.exists():
-        shutil.rmtree(target)
-    world.barrier()
-    with alone():
-        dcp.save(_tensors(state), checkpoint_id=target, no_dist=world.size == 1)
-    counters = _counters(state)
-    if world.is_main:
-        (target / COUNTERS).write_text(json.dumps(counters, indent=2))
-        (target / CONFIG).write_text(json.dumps(state.config.to_dict(), indent=2))
-        (target / DATASET).write_text(json.dumps(asdict(state.metadata), indent=2))
-        _write_marker(target, checksums(target))
-        prune(folder, state.config.keep_last, state.config.keep_every)
-    world.barrier()
-    return target
+    with closing(Checkpointer(folder, state.world)) as checkpointer:
+        return checkpointer.save(state, wait=True)
 
 
-def prune(folder: Path, keep_last: int, keep_every: int) -> None:
-    """Remove complete checkpoints but the last K and those of every N steps; 0 for K keeps all.
+def share(tensors: dict[str, torch.Tensor], world: World) -> dict[str, dict[str, torch.Tensor]]:
+    """What this process writes: all its shards, and its share of the bytes that all have alike.
 
-    The marker goes first, so that a crash half-way leaves no checkpoint that looks whole.
+    By the first part of the name, since torch spends a log line on every key at the top.
     """
-    for step in steps(folder)[:-keep_last] if keep_last else []:
-        if not (keep_every and step % keep_every == 0):
-            (path_of(folder, step) / MARKER).unlink()
-            shutil.rmtree(path_of(folder, step))
-
-
-def checksums(path: Path) -> dict[str, int]:
-    """CRC-32 of every file of a checkpoint but the marker; zlib lets threads run side by side."""
-    files = sorted(file for file in path.iterdir() if file.name != MARKER)
-    with ThreadPoolExecutor() as pool:
-        return dict(zip((file.name for file in files), pool.map(_checksum, files), strict=True))
-
-
-def damage(path: Path) -> str:
-    """What differs from the checksums in the marker, "" if nothing does."""
-    try:
-        expected = json.loads((path / MARKER).read_text())
-    except (OSError, ValueError) as error:
-        return f"its marker cannot be read ({error})"
-    found = checksums(path)
-    missing = sorted(expected.keys() - found.keys())
-    if missing:
-        return f"missing {', '.join(missing)}"
-    changed = sorted(name for name, value in expected.items() if found[name] != value)
-    return f"wrong checksum of {', '.join(changed)}" if changed else ""
+    writers, loads = {}, [0] * world.size
+    alike = {name: t.nbytes for name, t in tensors.items() if not isinstance(t, DTensor)}
+    for name in sorted(alike, key=alike.get, reverse=True):
+        writers[name] = loads.index(min(loads))
+        loads[writers[name]] += alike[name]
+    mine: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        if writers.get(name, world.rank) == world.rank:
+            part, _, rest = name.partition(".")
+            mine.setdefault(part, {})[rest] = tensor
+    return mine
 
 
 def load(source: Path, state: TrainState) -> None:
     """Read a checkpoint directory into `state`, in place; hyperparameters stay the config's.
 
     Raises:
-        ValueError: it is not complete, or of another model (lists what differs).
+        ValueError: it is not complete or cannot be read, or is of another model (lists what
+            differs), another task or another dataset's latents.
     """
     expect_complete(source)
     _expect_same_model(source, state)
-    hyperparameters = [
-        {key: value for key, value in group.items() if key != "params"}
-        for group in state.optimizer.param_groups
-    ]
-    tensors = _tensors(state)
-    with alone():
-        dcp.load(tensors, checkpoint_id=source, no_dist=state.world.size == 1)
-    set_optimizer_state_dict(state.model, state.optimizer, tensors["optimizer"])
-    for group, values in zip(state.optimizer.param_groups, hyperparameters, strict=True):
-        group.update(values)
+    _expect_same_task(source, state)
+    reader.load(tensors(state), source, no_dist=state.world.size == 1)
     counters = json.loads((source / COUNTERS).read_text())
     if state.scaler.is_enabled() and counters["scaler"]:
         state.scaler.load_state_dict(counters["scaler"])
@@ -113,18 +225,20 @@ def load(source: Path, state: TrainState) -> None:
     state.step = counters["step"]
 
 
-def _tensors(state: TrainState) -> dict:
-    # Without states torch would make them by a step of its own, which moves averages too.
+def tensors(state: TrainState) -> dict[str, torch.Tensor]:
+    """All of a run's tensors by the name they are stored under; not copies."""
     state.optimizer.begin_states()
-    return {
-        "model": state.model.state_dict(),
-        "ema": state.ema.state_dict(),
-        **{
-            f"ema_{number}": average.state_dict()
-            for number, average in enumerate(state.more_emas, start=2)
-        },
-        "optimizer": get_optimizer_state_dict(state.model, state.optimizer),
+    modules = {"model": state.model, "ema": state.ema}
+    modules |= {f"ema_{n}": average for n, average in enumerate(state.more_emas, start=2)}
+    found = {
+        f"{prefix}.{name}": tensor
+        for prefix, module in modules.items()
+        for name, tensor in module.state_dict().items()
     }
+    for name, parameter in state.model.state_dict(keep_vars=True).items():
+        for key, value in state.optimizer.state.get(parameter, {}).items():
+            found[f"optimizer.state.{name}.{key}"] = value
+    return found
 
 
 def _counters(state: TrainState) -> dict:
@@ -139,11 +253,11 @@ def _counters(state: TrainState) -> dict:
 
 
 def _expect_same_model(source: Path, state: TrainState) -> None:
-    entries = dcp.FileSystemReader(source).read_metadata().state_dict_metadata
+    entries = reader.read_index(source).state_dict_metadata
     stored = {
         name.removeprefix("model."): torch.empty(entry.size, device="meta")
         for name, entry in entries.items()
-        if name.startswith("model.")
+        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
     }
     averages = len({name.split(".")[0] for name in entries if name.startswith("ema")})
     if averages != 1 + len(state.more_emas):
@@ -159,21 +273,17 @@ def _expect_same_model(source: Path, state: TrainState) -> None:
         )
 
 
-def _checksum(file: Path) -> int:
-    value = 0
-    with open(file, "rb") as stream:
-        while chunk := stream.read(1 << 24):
-            value = zlib.crc32(chunk, value)
-    return value
-
-
-def _write_marker(target: Path, content: dict[str, int]) -> None:
-    """Create the marker so that it survives a power cut only if everything before it does."""
-    with open(target / MARKER, "w") as marker:
-        json.dump(content, marker, indent=2)
-        marker.flush()
-        os.fsync(marker.fileno())
-    for folder in (target, target.parent):
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+def _expect_same_task(source: Path, state: TrainState) -> None:
+    stored = json.loads((source / CONFIG).read_text()), json.loads((source / DATASET).read_text())
+    expected = state.config.to_dict(), json.loads(json.dumps(asdict(state.metadata)))
+    problems = [
+        f"{name} {theirs[name]!r}, expected {ours[name]!r}"
+        for theirs, ours, names in zip(stored, expected, (SAME_CONFIG, SAME_DATASET), strict=True)
+        for name in names
+        if name in theirs and theirs[name] != ours[name]
+    ]
+    if problems:
+        raise ValueError(
+            f"{source} is of a run with {'; '.join(problems)}: it cannot be gone on from; start a "
+            "new run from its weights with --init-from"
+        )

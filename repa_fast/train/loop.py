@@ -17,7 +17,7 @@ from repa_fast.data.order import SampleOrder
 from repa_fast.data.prepare import DIGITS_DIR, ensure_digits
 from repa_fast.distributed import World, session
 from repa_fast.eval.pictures import save_png
-from repa_fast.train import checkpoint
+from repa_fast.train.checkpoint import Checkpointer, CheckpointFailed
 from repa_fast.train.evaluate import Evaluator
 from repa_fast.train.memory import budget, choose_micro_batch
 from repa_fast.train.preview import can_sample, sample_grid
@@ -26,6 +26,7 @@ from repa_fast.train.resume import resume, start_from
 from repa_fast.train.state import TrainState, build_state, device_name
 from repa_fast.train.step import train_step
 from repa_fast.train.track import open_tracker
+from repa_fast.train.writer import clean
 
 STOP_CHECK_STEPS = 8
 """With several processes, steps between agreeing on whether a signal asked to stop."""
@@ -41,6 +42,7 @@ def train(config: TrainConfig) -> Path:
     Raises:
         ValueError: config, dataset or checkpoints do not fit together.
         TrainingDiverged: after `max_bad_steps` consecutive skipped steps; a checkpoint is written.
+        CheckpointFailed: two checkpoints in a row could not be written, or the last one.
     """
     with session() as world, stop_signals() as stopping:
         dataset = run_dataset(config, world)
@@ -65,8 +67,11 @@ def train(config: TrainConfig) -> Path:
             def next_loader() -> Loader:
                 return stack.enter_context(open_loader(state, dataset, order, total))
 
+            announce = reporter.line if reporter is not None else None
+            saves = Checkpointer(run / "checkpoints", world, announce)
+            stack.callback(saves.close)
             evaluator = Evaluator(state) if config.eval_every else None
-            run_steps(state, next_loader, run, reporter, evaluator, total, stopping)
+            run_steps(state, next_loader, run, reporter, evaluator, saves, total, stopping)
         if world.is_main and state.step >= total:
             finish(run, state)
     return run
@@ -98,6 +103,7 @@ def run_steps(
     run: Path,
     reporter: Reporter | None,
     evaluator: Evaluator | None,
+    saves: Checkpointer,
     total: int,
     stopping: list[int],
 ) -> None:
@@ -112,7 +118,9 @@ def run_steps(
     batches = iter(loader)
     while True:
         step, new = state.step, state.step > start
-        stop_now = (world.size == 1 or step % STOP_CHECK_STEPS == 0) and world.any(bool(stopping))
+        saves.poll()
+        asked = bool(stopping) or saves.failing
+        stop_now = (world.size == 1 or step % STOP_CHECK_STEPS == 0) and world.any(asked)
         done = step >= total
         if new and (step % config.log_every == 0 or done):
             values = read_metrics(state, loader) | clock.read(step - last_read, total - step)
@@ -120,11 +128,10 @@ def run_steps(
                 reporter.metrics(step, values)
             last_read, bad_run = step, int(state.metrics.bad_run)
             if bad_run >= config.max_bad_steps:
-                target = checkpoint.save(run / "checkpoints", state)
                 raise TrainingDiverged(
                     f"{bad_run} consecutive steps up to step {step} had a non-finite loss or "
                     f"gradient (--max-bad-steps {config.max_bad_steps}); weights and optimizer "
-                    f"were left as before them and saved to {target}"
+                    f"were left as before them; {save_diverged(saves, state)}"
                 )
         paused = time.perf_counter()
         if new and config.sampling_steps and (step % config.sampling_steps == 0 or done):
@@ -134,9 +141,7 @@ def run_steps(
             if reporter is not None:
                 reporter.scores(step, scores)
         if (new and step % config.checkpointing_steps == 0) or done or stop_now:
-            target = checkpoint.save(run / "checkpoints", state)
-            if reporter is not None:
-                reporter.line(f"checkpoint {target}")
+            saves.save(state, wait=done or stop_now)
         clock.pause(paused)
         if stop_now and reporter is not None and not done:
             reporter.line(f"stopped by a signal at step {step}; go on with --resume auto")
@@ -153,6 +158,14 @@ def run_steps(
         train_step(state, {k: v.to(world.device, non_blocking=True) for k, v in batch.items()})
         if reporter is not None:
             reporter.advance(state.step)
+
+
+def save_diverged(saves: Checkpointer, state: TrainState) -> str:
+    """Save what there was before training diverged, whose cause matters more than a full disk."""
+    try:
+        return f"saved to {saves.save(state, wait=True)}"
+    except CheckpointFailed as error:
+        return str(error)
 
 
 def read_metrics(state: TrainState, loader: Loader) -> dict:
@@ -202,10 +215,12 @@ def begin(folder: Path, state: TrainState) -> None:
     config = state.config
     source = resume(folder, state)
     notes = []
+    if state.world.is_main:
+        notes = [f"removed {half}, which was not complete" for half in clean(folder)]
     if source is not None:
         notes.append(f"going on from {source}")
     elif config.init_from:
-        notes = start_from(Path(config.init_from), config.init_origin, state)
+        notes += start_from(Path(config.init_from), config.init_origin, state)
         notes.append(f"starting from the weights in {config.init_from}")
     if state.world.is_main:
         for note in notes:

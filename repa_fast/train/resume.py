@@ -8,7 +8,7 @@ import torch
 from repa_fast.models import formats
 from repa_fast.models.sit import SiT
 from repa_fast.models.weights import MARKER, path_of, steps
-from repa_fast.train import checkpoint
+from repa_fast.train import checkpoint, writer
 from repa_fast.train.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def damage(path: Path, state: TrainState) -> str:
     """What is wrong with a checkpoint's files, "" if nothing; the first process looks for all."""
     found = ""
     if state.world.is_main:
-        found = checkpoint.damage(path) if path.is_dir() else ""
+        found = writer.damage(path) if path.is_dir() else ""
     return state.world.broadcast(found)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from repa_fast.models import weights
-from repa_fast.train import checkpoint
+from repa_fast.train import checkpoint, writer
 from repa_fast.train.step import synthetic_batch, train_step
 
 
@@ -55,8 +55,9 @@ def test_marker_is_written_last_and_half_written_directories_are_ignored(
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "_write_marker", crash)
-        with pytest.raises(OSError, match="no space"):
+        patched.setattr(writer, "write_marker", crash)
+        patched.setattr(writer.shutil, "rmtree", lambda *_, **__: None)
+        with pytest.raises(checkpoint.CheckpointFailed, match=r"0000003 .*no space.*0000002"):
             checkpoint.save(tmp_path, state)
     assert checkpoint.path_of(tmp_path, 3).exists()
     assert checkpoint.steps(tmp_path) == [2]

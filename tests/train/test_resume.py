@@ -4,10 +4,11 @@ import logging
 import pytest
 import torch
 
+from repa_fast import cli
 from repa_fast.models import formats
 from repa_fast.models.sit import SiT
 from repa_fast.train import checkpoint
-from repa_fast.train.export import export
+from repa_fast.train.export import export, file_beside, format_of
 from repa_fast.train.resume import resume, start_from
 from repa_fast.train.step import accumulate, draw_local, synthetic_batch, train_step
 
@@ -123,6 +124,21 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(
         resume(folder, make_state(resume="3"))
 
 
+def test_a_damaged_checkpoint_is_written_again_when_its_step_comes(trained, make_state):
+    _, batch, folder = trained
+    target = checkpoint.path_of(folder, 3)
+    with open(target / "__0_0.distcp", "ab") as shard:
+        shard.truncate(1000)
+    other = make_state(resume="auto")
+    resume(folder, other)
+    assert other.step == 2
+    train_step(other, batch)
+    assert checkpoint.save(folder, other) == target
+    again = make_state(resume="auto")
+    assert resume(folder, again) == target
+    assert_same(again, other)
+
+
 def test_all_damaged_is_an_error_not_a_new_run(trained, make_state):
     _, _, folder = trained
     for step in (1, 2, 3):
@@ -194,7 +210,7 @@ def test_export_refuses_to_overwrite_and_leaves_nothing_half_written(trained, mo
     path = official_file(state, folder)
     with pytest.raises(ValueError, match="exists already"):
         export(checkpoint.path_of(folder, 3), "official", path)
-    with pytest.raises(ValueError, match="format is 'gguf', expected one of official, safetensors"):
+    with pytest.raises(ValueError, match="format is 'gguf', expected one of official, sra, saf"):
         export(checkpoint.path_of(folder, 3), "gguf", folder / "x")
     (checkpoint.path_of(folder, 2) / checkpoint.MARKER).unlink()
     with pytest.raises(ValueError, match="not a complete checkpoint"):
@@ -212,3 +228,54 @@ def test_safetensors_export_is_the_average_with_its_arguments(trained):
     for name, tensor in state.ema.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor)
     assert described["dataset"]["latent_shape"] == [3, 16, 16]
+
+
+SRA = {"align": "sra", "block_out_s": 1, "block_out_t": 3}
+
+
+def test_sras_file_has_its_keys_and_goes_on_bit_for_bit(make_state, tmp_path):
+    state = make_state(**SRA)
+    batch, _ = synthetic_batch(state, 12)
+    train_step(state, batch)
+    state.step = 500_000
+    target = checkpoint.save(tmp_path, state)
+    assert cli.main(["export", str(target), "--out", str(tmp_path / "step-500000.pt")]) == 0
+    contents = formats.read_file(tmp_path / "step-500000.pt")
+    assert contents.keys() == {"model", "ema", "opt", "args", "epoch", "steps"}
+    # 500,000 steps of 12 images over the 1,281,167 of ImageNet are 4.7 epochs.
+    assert (contents["epoch"], contents["steps"]) == (4, 500_000)
+    names = set(state.model.state_dict())
+    assert contents["model"].keys() == contents["ema"].keys() == names
+    assert {"ap_head.linear1.weight", "ap_head.linear2.bias"} <= names
+    assert not any(name.startswith("projectors.") for name in names)
+    other = make_state(**SRA, seed=5, resume=str(tmp_path / "step-500000.pt"))
+    resume(tmp_path / "none", other)
+    assert_same(other, state)
+    assert other.step == 500_000
+    head = {name for name in names if name.startswith("ap_head.")}
+    assert formats.read_weights(tmp_path / "step-500000.pt").keys() == names - head
+
+
+def test_a_run_with_projectors_is_no_sra_file(trained):
+    _, _, folder = trained
+    with pytest.raises(ValueError, match=r"0000003 is of a run with --align repa, expected sra"):
+        export(checkpoint.path_of(folder, 3), "sra", folder / "step-3.pt")
+    assert not list(folder.glob("*step-3*"))
+
+
+@pytest.mark.parametrize(
+    "name, to",
+    [
+        ("0000003.pt", "official"),
+        ("x.safetensors", "safetensors"),
+        ("step-3.pt", "sra"),
+        ("epoch-12.pt", "sra"),
+        ("step-3.safetensors", "safetensors"),
+        ("my-step-3.pt", "official"),
+    ],
+)
+def test_the_format_follows_the_name_and_the_name_the_format(trained, name, to):
+    _, _, folder = trained
+    assert format_of(folder / name) == to
+    default = file_beside(checkpoint.path_of(folder, 3), to)
+    assert default.parent == folder and format_of(default) == to and "3" in default.name

@@ -1,0 +1,248 @@
+"""Saves beside training: what is stored, when it is announced, and what happens when one fails."""
+
+import errno
+import json
+import os
+import threading
+
+import pytest
+import torch
+
+from repa_fast.models.weights import MARKER, path_of, read_native, steps
+from repa_fast.train import checkpoint, writer
+from repa_fast.train.checkpoint import Checkpointer, CheckpointFailed
+from repa_fast.train.step import synthetic_batch, train_step
+
+
+@pytest.fixture
+def state(make_state):
+    state = make_state(enc_type="none")
+    train_step(state, synthetic_batch(state, 12)[0])
+    return state
+
+
+@pytest.fixture
+def lines():
+    return []
+
+
+@pytest.fixture
+def saves(state, tmp_path, lines):
+    saves = Checkpointer(tmp_path, state.world, lines.append)
+    yield saves
+    saves.close()
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Writing stops before its files are sealed, until the event is set."""
+    release, seal = threading.Event(), writer.seal
+
+    def wait(files):
+        assert release.wait(60)
+        return seal(files)
+
+    monkeypatch.setattr(writer, "seal", wait)
+    yield release
+    release.set()
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A list; while it holds anything, no file can be put on the disk."""
+    full, sync = [], writer._sync
+
+    def fail(path):
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        sync(path)
+
+    monkeypatch.setattr(writer, "_sync", fail)
+    return full
+
+
+def copies(state):
+    return {name: tensor.clone() for name, tensor in checkpoint.tensors(state).items()}
+
+
+def test_training_goes_on_during_a_save_which_holds_the_step_it_began_at(
+    state, saves, held, lines, tmp_path
+):
+    expected = copies(state)
+    target = saves.save(state)
+    for _ in range(2):
+        train_step(state, synthetic_batch(state, 12)[0])
+        saves.poll()
+    assert lines == [] and steps(tmp_path) == []
+    held.set()
+    saves.settle()
+    assert len(lines) == 1 and lines[0].startswith(f"checkpoint {target} paused the run ")
+    stored = read_native(target, "")
+    assert stored.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(stored[name], expected[name])] == []
+    changed = [name for name, now in copies(state).items() if not torch.equal(now, stored[name])]
+    assert {"model", "ema", "optimizer"} == {name.split(".")[0] for name in changed}
+    assert json.loads((target / "counters.json").read_text())["step"] == 1
+
+
+def test_one_save_at_a_time(state, saves, held, lines, tmp_path):
+    first = saves.save(state)
+    state.step = 2
+    threading.Timer(0.3, held.set).start()
+    second = saves.save(state)
+    assert (first / MARKER).exists() and len(lines) == 1 and str(first) in lines[0]
+    saves.settle()
+    assert (second / MARKER).exists() and len(lines) == 2
+    paused = float(lines[1].split(" paused the run ")[1].split(" ms")[0])
+    assert paused > 200
+
+
+def test_a_step_that_is_there_is_left_and_said(state, saves, lines):
+    target = saves.save(state, wait=True)
+    before = {path.name: path.stat().st_mtime_ns for path in target.iterdir()}
+    assert saves.save(state, wait=True) == target
+    assert {path.name: path.stat().st_mtime_ns for path in target.iterdir()} == before
+    assert lines[1] == f"checkpoint {target} is there already"
+
+
+def test_the_first_failure_warns_and_the_second_in_a_row_raises(
+    state, saves, full_disk, lines, tmp_path
+):
+    saves.save(state, wait=True)
+    for step, full in ((2, True), (3, False), (4, True)):
+        state.step = step
+        full_disk[:] = [full] * full
+        saves.save(state)
+        saves.settle()
+        assert not saves.failing
+    assert [line.startswith("WARNING: ") for line in lines] == [False, True, False, True]
+    assert f"{tmp_path / '0000002'} was not written: OSError: [Errno 28]" in lines[1]
+    assert "newest whole one is 0000001" in lines[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0000001", "0000003"]
+    state.step = 5
+    saves.save(state)
+    with pytest.raises(CheckpointFailed, match=r"0000004 was not written.*0000005 was not written"):
+        saves.settle()
+    state.step = 6
+    with pytest.raises(CheckpointFailed):
+        saves.save(state)
+    assert steps(tmp_path) == [1, 3]
+
+
+def test_one_that_is_waited_for_raises_at_once(state, saves, full_disk):
+    full_disk.append(True)
+    with pytest.raises(
+        CheckpointFailed, match=r"0000001 was not written.*newest whole one is none"
+    ):
+        saves.save(state, wait=True)
+
+
+def test_too_little_space_is_said_with_both_sizes_before_anything_is_written(
+    state, saves, tmp_path, monkeypatch
+):
+    needed = []
+
+    def usage(folder):
+        needed.append(sorted(path.name for path in folder.iterdir()))
+        return type("usage", (), {"free": 1000})
+
+    monkeypatch.setattr(writer.shutil, "disk_usage", usage)
+    with pytest.raises(
+        CheckpointFailed, match=r"0000001 needs 0\.0\d+ GiB, and .* 9\.31e-07 GiB f"
+    ):
+        saves.save(state, wait=True)
+    assert needed == [[]] and list(tmp_path.iterdir()) == []
+
+
+def test_what_is_asked_for_is_a_little_more_than_what_is_taken(state, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(writer, "expect_space", lambda folder, needed: asked.append(needed))
+    target = checkpoint.save(tmp_path, state)
+    taken = (target / "__0_0.distcp").stat().st_size
+    tensors = checkpoint.tensors(state)
+    assert taken <= asked[0] == sum(t.nbytes + writer.HEADER_BYTES for t in tensors.values())
+
+
+def test_a_folder_that_is_read_only_is_a_failure_not_a_crash(state, saves, tmp_path, lines):
+    """A file where the directory would be: a folder's rights do not stop the superuser."""
+    path_of(tmp_path, 1).write_text("in the way")
+    saves.save(state)
+    saves.settle()
+    assert lines[0].startswith("WARNING: ") and "0000001 was not written: FileE" in lines[0]
+
+
+def test_old_checkpoints_that_cannot_be_removed_do_not_spoil_the_new_one(
+    state, saves, tmp_path, monkeypatch, caplog
+):
+    state.config.keep_last = 1
+    saves.save(state, wait=True)
+
+    def refused(path, **_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    state.step = 2
+    monkeypatch.setattr(writer.shutil, "rmtree", refused)
+    assert (saves.save(state, wait=True) / MARKER).exists()
+    assert "were not removed: [Errno 13]" in caplog.text
+
+
+@pytest.fixture
+def halves(tmp_path):
+    """A folder with complete and half-written checkpoints and with what is neither."""
+    for name in ("0000001", "0000002", "0000003", "1", "other", "12345678"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__0_0.distcp").write_text("x")
+    (tmp_path / "0000001" / MARKER).write_text("{}")
+    (tmp_path / "0000004").write_text("a file")
+    (tmp_path / "0000005").symlink_to(tmp_path / "other")
+    return tmp_path
+
+
+def test_directories_of_steps_without_a_marker_are_cleaned_and_nothing_else(halves):
+    assert [path.name for path in writer.clean(halves)] == ["0000002", "0000003", "12345678"]
+    left = sorted(path.name for path in halves.iterdir())
+    assert left == ["0000001", "0000004", "0000005", "1", "other"]
+    assert (halves / "other" / "__0_0.distcp").exists()
+    assert writer.clean(halves / "nowhere") == []
+
+
+def test_one_that_is_being_written_is_not_cleaned(state, saves, held, tmp_path):
+    half = path_of(tmp_path, 9)
+    half.mkdir()
+    target = saves.save(state)
+    while not list(target.glob("*.distcp")):
+        pass
+    assert writer.clean(tmp_path) == [half]
+    held.set()
+    saves.settle()
+    assert steps(tmp_path) == [1] and writer.damage(target) == ""
+
+
+def test_a_marker_that_is_cut_off_is_damage(state, tmp_path):
+    target = checkpoint.save(tmp_path, state)
+    for text in ("", '{"a', "null", "[]"):
+        (target / MARKER).write_text(text)
+        assert writer.damage(target).startswith("it cannot be read")
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"path_type": "cosine"}, "of a run with path_type 'linear', expected 'cosine': "),
+        ({"prediction": "noise"}, "of a run with prediction 'v', expected 'noise': "),
+    ],
+)
+def test_another_task_is_refused_where_the_tensors_would_fit(
+    state, make_state, tmp_path, overrides, message
+):
+    target = checkpoint.save(tmp_path, state)
+    with pytest.raises(ValueError, match=message + ".*--init-from"):
+        checkpoint.load(target, make_state(enc_type="none", **overrides))
+
+
+def test_another_scale_of_latents_is_refused(state, tmp_path):
+    target = checkpoint.save(tmp_path, state)
+    stored = json.loads((target / "dataset.json").read_text())
+    (target / "dataset.json").write_text(json.dumps(stored | {"scale": 0.18215}))
+    with pytest.raises(ValueError, match=r"of a run with scale 0\.18215, expected 1\.0: "):
+        checkpoint.load(target, state)

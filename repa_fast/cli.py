@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,14 +53,18 @@ def train(argv: Sequence[str]) -> None:
     if config.dry_run:
         print(describe(config))
         return
+    from repa_fast.data.loader import DataTimeout
     from repa_fast.train.checkpoint import CheckpointFailed
-    from repa_fast.train.loop import TrainingDiverged
     from repa_fast.train.loop import train as run
+    from repa_fast.train.rollback import TrainingDiverged
 
     try:
         run(config)
     except (TrainingDiverged, CheckpointFailed, StoreError) as error:
         raise SystemExit(f"repa-fast: {error}") from error
+    except DataTimeout as error:
+        print(f"repa-fast: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # leaving as usual would join the threads that hang
 
 
 def parse_config(argv: Sequence[str]) -> TrainConfig:

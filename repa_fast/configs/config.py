@@ -31,7 +31,7 @@ class TrainConfig:
     exp_name: str = ""
     """Name of this run; it lives in OUTPUT_DIR/EXP_NAME. The preset's name if empty."""
     logging_dir: str = "logs"
-    """TensorBoard folder, inside the run."""
+    """Inside the run: TensorBoard's files, each process's errors and its stacks when it hangs."""
     report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where metrics go beside metrics.jsonl."""
     log_every: int = 100
@@ -53,6 +53,16 @@ class TrainConfig:
     """Start a new run from the weights in this checkpoint or file."""
     init_origin: Literal["repa", "sit", "dit"] = "repa"
     """Whose weights INIT_FROM holds: REPA's or ours, or the original SiT's or DiT's."""
+    rollback: int = 0
+    """Go back to the last good checkpoint, and skip the data since then, when the loss spikes or
+    after MAX_BAD_STEPS: so many times, then stop."""
+    watchdog: float = 120.0
+    """Write all stacks to LOGGING_DIR/stacks-rankK.txt when a step takes longer than so many
+    seconds and than 20 times the median of recent ones; 0 never."""
+    collective_timeout: float = 1800.0
+    """Seconds a process waits for the others before it fails."""
+    data_timeout: float = 0.0
+    """Seconds a step waits for its batch before it fails; 0 waits for ever."""
     dry_run: bool = False
     """Print the resolved config, parameter count, FLOPs and a memory estimate, and stop."""
 
@@ -249,6 +259,13 @@ class TrainConfig:
             )
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps is {self.warmup_steps}, expected at least 0")
+        for name in ("rollback", "watchdog", "data_timeout"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
+        if self.collective_timeout <= 0:
+            raise ValueError(
+                f"collective_timeout is {self.collective_timeout}, expected more than 0 seconds"
+            )
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}, expected at least 0")
         if self.micro_batch != "auto" and self.micro_batch < 1:

@@ -24,6 +24,10 @@ PREFETCHED_BATCHES = 3
 log = logging.getLogger(__name__)
 
 
+class DataTimeout(RuntimeError):
+    """A batch has not come in time."""
+
+
 class Batch(TypedDict):
     """index int64 (B), moments float32 (B, 2C, h, w), label int64 (B); where an encoder needs it,
     image uint8 (B, 3, R, R), on the CPU or, decoded there, on the GPU; and the columns of features
@@ -54,12 +58,15 @@ class Loader:
         decode: who decodes images: "torch" is Pillow on the CPU; "dali-cpu"; "dali-gpu", whose
             images are on `device`; "auto" takes dali-gpu on CUDA where DALI is there, else torch.
         device: the run's.
+        timeout: seconds to wait for a batch; 0 waits for ever.
 
     Attributes:
         skipped: what was wrong with each bad row that was replaced.
 
     Raises:
         ValueError: a decoder that cannot be used here is asked for.
+        DataTimeout: while iterating, a batch has not come in time. The threads are left as they
+            are, since what they wait for may never come.
     """
 
     def __init__(
@@ -78,8 +85,11 @@ class Loader:
         skip_bad: bool = False,
         decode: Decode = "auto",
         device: torch.device | str = "cpu",
+        timeout: float = 0.0,
     ) -> None:
         self.skipped: list[str] = []
+        self._timeout = timeout or None
+        self._uri = dataset.uri
         decoder: AbstractContextManager = nullcontext()
         device = torch.device(device)
         if images and (chosen := choose(decode, device)) != "torch":
@@ -116,7 +126,14 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         while self._close.alive:
-            item = self._queue.get()
+            try:
+                item = self._queue.get(timeout=self._timeout)
+            except queue.Empty:
+                self._stopped.set()
+                self._close.detach()
+                raise DataTimeout(
+                    f"no batch from {self._uri} within {self._timeout:g} s (--data-timeout)"
+                ) from None
             if item is None or isinstance(item, BaseException):
                 self.close()
             if isinstance(item, BaseException):

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from repa_fast.distributed import World
 from repa_fast.models import formats, reader
 from repa_fast.models.weights import MARKER, expect_complete, path_of, steps
+from repa_fast.train.spikes import History
 from repa_fast.train.state import TrainState
 from repa_fast.train.writer import Writer, damage
 
@@ -220,6 +221,7 @@ def load(source: Path, state: TrainState) -> None:
     if state.scaler.is_enabled() and counters["scaler"]:
         state.scaler.load_state_dict(counters["scaler"])
     state.metrics.load_state(counters["metrics"], state.world)
+    state.history = History(**counters.get("history", {}))
     if counters["world_size"] == state.world.size:
         state.micro_batch = counters["micro_batch"]
     state.step = counters["step"]
@@ -242,13 +244,14 @@ def tensors(state: TrainState) -> dict[str, torch.Tensor]:
 
 
 def _counters(state: TrainState) -> dict:
-    """Plain numbers; sample order and noise need no more than the step."""
+    """Plain numbers; sample order and noise need no more than the step and what was skipped."""
     return {
         "step": state.step,
         "world_size": state.world.size,
         "micro_batch": state.micro_batch,
         "scaler": state.scaler.state_dict(),
         "metrics": state.metrics.state(state.world),
+        "history": asdict(state.history),
     }
 
 

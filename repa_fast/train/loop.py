@@ -1,6 +1,8 @@
 """The training loop."""
 
+import dataclasses
 import json
+import os
 import shutil
 import signal
 import time
@@ -17,38 +19,48 @@ from repa_fast.data.order import SampleOrder
 from repa_fast.data.prepare import DIGITS_DIR, ensure_digits
 from repa_fast.distributed import World, session
 from repa_fast.eval.pictures import save_png
-from repa_fast.train.checkpoint import Checkpointer, CheckpointFailed
+from repa_fast.models.weights import steps
+from repa_fast.train.checkpoint import Checkpointer
 from repa_fast.train.evaluate import Evaluator
 from repa_fast.train.memory import budget, choose_micro_batch
 from repa_fast.train.preview import can_sample, sample_grid
 from repa_fast.train.report import Clock, Reporter, plot_losses
 from repa_fast.train.resume import resume, start_from
+from repa_fast.train.rollback import Setback, judge, roll_back
 from repa_fast.train.state import TrainState, build_state, device_name
 from repa_fast.train.step import train_step
 from repa_fast.train.track import open_tracker
+from repa_fast.train.watch import Watchdog, error_file
 from repa_fast.train.writer import clean
 
+LAUNCH = "torchrun-id"
+"""File in the run's folder with torchrun's id of the launch that trains it."""
 STOP_CHECK_STEPS = 8
 """With several processes, steps between agreeing on whether a signal asked to stop."""
 
 
-class TrainingDiverged(RuntimeError):
-    """Too many consecutive steps had a non-finite loss or gradient."""
-
-
 def train(config: TrainConfig) -> Path:
-    """Run a config to its end, or to a checkpoint on SIGTERM or SIGINT; returns the run's folder.
+    """Run a config to its end, or to a checkpoint when a signal asks for it; returns its folder.
 
     Raises:
         ValueError: config, dataset or checkpoints do not fit together.
-        TrainingDiverged: after `max_bad_steps` consecutive skipped steps; a checkpoint is written.
+        TrainingDiverged: after `max_bad_steps` consecutive skipped steps, with a checkpoint; or
+            after a spike of the loss that no `rollback` is left for.
         CheckpointFailed: two checkpoints in a row could not be written, or the last one.
+        DataTimeout: a batch has not come within `data_timeout`.
     """
-    with session() as world, stop_signals() as stopping:
+    run = Path(config.output_dir) / config.exp_name
+    logs = run / config.logging_dir
+    with (
+        session(config.collective_timeout) as world,
+        stop_signals() as stopping,
+        error_file(logs, world.rank, stopping),
+        Watchdog(logs / f"stacks-rank{world.rank}.txt", world.rank, config.watchdog) as watchdog,
+    ):
+        config = after_restart(config, run, world)
         dataset = run_dataset(config, world)
         state = build_state(config, dataset.metadata, world, dataset.features, encoders_later=True)
-        run = Path(config.output_dir) / config.exp_name
-        begin(run / "checkpoints", state)
+        begin(run, state)
         if state.aligns:
             state.load_encoders()
         elif config.align_until:
@@ -58,23 +70,48 @@ def train(config: TrainConfig) -> Path:
             state.micro_batch = choose_micro_batch(state)
         order = SampleOrder(len(dataset), config.images_per_step, config.seed)
         total = min(config.max_train_steps, config.epochs * order.steps_per_epoch)
-        with ExitStack() as stack:
-            reporter = None
-            if world.is_main:
-                reporter = open_reporter(run, state, total)
-                stack.callback(reporter.close)
-
-            def next_loader() -> Loader:
-                return stack.enter_context(open_loader(state, dataset, order, total))
-
-            announce = reporter.line if reporter is not None else None
-            saves = Checkpointer(run / "checkpoints", world, announce)
-            stack.callback(saves.close)
-            evaluator = Evaluator(state) if config.eval_every else None
-            run_steps(state, next_loader, run, reporter, evaluator, saves, total, stopping)
+        evaluator = Evaluator(state) if config.eval_every else None
+        while train_on(state, dataset, order, run, evaluator, total, stopping, watchdog):
+            pass
         if world.is_main and state.step >= total:
             finish(run, state)
     return run
+
+
+def train_on(
+    state: TrainState,
+    dataset: Dataset,
+    order: SampleOrder,
+    run: Path,
+    evaluator: Evaluator | None,
+    total: int,
+    stopping: list[int],
+    watchdog: Watchdog,
+) -> bool:
+    """From the state's step to the end, or until it went back to a checkpoint; whether it did."""
+    with ExitStack() as stack:
+        reporter = None
+        if state.world.is_main:
+            reporter = open_reporter(run, state, total)
+            stack.callback(reporter.close)
+
+        def next_loader() -> Loader:
+            return stack.enter_context(open_loader(state, dataset, order, total))
+
+        announce = reporter.line if reporter is not None else None
+        saves = Checkpointer(run / "checkpoints", state.world, announce)
+        stack.callback(saves.close)
+        try:
+            run_steps(
+                state, next_loader, run, reporter, evaluator, saves, total, stopping, watchdog
+            )
+            return False
+        except Setback as setback:
+            if reporter is not None:
+                reporter.line(str(setback))
+            watchdog.pause("going back to a checkpoint")
+            roll_back(saves.folder, state, setback.source)
+            return True
 
 
 def open_loader(state: TrainState, dataset: Dataset, order: SampleOrder, total: int) -> Loader:
@@ -83,8 +120,8 @@ def open_loader(state: TrainState, dataset: Dataset, order: SampleOrder, total: 
     return Loader(
         dataset,
         order,
-        start=state.step,
-        stop=total,
+        start=state.data_step,
+        stop=total + state.history.skipped,
         rank=world.rank,
         world_size=world.size,
         images=bool(state.encoders),
@@ -94,6 +131,7 @@ def open_loader(state: TrainState, dataset: Dataset, order: SampleOrder, total: 
         skip_bad=config.on_bad_sample == "skip",
         decode=config.decode,
         device=world.device,
+        timeout=config.data_timeout,
     )
 
 
@@ -106,8 +144,13 @@ def run_steps(
     saves: Checkpointer,
     total: int,
     stopping: list[int],
+    watchdog: Watchdog,
 ) -> None:
-    """The loop: status, snapshot, checkpoint, done?, and then a step."""
+    """The loop: status, snapshot, checkpoint, done?, and then a step.
+
+    Raises:
+        Setback, TrainingDiverged: as for `judge`.
+    """
     config, world = state.config, state.world
     estimate = budget(config, state.metadata)
     clock = Clock(
@@ -126,14 +169,10 @@ def run_steps(
             values = read_metrics(state, loader) | clock.read(step - last_read, total - step)
             if reporter is not None:
                 reporter.metrics(step, values)
-            last_read, bad_run = step, int(state.metrics.bad_run)
-            if bad_run >= config.max_bad_steps:
-                raise TrainingDiverged(
-                    f"{bad_run} consecutive steps up to step {step} had a non-finite loss or "
-                    f"gradient (--max-bad-steps {config.max_bad_steps}); weights and optimizer "
-                    f"were left as before them; {save_diverged(saves, state)}"
-                )
+            last_read = step
+            judge(saves, state, values)
         paused = time.perf_counter()
+        watchdog.pause(f"sampling, judging or saving at step {step}")
         if new and config.sampling_steps and (step % config.sampling_steps == 0 or done):
             snapshot(state, run, reporter)
         if new and evaluator is not None and (step % config.eval_every == 0 or done):
@@ -142,6 +181,7 @@ def run_steps(
                 reporter.scores(step, scores)
         if (new and step % config.checkpointing_steps == 0) or done or stop_now:
             saves.save(state, wait=done or stop_now)
+        watchdog.resume()
         clock.pause(paused)
         if stop_now and reporter is not None and not done:
             reporter.line(f"stopped by a signal at step {step}; go on with --resume auto")
@@ -152,20 +192,14 @@ def run_steps(
             state.end_alignment()
             loader = next_loader()
             batches = iter(loader)
+            watchdog.compiles()
+        watchdog.step(step + 1)
         waited = time.perf_counter()
         batch = next(batches)
         clock.stall(waited)
         train_step(state, {k: v.to(world.device, non_blocking=True) for k, v in batch.items()})
         if reporter is not None:
             reporter.advance(state.step)
-
-
-def save_diverged(saves: Checkpointer, state: TrainState) -> str:
-    """Save what there was before training diverged, whose cause matters more than a full disk."""
-    try:
-        return f"saved to {saves.save(state, wait=True)}"
-    except CheckpointFailed as error:
-        return str(error)
 
 
 def read_metrics(state: TrainState, loader: Loader) -> dict:
@@ -210,13 +244,29 @@ def run_dataset(config: TrainConfig, world: World) -> Dataset:
     return dataset
 
 
-def begin(folder: Path, state: TrainState) -> None:
+def after_restart(config: TrainConfig, run: Path, world: World) -> TrainConfig:
+    """The config to go on with: once torchrun restarts its processes, from what they had saved.
+
+    Only checkpoints of the same launch count, which torchrun's id of it tells from others' (without
+    `--rdzv-id` or `--standalone` it has none): a start that was refused is refused again.
+    """
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if not world.any(restarts > 0) or launch == "none":  # each node counts its own
+        return config
+    ours = world.is_main and (run / LAUNCH).exists() and (run / LAUNCH).read_text() == launch
+    if world.any(ours and bool(steps(run / "checkpoints"))):
+        return dataclasses.replace(config, resume="auto", resume_step=0)
+    return config
+
+
+def begin(run: Path, state: TrainState) -> None:
     """Go on from a checkpoint, or start anew, from given weights if the config names any."""
     config = state.config
-    source = resume(folder, state)
+    source = resume(run / "checkpoints", state)
     notes = []
     if state.world.is_main:
-        notes = [f"removed {half}, which was not complete" for half in clean(folder)]
+        notes = [f"removed {half}, which was not complete" for half in clean(run / "checkpoints")]
     if source is not None:
         notes.append(f"going on from {source}")
     elif config.init_from:
@@ -225,6 +275,9 @@ def begin(folder: Path, state: TrainState) -> None:
     if state.world.is_main:
         for note in notes:
             print(note, flush=True)
+        if launch := os.environ.get("TORCHELASTIC_RUN_ID"):
+            run.mkdir(parents=True, exist_ok=True)
+            (run / LAUNCH).write_text(launch)
 
 
 def open_reporter(run: Path, state: TrainState, total: int) -> Reporter:
@@ -246,15 +299,20 @@ def open_reporter(run: Path, state: TrainState, total: int) -> Reporter:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM and SIGINT append their number to; a second one acts as usual."""
+    """A list that SIGTERM, SIGUSR1 and SIGINT append their number to; a second SIGINT interrupts.
+
+    SIGTERM comes twice where Slurm sends it to all processes of a job and torchrun passes its own
+    on; SIGUSR1 is what Slurm can send ahead of a time limit (docs/launch.md).
+    """
     received: list[int] = []
     previous = {}
 
     def note(number: int, _: object) -> None:
         received.append(number)
-        signal.signal(number, previous[number])
+        if number == signal.SIGINT:
+            signal.signal(number, previous[number])
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         previous[number] = signal.signal(number, note)
     try:
         yield received

@@ -25,6 +25,7 @@ from repa_fast.train.compute_copy import add_copies
 from repa_fast.train.kernels import choose_kernels
 from repa_fast.train.metrics import Accumulator
 from repa_fast.train.optim import AdamWEMA, build_optimizer
+from repa_fast.train.spikes import History
 
 AUTOCAST = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -45,6 +46,7 @@ class TrainState:
         notes: lines about how the run computes, for the log.
         micro_batch: images per forward pass of this process; 0 until it is chosen.
         step: optimizer steps done.
+        history: what the run has been through; counted where metrics are read.
     """
 
     config: TrainConfig
@@ -66,6 +68,7 @@ class TrainState:
     notes: list[str]
     micro_batch: int
     step: int = field(default=0)
+    history: History = field(default_factory=History)
 
     def autocast(self) -> torch.autocast:
         """The precision of forward passes."""
@@ -74,6 +77,11 @@ class TrainState:
             dtype=self.autocast_dtype,
             enabled=self.autocast_dtype is not None,
         )
+
+    @property
+    def data_step(self) -> int:
+        """The step of order and draws whose data is next: further than `step` after a rollback."""
+        return self.step + self.history.skipped
 
     @property
     def aligns(self) -> bool:
@@ -227,6 +235,7 @@ def configure_backends(config: TrainConfig) -> None:
     """Precision of matrix products; docs/numerics.md says why."""
     torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
 
 

@@ -20,7 +20,7 @@ def draw_local(state: TrainState) -> Draws:
     config = state.config
     draws = draw(
         config.seed,
-        state.step,
+        state.data_step,
         config.images_per_step,
         state.metadata.latent_shape,
         path=state.path,

@@ -13,6 +13,7 @@ from repa_fast.data.prepare import digits_metadata, prepare_digits
 from repa_fast.models import weights
 from repa_fast.train import checkpoint, loop
 from repa_fast.train.report import read_metrics
+from repa_fast.train.rollback import TrainingDiverged
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_signal_writes_a_checkpoint_and_returns(run_config, monkeypatch):
 def test_persistent_nan_stops_with_a_checkpoint(run_config, tmp_path):
     """The first step throws the weights so far that all later ones overflow."""
     config = run_config(learning_rate=1e30, max_bad_steps=4, max_train_steps=50)
-    with pytest.raises(loop.TrainingDiverged, match=r"5 consecutive steps up to step 6 "):
+    with pytest.raises(TrainingDiverged, match=r"5 consecutive steps up to step 6 "):
         loop.train(config)
     folder = tmp_path / "run" / "checkpoints"
     assert checkpoint.steps(folder)[-1] == 6

@@ -1,0 +1,313 @@
+"""What a run that hangs or dies leaves behind, and how it is asked to stop."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+pytest.importorskip("lance")
+
+from repa_fast.configs.config import TrainConfig
+from repa_fast.data.loader import DataTimeout, Loader
+from repa_fast.data.open import open_dataset
+from repa_fast.data.order import SampleOrder
+from repa_fast.data.prepare import prepare_digits
+from repa_fast.distributed import World, meet
+from repa_fast.train import loop, watch
+from repa_fast.train.watch import Watchdog, error_file
+
+ROOT = Path(__file__).parents[2]
+FLOOR = 0.2
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def hang(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def quick_steps(dog: Watchdog, count: int = watch.FIRST_STEPS + 1) -> None:
+    for step in range(1, count + 1):
+        dog.step(step)
+        time.sleep(0.001)
+
+
+class Clock:
+    """Stands in for the module `time`; its wall clock jumps by a day at every look."""
+
+    def __init__(self) -> None:
+        self.now, self.days = 100.0, 0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        self.days += 1
+        return 86400.0 * self.days
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(watch, "time", clock)
+    return clock
+
+
+def test_a_stuck_step_leaves_its_stacks_once_and_goes_on(tmp_path, capsys):
+    path = tmp_path / "logs" / "stacks-rank3.txt"
+    with Watchdog(path, 3, FLOOR) as dog:
+        quick_steps(dog)
+        hang(3 * FLOOR)
+        dog.step(7)
+        time.sleep(FLOOR / 2)
+    written = path.read_text()
+    assert re.search(r"rank 3 on .*: step 6 has taken \d+\.\d s, expected at most 0\.2 s", written)
+    assert f'test_watch.py", line {hang.__code__.co_firstlineno + 1} in hang' in written
+    assert written.count("has taken") == 1
+    line = capsys.readouterr().err.strip()
+    assert line.endswith(f"stacks go to {path}") and "\n" not in line
+
+
+def test_every_stuck_step_is_reported(tmp_path):
+    path = tmp_path / "stacks.txt"
+    with Watchdog(path, 0, FLOOR) as dog:
+        quick_steps(dog)
+        for step in (7, 8):
+            hang(2 * FLOOR)
+            dog.step(step)
+    assert re.findall(r"step \d", path.read_text()) == ["step 6", "step 7"]
+
+
+@pytest.mark.parametrize("state", ["start", "first steps", "pause", "compiles", "never"])
+def test_what_is_slow_for_a_reason_is_no_hang(tmp_path, state):
+    path = tmp_path / "stacks.txt"
+    with Watchdog(path, 0, 0 if state == "never" else FLOOR) as dog:
+        if state != "start":
+            quick_steps(dog, 2 if state == "first steps" else 7)
+        if state == "pause":
+            dog.pause("saving")
+        if state == "compiles":
+            dog.compiles()
+            dog.step(8)
+        hang(2 * FLOOR)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("what", ["the start", "saving"])
+def test_pauses_and_the_start_have_a_limit_of_their_own(tmp_path, what):
+    path = tmp_path / "stacks.txt"
+    with Watchdog(path, 0, 0.04) as dog:
+        if what == "saving":
+            quick_steps(dog)
+            dog.pause("saving")
+        hang(1.5 * watch.PATIENCE * 0.04)
+    found = re.findall(rf"{what} has taken \d+\.\d s, expected at most 0\.4 s", path.read_text())
+    assert len(found) == 1
+
+
+def test_the_limit_follows_the_median_without_pauses(tmp_path, clock):
+    dog = Watchdog(tmp_path / "stacks.txt", 0, 2.0)
+    assert dog.limit() == 20.0
+    clock.now += 1000.0  # the start is no step
+    for step, seconds in enumerate([5.0, 0.1, 0.5, 0.5, 0.1, 0.5, 0.5], start=1):
+        dog.step(step)
+        clock.now += seconds
+        dog.pause("sampling")
+        clock.now += 300.0
+        assert dog.limit() == 20.0
+        dog.resume()
+    dog.step(8)
+    assert dog.limit() == pytest.approx(20 * 0.5)
+    for step in range(9, 109):
+        clock.now += 0.01
+        dog.step(step)
+    assert dog.limit() == 2.0
+
+
+def test_a_step_that_holds_the_interpreters_lock_shows_on_stderr(tmp_path):
+    code = f"""
+import ctypes, pathlib
+from repa_fast.train import watch
+watch.LOOK_EVERY = 0.05
+def holds_the_lock():
+    ctypes.PyDLL(None).usleep(1_000_000)
+with watch.Watchdog(pathlib.Path({str(tmp_path / "s.txt")!r}), 0, 0.1) as dog:
+    for step in range(20):
+        dog.step(step)
+        watch.time.sleep(0.01)
+    holds_the_lock()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Timeout (" in done.stderr and "in holds_the_lock" in done.stderr
+
+
+def test_no_duration_is_taken_from_a_clock_that_can_jump():
+    sources = (ROOT / "repa_fast").rglob("*.py")
+    jumping = r"\btime\.time(_ns)?\(|datetime\.(now|utcnow|today)\(|from time import"
+    assert [str(path) for path in sources if re.search(jumping, path.read_text())] == []
+
+
+def failing(message: str) -> None:
+    raise RuntimeError(message)
+
+
+def fail(folder: Path, rank: int, message: str, stopping: list[int], before=lambda: None) -> float:
+    """Seconds from an error inside `error_file` to where it comes out."""
+    begun = time.monotonic()
+
+    @error_file(folder, rank, stopping)
+    def run() -> None:
+        before()
+        failing(message)
+
+    with pytest.raises(RuntimeError, match=message):
+        run()
+    return time.monotonic() - begun
+
+
+def test_errors_are_kept_by_rank_and_told_to_torchrun(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "reply.json"))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    folder = tmp_path / "run" / "logs"
+    with error_file(folder, 1, []):
+        pass
+    assert not folder.exists()
+    fail(folder, 1, "the first", [])
+    fail(folder, 1, "the second", [])
+    written = (folder / "error-rank1.txt").read_text()
+    assert written.count("in failing") == 2 and written.count("restart 2") == 2
+    assert written.index("the first") < written.index("the second") and "after" not in written
+    reply = json.loads((tmp_path / "reply.json").read_text())["message"]
+    assert reply["message"] == "RuntimeError: the second"
+    assert "in failing" in reply["extraInfo"]["py_callstack"]
+
+
+@pytest.mark.parametrize("asked_to_stop", [False, True])
+def test_an_error_after_anothers_is_reported_after_it(tmp_path, monkeypatch, asked_to_stop):
+    monkeypatch.setattr(watch, "LAST_WORD", 0.5)
+    (tmp_path / "error-rank4.txt").write_text("of an earlier attempt")
+    stopping = [signal.SIGTERM] if asked_to_stop else []
+    first = tmp_path / "error-rank1.txt"
+    taken = fail(tmp_path, 0, "peer", stopping, before=lambda: first.write_text("lost a GPU"))
+    assert (taken > 0.5) is not asked_to_stop
+    assert "; after error-rank1.txt\n" in (tmp_path / "error-rank0.txt").read_text()
+    fail(tmp_path, 2, "on its own", [])
+    assert "after" not in (tmp_path / "error-rank2.txt").read_text()
+
+
+def test_an_error_that_cannot_be_written_is_still_the_error(tmp_path, capsys):
+    (tmp_path / "logs").write_text("a file, not a folder")
+    fail(tmp_path / "logs", 0, "what matters", [])
+    assert "repa-fast: rank 0: " in capsys.readouterr().err
+
+
+def test_signals_are_noted_twice_but_for_ctrl_c():
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    with loop.stop_signals() as received:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert received == [signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert handlers == [
+        signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    ]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return open_dataset(prepare_digits(tmp_path_factory.mktemp("data") / "digits"))
+
+
+def test_a_batch_that_does_not_come_is_an_error(digits, monkeypatch):
+    """The loader can be left while its thread hangs; without a limit it would wait for it."""
+    released, fetch = threading.Event(), type(digits).fetch
+
+    def hanging(self, indices: np.ndarray, **options):
+        if indices[0] == second:
+            released.wait(30)
+        return fetch(self, indices, **options)
+
+    order = SampleOrder(len(digits), 8, seed=0)
+    second = order.rows(1)[0]
+    monkeypatch.setattr(type(digits), "fetch", hanging)
+    begun = time.monotonic()
+    with Loader(digits, order, start=0, stop=4, timeout=0.5) as loader:
+        batches = iter(loader)
+        assert len(next(batches)["index"]) == 8
+        with pytest.raises(DataTimeout, match=r"digits.* within 0\.5 s \(--data-timeout\)"):
+            next(batches)
+    assert 0.5 < time.monotonic() - begun < 5
+    released.set()
+
+
+def meeting(store: dist.Store, attempt: range, timeout: float = 10.0) -> list[str]:
+    """What each of the processes `attempt` (all but those that died before) agrees on."""
+    with ThreadPoolExecutor(len(attempt)) as pool:
+        return list(pool.map(lambda rank: meet(store, rank, len(attempt), timeout), attempt))
+
+
+def test_processes_do_not_meet_those_before_them():
+    """Of three, two came, of which one died before it heard; then all start again, twice."""
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=0.2))
+    with pytest.raises(dist.DistStoreError):
+        meet(store, 1, 3, 0.2)
+    with pytest.raises(TimeoutError, match=r"processes \[2\] did not come within 0\.2 s"):
+        meeting_of_two_among_three(store)
+    store.set_timeout(timedelta(seconds=10))
+    words = [meeting(store, range(3)) for _ in range(2)]
+    assert [len(set(word)) for word in words] == [1, 1] and words[0] != words[1]
+
+
+def meeting_of_two_among_three(store: dist.Store) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        first, second = (pool.submit(meet, store, rank, 3, 0.2) for rank in range(2))
+        assert second.result()
+        first.result()
+
+
+@pytest.mark.parametrize(
+    "restarts, launch, saved, resumes",
+    [
+        ("1", "job", True, True),
+        ("0", "job", True, False),
+        ("1", "other", True, False),
+        ("1", "job", False, False),
+        ("1", "none", True, False),
+    ],
+)
+def test_a_restart_goes_on_from_what_its_own_launch_saved(
+    tmp_path, monkeypatch, restarts, launch, saved, resumes
+):
+    """`other`: a start that was refused because of another launch's checkpoints."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none" if launch == "none" else "job")
+    (tmp_path / loop.LAUNCH).write_text(launch)
+    if saved:
+        (tmp_path / "checkpoints" / "0000004").mkdir(parents=True)
+        (tmp_path / "checkpoints" / "0000004" / "COMPLETE").touch()
+    config = TrainConfig(resume="last.pt", resume_step=3)
+    found = loop.after_restart(config, tmp_path, ALONE)
+    assert (found.resume, found.resume_step) == (("auto", 0) if resumes else ("last.pt", 3))
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("rollback", -1), ("watchdog", -1.0), ("data_timeout", -1.0), ("collective_timeout", 0.0)],
+)
+def test_limits_are_checked(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}, expected "):
+        TrainConfig(**{name: value})

@@ -1,0 +1,82 @@
+"""What test_watch_ranks.py asks of two processes, in one start of torchrun."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from repa_fast.distributed import session
+from repa_fast.train import loop
+from repa_fast.train.state import TrainState
+from repa_fast.train.step import train_step
+from tests.train.conftest import tiny_config
+
+POISONED = 17
+FAILING = 5
+TIMEOUT = 3.0
+
+
+def train(folder: Path, name: str, step, **overrides) -> None:
+    """A run whose steps are `step`(state, batch)."""
+    loop.train_step = step
+    values = {"data_dir": os.environ["DIGITS"], "output_dir": str(folder), "exp_name": name}
+    values |= {"enc_type": "none", "max_train_steps": 24, "log_every": 1}
+    loop.train(tiny_config(**values | overrides))
+
+
+def going_back(folder: Path) -> dict:
+    """A run with a spike that this process alone sees: its own loss is higher, after that data."""
+    seen, found = [], {}
+
+    def step(state: TrainState, batch: dict) -> None:
+        found["state"] = state
+        seen.append((state.step, state.data_step, batch["index"].tolist()))
+        spoilt = state.data_step == POISONED
+        train_step(state, batch)
+        if spoilt:
+            with torch.no_grad():
+                state.model.final_layer.linear.bias.add_(3)
+
+    train(folder, "back", step, rollback=1, checkpointing_steps=5)
+    state = found["state"]
+    weights = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+    return {"seen": seen, "history": state.history, "weights": weights}
+
+
+def waiting(rank: int) -> dict:
+    """How a collective ends when the other process does not come."""
+    message, begun = "", time.monotonic()
+    with session(60.0 if rank else TIMEOUT) as world:  # the first comes later, from plotting
+        if rank == 0:
+            try:
+                world.barrier()
+            except RuntimeError as error:
+                message = str(error)
+        else:
+            time.sleep(2 * TIMEOUT)
+    return {"message": message, "seconds": time.monotonic() - begun}
+
+
+def failing(folder: Path, rank: int) -> None:
+    """The second process's step raises; the first one's then loses its peer."""
+
+    def step(state: TrainState, batch: dict) -> None:
+        if rank == 1 and state.step == FAILING:
+            raise RuntimeError("a GPU fell off the bus")
+        train_step(state, batch)
+
+    train(folder, "fails", step)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder, rank = Path(os.environ["OUT"]), int(os.environ["RANK"])
+    torch.save(going_back(folder), folder / f"back.{rank}")
+    (folder / f"waiting.{rank}").write_text(json.dumps(waiting(rank)))
+    failing(folder, rank)
+
+
+if __name__ == "__main__":
+    main()

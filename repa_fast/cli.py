@@ -297,9 +297,13 @@ def list_presets(argv: Sequence[str]) -> None:
 
 def describe(config: TrainConfig) -> str:
     """The resolved config, parameter counts, FLOPs per image and a memory estimate."""
+    from repa_fast.data.processes import rank_and_size
     from repa_fast.train.memory import budget
+    from repa_fast.train.parallel import shard_count
 
-    estimate = budget(config, expected_metadata(config))
+    shards = shard_count(config, rank_and_size()[1])
+    shared = f" in each of {shards} processes" if shards > 1 else ""
+    estimate = budget(config, expected_metadata(config), shards)
     activations = estimate.activation_bytes * (2 if config.mixed_precision == "no" else 1)
     batch = config.batch_size
     frozen = "SRA's teacher" if config.align == "sra" else "the frozen encoders"
@@ -311,7 +315,7 @@ def describe(config: TrainConfig) -> str:
             f"training FLOPs per image: {estimate.train_flops / 1e9:.1f} GFLOP "
             f"({estimate.encoder_flops / 1e9:.1f} of them {frozen})",
             f"memory, estimated: {estimate.state_bytes / 2**30:.1f} GiB of weights, gradients, "
-            f"optimizer and average; {activations / 2**20:.0f} MiB of activations "
+            f"optimizer and average{shared}; {activations / 2**20:.0f} MiB of activations "
             f"per image ({batch * activations / 2**30:.1f} GiB at batch {batch} in "
             "one pass)",
         ]

@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 COLLECTIVE_TIMEOUT = 1800.0
 """Seconds a process waits for the others: the first one may be saving or downloading alone."""
@@ -62,6 +63,17 @@ class World:
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on any process; blocks the host, not the device."""
         return bool(self.max(torch.tensor(int(flag))).item()) if self.size > 1 else flag
+
+
+def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A whole `tensor` that every process has, sharded as `like` is; itself if that is whole too.
+
+    Nothing is communicated.
+    """
+    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
+        return tensor
+    moved = tensor.to(like.device)
+    return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)
 
 
 @contextmanager

@@ -121,6 +121,21 @@ class TrainConfig:
     """Attention backend; auto times those whose gradients are right, and takes the fastest."""
     compile: bool = False
     """torch.compile each block (fullgraph)."""
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """Several processes: a copy of weights and optimizer state on each (ddp), one sharded over all
+    (fsdp), or one on each node, sharded over its processes (hsdp)."""
+    shard_size: int = 0
+    """hsdp: processes that share a copy; 0 is a node's."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Dtype in which gradients are averaged over processes."""
+    reshard_after_forward: bool = False
+    """fsdp and hsdp: drop gathered weights after a block's forward pass and gather them again for
+    its backward pass; less memory, more communication."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Compute again in the backward pass: nothing, what is cheap (all but linear layers and
+    attention), or whole blocks."""
+    shard_encoder: bool = False
+    """fsdp and hsdp: shard the frozen encoders too, for those of ViT-g or ViT-H size."""
 
     epochs: int = 1400
     """Stop after so many passes over the data."""
@@ -252,6 +267,7 @@ class TrainConfig:
                 f"compute_copy is 'optimizer' with mixed_precision {self.mixed_precision!r}, "
                 "expected bf16"
             )
+        self._check_parallel()
         if not 0 <= self.min_learning_rate <= self.learning_rate:
             raise ValueError(
                 f"min_learning_rate is {self.min_learning_rate}, expected 0 to learning_rate "
@@ -270,6 +286,21 @@ class TrainConfig:
             raise ValueError(f"seed is {self.seed}, expected at least 0")
         if self.micro_batch != "auto" and self.micro_batch < 1:
             raise ValueError(f"micro_batch is {self.micro_batch}, expected auto or at least 1")
+
+    def _check_parallel(self) -> None:
+        if self.parallel != "ddp" and self.compute_copy == "optimizer":
+            raise ValueError(
+                f"compute_copy is 'optimizer' with parallel {self.parallel!r}, expected autocast: "
+                "sharded weights are gathered in the dtype of the compute"
+            )
+        if self.shard_size < 0 or (self.shard_size and self.parallel != "hsdp"):
+            raise ValueError(
+                f"shard_size is {self.shard_size} with parallel {self.parallel!r}, expected 0, or "
+                "a number of processes with hsdp"
+            )
+        for name in ("reshard_after_forward", "shard_encoder"):
+            if getattr(self, name) and self.parallel == "ddp":
+                raise ValueError(f"{name} is set, which needs --parallel fsdp or hsdp")
 
     def _check_alignment(self) -> None:
         if self.align == "sra":

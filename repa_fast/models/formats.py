@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from repa_fast.contracts import expect_choice
+from repa_fast.distributed import shard_like
 from repa_fast.models.sit import PATCH_SIZES, SIZES, T_FREQUENCIES
 from repa_fast.models.weights import read_native
 
@@ -227,13 +228,14 @@ def load_exactly(model: torch.nn.Module, state: State, source: str) -> None:
     Raises:
         ValueError: names or shapes differ; lists them, and the model `source` seems to hold.
     """
-    problems = differences(model.state_dict(), state)
+    own = model.state_dict()
+    problems = differences(own, state)
     if problems:
         raise ValueError(
             f"{source} does not fit the model. It seems to hold a {shape_of(state)}; "
-            f"the model is a {shape_of(model.state_dict())}.\n" + "\n".join(problems)
+            f"the model is a {shape_of(own)}.\n" + "\n".join(problems)
         )
-    model.load_state_dict(state)
+    model.load_state_dict({name: shard_like(state[name], tensor) for name, tensor in own.items()})
 
 
 def initialise_from(model: torch.nn.Module, state: State, source: str) -> list[str]:

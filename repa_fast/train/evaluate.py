@@ -17,6 +17,7 @@ from repa_fast.eval.metrics import (
     measured_reference,
 )
 from repa_fast.eval.sampling import ImageSampler, SamplerConfig, labels_of
+from repa_fast.models.sit import SiT
 from repa_fast.train.state import TrainState, configure_backends
 
 BATCH = 64
@@ -53,8 +54,9 @@ class Evaluator:
         if self._real is None:
             self._real = measured_reference(self._config, self._space, state.world, shown=False)
         count = state.config.eval_samples
+        average = state.whole_average(everywhere=True)
         try:
-            batches = self._batches(state, count)
+            batches = self._batches(state, average, count)
             generated = measure(
                 f"step {state.step}", batches, count, self._space, state.world, shown=False
             )
@@ -63,12 +65,12 @@ class Evaluator:
         return compare(self._real, generated, self._config)
 
     def _batches(
-        self, state: TrainState, count: int
+        self, state: TrainState, average: SiT, count: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         config, world = state.config, state.world
         sampler = ImageSampler(
             Loaded(
-                model=state.ema,
+                model=average,
                 metadata=state.metadata,
                 path_type=config.path_type,
                 prediction=config.prediction,

@@ -212,10 +212,11 @@ def read_metrics(state: TrainState, loader: Loader) -> dict:
 
 
 def snapshot(state: TrainState, run: Path, reporter: Reporter | None) -> None:
-    """Write a sample grid of the moving average, on the first process."""
+    """Write a sample grid of the moving average, on the first process; all processes call it."""
+    average = state.whole_average(everywhere=False)
     if reporter is None or not can_sample(state, reporter.line):
         return
-    picture = sample_grid(state)
+    picture = sample_grid(state, average)
     save_png(picture, run / "samples" / f"{state.step:07d}.png")
     reporter.image("samples", state.step, picture)
 

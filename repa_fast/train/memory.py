@@ -1,7 +1,8 @@
 """Memory and compute of a run: estimates before it starts, and the micro-batch that fits."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -9,14 +10,18 @@ from repa_fast import encoders
 from repa_fast.configs.config import TrainConfig
 from repa_fast.configs.model import model_arguments, model_class
 from repa_fast.data.dataset import Metadata
+from repa_fast.distributed import World
 from repa_fast.models.flops import projector_flops, sit_flops, transformer_flops
+from repa_fast.train.parallel import empty_model, parallelize
 from repa_fast.train.state import TrainState
 
 # fp32 weights, gradients and two AdamW moments; each moving average
 BYTES_PER_PARAMETER, BYTES_PER_AVERAGE = 4 + 4 + 8, 4
-# saved activations of one block, in bytes per token and width, bf16 with an fp32 residual stream:
-# two residual states 8, two norms' outputs 4, qkv 6, attention output 2, two branches 4, MLP 16
-ACTIVATION_BYTES = 40
+# saved activations of one block, in bytes per token and width, bf16 with an fp32 residual stream,
+# by activation checkpointing. none: two residual states 8, two norms' outputs 4, qkv 6, attention
+# output 2, two branches 4, MLP 16; selective: a residual state 4, qkv 6, attention output 2, two
+# branches 4, fc1's output 8; full: a residual state 4, the pending branch 2
+ACTIVATION_BYTES = {"none": 40, "selective": 24, "full": 6}
 CPU_MEMORY_SHARE = 0.5
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -31,7 +36,8 @@ class Budget:
         parameters: of the model without and with its projectors.
         train_flops: per image: 3x the forward pass of model and heads, 1x the encoders, or SRA's
             teacher.
-        state_bytes: weights, gradients, optimizer and average of one process.
+        state_bytes: weights, gradients, optimizer and average of one process; where they are
+            sharded, also the weights gathered for the compute, unless they are dropped at once.
         activation_bytes: saved for backward, per image, in half precision (an estimate); fp32
             takes twice as much.
     """
@@ -44,8 +50,11 @@ class Budget:
     activation_bytes: float
 
 
-def budget(config: TrainConfig, metadata: Metadata) -> Budget:
-    """Counted from the config alone; no weights are allocated."""
+def budget(config: TrainConfig, metadata: Metadata, shards: int = 1) -> Budget:
+    """Counted from the config alone; no weights are allocated.
+
+    `shards` processes share one copy of weights, gradients, optimizer and averages.
+    """
     arguments = model_arguments(config, metadata)
     with torch.device("meta"):
         model = model_class(config.objective)(**arguments)
@@ -69,13 +78,17 @@ def budget(config: TrainConfig, metadata: Metadata) -> Budget:
     encoder = sum(spec.flops(config.resolution) for spec in specs)
     if config.align == "sra":  # the teacher
         encoder = transformer_flops(tokens=tokens, width=width, depth=config.block_out_t)
+    state_bytes = total * (BYTES_PER_PARAMETER + BYTES_PER_AVERAGE * len(config.ema_decays))
+    gathered = 0
+    if shards > 1 and not config.reshard_after_forward:
+        gathered = total * (4 if config.mixed_precision == "no" else 2)
     return Budget(
         parameters=total - heads,
         parameters_with_projectors=total,
         train_flops=3 * forward + encoder,
         encoder_flops=encoder,
-        state_bytes=total * (BYTES_PER_PARAMETER + BYTES_PER_AVERAGE * len(config.ema_decays)),
-        activation_bytes=ACTIVATION_BYTES * tokens * width * depth,
+        state_bytes=state_bytes / shards + gathered,
+        activation_bytes=ACTIVATION_BYTES[config.activation_checkpointing] * tokens * width * depth,
     )
 
 
@@ -110,16 +123,43 @@ def _fits_cpu(state: TrainState, size: int) -> bool:
 
 def _fits_cuda(state: TrainState, size: int) -> bool:
     """Whether a forward and backward pass of `size` images runs; the moments are there already."""
-    from repa_fast.train.step import losses, synthetic_batch
-
     try:
-        batch, draws = synthetic_batch(state, size)
-        denoise, align = losses(state, state.model, batch, draws)
-        (denoise.sum() + sum(part.sum() for part in align)).backward()
+        try_pass(state if state.mesh is None else stand_in(state), size)
         fits = True
-        del batch, draws, denoise, align
     except torch.OutOfMemoryError:
         fits = False
     state.optimizer.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     return fits
+
+
+def try_pass(state: TrainState, size: int) -> None:
+    """A forward and backward pass of `size` random images; leaves gradients."""
+    from repa_fast.train.step import losses, synthetic_batch
+
+    batch, draws = synthetic_batch(state, size)
+    denoise, align = losses(state, state.model, batch, draws)
+    (denoise.sum() + sum(part.sum() for part in align)).backward()
+
+
+def stand_in(state: TrainState) -> TrainState:
+    """The state with whole weights in the compute dtype in place of sharded ones.
+
+    Its passes communicate nothing: a process that runs out of memory in the middle of one keeps no
+    other waiting. It takes more than the run will: whole gradients, where FSDP shards those of a
+    block after the other.
+    """
+    config = state.config
+    model = empty_model(config, state.metadata, state.world.device)
+    model.to(state.autocast_dtype or torch.float32)
+    parallelize(model, [model], config, None, state.autocast_dtype)
+    frozen = dict(state.encoders)
+    if config.shard_encoder:
+        frozen = {name: _zeros_of(encoders.spec(name), config.resolution) for name in frozen}
+    world = World(0, 1, state.world.device)
+    return replace(state, model=model, wrapped=model, ema=model, encoders=frozen, world=world)
+
+
+def _zeros_of(spec: encoders.EncoderSpec, resolution: int) -> Callable:
+    shape = (spec.num_tokens(resolution), spec.width)
+    return lambda images: torch.zeros((len(images), *shape), device=images.device)

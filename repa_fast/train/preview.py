@@ -11,6 +11,7 @@ from repa_fast.diffusion import ddpm_samplers
 from repa_fast.diffusion.draws import stream
 from repa_fast.diffusion.samplers import sample
 from repa_fast.eval.pictures import arrange
+from repa_fast.models.sit import SiT
 from repa_fast.train.state import TrainState
 
 GRID_IMAGES = 100
@@ -33,10 +34,11 @@ def can_sample(state: TrainState, warn: Callable[[str], None]) -> bool:
     return True
 
 
-def sample_grid(state: TrainState) -> np.ndarray:
+def sample_grid(state: TrainState, average: SiT) -> np.ndarray:
     """uint8 (H, W, 3): class-conditional samples, the same noise and labels at every step.
 
-    One column per class where there are at most ten, otherwise classes spread evenly.
+    `average` is the state's, whole. One column per class where there are at most ten, otherwise
+    classes spread evenly.
     """
     config, device = state.config, state.world.device
     classes = len(state.metadata.class_names)
@@ -57,8 +59,8 @@ def sample_grid(state: TrainState) -> np.ndarray:
     }
     with state.autocast():
         if config.objective == "ddpm":
-            samples = ddpm_samplers.sample(state.ema, noise, labels, **options)
+            samples = ddpm_samplers.sample(average, noise, labels, **options)
         else:
             flow = {"path": state.path, "prediction": config.prediction}
-            samples = sample(state.ema, noise, labels, **options, **flow)
+            samples = sample(average, noise, labels, **options, **flow)
     return arrange(latents.to_pixels(samples, state.metadata, state.vae), columns)

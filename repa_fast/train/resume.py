@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from repa_fast.distributed import shard_like
 from repa_fast.models import formats
 from repa_fast.models.sit import SiT
 from repa_fast.models.weights import MARKER, path_of, steps
@@ -151,7 +152,13 @@ def load_optimizer(
     if counts[0] != counts[1]:
         raise ValueError(f"the optimizer state has {counts[1]} parameters, expected {counts[0]}")
     position = {name: number for number, name in enumerate(names)}
-    state = {position[saved_names[number]]: s for number, s in saved["state"].items()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {}
+    for number, values in saved["state"].items():
+        own_number = position[saved_names[number]]
+        like = parameters[own_number]
+        moments = {key: shard_like(values[key], like) for key in ("exp_avg", "exp_avg_sq")}
+        state[own_number] = {"step": values["step"], **moments}
     optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.device_mesh import DeviceMesh
 
 from repa_fast import encoders
 from repa_fast.configs.config import TrainConfig
@@ -25,6 +25,13 @@ from repa_fast.train.compute_copy import add_copies
 from repa_fast.train.kernels import choose_kernels
 from repa_fast.train.metrics import Accumulator
 from repa_fast.train.optim import AdamWEMA, build_optimizer
+from repa_fast.train.parallel import (
+    device_mesh,
+    parallelize,
+    shard_encoder,
+    whole_model,
+    wrap,
+)
 from repa_fast.train.spikes import History
 
 AUTOCAST = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -36,7 +43,9 @@ class TrainState:
 
     Attributes:
         aligned: what hidden states are aligned with, a head for each.
-        model: fp32 master weights; `wrapped` is the same model, under DDP with several processes.
+        mesh: what model, averages and optimizer state are sharded on; None where they are whole.
+        model: fp32 master weights; `wrapped` is the same model, under DDP with several processes
+            that do not shard it.
         ema: moving average of the weights, in eval mode; more_emas: those of other decays.
         encoders: frozen modules by name, in the order of the model's projectors; none where batches
             carry their features.
@@ -54,6 +63,7 @@ class TrainState:
     metadata: Metadata
     path: Path
     aligned: list[str]
+    mesh: DeviceMesh | None
     model: SiT
     wrapped: nn.Module
     ema: SiT
@@ -94,8 +104,10 @@ class TrainState:
         if self.features:
             return
         self.encoders = load_encoders(self.config, self.world)
-        if self.config.compile:
-            for encoder in self.encoders.values():
+        for encoder in self.encoders.values():
+            if self.config.shard_encoder and self.mesh is not None:
+                shard_encoder(encoder, self.mesh, compiled=self.config.compile)
+            elif self.config.compile:
                 encoder.compile()
 
     def end_alignment(self) -> None:
@@ -104,7 +116,11 @@ class TrainState:
         for heads in (self.model.projectors, self.model.ap_head):
             if heads is not None:
                 heads.requires_grad_(False)
-        self.wrapped = wrap(self.model, self.world)
+        self.wrapped = wrap(self.model, self.config, self.world)
+
+    def whole_average(self, *, everywhere: bool) -> SiT | None:
+        """The average with whole weights; where it is sharded, as `parallel.whole_model` says."""
+        return whole_model(self.ema, self.config, self.metadata, self.world, everywhere=everywhere)
 
     @property
     def local_batch(self) -> int:
@@ -126,13 +142,14 @@ def build_state(
     `load_encoders` is left to the caller, who may have to find out first whether any are needed.
 
     Raises:
-        ValueError: the batch does not divide among the processes, or as for `model_arguments` and
-            `choose_features`.
+        ValueError: the batch does not divide among the processes, or as for `model_arguments`,
+            `shard_count` and `choose_features`.
     """
     if config.images_per_step % world.size:
         raise ValueError(
             f"{config.images_per_step} images per step do not divide among {world.size} processes"
         )
+    mesh = device_mesh(config, world)
     configure_backends(config)
     precision = config.mixed_precision
     if precision == "auto":
@@ -151,12 +168,7 @@ def build_state(
         if precision != "bf16":
             raise ValueError("compute_copy is 'optimizer', which needs --mixed-precision bf16")
         copies = add_copies(model)
-    if config.compile:
-        for block in model.blocks:
-            block.compile(fullgraph=True)
-        if config.align == "sra":
-            for block in emas[0].blocks[: config.block_out_t]:
-                block.compile(fullgraph=True)
+    parallelize(model, emas, config, mesh, AUTOCAST[precision])
     optimizer = build_optimizer(model, emas, config, copies)
     notes.append(f"optimizer: {optimizer.implementation}, {optimizer.reason}")
     state = TrainState(
@@ -165,8 +177,9 @@ def build_state(
         metadata=metadata,
         path=trained_path(config.objective, config.path_type),
         aligned=aligned,
+        mesh=mesh,
         model=model,
-        wrapped=wrap(model, world),
+        wrapped=wrap(model, config, world),
         ema=emas[0],
         more_emas=emas[1:],
         encoders={},
@@ -182,13 +195,6 @@ def build_state(
     if not encoders_later:
         state.load_encoders()
     return state
-
-
-def wrap(model: SiT, world: World) -> nn.Module:
-    """The model under DDP where there are several processes."""
-    if world.size == 1:
-        return model
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def choose_features(

@@ -1,7 +1,5 @@
 """One training step, from a batch to updated weights, without a host synchronisation."""
 
-import contextlib
-
 import torch
 from torch import nn
 
@@ -12,6 +10,7 @@ from repa_fast.diffusion.draws import Draws, draw
 from repa_fast.diffusion.flow import noise_loss, velocity_loss
 from repa_fast.train.align import alignment_losses, alignment_weight
 from repa_fast.train.optim import clip_factor, learning_rate, record_overflow
+from repa_fast.train.parallel import accumulation
 from repa_fast.train.state import TrainState
 
 
@@ -118,8 +117,7 @@ def accumulate(state: TrainState, batch: Batch, draws: Draws) -> tuple[torch.Ten
     for start in starts:
         stop = min(start + state.micro_batch, size)
         micro = {name: tensor[start:stop] for name, tensor in batch.items()}
-        last = stop == size
-        with contextlib.nullcontext() if last or state.world.size == 1 else state.wrapped.no_sync():
+        with accumulation(state.wrapped, state.config, last=stop == size):
             denoise_part, parts = losses(state, state.wrapped, micro, draws.part(start, stop))
             loss = denoise_part.sum()
             for weight, part in zip(weights, parts):  # fewer parts once alignment has ended

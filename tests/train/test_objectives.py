@@ -377,7 +377,7 @@ def test_grids_of_the_exact_prediction_are_where_its_flow_leads(make_state, pred
     clean = mean + std / (alpha**2 * std**2 + sigma**2) ** 0.5 * (noise - alpha * mean)
     expected = arrange(to_pixels(clean, state.metadata), 10).astype(int)
     # In 255ths: a hundred of Euler's steps, and the thousandths of time that are left out.
-    assert abs(sample_grid(state) - expected).mean() < 2
+    assert abs(sample_grid(state, state.ema) - expected).mean() < 2
 
 
 @pytest.mark.parametrize("prediction, sign", [("v", -1), ("score", 1), ("noise", 1)])

@@ -1,0 +1,254 @@
+"""How a model is spread over processes: DDP, or FSDP2 on a mesh of one or two axes.
+
+The order is torchtitan's: activation checkpointing, torch.compile of each block, fully_shard of
+each block, the root last. None of them changes a parameter's name.
+"""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from repa_fast.configs.config import TrainConfig
+from repa_fast.configs.model import model_arguments, model_class
+from repa_fast.data.dataset import Metadata
+from repa_fast.distributed import World
+from repa_fast.models.sit import SiT
+
+KEPT = [
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.mm.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
+"""What selective checkpointing does not compute again: linear layers and torch's own attention."""
+
+
+def shard_count(config: TrainConfig, processes: int) -> int:
+    """Processes that share a copy of weights and optimizer state; 1 is no sharding.
+
+    Raises:
+        ValueError: the processes do not divide into groups of that size.
+    """
+    if config.parallel == "ddp":
+        return 1
+    if config.parallel == "fsdp":
+        return processes
+    size = config.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    if processes % size:
+        source = "shard_size" if config.shard_size else "a node's processes"
+        raise ValueError(
+            f"parallel is hsdp with {processes} processes in shard groups of {size} ({source}), "
+            "expected a size that divides the number of processes"
+        )
+    return size
+
+
+def device_mesh(config: TrainConfig, world: World) -> DeviceMesh | None:
+    """Where a copy is sharded and where it is replicated; None for ddp and one process alone.
+
+    One axis "shard" where one copy spans all processes; else ("replicate", "shard"), consecutive
+    ranks, which torchrun puts on one node, sharing a copy. All processes call it.
+
+    Raises:
+        ValueError: as for `shard_count`.
+    """
+    size = shard_count(config, world.size)
+    if world.size == 1 or config.parallel == "ddp":
+        return None
+    kind = world.device.type
+    if size == world.size:
+        return init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
+    shape = (world.size // size, size)
+    return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def parallelize(
+    model: SiT,
+    averages: Sequence[SiT],
+    config: TrainConfig,
+    mesh: DeviceMesh | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """Checkpoint activations, compile blocks and shard, in place, as far as the config asks for it.
+
+    Args:
+        model: with whole weights, the same on all processes.
+        averages: its moving averages, whole; the first is SRA's teacher.
+        mesh: what to shard on; None shards nothing.
+        dtype: of the compute; None is fp32.
+    """
+    checkpoint_activations(model.blocks, config.activation_checkpointing)
+    if config.compile:
+        teacher = averages[0].blocks[: config.block_out_t] if config.align == "sra" else []
+        for block in (*model.blocks, *teacher):
+            block.compile(fullgraph=True)
+    if mesh is None:
+        return
+    shard(model, config, mesh, dtype, reshard=config.reshard_after_forward, reshard_last=False)
+    for average in averages:
+        # Without a backward pass nothing else would drop weights gathered before the next update.
+        shard(average, config, mesh, dtype, reshard=True, reshard_last=True)
+        register_fsdp_forward_method(average, "hidden")
+
+
+def shard(
+    model: SiT,
+    config: TrainConfig,
+    mesh: DeviceMesh,
+    dtype: torch.dtype | None,
+    *,
+    reshard: bool,
+    reshard_last: bool,
+) -> None:
+    """fully_shard a model: blocks, heads and the final layer are units, the root has the rest.
+
+    `adaLN_modulation` is a unit of its own, as the model calls it outside its block. The position
+    table is frozen and added to the fp32 residual stream: it stays whole and fp32.
+
+    Args:
+        reshard: drop a unit's gathered weights after its forward pass, and gather them again for
+            its backward pass.
+        reshard_last: the same for the final layer and the root, which backward needs first.
+    """
+    # What it warns of would need an operation in place on a unit's output; there is none.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    options = {"mesh": mesh, "mp_policy": policy(config, dtype)}
+    heads = [*model.projectors, *([] if model.ap_head is None else [model.ap_head])]
+    for block in model.blocks:
+        fully_shard(block.adaLN_modulation, **options, reshard_after_forward=reshard)
+        fully_shard(block, **options, reshard_after_forward=reshard)
+    for head in heads:
+        fully_shard(head, **options, reshard_after_forward=reshard)
+    fully_shard(model.final_layer, **options, reshard_after_forward=reshard_last)
+    whole = {model.pos_embed}
+    fully_shard(model, **options, reshard_after_forward=reshard_last, ignored_params=whole)
+
+
+def policy(config: TrainConfig, dtype: torch.dtype | None) -> MixedPrecisionPolicy:
+    """Weights are gathered in `dtype`; inputs are left alone.
+
+    FSDP's default would cast what enters a unit: the residual stream, and t at the root.
+    """
+    reduce = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.reduce_dtype]
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce, cast_forward_inputs=False)
+
+
+def shard_encoder(encoder: nn.Module, mesh: DeviceMesh, *, compiled: bool) -> None:
+    """fully_shard a frozen encoder, every one of its blocks a unit, and `compiled` one by one.
+
+    Weights are gathered as they are, in fp32: its features are those of a whole encoder, bit for
+    bit.
+    """
+    options = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False),
+        "reshard_after_forward": True,
+    }
+    for name, module in encoder.named_modules():
+        if name.rpartition(".")[2] == "blocks":
+            for block in module:
+                if compiled:
+                    block.compile()
+                fully_shard(block, **options)
+    fully_shard(encoder, **options)
+
+
+def wrap(model: SiT, config: TrainConfig, world: World) -> nn.Module:
+    """What a training step calls: the model under DDP, or itself where it is sharded or alone.
+
+    Both average the gradients of the processes' mean losses.
+    """
+    if world.size == 1 or isinstance(model, FSDPModule):
+        return model
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if config.reduce_dtype == "bf16":
+        wrapped.register_comm_hook(None, bf16_compress_hook)
+    return wrapped
+
+
+@contextlib.contextmanager
+def accumulation(wrapped: nn.Module, config: TrainConfig, *, last: bool) -> Iterator[None]:
+    """Around a micro-batch's forward and backward pass: gradients are reduced after the last one.
+
+    Between micro-batches sharded weights stay gathered, unless RESHARD_AFTER_FORWARD saves memory.
+    """
+    if isinstance(wrapped, FSDPModule):
+        wrapped.set_requires_gradient_sync(last)
+        wrapped.set_reshard_after_backward(last or config.reshard_after_forward)
+    if isinstance(wrapped, DistributedDataParallel) and not last:
+        with wrapped.no_sync():
+            yield
+    else:
+        yield
+
+
+def checkpoint_activations(blocks: Sequence[nn.Module], kind: str) -> None:
+    """Keep less of each block's forward pass and compute the rest again in its backward pass.
+
+    Args:
+        kind: "none"; "selective", which keeps the results of linear layers and attention, so that
+            what is computed again is cheap; "full", which keeps a block's inputs alone.
+    """
+    if kind == "none":
+        return
+    options: dict = {"use_reentrant": False, "preserve_rng_state": False}  # blocks draw nothing
+    if kind == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT)
+    for block in blocks:
+        block.forward = _recomputed(block.forward, options)
+
+
+def _recomputed(forward: Callable, options: dict) -> Callable:
+    def run(*inputs):
+        return checkpoint(forward, *inputs, **options)
+
+    return run
+
+
+@torch.no_grad()
+def whole_model(
+    model: SiT, config: TrainConfig, metadata: Metadata, world: World, *, everywhere: bool
+) -> SiT | None:
+    """A model with whole weights in fp32, in eval mode: `model` itself if it is not sharded.
+
+    All processes call it. Tensors are gathered one at a time. Without `everywhere` only the first
+    process gets a sharded model's copy, the others None.
+    """
+    if not isinstance(model, FSDPModule):
+        return model
+    kept = everywhere or world.is_main
+    copy, targets = None, {}
+    if kept:
+        copy = empty_model(config, metadata, world.device).eval().requires_grad_(False)
+        targets = copy.state_dict()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        if kept:
+            targets[name].copy_(tensor)
+    return copy
+
+
+def empty_model(config: TrainConfig, metadata: Metadata, device: torch.device) -> SiT:
+    """The run's model, its weights not set."""
+    with torch.device("meta"):
+        model = model_class(config.objective)(**model_arguments(config, metadata))
+    return model.to_empty(device=device)

@@ -10,7 +10,8 @@ export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help $(VENV) lint test test-full smoke-full demo analyse bench gpu gpu-test $(GPU_STAGES) clean
+.PHONY: help $(VENV) lint test test-full smoke-full chaos demo analyse bench gpu gpu-test $(GPU_STAGES) \
+	clean
 
 help: ## list the targets
 	@grep -hE '^[a-z$$][A-Za-z$$() _-]*:.*## ' $(MAKEFILE_LIST) \
@@ -42,6 +43,9 @@ test-full: $(VENV)/.csrc ## all tests that need no GPU
 
 smoke-full: $(VENV)/.installed ## SiT-XL/2 with DINOv2-B: a step, save, resume, sample; 22 GiB of memory
 	$(VENV)/bin/python -m pytest -p no:benchmark -m smoke_full --durations=1 tests/train/test_smoke.py
+
+chaos: $(VENV)/.installed ## kill a run on two processes 50 times and compare it with one left alone; 20 minutes
+	$(VENV)/bin/python -m benchmarks.chaos --kills 50
 
 demo: $(VENV)/.installed ## train on the bundled digits on a CPU, then evaluate
 	rm -rf runs/demo

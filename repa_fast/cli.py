@@ -60,7 +60,7 @@ def train(argv: Sequence[str]) -> None:
 
     try:
         run(config)
-    except (TrainingDiverged, CheckpointFailed, StoreError) as error:
+    except (TrainingDiverged, CheckpointFailed, StoreError, OSError) as error:
         raise SystemExit(f"repa-fast: {error}") from error
     except DataTimeout as error:
         print(f"repa-fast: {error}", file=sys.stderr, flush=True)

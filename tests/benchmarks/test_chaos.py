@@ -1,0 +1,131 @@
+"""The onlooker notices every promise that is broken, and says what it saw."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from benchmarks import chaos, chaos_report
+from benchmarks.chaos_run import Broken, Trainer
+from benchmarks.environment import ROOT
+from repa_fast.models.weights import MARKER, path_of
+
+BEGINS = "runs/run: 2 x cpu, fp32, 12 images per step in micro-batches of 6, from step {} to 40"
+
+
+def complete(folder: Path, *steps: int) -> None:
+    for step in steps:
+        path_of(folder, step).mkdir(parents=True)
+        (path_of(folder, step) / MARKER).touch()
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    """Of a run of 40 steps that has begun, keeps 2 checkpoints and has announced one of step 5."""
+    trainer = Trainer([], tmp_path / "run", ranks=2, keep_last=2)
+    trainer.see(BEGINS.format(0))
+    complete(trainer.checkpoints, 5)
+    trainer.see(f"checkpoint {path_of(trainer.checkpoints, 5)}")
+    return trainer
+
+
+def go_on(trainer: Trainer, step: int) -> None:
+    trainer.see(f"going on from {path_of(trainer.checkpoints, step)}")
+    trainer.see(BEGINS.format(step))
+
+
+def test_a_run_that_keeps_its_promises_passes(trainer):
+    """Also where a save's line says more, and where newer checkpoints pushed announced ones out."""
+    trainer.see("step 8/40  loss 1.0")
+    assert (trainer.reached, trainer.announced, trainer.finished) == (8, {5}, False)
+    complete(trainer.checkpoints, 10, 15)
+    trainer.see(f"checkpoint {path_of(trainer.checkpoints, 10)} paused the run 3 ms")
+    shutil.rmtree(path_of(trainer.checkpoints, 5))
+    go_on(trainer, 15)
+    assert (trainer.began_at, trainer.reached) == (15, None)
+    complete(trainer.checkpoints, 40)
+    trainer.see(f"checkpoint {path_of(trainer.checkpoints, 40)}")
+    assert trainer.finished
+
+
+def test_a_lost_checkpoint_is_noticed(trainer):
+    complete(trainer.checkpoints, 10)
+    shutil.rmtree(path_of(trainer.checkpoints, 5))
+    with pytest.raises(Broken, match=r"announced .* no marker: \[5\], complete are \[10\]"):
+        go_on(trainer, 10)
+
+
+def test_a_start_from_an_older_or_no_checkpoint_is_noticed(trainer):
+    complete(trainer.checkpoints, 10)
+    with pytest.raises(Broken, match=r"began at step 5 from 5, complete were \[5, 10\]"):
+        go_on(trainer, 5)
+    with pytest.raises(Broken, match="began at step 0"):
+        trainer.see(BEGINS.format(0))
+
+
+def test_a_half_written_checkpoint_is_noticed(trainer):
+    path_of(trainer.checkpoints, 10).mkdir()
+    with pytest.raises(Broken, match=r"went on from .*0000010, which has no marker"):
+        go_on(trainer, 10)
+    with pytest.raises(Broken, match=r"announced .* no marker: \[10\], complete are \[5\]"):
+        trainer.see(f"checkpoint {path_of(trainer.checkpoints, 10)}")
+
+
+def test_the_phase_is_what_lines_and_folders_say(tmp_path):
+    trainer = Trainer([], tmp_path / "run", ranks=2, keep_last=2)
+    assert trainer.phase() == "starting"
+    complete(trainer.checkpoints, 5)
+    assert trainer.phase() == "resuming"
+    path_of(trainer.checkpoints, 10).mkdir()
+    go_on(trainer, 5)
+    trainer._began_wall += 1
+    assert trainer.phase() == "training"
+    trainer._began_wall -= 2
+    assert trainer.phase() == "checkpointing"
+
+
+def finished(run: Path, *, loss: float = 1.0, weight: float = 1.0, rate: float = 9.0) -> Path:
+    """A run's folder with a last checkpoint and metrics."""
+    target = path_of(run / "checkpoints", 40)
+    tensors = {"model": {"w": torch.full((3,), weight)}, "ema": {"w": torch.ones(3)}}
+    dcp.save(tensors, checkpoint_id=target, no_dist=True)
+    (target / MARKER).touch()
+    line = {"step": 40, "loss": loss, "images_per_second": rate, "eta_seconds": rate, "mfu": None}
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    return run
+
+
+def test_one_bit_is_a_difference_and_the_time_taken_is_none(tmp_path):
+    whole = finished(tmp_path / "whole")
+    assert chaos.differences(finished(tmp_path / "same", rate=5.0), whole) == []
+    assert chaos.differences(finished(tmp_path / "bit", weight=1 + 2**-23), whole) == ["model.w"]
+    assert chaos.differences(finished(tmp_path / "loss", loss=1.5), whole) == ["metrics.jsonl"]
+
+
+def test_the_plan_shares_kills_out_evenly_and_repeats():
+    kills = chaos.plan(48, 20, seed=3)
+    assert kills == chaos.plan(48, 20, seed=3) != chaos.plan(48, 20, seed=4)
+    for name, values in (("phase", chaos.PHASES), ("target", chaos.TARGETS)):
+        counts = [sum(getattr(kill, name) == value for kill in kills) for value in values]
+        assert counts == [48 // len(values)] * len(values)
+    assert {kill.after for kill in kills} <= set(range(1, 21))
+
+
+def test_the_page_shows_the_committed_rows():
+    """docs/reliability.md is what `python -m benchmarks.chaos_report ROWS` makes of the newest."""
+    rows = sorted((chaos.RESULTS / "cpu").glob("*_chaos/rows.jsonl"))[-1]
+    page = chaos_report.PAGE.read_text()
+    assert chaos_report.filled(page, chaos_report.read(rows)) == page
+
+
+def test_every_test_that_the_page_names_is_there():
+    named = re.findall(r"(tests/\S+\.py)::(\w+)", chaos_report.PAGE.read_text())
+    assert len(named) >= 18
+    missing = [
+        (file, name) for file, name in named if f"def {name}(" not in (ROOT / file).read_text()
+    ]
+    assert missing == []

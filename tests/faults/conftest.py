@@ -1,0 +1,34 @@
+"""A run of two processes that nothing disturbs, for the disturbed ones to be compared with."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lance")
+
+from benchmarks import chaos
+from repa_fast.data.prepare import prepare_digits
+
+STEPS = 40
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Its folder, the flags to repeat it with, and the seconds its processes took to start."""
+
+    run: Path
+    flags: list[str]
+    start_seconds: float
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory):
+    return prepare_digits(tmp_path_factory.mktemp("data") / "digits")
+
+
+@pytest.fixture(scope="session")
+def whole(digits_dir, tmp_path_factory):
+    run = tmp_path_factory.mktemp("whole") / "run"
+    flags = chaos.flags(digits_dir, STEPS, chaos.SAVE_EVERY, chaos.LOG_EVERY)
+    return Whole(run, flags, chaos.undisturbed(flags, run)["start_seconds"])

@@ -1,0 +1,81 @@
+"""Disks, data and numbers that fail: real ones, each in a process of its own."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import chaos
+from repa_fast.data.official import OfficialFolder
+from repa_fast.data.prepare import export_official
+
+pytestmark = pytest.mark.xdist_group("distributed")
+
+ROOT = Path(__file__).parents[2]
+NAMESPACE = ("unshare", "-rm")
+
+
+def run(*arguments: str | Path, timeout: float = 240, **environment: str):
+    """A process in the repository's root."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        list(map(str, arguments)), cwd=ROOT, env=env, capture_output=True, text=True,
+        timeout=timeout,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def disk(digits_dir, tmp_path_factory):
+    """What disk_faults found on a tmpfs of its own."""
+    trial = ("mount", "-t", "tmpfs", "tmpfs", tmp_path_factory.mktemp("trial"))
+    if shutil.which(NAMESPACE[0]) is None or run(*NAMESPACE, *trial).returncode:
+        pytest.skip("needs a mount namespace of its own, which `unshare -rm` cannot make here")
+    folder = tmp_path_factory.mktemp("disk")
+    process = run(*NAMESPACE, sys.executable, "-m", "tests.faults.disk_faults", digits_dir, folder)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def test_a_full_disk_stops_the_run_and_loses_nothing(disk):
+    assert re.search(r"No space left on device|GiB free", disk["full"])
+    assert disk["left"] == [5]
+    assert disk["freed"] == "" and disk["differences"] == []
+
+
+def test_a_read_only_folder_is_named_in_one_line(disk):
+    assert re.fullmatch(r"repa-fast: .*Read-only file system: '.*/other.*'", disk["read-only"])
+    assert "Read-only file system" in disk["finished, read-only"]
+
+
+def test_a_nan_on_one_process_is_skipped_by_both(tmp_path):
+    out = tmp_path / "found"
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    process = run(sys.executable, *launcher, "-m", "tests.faults.fault_ranks", OUT=str(out))
+    assert process.returncode == 0, process.stderr
+    for found in (torch.load(f"{out}.{rank}") for rank in range(2)):
+        before, after, last = found["tensors"]
+        assert [name for name in before if not torch.equal(before[name], after[name])] == []
+        assert any(not torch.equal(last[name], after[name]) for name in after)
+        assert [reading["skipped"] for reading in found["readings"]] == [0, 1, 0]
+        assert found["readings"][1]["loss"] is None
+        assert (found["step"], found["bad_run"]) == (3, 0)
+
+
+def test_a_source_that_hangs_ends_the_run_within_the_limit(digits_dir, tmp_path):
+    """A pipe that nobody writes to, in the place of a file of latents."""
+    folder = export_official(digits_dir, tmp_path / "official", "train")
+    OfficialFolder(folder)
+    latent = sorted((folder / "vae-sd").rglob("*.npy"))[700]
+    latent.unlink()
+    os.mkfifo(latent)
+    flags = chaos.flags(folder, 100, 5, 2)
+    place = ("--output-dir", tmp_path, "--exp-name", "run", "--batch-size", "300")
+    process = run(sys.executable, "train.py", *flags, *place, "--data-timeout", "2", timeout=90)
+    assert process.returncode == 1
+    assert re.search(r"repa-fast: no batch from .*official.* within 2 s", process.stderr)

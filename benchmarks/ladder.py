@@ -5,7 +5,9 @@
     c  + torch.compile of each block and of the encoder
     d  + our kernels: the project's own step, with torch's optimizer
     e  + optimizer in one pass over memory, which also writes the bf16 compute copy
-    h  + features from the dataset instead of the encoder
+    f  + one matrix product for the adaLN layers of all blocks
+    g  + the step as one CUDA graph; on a GPU only
+    h  rung e with features from the dataset instead of the encoder
 
 Rungs run one after another in one process, each with its own warm-up, on the same weights and the
 same batch; a rung whose loss differs from that of plain fp32 gets no figure (h has features of its
@@ -62,6 +64,7 @@ class Rung:
         plain: the rival's recipe: "", "recipe" as released, "tuned".
         compiled: torch.compile.
         cached: features come with the batch.
+        cuda: there is no such rung on a CPU.
         config: of the run.
     """
 
@@ -69,6 +72,7 @@ class Rung:
     plain: str = ""
     compiled: bool = True
     cached: bool = False
+    cuda: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -80,7 +84,11 @@ RUNGS = {
     "c": Rung("+ torch.compile", plain="tuned"),
     "d": Rung("+ our kernels", config=STOCK),
     "e": Rung("+ one-pass optimizer, bf16 copy", config=ONE_PASS),
-    "h": Rung("+ cached features", config=ONE_PASS, cached=True),
+    "f": Rung("+ one product for all adaLN layers", config=ONE_PASS | {"joint_adaln": True}),
+    "g": Rung(
+        "+ one CUDA graph", config=ONE_PASS | {"joint_adaln": True, "cuda_graph": True}, cuda=True
+    ),
+    "h": Rung("(e) + cached features", config=ONE_PASS, cached=True),
 }
 
 
@@ -192,6 +200,8 @@ def climb(arguments: argparse.Namespace, folder: Path) -> list[dict]:
             print(f"time limit: rung {name} left out", flush=True)
             continue
         rung, before = RUNGS[name], time.monotonic()
+        if rung.cuda and arguments.device == "cpu":
+            continue
         skipped = " (not compiled)" if rung.compiled and arguments.eager else ""
         head = {"rung": name, "what": rung.what + skipped, **stamp()}
         try:

@@ -25,7 +25,7 @@ STEP_RUNS = (
     ("ladder", "--batch", "32", "--rung", "a"),
     ("ladder", "--batch", "32", "--rung", "e"),
     ("ladder", "--batch", "256", "--rung", "e", "--steps", "20"),
-    *(("ladder", "--batch", "32", "--rung", rung) for rung in ("d", "c", "b", "h")),
+    *(("ladder", "--batch", "32", "--rung", rung) for rung in ("f", "g", "d", "c", "b", "h")),
     *(("step", "--preset", f"sit-{size}2-repa", "--compile") for size in "bl"),
     ("sra", "--compile"),
 )

@@ -38,9 +38,10 @@ from repa_fast.data.order import SampleOrder
 from repa_fast.diffusion.draws import Draws
 from repa_fast.distributed import World
 from repa_fast.testing import random_encoder_weights
+from repa_fast.train.graph import stepper
 from repa_fast.train.memory import budget, peak_flops
 from repa_fast.train.state import TrainState, build_state, device_name
-from repa_fast.train.step import losses, other_weights, synthetic_batch, train_step
+from repa_fast.train.step import losses, other_weights, synthetic_batch
 
 PHOTOGRAPH_ROWS, QUALITY = 4096, 95
 PROFILED, HOST_STEPS = 5, 10
@@ -79,10 +80,11 @@ class Ours:
             state.micro_batch,
             state.autocast_dtype,
         )
+        self.take_step = stepper(state)
 
     def step(self, batch: Batch) -> None:
         """One optimizer step."""
-        train_step(self.state, batch)
+        self.take_step(batch)
 
     def loss_of(self, batch: Batch, draws: Draws) -> float:
         """The loss of these draws, without a step."""

@@ -115,6 +115,10 @@ class TrainConfig:
     """auto is bf16 on CUDA and fp32 (no) on CPU."""
     compute_copy: Literal["autocast", "optimizer"] = "autocast"
     """Who makes the bf16 copies of weights: autocast at every forward pass, or the optimizer."""
+    joint_adaln: bool = False
+    """One matrix product for the adaLN layers of all blocks, with COMPUTE_COPY optimizer."""
+    cuda_graph: bool = False
+    """Replay the training step as one CUDA graph, in a single process."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """Triton kernels or plain torch; auto asks REPA_FAST_KERNELS, then takes Triton on CUDA."""
     attention: str = "auto"
@@ -266,6 +270,13 @@ class TrainConfig:
             raise ValueError(
                 f"compute_copy is 'optimizer' with mixed_precision {self.mixed_precision!r}, "
                 "expected bf16"
+            )
+        if self.joint_adaln and self.compute_copy != "optimizer":
+            raise ValueError("joint_adaln is set, which needs --compute-copy optimizer")
+        if self.cuda_graph and self.align_decay != "constant":
+            raise ValueError(
+                f"cuda_graph is set with align_decay {self.align_decay!r}, expected constant: a "
+                "graph keeps its numbers"
             )
         self._check_parallel()
         if not 0 <= self.min_learning_rate <= self.learning_rate:

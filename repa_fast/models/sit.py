@@ -9,7 +9,7 @@ Time t lies in [0, 1], 0 is data and 1 is noise; it enters the embedder unscaled
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -290,6 +290,7 @@ class SiT(nn.Module):
             for z_dim in z_dims
         )
         self.ap_head = SimpleHead(hidden_size) if self_align else None
+        self.joint_adaln: Callable[[torch.Tensor], Iterable[torch.Tensor]] | None = None
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
@@ -340,8 +341,8 @@ class SiT(nn.Module):
         residual, c = self._embed(x, t, y, drop)
         projections: list[torch.Tensor] = []
         branch = gate = None
-        for index, block in enumerate(self.blocks, start=1):
-            residual, branch, gate = block(residual, branch, gate, block.adaLN_modulation(c))
+        for index, (block, modulation) in enumerate(zip(self.blocks, self.modulations(c)), start=1):
+            residual, branch, gate = block(residual, branch, gate, modulation)
             if project and heads and index == self.encoder_depth:
                 residual, branch, gate = ops.gate_residual(residual, branch, gate), None, None
                 projections = [head(residual) for head in heads]
@@ -363,9 +364,18 @@ class SiT(nn.Module):
         """
         residual, c = self._embed(x, t, y, drop)
         branch = gate = None
-        for block in self.blocks[:depth]:
-            residual, branch, gate = block(residual, branch, gate, block.adaLN_modulation(c))
+        for block, modulation in zip(self.blocks[:depth], self.modulations(c)):
+            residual, branch, gate = block(residual, branch, gate, modulation)
         return ops.gate_residual(residual, branch, gate)
+
+    def modulations(self, c: torch.Tensor) -> Iterable[torch.Tensor]:
+        """(B, 6D) of each block, from the condition c (B, D); each when its block is next.
+
+        `joint_adaln`, where something has set it, computes all of them at once.
+        """
+        if self.joint_adaln is not None:
+            return self.joint_adaln(c)
+        return (block.adaLN_modulation(c) for block in self.blocks)
 
     def _embed(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, drop: torch.Tensor | None

@@ -5,9 +5,13 @@ optimizer can write it while it holds the weight, for 2. Parameters, gradients a
 the same.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from repa_fast.models.sit import SiT
 
 
 class ReadCopy(torch.autograd.Function):
@@ -43,3 +47,47 @@ def add_copies(model: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
             layer.register_buffer("weight_copy", layer.weight.detach().bfloat16(), persistent=False)
             copies[layer.weight] = layer.weight_copy
     return copies
+
+
+class JointLinear(torch.autograd.Function):
+    """x (B, D) -> (B, L O): L linear layers (O, D) in one product, with their copies.
+
+    The layers' own weights, then their biases, are arguments for the sake of their gradients.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, copy: torch.Tensor, *parameters: torch.Tensor):
+        ctx.save_for_backward(x, copy)
+        ctx.layers = len(parameters) // 2
+        bias = torch.cat(parameters[ctx.layers :]).to(copy.dtype)
+        return torch.addmm(bias, x, copy.t())
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        x, copy = ctx.saved_tensors
+        of_weights = (gradient.t() @ x).float().chunk(ctx.layers)
+        of_biases = gradient.sum(0, dtype=torch.float32).chunk(ctx.layers)
+        return gradient @ copy, None, *of_weights, *of_biases
+
+
+class JointAdaLN:
+    """The adaLN layers of all blocks as one product, under autocast.
+
+    Their copies become parts of one tensor, in which the optimizer goes on to write them.
+    """
+
+    def __init__(self, model: SiT, copies: dict[nn.Parameter, torch.Tensor]) -> None:
+        self._model = model
+        self._layers = [block.adaLN_modulation[1] for block in model.blocks]
+        self._copy = torch.cat([layer.weight_copy for layer in self._layers])
+        for layer, part in zip(self._layers, self._copy.chunk(len(self._layers))):
+            layer.weight_copy = copies[layer.weight] = part
+
+    def __call__(self, c: torch.Tensor) -> Iterable[torch.Tensor]:
+        """(B, 6D) of each block, in the dtype of the copies; fp32, one by one, without autocast."""
+        if not torch.is_autocast_enabled(c.device.type):
+            return (block.adaLN_modulation(c) for block in self._model.blocks)
+        parameters = [layer.weight for layer in self._layers]
+        parameters += [layer.bias for layer in self._layers]
+        x = F.silu(c).to(self._copy.dtype)
+        return JointLinear.apply(x, self._copy, *parameters).chunk(len(self._layers), dim=1)

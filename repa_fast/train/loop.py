@@ -22,13 +22,13 @@ from repa_fast.eval.pictures import save_png
 from repa_fast.models.weights import steps
 from repa_fast.train.checkpoint import Checkpointer
 from repa_fast.train.evaluate import Evaluator
+from repa_fast.train.graph import stepper
 from repa_fast.train.memory import budget, choose_micro_batch
 from repa_fast.train.preview import can_sample, sample_grid
 from repa_fast.train.report import Clock, Reporter, plot_losses
 from repa_fast.train.resume import resume, start_from
 from repa_fast.train.rollback import Setback, judge, roll_back
 from repa_fast.train.state import TrainState, build_state, device_name
-from repa_fast.train.step import train_step
 from repa_fast.train.track import open_tracker
 from repa_fast.train.watch import Watchdog, error_file
 from repa_fast.train.writer import clean
@@ -159,6 +159,7 @@ def run_steps(
     start, last_read = state.step, state.step
     loader = next_loader()
     batches = iter(loader)
+    take_step = stepper(state)
     while True:
         step, new = state.step, state.step > start
         saves.poll()
@@ -192,12 +193,13 @@ def run_steps(
             state.end_alignment()
             loader = next_loader()
             batches = iter(loader)
+            take_step = stepper(state)
             watchdog.compiles()
         watchdog.step(step + 1)
         waited = time.perf_counter()
         batch = next(batches)
         clock.stall(waited)
-        train_step(state, {k: v.to(world.device, non_blocking=True) for k, v in batch.items()})
+        take_step({k: v.to(world.device, non_blocking=True) for k, v in batch.items()})
         if reporter is not None:
             reporter.advance(state.step)
 

@@ -21,7 +21,7 @@ from repa_fast.diffusion.ddpm import trained_path
 from repa_fast.diffusion.path import Path
 from repa_fast.distributed import World
 from repa_fast.models.sit import SiT
-from repa_fast.train.compute_copy import add_copies
+from repa_fast.train.compute_copy import JointAdaLN, add_copies
 from repa_fast.train.kernels import choose_kernels
 from repa_fast.train.metrics import Accumulator
 from repa_fast.train.optim import AdamWEMA, build_optimizer
@@ -168,6 +168,8 @@ def build_state(
         if precision != "bf16":
             raise ValueError("compute_copy is 'optimizer', which needs --mixed-precision bf16")
         copies = add_copies(model)
+        if config.joint_adaln:
+            model.joint_adaln = JointAdaLN(model, copies)
     parallelize(model, emas, config, mesh, AUTOCAST[precision])
     optimizer = build_optimizer(model, emas, config, copies)
     notes.append(f"optimizer: {optimizer.implementation}, {optimizer.reason}")

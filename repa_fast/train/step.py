@@ -145,7 +145,13 @@ def train_step(state: TrainState, batch: Batch) -> None:
 
     A non-finite loss or gradient on any process makes it a no-op on weights, optimizer and average.
     """
-    draws = draw_local(state)
+    state.optimizer.set_lr(learning_rate(state.config, state.step))
+    update(state, batch, draw_local(state))
+    state.step += 1
+
+
+def update(state: TrainState, batch: Batch, draws: Draws) -> None:
+    """The part of a step that is the same for every step: work for the device alone."""
     state.optimizer.zero_grad(set_to_none=True)
     values, denoise = accumulate(state, batch, draws)
     unscale = values.new_ones(())
@@ -153,11 +159,9 @@ def train_step(state: TrainState, batch: Batch) -> None:
         unscale = state.scaler._get_scale_async().reciprocal()
     values[2] = norm = state.optimizer.gradient_norm() * unscale
     bad = state.world.max(1 - torch.isfinite(values[0] + norm).float())
-    state.optimizer.set_lr(learning_rate(state.config, state.step))
     factor = clip_factor(norm, state.config.max_grad_norm) * unscale
     state.optimizer.step(grad_scale=factor, skip=bad)
     if state.scaler.is_enabled():
         record_overflow(state.scaler, state.optimizer, bad)
         state.scaler.update()
     state.metrics.add(values, bad, denoise, draws.t)
-    state.step += 1

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from repa_fast.train import checkpoint
-from repa_fast.train.compute_copy import CopiedLinear
-from repa_fast.train.step import synthetic_batch, train_step
+from repa_fast.train.compute_copy import CopiedLinear, JointLinear
+from repa_fast.train.step import accumulate, draw_local, synthetic_batch, train_step
+from tests.train.conftest import randomise
 
 BF16 = {"mixed_precision": "bf16"}
 
@@ -75,3 +76,65 @@ def test_blocks_with_copies_compile_into_one_graph(make_state):
 def test_it_needs_bf16(make_state, precision):
     with pytest.raises(ValueError, match="compute_copy is 'optimizer'"):
         make_state(compute_copy="optimizer", mixed_precision=precision)
+
+
+def test_one_product_for_all_adaln_layers_is_their_own():
+    """To the rounding of bf16, against fp64 on the same numbers."""
+    torch.manual_seed(0)
+    layers, width, rows = 3, 32, 5
+    x = torch.randn(rows, width).bfloat16().requires_grad_()
+    weights = [torch.randn(6 * width, width, requires_grad=True) for _ in range(layers)]
+    biases = [torch.randn(6 * width, requires_grad=True) for _ in range(layers)]
+    copy = torch.cat(weights).detach().bfloat16()
+    y = JointLinear.apply(x, copy, *weights, *biases)
+    upstream = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, [x, *weights, *biases], upstream)
+
+    exact = [t.detach().double().requires_grad_() for t in (x, copy)]
+    bias = torch.cat(biases).detach().bfloat16().double().requires_grad_()
+    expected = exact[0] @ exact[1].t() + bias
+    x_grad, w_grad, b_grad = torch.autograd.grad(expected, [*exact, bias], upstream.double())
+    close = {"rtol": 2**-8, "atol": 2**-8, "check_dtype": False}  # atol: sums that cancel
+    torch.testing.assert_close(y, expected, **close)
+    torch.testing.assert_close(gradients[0], x_grad, rtol=2**-8, atol=2**-3, check_dtype=False)
+    for found, part in zip(gradients[1:], (*w_grad.chunk(layers), *b_grad.chunk(layers))):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, part, **close)
+
+
+def test_joint_layers_have_the_gradients_of_single_ones(make_state):
+    """To the rounding of bf16: the condition's gradient is summed in fp32 instead of bf16."""
+    found = []
+    for joint in (False, True):
+        state = make_state(compute_copy="optimizer", joint_adaln=joint, **BF16)
+        randomise(state)
+        state.optimizer.write_copies()
+        accumulate(state, batch_of(state), draw_local(state))
+        found.append({name: p.grad for name, p in state.model.named_parameters()})
+    single, joint = found
+    assert single.keys() == joint.keys()
+    for name, expected in single.items():
+        if expected is not None:
+            assert (joint[name] - expected).norm() <= 2**-6 * expected.norm(), name
+
+
+def test_the_optimizer_writes_joint_copies(make_state):
+    state = trained(make_state, compute_copy="optimizer", joint_adaln=True)
+    layers = [block.adaLN_modulation[1] for block in state.model.blocks]
+    for layer in layers:
+        assert torch.equal(layer.weight_copy, layer.weight.bfloat16())
+        assert (
+            layer.weight_copy.untyped_storage().nbytes() == 2 * len(layers) * layer.weight.numel()
+        )
+
+
+def test_joint_layers_are_single_ones_in_fp32(make_state):
+    state = make_state(compute_copy="optimizer", joint_adaln=True, **BF16)
+    c = torch.randn(4, 32)
+    for block, modulation in zip(state.model.blocks, state.model.modulations(c), strict=True):
+        assert torch.equal(modulation, block.adaLN_modulation(c))
+
+
+def test_joint_layers_need_the_optimizers_copies(make_state):
+    with pytest.raises(ValueError, match="joint_adaln is set, which needs --compute-copy"):
+        make_state(joint_adaln=True)

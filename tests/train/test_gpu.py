@@ -8,6 +8,7 @@ import torch
 from repa_fast.configs.presets import digits
 from repa_fast.data.prepare import digits_metadata
 from repa_fast.distributed import World
+from repa_fast.train.graph import FIRST_STEPS, stepper
 from repa_fast.train.memory import choose_micro_batch
 from repa_fast.train.state import build_state
 from repa_fast.train.step import synthetic_batch, train_step
@@ -37,6 +38,26 @@ def test_step_does_not_synchronise_with_the_host(precision, compiled):
         torch.cuda.set_sync_debug_mode("default")
     reading = state.metrics.read(state.world)
     assert reading["loss"] is not None
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_graph_does_what_its_steps_do(joint):
+    options = {"mixed_precision": "bf16", "compute_copy": "optimizer", "joint_adaln": joint}
+    results = []
+    for graphed in (False, True):
+        state = cuda_state(**options, cuda_graph=graphed, lr_schedule="cosine", max_train_steps=20)
+        state.optimizer.write_copies()
+        step = stepper(state)
+        for number in range(FIRST_STEPS + 5):
+            batch, _ = synthetic_batch(state, state.local_batch)
+            batch["moments"].normal_(generator=torch.Generator("cuda").manual_seed(number))
+            batch["image"].random_(0, 256, generator=torch.Generator("cuda").manual_seed(number))
+            step(batch)
+        results.append((state.metrics.read(state.world), list(state.ema.parameters())))
+    (plain, averages), (graph, graph_averages) = results
+    assert graph["skipped"] == 0 and graph["loss"] == pytest.approx(plain["loss"], rel=1e-3)
+    for expected, found in zip(averages, graph_averages, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_bf16_follows_fp32():

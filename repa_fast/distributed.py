@@ -18,11 +18,13 @@ COLLECTIVE_TIMEOUT = 1800.0
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: global rank, number of processes, and its device."""
+    """This process among all: global rank, number of processes, its device, and how long it waits
+    for the others."""
 
     rank: int
     size: int
     device: torch.device
+    timeout: timedelta = timedelta(seconds=COLLECTIVE_TIMEOUT)
 
     @property
     def is_main(self) -> bool:
@@ -100,7 +102,7 @@ def session(timeout: float = COLLECTIVE_TIMEOUT) -> Iterator[World]:
     store = dist.PrefixStore(meet(store, rank, size, timeout), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     try:
-        yield World(rank, size, device)
+        yield World(rank, size, device, limit)
     finally:
         dist.destroy_process_group()
 

@@ -293,6 +293,8 @@ def test_images_per_step_count_the_accumulated_batches():
         ("ema_decay", "-0.1"),
         ("ema_decay", "0.9,1.0"),
         ("seed", -1),
+        ("keep_last", -1),
+        ("eval_every", -1),
         ("micro_batch", -2),
         ("micro_batch", 0),
         ("mixed_precision", "fp8"),
@@ -303,6 +305,12 @@ def test_images_per_step_count_the_accumulated_batches():
 def test_a_config_refuses_what_cannot_run(name, value):
     with pytest.raises(ValueError, match=rf"{name} is .*{value}.*expected"):
         TrainConfig(**{name: value})
+
+
+def test_rollback_needs_a_checkpoint_before_the_newest():
+    with pytest.raises(ValueError, match="keep_last is 1 with rollback, expected 0 or at least 2"):
+        TrainConfig(rollback=1, keep_last=1)
+    TrainConfig(rollback=1, keep_last=2)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,18 @@ POSITIVE = (
     "max_bad_steps",
     "eval_samples",
 )
+NOT_NEGATIVE = (
+    "seed",
+    "warmup_steps",
+    "resume_step",
+    "keep_last",
+    "keep_every",
+    "sampling_steps",
+    "eval_every",
+    "rollback",
+    "watchdog",
+    "data_timeout",
+)
 
 
 @dataclass(kw_only=True)
@@ -284,17 +296,18 @@ class TrainConfig:
                 f"min_learning_rate is {self.min_learning_rate}, expected 0 to learning_rate "
                 f"({self.learning_rate})"
             )
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps is {self.warmup_steps}, expected at least 0")
-        for name in ("rollback", "watchdog", "data_timeout"):
+        for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
+        if self.rollback and self.keep_last == 1:
+            raise ValueError(
+                "keep_last is 1 with rollback, expected 0 or at least 2: a checkpoint is trusted "
+                "once a good reading has followed it"
+            )
         if self.collective_timeout <= 0:
             raise ValueError(
                 f"collective_timeout is {self.collective_timeout}, expected more than 0 seconds"
             )
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}, expected at least 0")
         if self.micro_batch != "auto" and self.micro_batch < 1:
             raise ValueError(f"micro_batch is {self.micro_batch}, expected auto or at least 1")
 

@@ -69,22 +69,25 @@ class Checkpointer:
 
     A save that fails (a full disk, a folder that is read-only) does not stop training, which may
     have cost hours: what it wrote is removed and a warning says why. If the next one fails too,
-    the run stops with CheckpointFailed, as it does at once where the checkpoint is waited for: at
-    the end, on a signal, and when training has diverged.
+    the one after that is waited for, and the run stops with CheckpointFailed if it fails as well.
+    So it does at once where a checkpoint is waited for anyway: at the end, on a signal, and when
+    training has diverged.
 
     Args:
         folder: the run's checkpoints.
+
+    Attributes:
         announce: takes a line about each save; on the first process.
     """
 
-    def __init__(
-        self, folder: Path, world: World, announce: Callable[[str], None] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, world: World) -> None:
         self.folder = folder
         self.world = world
-        self._announce = announce or (lambda line: None)
+        self.announce: Callable[[str], None] = lambda line: None
         # Beside the steps' collectives, a thread's need a group of their own.
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._group = None
+        if world.size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=world.timeout)
         self._save: Save | None = None
         self._failures: list[str] = []  # in a row
         reader.single_process_is_meant()
@@ -100,15 +103,16 @@ class Checkpointer:
         A whole checkpoint of this step is left as it is; a damaged one is written again.
 
         Raises:
-            CheckpointFailed: the last two saves failed; with `wait`, this one did.
+            CheckpointFailed: it failed, with `wait` or after two others that did.
         """
         called = time.perf_counter()
         self.settle()
+        wait = wait or self.failing
         begun = time.perf_counter()
         target = path_of(self.folder, state.step)
         whole = self.world.is_main and (target / MARKER).exists() and not damage(target)
         if self.world.broadcast("whole" if whole else ""):
-            self._announce(f"checkpoint {target} is there already")
+            self.announce(f"checkpoint {target} is there already")
             return target
         settings = {
             COUNTERS: json.dumps(_counters(state), indent=2),
@@ -129,7 +133,7 @@ class Checkpointer:
         if wait:
             done.exception()
             self._save.paused = time.perf_counter() - called
-            self._end()
+            self.settle()
             if self._failures:
                 raise CheckpointFailed(self._failures[-1])
         return target
@@ -137,25 +141,16 @@ class Checkpointer:
     def poll(self) -> None:
         """Announce the save in flight if it has ended; never waits."""
         if self._save is not None and self._save.done.done():
-            self._end()
-
-    def settle(self) -> None:
-        """Wait for the save in flight.
-
-        Raises:
-            CheckpointFailed: it failed, and the one before too.
-        """
-        self._end()
-        if self.failing:
-            raise CheckpointFailed("; ".join(self._failures))
+            self.settle()
 
     def close(self) -> None:
         """Wait for the save in flight, also when training ends in an error."""
-        self._end()
+        self.settle()
         if self._group is not None:
             dist.destroy_process_group(self._group)
 
-    def _end(self) -> None:
+    def settle(self) -> None:
+        """Wait for the save in flight, and announce it or say why it failed."""
         if self._save is None:
             return
         save, self._save = self._save, None
@@ -165,7 +160,7 @@ class Checkpointer:
         if error is None:
             self._failures = []
             seconds = (save.ended or time.perf_counter()) - save.begun
-            self._announce(
+            self.announce(
                 f"checkpoint {save.target} paused the run {1e3 * save.paused:.0f} ms, "
                 f"written in {seconds:.1f} s"
             )
@@ -175,7 +170,7 @@ class Checkpointer:
                 f"checkpoint {save.target} was not written: {reader.reasons(error)} (the newest "
                 f"whole one is {path_of(self.folder, *newest).name if newest else 'none'})"
             )
-            self._announce(f"WARNING: {self._failures[-1]}; a second failure in a row ends the run")
+            self.announce(f"WARNING: {self._failures[-1]}; a third failure in a row ends the run")
 
 
 def save(folder: Path, state: TrainState) -> Path:

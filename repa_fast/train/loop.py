@@ -34,7 +34,7 @@ from repa_fast.train.watch import Watchdog, error_file
 from repa_fast.train.writer import clean
 
 LAUNCH = "torchrun-id"
-"""File in the run's folder with torchrun's id of the launch that trains it."""
+"""File in the run's folder: torchrun's id of the launch that trains it, and where that began."""
 STOP_CHECK_STEPS = 8
 """With several processes, steps between agreeing on whether a signal asked to stop."""
 
@@ -46,7 +46,7 @@ def train(config: TrainConfig) -> Path:
         ValueError: config, dataset or checkpoints do not fit together.
         TrainingDiverged: after `max_bad_steps` consecutive skipped steps, with a checkpoint; or
             after a spike of the loss that no `rollback` is left for.
-        CheckpointFailed: two checkpoints in a row could not be written, or the last one.
+        CheckpointFailed: three checkpoints in a row could not be written, or the last one.
         DataTimeout: a batch has not come within `data_timeout`.
     """
     run = Path(config.output_dir) / config.exp_name
@@ -90,17 +90,17 @@ def train_on(
 ) -> bool:
     """From the state's step to the end, or until it went back to a checkpoint; whether it did."""
     with ExitStack() as stack:
+        saves = Checkpointer(run / "checkpoints", state.world)
         reporter = None
         if state.world.is_main:
             reporter = open_reporter(run, state, total)
             stack.callback(reporter.close)
+            saves.announce = reporter.line
+        stack.callback(saves.close)
 
         def next_loader() -> Loader:
             return stack.enter_context(open_loader(state, dataset, order, total))
 
-        announce = reporter.line if reporter is not None else None
-        saves = Checkpointer(run / "checkpoints", state.world, announce)
-        stack.callback(saves.close)
         try:
             run_steps(
                 state, next_loader, run, reporter, evaluator, saves, total, stopping, watchdog
@@ -163,8 +163,9 @@ def run_steps(
     while True:
         step, new = state.step, state.step > start
         saves.poll()
-        asked = bool(stopping) or saves.failing
-        stop_now = (world.size == 1 or step % STOP_CHECK_STEPS == 0) and world.any(asked)
+        agree = world.size == 1 or step % STOP_CHECK_STEPS == 0
+        stop_now = agree and world.any(bool(stopping))
+        again = agree and world.any(saves.failing)
         done = step >= total
         if new and (step % config.log_every == 0 or done):
             values = read_metrics(state, loader) | clock.read(step - last_read, total - step)
@@ -180,7 +181,7 @@ def run_steps(
             scores = evaluator(state)
             if reporter is not None:
                 reporter.scores(step, scores)
-        if (new and step % config.checkpointing_steps == 0) or done or stop_now:
+        if (new and step % config.checkpointing_steps == 0) or done or stop_now or again:
             saves.save(state, wait=done or stop_now)
         watchdog.resume()
         clock.pause(paused)
@@ -257,19 +258,33 @@ def after_restart(config: TrainConfig, run: Path, world: World) -> TrainConfig:
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if not world.any(restarts > 0) or launch == "none":  # each node counts its own
         return config
-    ours = world.is_main and (run / LAUNCH).exists() and (run / LAUNCH).read_text() == launch
-    if world.any(ours and bool(steps(run / "checkpoints"))):
+    ours = False
+    if world.is_main and (run / LAUNCH).exists():
+        known, began = (run / LAUNCH).read_text().rsplit(maxsplit=1)
+        ours = known == launch and max(steps(run / "checkpoints"), default=0) > int(began)
+    if world.any(ours):
         return dataclasses.replace(config, resume="auto", resume_step=0)
     return config
 
 
 def begin(run: Path, state: TrainState) -> None:
-    """Go on from a checkpoint, or start anew, from given weights if the config names any."""
-    config = state.config
-    source = resume(run / "checkpoints", state)
+    """Go on from a checkpoint, or start anew, from given weights if the config names any.
+
+    Raises:
+        ValueError: as for `resume`, or going on from an older step than the run's newest: the two
+            ways to go on would share a folder.
+    """
+    config, folder = state.config, run / "checkpoints"
+    source = resume(folder, state)
+    newer = [step for step in steps(folder) if step > state.step]
+    if newer and (config.resume_step or config.resume not in ("auto", "never")):
+        raise ValueError(
+            f"{folder} has checkpoints up to step {newer[-1]}, later than {source}: go on from it "
+            f"in a new run (--resume {source} --exp-name NEW), or remove the later ones"
+        )
     notes = []
     if state.world.is_main:
-        notes = [f"removed {half}, which was not complete" for half in clean(run / "checkpoints")]
+        notes = [f"removed {half}, which was not complete" for half in clean(folder)]
     if source is not None:
         notes.append(f"going on from {source}")
     elif config.init_from:
@@ -278,9 +293,10 @@ def begin(run: Path, state: TrainState) -> None:
     if state.world.is_main:
         for note in notes:
             print(note, flush=True)
-        if launch := os.environ.get("TORCHELASTIC_RUN_ID"):
+        launch, file = os.environ.get("TORCHELASTIC_RUN_ID"), run / LAUNCH
+        if launch and not (file.exists() and file.read_text().startswith(f"{launch} ")):
             run.mkdir(parents=True, exist_ok=True)
-            (run / LAUNCH).write_text(launch)
+            file.write_text(f"{launch} {state.step}")
 
 
 def open_reporter(run: Path, state: TrainState, total: int) -> Reporter:

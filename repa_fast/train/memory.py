@@ -101,9 +101,8 @@ def choose_micro_batch(state: TrainState) -> int:
     """Images per forward pass of one process, the same on all.
 
     As configured; or the local batch over the accumulation steps, halved until it fits: on CUDA
-    until a forward and backward
-    pass of that size runs without an out-of-memory error, on CPU until the estimate is at most
-    half of the machine's memory.
+    until a forward and backward pass of that size runs without an out-of-memory error, on CPU until
+    the estimate is at most half of the machine's memory.
     """
     if state.config.micro_batch != "auto":
         return min(state.config.micro_batch, state.local_batch)
@@ -111,6 +110,8 @@ def choose_micro_batch(state: TrainState) -> int:
     fits = _fits_cuda if state.world.device.type == "cuda" else _fits_cpu
     while size > 1 and state.world.any(not fits(state, size)):
         size = -(-size // 2)
+    if state.mesh is not None and state.config.compile:
+        torch._dynamo.reset()  # what stood in was compiled, too, and variants of code are limited
     return size
 
 

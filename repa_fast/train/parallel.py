@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
@@ -76,8 +77,11 @@ def device_mesh(config: TrainConfig, world: World) -> DeviceMesh | None:
     kind = world.device.type
     if size == world.size:
         return init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
-    shape = (world.size // size, size)
-    return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+    shape, names = (world.size // size, size), ("replicate", "shard")
+    mesh = init_device_mesh(kind, shape, mesh_dim_names=names)
+    for name in names:  # which have torch's own timeout otherwise
+        _set_pg_timeout(world.timeout, mesh.get_group(name))
+    return mesh
 
 
 def parallelize(

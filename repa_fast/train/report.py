@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from repa_fast.train.memory import peak_flops
@@ -60,7 +61,8 @@ class Reporter:
 
     def line(self, text: str, *, bar_has_it: bool = False) -> None:
         """A line for log.txt and the terminal; where the bar shows it already, not again."""
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+        with suppress(OSError):  # a full disk is said on the terminal
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
         if self._bar is None:
             print(text, flush=True)
         elif not bar_has_it:

@@ -6,16 +6,16 @@ noise are functions of (seed, step), so data is skipped by an offset of that ste
 with the checkpoint: a run that is resumed after a rollback is the same run.
 """
 
-import shutil
 import statistics
 from pathlib import Path
 
-from repa_fast.models.weights import MARKER, path_of, steps
+from repa_fast.models.weights import path_of, steps
 from repa_fast.train import checkpoint
 from repa_fast.train.checkpoint import Checkpointer, CheckpointFailed
 from repa_fast.train.resume import damage
 from repa_fast.train.spikes import is_spike
 from repa_fast.train.state import TrainState
+from repa_fast.train.writer import remove
 
 
 class TrainingDiverged(RuntimeError):
@@ -58,11 +58,12 @@ def judge(saves: Checkpointer, state: TrainState, values: dict) -> None:
     if config.rollback and state.world.any(bool(spiked)):
         median = statistics.median(history.losses)
         what = f"the loss of denoising is {loss:.4g} at step {step}, after a median of {median:.4g}"
-        source = last_good(saves, state)
         if left <= 0:
             raise TrainingDiverged(f"{what}, after {history.rollbacks} rollbacks (--rollback)")
-        if source is not None:
+        if source := last_good(saves, state):
             raise Setback(what, source)
+        saves.announce(f"WARNING: {what}; there is no good checkpoint to go back to")
+        history.losses = []  # what follows is compared with itself
     elif loss is not None and not values["skipped"]:
         history.add(step, loss)
 
@@ -98,16 +99,15 @@ def last_good(saves: Checkpointer, state: TrainState) -> Path | None:
 def roll_back(folder: Path, state: TrainState, source: Path) -> None:
     """Load `source` into `state`, remove what was saved after it, and skip the data since then.
 
-    A crash in between leaves `source` as the newest checkpoint, from which the same follows again.
+    A crash in between leaves a checkpoint as the newest from which the same follows again.
     """
     next_data, rollbacks = state.data_step, state.history.rollbacks
+    checkpoint.load(source, state)
     if state.world.is_main:
         for step in reversed(steps(folder)):
             if step > int(source.name):
-                (path_of(folder, step) / MARKER).unlink()
-                shutil.rmtree(path_of(folder, step))
+                remove(path_of(folder, step))
     state.world.barrier()
-    checkpoint.load(source, state)
     state.optimizer.write_copies()
     state.history.rollbacks = rollbacks + 1
     state.history.skipped = next_data - state.step

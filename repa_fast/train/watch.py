@@ -72,7 +72,8 @@ class Watchdog:
     def pause(self, what: str) -> None:
         """From now on until `resume` goes on what is no part of the step."""
         now = time.monotonic()
-        self._spent, self._since, self._pause = now - self._since, now, what
+        self._spent = 0.0 if self._pause else now - self._since
+        self._since, self._pause = now, what
 
     def resume(self) -> None:
         """The step goes on."""

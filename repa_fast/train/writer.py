@@ -14,7 +14,6 @@ import shutil
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -56,9 +55,7 @@ class Writer(dcp.FileSystemWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """On the first process, when all have made the directory and none has written."""
-        self._folder = os.open(self.path, os.O_RDONLY)
-        with suppress(OSError):  # not every network file system has locks
-            fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._folder = _locked(self.path)
         (self.path / MARKER).unlink(missing_ok=True)  # first, as in `prune`
         for leftover in self.path.iterdir():
             leftover.unlink()
@@ -85,7 +82,7 @@ class Writer(dcp.FileSystemWriter):
             sums |= own
         write_marker(self.path, sums)
         try:
-            prune(self.path.parent, *self._keep)
+            prune(self.path.parent, int(self.path.name), *self._keep)
         except OSError as error:
             log.warning("old checkpoints in %s were not removed: %s", self.path.parent, error)
 
@@ -120,25 +117,32 @@ def write_marker(target: Path, sums: dict[str, int]) -> None:
     partial.write_text(json.dumps(sums, indent=2))
     _sync(partial)
     partial.replace(target / MARKER)
-    _sync(target)
-    _sync(target.parent)
+    for folder in (target, *target.parents[:2]):  # the run's own may be new, too
+        _sync(folder)
 
 
-def prune(folder: Path, keep_last: int, keep_every: int) -> None:
+def prune(folder: Path, newest: int, keep_last: int, keep_every: int) -> None:
     """Remove complete checkpoints but the last K and those of every N steps; 0 for K keeps all.
 
-    The marker goes first, so that a crash half-way leaves no checkpoint that looks whole.
+    Those after step `newest` do not count: a damaged one was passed over and is written again.
     """
-    for step in steps(folder)[:-keep_last] if keep_last else []:
+    found = [step for step in steps(folder) if step <= newest]
+    for step in found[:-keep_last] if keep_last else []:
         if not (keep_every and step % keep_every == 0):
-            (path_of(folder, step) / MARKER).unlink()
-            shutil.rmtree(path_of(folder, step))
+            remove(path_of(folder, step))
+
+
+def remove(checkpoint: Path) -> None:
+    """The marker goes first, so that a crash half-way leaves no checkpoint that looks whole."""
+    (checkpoint / MARKER).unlink()
+    shutil.rmtree(checkpoint)
 
 
 def clean(folder: Path) -> list[Path]:
     """Remove directories of steps that have no marker and that no process is writing; says which.
 
-    Whoever writes one holds a lock on it, which ends with the process.
+    Whoever writes one holds a lock on it, which ends with the process. Where a file system has no
+    locks for directories nothing is removed, until its step is saved again.
     """
     halves = [
         path
@@ -183,14 +187,33 @@ def _bytes(plan: SavePlan) -> int:
     )
 
 
-def _being_written(path: Path) -> bool:
+def _locked(path: Path) -> int:
+    """A descriptor that holds the lock on a directory, where its file system has locks.
+
+    Raises:
+        OSError: another process holds it.
+    """
     folder = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+    except BlockingIOError as error:
+        os.close(folder)
+        raise OSError(f"{path} is being written by another process") from error
     except OSError:
-        return False
+        pass
+    return folder
+
+
+def _being_written(path: Path) -> bool:
+    """Whether a process writes it, or might: no locks here, or it is gone meanwhile."""
+    try:
+        folder = os.open(path, os.O_RDONLY)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
     finally:
         os.close(folder)
     return False

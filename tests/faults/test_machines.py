@@ -8,12 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import chaos
 from repa_fast.data.official import OfficialFolder
-from repa_fast.data.prepare import export_official
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
@@ -67,15 +67,21 @@ def test_a_nan_on_one_process_is_skipped_by_both(tmp_path):
         assert (found["step"], found["bad_run"]) == (3, 0)
 
 
-def test_a_source_that_hangs_ends_the_run_within_the_limit(digits_dir, tmp_path):
+def test_a_source_that_hangs_ends_the_run_within_the_limit(tmp_path):
     """A pipe that nobody writes to, in the place of a file of latents."""
-    folder = export_official(digits_dir, tmp_path / "official", "train")
-    OfficialFolder(folder)
-    latent = sorted((folder / "vae-sd").rglob("*.npy"))[700]
-    latent.unlink()
-    os.mkfifo(latent)
-    flags = chaos.flags(folder, 100, 5, 2)
-    place = ("--output-dir", tmp_path, "--exp-name", "run", "--batch-size", "300")
-    process = run(sys.executable, "train.py", *flags, *place, "--data-timeout", "2", timeout=90)
+    folder = tmp_path / "official"
+    latents = [f"00000/img-mean-std-{number:08d}.npy" for number in range(40)]
+    (folder / "vae-sd" / "00000").mkdir(parents=True)
+    for latent in latents:
+        np.save(folder / "vae-sd" / latent, np.zeros((8, 4, 4), np.float32))
+    labels = json.dumps({"labels": [[latent, 0] for latent in latents]})
+    (folder / "vae-sd" / "dataset.json").write_text(labels)
+    OfficialFolder(folder)  # so that the run finds them listed
+    hangs = folder / "vae-sd" / latents[7]
+    hangs.unlink()
+    os.mkfifo(hangs)
+    place = ("--output-dir", tmp_path, "--exp-name", "run", "--resolution", "32")
+    flags = (*chaos.flags(folder, 100, 50, 2), *place, "--patch-size", "2", "--data-timeout", "2")
+    process = run(sys.executable, "train.py", *flags, timeout=90)
     assert process.returncode == 1
     assert re.search(r"repa-fast: no batch from .*official.* within 2 s", process.stderr)

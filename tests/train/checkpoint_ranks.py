@@ -71,7 +71,8 @@ def save_while_training(world: World, kind: str, folder: Path) -> dict:
         step(state)
     found = {"saved": everything(state)}
     lines = []
-    saves = checkpoint.Checkpointer(folder, world, lines.append)
+    saves = checkpoint.Checkpointer(folder, world)
+    saves.announce = lines.append
     saves.save(state)
     step(state)
     saves.settle()
@@ -94,7 +95,8 @@ def fail(world: World, folder: Path) -> dict:
     """The disk of the second process is full from the second save on: what is said and raised."""
     state = build(world, "fsdp")
     lines, raised = [], []
-    saves = checkpoint.Checkpointer(folder, world, lines.append)
+    saves = checkpoint.Checkpointer(folder, world)
+    saves.announce = lines.append
     saves.save(state)
     saves.settle()
 
@@ -104,10 +106,10 @@ def fail(world: World, folder: Path) -> dict:
     seal = writer.seal
     if world.rank == 1:
         writer.seal = full
-    for number in (1, 2):
+    for number in (1, 2, 3):
         state.step = number
-        saves.save(state)
         try:
+            saves.save(state)
             saves.settle()
         except checkpoint.CheckpointFailed as error:
             raised.append(f"{number}: {error}")

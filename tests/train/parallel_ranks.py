@@ -225,7 +225,8 @@ def checkpoints(world: World, folder: Path) -> dict:
     if world.is_main:
         export.export(saved, "official", official)
     world.barrier()
-    names = list(checkpoint._tensors(state)["model"])
+    stored = checkpoint.tensors(state)
+    names = [name.removeprefix("model.") for name in stored if name.startswith("model.")]
     train_step(state, local_batch(state, 2))
     found = {"undisturbed": weights(state) | moments(state), "names": names}
     for mode in ({}, FSDP, REPLICATED):

@@ -11,7 +11,7 @@ pytest.importorskip("lance")
 from repa_fast.configs.model import build_model
 from repa_fast.data.prepare import digits_metadata, prepare_digits
 from repa_fast.models import weights
-from repa_fast.train import checkpoint, loop
+from repa_fast.train import checkpoint, graph, loop
 from repa_fast.train.report import read_metrics
 from repa_fast.train.rollback import TrainingDiverged
 
@@ -77,14 +77,14 @@ def test_epochs_bound_the_run(run_config):
 
 
 def test_signal_writes_a_checkpoint_and_returns(run_config, monkeypatch):
-    step = loop.train_step
+    step = graph.train_step
 
     def interrupted(state, batch):
         step(state, batch)
         if state.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(loop, "train_step", interrupted)
+    monkeypatch.setattr(graph, "train_step", interrupted)
     before = signal.getsignal(signal.SIGTERM)
     run = loop.train(run_config())
     assert checkpoint.steps(run / "checkpoints") == [3]
@@ -113,3 +113,15 @@ def test_dataset_and_config_must_fit(run_config):
         loop.train(run_config(num_classes=5))
     with pytest.raises(ValueError, match="no dataset at nowhere"):
         loop.train(run_config(data_dir="nowhere"))
+
+
+def test_an_older_step_is_not_gone_on_from_beside_newer_ones(run_config, tmp_path):
+    run = loop.train(run_config(max_train_steps=4, checkpointing_steps=2, sampling_steps=0))
+    with pytest.raises(ValueError, match=r"up to step 4, later than .*0000002: .*--exp-name NEW"):
+        loop.train(run_config(max_train_steps=6, resume_step=2, sampling_steps=0))
+    assert weights.steps(run / "checkpoints") == [2, 4]
+    older = str(run / "checkpoints" / "0000002")
+    other = loop.train(
+        run_config(exp_name="other", max_train_steps=3, resume=older, sampling_steps=0)
+    )
+    assert weights.steps(other / "checkpoints") == [3]

@@ -166,6 +166,7 @@ def test_two_ranks_equal_one_process(digits_dir, undisturbed, tmp_path):
     assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] == STEPS
 
 
+@pytest.mark.slow
 def test_two_ranks_compiled(digits_dir, undisturbed, tmp_path):
     finish(command(digits_dir, tmp_path, ranks=2, extra=["--compile"]))
     ours, theirs = curve(tmp_path / "run"), curve(undisturbed)

@@ -282,19 +282,21 @@ def meeting_of_two_among_three(store: dist.Store) -> None:
 @pytest.mark.parametrize(
     "restarts, launch, saved, resumes",
     [
-        ("1", "job", True, True),
-        ("0", "job", True, False),
-        ("1", "other", True, False),
-        ("1", "job", False, False),
-        ("1", "none", True, False),
+        ("1", "job 0", True, True),
+        ("1", "job 4", True, False),
+        ("0", "job 0", True, False),
+        ("1", "other 0", True, False),
+        ("1", "job 0", False, False),
+        ("1", "none 0", True, False),
     ],
 )
 def test_a_restart_goes_on_from_what_its_own_launch_saved(
     tmp_path, monkeypatch, restarts, launch, saved, resumes
 ):
-    """`other`: a start that was refused because of another launch's checkpoints."""
+    """`other`: a start that was refused because of another launch's checkpoints; `job 4`: a launch
+    that went on from step 4 by name, and has saved nothing since."""
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none" if launch == "none" else "job")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none" if launch == "none 0" else "job")
     (tmp_path / loop.LAUNCH).write_text(launch)
     if saved:
         (tmp_path / "checkpoints" / "0000004").mkdir(parents=True)

@@ -9,7 +9,7 @@ pytest.importorskip("lance")
 
 from repa_fast.data.order import SampleOrder
 from repa_fast.data.prepare import prepare_digits
-from repa_fast.train import checkpoint, loop, spikes
+from repa_fast.train import checkpoint, graph, loop, spikes
 from repa_fast.train.report import read_metrics
 from repa_fast.train.rollback import TrainingDiverged
 from repa_fast.train.spikes import History, is_spike
@@ -73,7 +73,7 @@ class Recorder:
 def record(monkeypatch):
     def install(**options) -> Recorder:
         recorder = Recorder(**options)
-        monkeypatch.setattr(loop, "train_step", recorder)
+        monkeypatch.setattr(graph, "train_step", recorder)
         return recorder
 
     return install
@@ -200,6 +200,7 @@ def test_a_checkpoint_without_a_good_reading_after_it_is_not_trusted(
     assert steps.state.history.skipped == noticed - source
 
 
+@pytest.mark.slow
 def test_rollbacks_run_out(run_config, record, tmp_path):
     """The data of steps 17, 20 and 22 spoils the weights; the third time is one too many."""
     steps = record(poisoned=[17, 20, 22])
@@ -232,11 +233,12 @@ def test_a_damaged_checkpoint_is_passed_over(run_config, record, monkeypatch, tm
             shard.write_bytes(shard.read_bytes()[:-1])
         stepped(state, batch)
 
-    monkeypatch.setattr(loop, "train_step", damaging)
+    monkeypatch.setattr(graph, "train_step", damaging)
     loop.train(run_config())
     assert [s for s, _, _ in steps.seen] == [*range(19), *range(10, STEPS)]
 
 
+@pytest.mark.slow
 def test_encoders_that_were_dropped_are_not_gone_back_to(run_config, record):
     """Alignment ends at 16, after the last checkpoint; before, going back is fine."""
     aligned = {"enc_type": "digits-vit", "align_until": 16, "max_train_steps": 20}

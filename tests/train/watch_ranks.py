@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from repa_fast.distributed import session
-from repa_fast.train import loop
+from repa_fast.train import graph, loop
 from repa_fast.train.state import TrainState
 from repa_fast.train.step import train_step
 from tests.train.conftest import tiny_config
@@ -20,7 +20,7 @@ TIMEOUT = 3.0
 
 def train(folder: Path, name: str, step, **overrides) -> None:
     """A run whose steps are `step`(state, batch)."""
-    loop.train_step = step
+    graph.train_step = step
     values = {"data_dir": os.environ["DIGITS"], "output_dir": str(folder), "exp_name": name}
     values |= {"enc_type": "none", "max_train_steps": 24, "log_every": 1}
     loop.train(tiny_config(**values | overrides))

@@ -262,7 +262,7 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         self._check_alignment()
-        if (self.model.startswith("DiT"), self.objective) == (True, "flow"):
+        if self.model.startswith("DiT") and self.objective == "flow":
             raise ValueError(f"model is {self.model}, expected --objective ddpm with it")
         if self.objective == "ddpm" and self.prediction != "v":
             raise ValueError(

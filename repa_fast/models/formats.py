@@ -16,7 +16,8 @@ import torch
 
 from repa_fast.contracts import expect_choice
 from repa_fast.distributed import shard_like
-from repa_fast.models.sit import PATCH_SIZES, SIZES, T_FREQUENCIES
+from repa_fast.models.embed import T_FREQUENCIES
+from repa_fast.models.sit import PATCH_SIZES, SIZES
 from repa_fast.models.weights import read_native
 
 State = dict[str, torch.Tensor]
@@ -113,31 +114,16 @@ def read_file(path: Path) -> dict:
         raise ValueError(f"{path} is not a readable torch checkpoint ({error})") from error
 
 
-def read_weights(
-    path: Path,
-    origin: str = "repa",
-    *,
-    with_head: bool = False,
-    learn_sigma: bool = False,
-    prediction: str = "v",
-) -> State:
+def read_weights(path: Path, origin: str = "repa", **kept: bool | str) -> State:
     """The weights for sampling in a file or native checkpoint: the average where there is one.
 
     Args:
         path: .pt, .safetensors, or the directory of a native checkpoint.
-        origin: "repa" for REPA's and ours; "sit" for the original SiT, whose time and sign run the
-            other way and are turned; "dit" for the original DiT, whose trunk alone means the same.
-        with_head: keep SRA's head.
-        learn_sigma: for a DiT, which also predicts variances.
-        prediction: of the model; a velocity changes its sign with the direction of time.
-
-    Returns:
-        fp32 tensors in our names and, for "sit", in our convention of time.
+        origin, kept: as for `normalise`, which says what is returned.
 
     Raises:
-        ValueError: unreadable, not a SiT or DiT, or of another origin than said.
+        ValueError: unreadable, or as for `normalise`.
     """
-    kept = {"with_head": with_head, "learn_sigma": learn_sigma, "prediction": prediction}
     if path.is_dir():
         return normalise(read_native(path, "ema."), origin, **kept)
     contents = read_file(path)
@@ -157,8 +143,16 @@ def normalise(
 ) -> State:
     """A state dict as it lies in a file -> our names, shapes and convention of time.
 
-    `with_head` keeps SRA's head, which only training needs; `learn_sigma` the second half of the
-    output channels, DiT's variance.
+    Args:
+        state: of a file or a part of it.
+        origin: "repa" for REPA's and ours; "sit" for the original SiT, whose time and sign run the
+            other way and are turned; "dit" for the original DiT, whose trunk alone means the same.
+        with_head: keep SRA's head, which only training needs.
+        learn_sigma: keep the second half of the output channels, DiT's variances.
+        prediction: of the model; a velocity changes its sign with the direction of time.
+
+    Raises:
+        ValueError: not a SiT or DiT, or of another origin than said.
     """
     expect_choice("origin", origin, ORIGINS)
     expect_choice("prediction", prediction, tuple(SIGN_REVERSED))

@@ -151,11 +151,9 @@ def build_state(
         )
     mesh = device_mesh(config, world)
     configure_backends(config)
-    precision = config.mixed_precision
-    if precision == "auto":
-        precision = "bf16" if world.device.type == "cuda" else "no"
+    dtype = autocast_dtype(config, world.device)
     model = build_model(config, metadata).to(world.device)
-    notes = choose_kernels(config, model, AUTOCAST[precision] or torch.float32, world)
+    notes = choose_kernels(config, model, dtype or torch.float32, world)
     emas = [copy.deepcopy(model).eval().requires_grad_(False) for _ in config.ema_decays]
     specs = encoders.specs(config.enc_type)
     aligned = ["sra"] if config.align == "sra" else [spec.name for spec in specs]
@@ -165,12 +163,10 @@ def build_state(
     features = choose_features(config, specs, columns or {})
     copies = {}
     if config.compute_copy == "optimizer":
-        if precision != "bf16":
-            raise ValueError("compute_copy is 'optimizer', which needs --mixed-precision bf16")
         copies = add_copies(model)
         if config.joint_adaln:
             model.joint_adaln = JointAdaLN(model, copies)
-    parallelize(model, emas, config, mesh, AUTOCAST[precision])
+    parallelize(model, emas, config, mesh, dtype)
     optimizer = build_optimizer(model, emas, config, copies)
     notes.append(f"optimizer: {optimizer.implementation}, {optimizer.reason}")
     state = TrainState(
@@ -187,9 +183,9 @@ def build_state(
         encoders={},
         features=features,
         optimizer=optimizer,
-        scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16),
         metrics=Accumulator(others, world.device),
-        autocast_dtype=AUTOCAST[precision],
+        autocast_dtype=dtype,
         vae=None if can_decode(metadata) else VAE(config.vae_path or metadata.vae),
         micro_batch=0,
         notes=notes,
@@ -197,6 +193,20 @@ def build_state(
     if not encoders_later:
         state.load_encoders()
     return state
+
+
+def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
+    """Of forward passes; None is fp32.
+
+    Raises:
+        ValueError: the optimizer shall write copies in bf16, and that is not what is computed in.
+    """
+    precision = config.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "no"
+    if config.compute_copy == "optimizer" and precision != "bf16":
+        raise ValueError("compute_copy is 'optimizer', which needs --mixed-precision bf16")
+    return AUTOCAST[precision]
 
 
 def choose_features(

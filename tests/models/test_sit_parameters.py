@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from repa_fast.models.sit import SiT, sincos_position_embedding, size
+from repa_fast.models.embed import sincos_position_embedding
+from repa_fast.models.sit import SiT, size
 from repa_fast.testing import seeded
 
 SMALL = {

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from repa_fast.diffusion.draws import draw
 from repa_fast.diffusion.path import linear
-from repa_fast.models.sit import LabelEmbedder
+from repa_fast.models.embed import LabelEmbedder
 from repa_fast.train.step import accumulate, draw_local, synthetic_batch, train_step
 
 

@@ -30,5 +30,5 @@ def digits_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def whole(digits_dir, tmp_path_factory):
     run = tmp_path_factory.mktemp("whole") / "run"
-    flags = chaos.flags(digits_dir, STEPS, chaos.SAVE_EVERY, chaos.LOG_EVERY)
+    flags = chaos.flags(digits_dir, STEPS, chaos.SAVE_EVERY, chaos.LOG_EVERY, "--parallel fsdp")
     return Whole(run, flags, chaos.undisturbed(flags, run)["start_seconds"])

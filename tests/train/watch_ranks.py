@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from repa_fast.distributed import session
 from repa_fast.train import graph, loop
@@ -13,6 +14,7 @@ from repa_fast.train.state import TrainState
 from repa_fast.train.step import train_step
 from tests.train.conftest import tiny_config
 
+STEPS = 24
 POISONED = 17
 FAILING = 5
 TIMEOUT = 3.0
@@ -22,12 +24,12 @@ def train(folder: Path, name: str, step, **overrides) -> None:
     """A run whose steps are `step`(state, batch)."""
     graph.train_step = step
     values = {"data_dir": os.environ["DIGITS"], "output_dir": str(folder), "exp_name": name}
-    values |= {"enc_type": "none", "max_train_steps": 24, "log_every": 1}
+    values |= {"enc_type": "none", "max_train_steps": STEPS, "log_every": 1}
     loop.train(tiny_config(**values | overrides))
 
 
 def going_back(folder: Path) -> dict:
-    """A run with a spike that this process alone sees: its own loss is higher, after that data."""
+    """A sharded run that spikes after some data, and saves while it trains."""
     seen, found = [], {}
 
     def step(state: TrainState, batch: dict) -> None:
@@ -38,11 +40,14 @@ def going_back(folder: Path) -> dict:
         if spoilt:
             with torch.no_grad():
                 state.model.final_layer.linear.bias.add_(3)
+        if state.step == STEPS:
+            found["weights"] = {
+                name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+                for name, tensor in state.model.state_dict().items()
+            }
 
-    train(folder, "back", step, rollback=1, checkpointing_steps=5)
-    state = found["state"]
-    weights = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
-    return {"seen": seen, "history": state.history, "weights": weights}
+    train(folder, "back", step, rollback=1, checkpointing_steps=5, parallel="fsdp")
+    return {"seen": seen, "history": found["state"].history, "weights": found["weights"]}
 
 
 def waiting(rank: int) -> dict:

@@ -53,6 +53,7 @@ def test_a_read_only_folder_is_named_in_one_line(disk):
     assert "Read-only file system" in disk["finished, read-only"]
 
 
+@pytest.mark.slow
 def test_a_nan_on_one_process_is_skipped_by_both(tmp_path):
     out = tmp_path / "found"
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")

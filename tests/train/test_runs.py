@@ -127,6 +127,7 @@ def killed_and_resumed(arguments: list[str], moments: list[tuple[int, float]]) -
     finish(arguments)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_run_is_bit_identical(digits_dir, undisturbed, tmp_path):
     killed_and_resumed(command(digits_dir, tmp_path), [(8, 0.01), (24, 0.0)])
     assert_bit_identical(tmp_path / "run", undisturbed)
@@ -160,6 +161,7 @@ def assert_close_curves(run: Path, undisturbed: Path) -> None:
             assert a[name] == pytest.approx(b[name], abs=1e-6, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_process(digits_dir, undisturbed, tmp_path):
     finish(command(digits_dir, tmp_path, ranks=2))
     assert_close_curves(tmp_path / "run", undisturbed)

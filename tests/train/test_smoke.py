@@ -14,8 +14,6 @@ from repa_fast.train import checkpoint
 from repa_fast.train.state import TrainState, build_state
 from repa_fast.train.step import synthetic_batch, train_step
 
-pytestmark = pytest.mark.xdist_group("distributed")
-
 
 def fresh(config) -> TrainState:
     state = build_state(config, expected_metadata(config), World(0, 1, torch.device("cpu")))

@@ -78,8 +78,8 @@ def report(rows: list[dict]) -> str:
         "Mean over seeds (lowest to highest). The vanilla projector keeps its initial weights, so",
         "its cosine is that of a random map; it does not measure what the hidden states hold.",
         "",
-        "| variant | step | " + " | ".join(MEASURES.values()) + " | nearest training digit |",
-        "|---|---|" + "---|" * (len(MEASURES) + 1),
+        "| variant | step | seeds | " + " | ".join(MEASURES.values()) + " | nearest training digit |",
+        "|---|---|---|" + "---|" * (len(MEASURES) + 1),
     ]
     for variant in VARIANTS:
         for step in steps_of(rows, variant):
@@ -87,7 +87,8 @@ def report(rows: list[dict]) -> str:
                 cell(values_of(rows, variant, step, measure))
                 for measure in (*MEASURES, "nearest_neighbour")
             ]
-            lines.append(f"| {variant} | {step} | " + " | ".join(cells) + " |")
+            seeds = len(values_of(rows, variant, step, "step"))
+            lines.append(f"| {variant} | {step} | {seeds} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", "![curves](curves.png)", ""])
 
 

@@ -78,7 +78,7 @@ def report(rows: list[dict]) -> str:
         "Mean over seeds (lowest to highest). The vanilla projector keeps its initial weights, so",
         "its cosine is that of a random map; it does not measure what the hidden states hold.",
         "",
-        "| variant | step | seeds | " + " | ".join(MEASURES.values()) + " | nearest training digit |",
+        " | ".join(("| variant", "step", "seeds", *MEASURES.values(), "nearest training digit |")),
         "|---|---|---|" + "---|" * (len(MEASURES) + 1),
     ]
     for variant in VARIANTS:

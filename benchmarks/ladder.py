@@ -47,6 +47,7 @@ from repa_fast.configs import presets
 from repa_fast.data.features import FeatureColumn
 from repa_fast.data.loader import Batch
 from repa_fast.diffusion.draws import Draws
+from repa_fast.testing import randomise
 from repa_fast.train.state import TrainState
 from repa_fast.train.step import synthetic_batch
 
@@ -130,19 +131,10 @@ def prepare(rung: Rung, arguments: argparse.Namespace, folder: Path) -> TrainSta
         changes["columns"] = {column.name: column for column in columns}
     torch.manual_seed(0)
     state = build(arguments, folder, **changes)
-    randomise(state)
-    return state
-
-
-def randomise(state: TrainState) -> None:
-    """Layers that begin at zero ~ N(0, 0.02), by the same numbers for every rung."""
-    generator = torch.Generator(state.world.device).manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in state.model.named_parameters():
-            if "adaLN" in name or "final_layer" in name:
-                parameter.normal_(std=0.02, generator=generator)
+    randomise(state.model)
     state.ema.load_state_dict(state.model.state_dict())
     state.optimizer.write_copies()
+    return state
 
 
 def expected_loss(state: TrainState) -> float:

@@ -102,3 +102,13 @@ def random_encoder_weights(enc_type: str, resolution: int, folder: Path) -> str:
         files.append(str(folder / f"{spec.name}.pth"))
         torch.save(module.vit.state_dict(), files[-1])
     return ",".join(files)
+
+
+@torch.no_grad()
+def randomise(model: torch.nn.Module) -> None:
+    """adaLN and final weights ~ N(0, 0.02), always the same; at zero most gradients vanish."""
+    parameters = dict(model.named_parameters())
+    generator = torch.Generator(next(iter(parameters.values())).device).manual_seed(1)
+    for name, parameter in parameters.items():
+        if "adaLN" in name or "final_layer" in name:
+            parameter.normal_(std=0.02, generator=generator)

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from repa_fast import testing
 from repa_fast.configs.config import TrainConfig
 from repa_fast.configs.presets import digits
 from repa_fast.data.prepare import digits_metadata
@@ -47,10 +48,6 @@ def make_state():
 
 
 def randomise(state: TrainState) -> None:
-    """adaLN and final weights of model and average ~ N(0, 0.02); at zero most gradients vanish."""
-    generator = torch.Generator(state.world.device).manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in state.model.named_parameters():
-            if "adaLN" in name or "final_layer" in name:
-                parameter.normal_(std=0.02, generator=generator)
-        state.ema.load_state_dict(state.model.state_dict())
+    """As repa_fast.testing's, of model and average."""
+    testing.randomise(state.model)
+    state.ema.load_state_dict(state.model.state_dict())

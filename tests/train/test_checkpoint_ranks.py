@@ -1,10 +1,5 @@
 """Checkpoints of several processes: sharded or not, read by as many as there are."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
@@ -18,10 +13,10 @@ from repa_fast.train import checkpoint, writer
 from repa_fast.train.export import export
 from tests.train import checkpoint_ranks
 from tests.train.checkpoint_ranks import FAILING, LOADS, SAVED, SAVES
+from tests.train.launching import torchrun
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
-ROOT = Path(__file__).parents[2]
 WORLD = World(0, 1, torch.device("cpu"))
 
 
@@ -29,12 +24,7 @@ WORLD = World(0, 1, torch.device("cpu"))
 def out(tmp_path_factory):
     """The folder with the checkpoints of all jobs and what each process found."""
     folder = tmp_path_factory.mktemp("ranks")
-    env = {**os.environ, "OUT": str(folder), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-    process = subprocess.run(
-        [*command, "-m", "tests.train.checkpoint_ranks"], cwd=ROOT, env=env, capture_output=True,
-        text=True, timeout=240,
-    )  # fmt: skip
+    process = torchrun("tests.train.checkpoint_ranks", 4, OUT=str(folder))
     assert process.returncode == 0, process.stderr
     return folder
 

@@ -1,10 +1,6 @@
 """Every objective on two processes, and compiled: the same losses as one process, eager."""
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +11,11 @@ pytest.importorskip("timm")
 
 from repa_fast.distributed import World
 from tests.train import objective_ranks
+from tests.train.launching import torchrun
 from tests.train.objective_ranks import OBJECTIVES, STEPS, UNTIL
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
-ROOT = Path(__file__).parents[2]
 WORLD = World(0, 1, torch.device("cpu"))
 COMPILED = ("repa",)
 """The others cost time; test_guards.py compiles more of them in less."""
@@ -35,12 +31,7 @@ def alone(name):
 def ranks(tmp_path_factory):
     """Of each of two processes, {objective: (metrics of each step, final weights)}."""
     out = tmp_path_factory.mktemp("ranks") / "found"
-    env = {**os.environ, "OUT": str(out), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = subprocess.run(
-        [*command, "-m", "tests.train.objective_ranks"], cwd=ROOT, env=env, capture_output=True,
-        text=True, timeout=240,
-    )  # fmt: skip
+    process = torchrun("tests.train.objective_ranks", 2, OUT=str(out))
     assert process.returncode == 0, process.stderr
     return [torch.load(f"{out}.{rank}") for rank in range(2)]
 

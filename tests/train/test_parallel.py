@@ -2,11 +2,7 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +17,7 @@ from repa_fast.train.memory import budget
 from repa_fast.train.parallel import checkpoint_activations, shard_count
 from tests.train import parallel_ranks
 from tests.train.conftest import tiny_config
+from tests.train.launching import torchrun
 from tests.train.parallel_ranks import (
     ALONE,
     CASES,
@@ -35,19 +32,13 @@ from tests.train.parallel_ranks import (
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
-ROOT = Path(__file__).parents[2]
 LR = 1e-4
 
 
 def launch(folder, part, processes):
     """What each of several processes found."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    env |= {"OUT": str(folder), "PART": part}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={processes}", "-m", "tests.train.parallel_ranks"]
-    process = subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900
-    )
+    module, where = "tests.train.parallel_ranks", {"OUT": str(folder), "PART": part}
+    process = torchrun(module, processes, timeout=900, **where)
     assert process.returncode == 0, process.stderr
     return [torch.load(folder / f"found.{rank}") for rank in range(processes)]
 

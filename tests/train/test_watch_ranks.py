@@ -1,10 +1,6 @@
 """Two processes: going back together, and who is to blame."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,24 +10,18 @@ pytest.importorskip("lance")
 from repa_fast.data.order import SampleOrder
 from repa_fast.data.prepare import prepare_digits
 from repa_fast.train.spikes import History
+from tests.train.launching import torchrun
 from tests.train.watch_ranks import TIMEOUT
 
 pytestmark = pytest.mark.xdist_group("distributed")
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
     """(torchrun's stderr, folder of what the processes left)."""
     folder = tmp_path_factory.mktemp("ranks")
-    env = {**os.environ, "OUT": str(folder), "DIGITS": str(prepare_digits(folder / "digits"))}
-    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = subprocess.run(
-        [*command, "-m", "tests.train.watch_ranks"], cwd=ROOT, env=env, capture_output=True,
-        text=True, timeout=240,
-    )  # fmt: skip
+    digits = str(prepare_digits(folder / "digits"))
+    process = torchrun("tests.train.watch_ranks", 2, OUT=str(folder), DIGITS=digits)
     assert process.returncode == 1, process.stderr
     return process.stderr, folder
 

@@ -257,6 +257,7 @@ class Baseline:
 
     def step(self, batch: Batch) -> None:
         """One optimizer step."""
+        batch = {n: tensor.to(self.world.device, non_blocking=True) for n, tensor in batch.items()}
         denoise, aligned = self.losses(batch, self.draw(len(batch["label"])))
         loss = denoise + self.config.proj_coeff * aligned
         self.scaler.scale(loss).backward()

@@ -8,6 +8,9 @@
     f  + one matrix product for the adaLN layers of all blocks
     g  + the step as one CUDA graph; on a GPU only
     h  rung e with features from the dataset instead of the encoder
+    i  rung e with the residual stream in bf16
+    j  rung e with the encoder on a stream of its own, beside the optimizer; on a GPU only
+    k  rung e with the compiler's own matrix products where it finds them faster
 
 Rungs run one after another in one process, each with its own warm-up, on the same weights and the
 same batch; a rung whose loss differs from that of plain fp32 gets no figure (h has features of its
@@ -17,7 +20,6 @@ one report. On a CPU rung a computes in fp32, and bf16 may be slower than that.
 
 import argparse
 import gc
-import itertools
 import sys
 import tempfile
 import time
@@ -39,6 +41,7 @@ from benchmarks.step import (
     build,
     figures,
     parser,
+    repeated,
     results_folder,
     settings,
 )
@@ -90,6 +93,13 @@ RUNGS = {
         "+ one CUDA graph", config=ONE_PASS | {"joint_adaln": True, "cuda_graph": True}, cuda=True
     ),
     "h": Rung("(e) + cached features", config=ONE_PASS, cached=True),
+    "i": Rung("(e) + residual stream in bf16", config=ONE_PASS | {"residual_dtype": "bf16"}),
+    "j": Rung(
+        "(e) + encoder beside the optimizer",
+        config=ONE_PASS | {"encoder_stream": True},
+        cuda=True,
+    ),
+    "k": Rung("(e) + max-autotune", config=ONE_PASS | {"compile_mode": "max-autotune"}),
 }
 
 
@@ -120,10 +130,10 @@ def feature_columns(preset: str) -> list[FeatureColumn]:
 def prepare(rung: Rung, arguments: argparse.Namespace, folder: Path) -> TrainState:
     """What a rung begins with: the same weights for all, none of them zero."""
     changes = {
-        **rung.config,
         "compile": rung.compiled and not arguments.eager,
         "mixed_precision": precision(rung, arguments.device),
         "attention": "sdpa" if rung.plain else "auto",
+        **rung.config,
     }
     if rung.cached:
         columns = feature_columns(arguments.preset)
@@ -171,7 +181,7 @@ def measure(rung: Rung, arguments: argparse.Namespace) -> dict:
         notes = [] if rung.plain else state.notes
         del state, draws
         free()  # what the rival does not need of the state
-        feed = Feed(itertools.repeat(batch), stepper.world.device)
+        feed = Feed(repeated(batch))
         found = figures(stepper, feed, arguments, Path(folder) / "trace.json")
     return {**settings(stepper, arguments), **found, "loss": loss, "notes": notes}
 

@@ -25,7 +25,8 @@ STEP_RUNS = (
     ("ladder", "--batch", "32", "--rung", "a"),
     ("ladder", "--batch", "32", "--rung", "e"),
     ("ladder", "--batch", "256", "--rung", "e", "--steps", "20"),
-    *(("ladder", "--batch", "32", "--rung", rung) for rung in ("f", "g", "d", "c", "b", "h")),
+    ("parity", "--batch", "32"),
+    *(("ladder", "--batch", "32", "--rung", rung) for rung in "fgijdckbh"),
     *(("step", "--preset", f"sit-{size}2-repa", "--compile") for size in "bl"),
     ("sra", "--compile"),
 )
@@ -94,8 +95,9 @@ def step() -> int:
     """The ladder of SiT-XL/2 with REPA, then the other sizes, as far as the time goes.
 
     What the goals speak of comes first: the rival and the last rung with its encoder at batch 32,
-    then that rung at 256; the rungs between and the cached features after them. A process each, so
-    that memory and compiled code are of one alone; all write into one report.
+    then that rung at 256 and its parity with fp32; the rungs beside and between and the cached
+    features after them. A process each, so that memory and compiled code are of one alone; rungs
+    write into one report.
     """
     started = time.monotonic()
     status = 0

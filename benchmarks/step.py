@@ -1,8 +1,8 @@
 """The real training step: `python -m benchmarks.step --preset sit-xl2-repa --compile`.
 
 Encoder online with random weights (its speed does not depend on them), forward, losses, backward,
-clip, optimizer, average. The batch is made up and stays on the device, or batches come from the
-real pipeline (`--data photographs`, or a dataset's folder), with the time a step waits for one.
+clip, optimizer, average. The batch is made up and lies in the host's memory, or batches come from
+the real pipeline (`--data photographs`, or a dataset's folder), with the time a step waits for one.
 Prints a report, appends a JSON row and writes report.md and shares.png beside it.
 `python -m benchmarks.ladder` measures the same step one change at a time, from a rival up.
 """
@@ -129,7 +129,7 @@ def open_batches(
     """The batches of all steps."""
     if not arguments.data:
         batch, _ = synthetic_batch(state, state.local_batch)
-        yield itertools.repeat(batch)
+        yield repeated(batch)
         return
     where = Path(arguments.data)
     if arguments.data == "photographs":
@@ -150,16 +150,24 @@ def open_batches(
 
 
 class Feed:
-    """Batches on the device, and the seconds that were waited for them."""
+    """The batches, and the seconds that were waited for them."""
 
-    def __init__(self, batches: Iterator[Batch], device: torch.device) -> None:
-        self.batches, self.device, self.waited = batches, device, 0.0
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self.batches, self.waited = batches, 0.0
 
     def __call__(self) -> Batch:
         before = time.perf_counter()
         batch = next(self.batches)
         self.waited += time.perf_counter() - before
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        return batch
+
+
+def repeated(batch: Batch) -> Iterator[Batch]:
+    """The same batch for ever, where a loader would leave it: on the host."""
+    host = {name: tensor.cpu() for name, tensor in batch.items()}
+    if torch.cuda.is_available():
+        host = {name: tensor.pin_memory() for name, tensor in host.items()}
+    return itertools.repeat(host)
 
 
 def step_times(
@@ -276,7 +284,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         stepper = Ours(state)
         with open_batches(state, arguments, Path(folder)) as batches:
             trace = arguments.trace or Path(folder) / "trace.json"
-            found = figures(stepper, Feed(batches, state.world.device), arguments, trace)
+            found = figures(stepper, Feed(batches), arguments, trace)
     row = {"rung": "", "status": "ok", **settings(stepper, arguments), **found}
     return {**row, "notes": state.notes, **stamp()}
 

@@ -129,6 +129,10 @@ class TrainConfig:
     """Who makes the bf16 copies of weights: autocast at every forward pass, or the optimizer."""
     joint_adaln: bool = False
     """One matrix product for the adaLN layers of all blocks, with COMPUTE_COPY optimizer."""
+    residual_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of the residual stream while training; bf16 halves its traffic and rounds every addition."""
+    encoder_stream: bool = False
+    """Run encoders on a CUDA stream of their own, beside the optimizer of the step before."""
     cuda_graph: bool = False
     """Replay the training step as one CUDA graph, in a single process."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
@@ -137,6 +141,8 @@ class TrainConfig:
     """Attention backend; auto times those whose gradients are right, and takes the fastest."""
     compile: bool = False
     """torch.compile each block (fullgraph)."""
+    compile_mode: Literal["default", "max-autotune"] = "default"
+    """max-autotune also times the compiler's own matrix products; the first step takes minutes."""
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
     """Several processes: a copy of weights and optimizer state on each (ddp), one sharded over all
     (fsdp), or one on each node, sharded over its processes (hsdp)."""
@@ -289,6 +295,13 @@ class TrainConfig:
             raise ValueError(
                 f"cuda_graph is set with align_decay {self.align_decay!r}, expected constant: a "
                 "graph keeps its numbers"
+            )
+        if self.cuda_graph and self.encoder_stream:
+            raise ValueError("cuda_graph is set with encoder_stream, expected one of them")
+        if self.residual_dtype == "bf16" and self.mixed_precision not in ("auto", "bf16"):
+            raise ValueError(
+                f"residual_dtype is 'bf16' with mixed_precision {self.mixed_precision!r}, expected "
+                "bf16"
             )
         self._check_parallel()
         if not 0 <= self.min_learning_rate <= self.learning_rate:

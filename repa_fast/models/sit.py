@@ -228,6 +228,7 @@ class SiT(nn.Module):
         )
         self.ap_head = SimpleHead(hidden_size) if self_align else None
         self.joint_adaln: Callable[[torch.Tensor], Iterable[torch.Tensor]] | None = None
+        self.residual_dtype: torch.dtype | None = None  # at least fp32
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
@@ -295,7 +296,9 @@ class SiT(nn.Module):
         *,
         depth: int,
     ) -> torch.Tensor:
-        """The hidden state (B, N, D), fp32, after block `depth` (1-based); later blocks do not run.
+        """The hidden state (B, N, D) after block `depth` (1-based), in the residual stream's dtype.
+
+        Later blocks do not run.
 
         Other arguments and errors as for `forward`.
         """
@@ -321,6 +324,8 @@ class SiT(nn.Module):
         self._check_latents(x)
         tokens = self.x_embedder(x)
         residual = tokens.to(torch.promote_types(tokens.dtype, torch.float32)) + self.pos_embed
+        if self.residual_dtype is not None:
+            residual = residual.to(self.residual_dtype)
         return residual, self.t_embedder(t) + self.y_embedder(y, drop)
 
     def unpatchify(self, patches: torch.Tensor) -> torch.Tensor:

@@ -52,13 +52,13 @@ class GraphedStep:
         state.optimizer.set_lr(learning_rate(state.config, state.step))
         draws = draw_local(state)
         if self._inputs is None:
-            held = {name: tensor.clone() for name, tensor in batch.items()}
+            held = {name: tensor.clone().to(state.world.device) for name, tensor in batch.items()}
             own = Draws(*(field.clone() for field in draws))
             self._inputs = held, own
             self._replay = self._record(lambda: update(state, held, own))
         held, own = self._inputs
-        names = list(held)
-        torch._foreach_copy_([held[n] for n in names], [batch[n] for n in names])
+        for name, tensor in held.items():
+            tensor.copy_(batch[name], non_blocking=True)
         torch._foreach_copy_(list(own), list(draws))
         self._replay()
         state.step += 1

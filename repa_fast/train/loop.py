@@ -200,7 +200,7 @@ def run_steps(
         waited = time.perf_counter()
         batch = next(batches)
         clock.stall(waited)
-        take_step({k: v.to(world.device, non_blocking=True) for k, v in batch.items()})
+        take_step(batch)
         if reporter is not None:
             reporter.advance(state.step)
 

@@ -42,6 +42,10 @@ KEPT = [
 """What selective checkpointing does not compute again: linear layers and torch's own attention."""
 
 
+COMPILE_MODES = {"default": None, "max-autotune": "max-autotune-no-cudagraphs"}
+"""torch.compile's modes; its own CUDA graphs would be of single blocks."""
+
+
 def shard_count(config: TrainConfig, processes: int) -> int:
     """Processes that share a copy of weights and optimizer state; 1 is no sharding.
 
@@ -103,7 +107,7 @@ def parallelize(
     if config.compile:
         teacher = averages[0].blocks[: config.block_out_t] if config.align == "sra" else []
         for block in (*model.blocks, *teacher):
-            block.compile(fullgraph=True)
+            block.compile(fullgraph=True, mode=COMPILE_MODES[config.compile_mode])
     if mesh is None:
         return
     shard(model, config, mesh, dtype, reshard=config.reshard_after_forward, reshard_last=False)

@@ -26,6 +26,7 @@ from repa_fast.train.kernels import choose_kernels
 from repa_fast.train.metrics import Accumulator
 from repa_fast.train.optim import AdamWEMA, build_optimizer
 from repa_fast.train.parallel import (
+    COMPILE_MODES,
     device_mesh,
     parallelize,
     shard_encoder,
@@ -33,6 +34,7 @@ from repa_fast.train.parallel import (
     wrap,
 )
 from repa_fast.train.spikes import History
+from repa_fast.train.streams import Beside, InTurn
 
 AUTOCAST = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -50,6 +52,7 @@ class TrainState:
         encoders: frozen modules by name, in the order of the model's projectors; none where batches
             carry their features.
         features: the columns of features that batches carry, in that order.
+        encoding: where encoders run.
         scaler: active for fp16 only.
         vae: for sample grids, not loaded yet; None where the latents are pixels.
         notes: lines about how the run computes, for the log.
@@ -69,6 +72,7 @@ class TrainState:
     ema: SiT
     more_emas: list[SiT]
     encoders: dict[str, nn.Module]
+    encoding: InTurn | Beside
     features: list[FeatureColumn]
     optimizer: AdamWEMA
     scaler: torch.amp.GradScaler
@@ -108,7 +112,11 @@ class TrainState:
             if self.config.shard_encoder and self.mesh is not None:
                 shard_encoder(encoder, self.mesh, compiled=self.config.compile)
             elif self.config.compile:
-                encoder.compile()
+                encoder.compile(mode=COMPILE_MODES[self.config.compile_mode])
+
+    def encode(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Patch tokens (B, N, width) of each encoder, of images (B, 3, R, R) uint8."""
+        return [encoder(images) for encoder in self.encoders.values()]
 
     def end_alignment(self) -> None:
         """Drop the encoders; heads get no gradients from here on, and DDP expects none."""
@@ -155,6 +163,10 @@ def build_state(
     model = build_model(config, metadata).to(world.device)
     notes = choose_kernels(config, model, dtype or torch.float32, world)
     emas = [copy.deepcopy(model).eval().requires_grad_(False) for _ in config.ema_decays]
+    if config.residual_dtype == "bf16":
+        if dtype is not torch.bfloat16:
+            raise ValueError("residual_dtype is 'bf16', which needs --mixed-precision bf16")
+        model.residual_dtype = dtype
     specs = encoders.specs(config.enc_type)
     aligned = ["sra"] if config.align == "sra" else [spec.name for spec in specs]
     others = [f"align/{name}" for name in aligned]
@@ -181,6 +193,7 @@ def build_state(
         ema=emas[0],
         more_emas=emas[1:],
         encoders={},
+        encoding=Beside(world.device) if config.encoder_stream else InTurn(),
         features=features,
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16),

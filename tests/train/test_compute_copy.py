@@ -138,3 +138,32 @@ def test_joint_layers_are_single_ones_in_fp32(make_state):
 def test_joint_layers_need_the_optimizers_copies(make_state):
     with pytest.raises(ValueError, match="joint_adaln is set, which needs --compute-copy"):
         make_state(joint_adaln=True)
+
+
+def test_a_bf16_residual_stream_is_the_models_alone(make_state):
+    state = make_state(residual_dtype="bf16", mixed_precision="bf16")
+    seen = []
+    state.model.blocks[1].register_forward_hook(lambda block, given, out: seen.append(out[0].dtype))
+    accumulate(state, batch_of(state), draw_local(state))
+    x, t, y = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 1])
+    with state.autocast():
+        average = state.ema.hidden(x, t, y, depth=2)
+    assert seen == [torch.bfloat16] and average.dtype == torch.float32
+
+
+def test_a_bf16_residual_stream_rounds_every_addition(make_state):
+    """Six of them, each by 2^-9 at most: gradients move by about as much as under autocast."""
+    found = []
+    for residual in ("fp32", "bf16"):
+        state = make_state(residual_dtype=residual, mixed_precision="bf16")
+        accumulate(state, batch_of(state), draw_local(state))
+        found.append({n: p.grad for n, p in state.model.named_parameters() if p.requires_grad})
+    for name, expected in found[0].items():
+        assert 0 < (found[1][name] - expected).norm() <= 2**-4 * expected.norm(), name
+
+
+def test_a_bf16_residual_stream_needs_bf16(make_state):
+    with pytest.raises(ValueError, match="residual_dtype is 'bf16', which needs --mixed-precision"):
+        make_state(residual_dtype="bf16")
+    with pytest.raises(ValueError, match="with mixed_precision 'fp16', expected bf16"):
+        make_state(residual_dtype="bf16", mixed_precision="fp16")

@@ -60,6 +60,25 @@ def test_a_graph_does_what_its_steps_do(joint):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
+def test_encoders_beside_the_optimizer_give_the_same_run():
+    """Batches come from pinned memory and change, so that a copy too early or late would show."""
+    results = []
+    for beside in (False, True):
+        state = cuda_state(mixed_precision="bf16", encoder_stream=beside)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(12):
+            batch, _ = synthetic_batch(state, state.local_batch)
+            host = {name: tensor.cpu() for name, tensor in batch.items()}
+            host["moments"].normal_(generator=generator)
+            host["image"].random_(0, 256, generator=generator)
+            train_step(state, {name: tensor.pin_memory() for name, tensor in host.items()})
+        results.append((state.metrics.read(state.world), list(state.model.parameters())))
+    (plain, parameters), (streamed, streamed_parameters) = results
+    assert streamed["skipped"] == 0 and streamed["loss"] == pytest.approx(plain["loss"], rel=1e-3)
+    for expected, found in zip(parameters, streamed_parameters, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
 def test_bf16_follows_fp32():
     losses = {}
     for precision in ("no", "bf16"):

@@ -64,3 +64,10 @@ def test_what_a_graph_cannot_do_is_refused(make_state):
         GraphedStep(state, lambda work: work)
     with pytest.raises(ValueError, match="align_decay 'linear', expected constant"):
         make_state(cuda_graph=True, align_decay="linear", align_until=5)
+    with pytest.raises(ValueError, match="cuda_graph is set with encoder_stream"):
+        make_state(cuda_graph=True, encoder_stream=True)
+
+
+def test_a_stream_for_encoders_needs_cuda(make_state):
+    with pytest.raises(ValueError, match="encoder_stream is set on cpu, expected cuda"):
+        make_state(encoder_stream=True)

@@ -40,6 +40,7 @@ from benchmarks.step import (
     append,
     build,
     figures,
+    first_step,
     parser,
     repeated,
     results_folder,
@@ -175,6 +176,7 @@ def measure(rung: Rung, arguments: argparse.Namespace) -> dict:
         stepper: Stepper = Ours(state)
         if rung.plain:
             stepper = Baseline(state, tuned=rung.plain == "tuned", compiled=state.config.compile)
+        before = time.perf_counter()
         loss = stepper.loss_of(batch, draws)
         if expected and abs(loss / expected - 1) > LOSS_TOLERANCE:
             raise RuntimeError(f"loss {loss:.4f} where plain fp32 has {expected:.4f}")
@@ -182,8 +184,10 @@ def measure(rung: Rung, arguments: argparse.Namespace) -> dict:
         del state, draws
         free()  # what the rival does not need of the state
         feed = Feed(repeated(batch))
+        first_step(stepper, feed)
+        start = {"first_step_seconds": time.perf_counter() - before}
         found = figures(stepper, feed, arguments, Path(folder) / "trace.json")
-    return {**settings(stepper, arguments), **found, "loss": loss, "notes": notes}
+    return {**settings(stepper, arguments), **start, **found, "loss": loss, "notes": notes}
 
 
 def free() -> None:

@@ -140,7 +140,7 @@ def open_batches(
         dataset,
         SampleOrder(len(dataset), arguments.batch, 0),
         start=0,
-        stop=arguments.warmup + arguments.steps + HOST_STEPS + PROFILED + 1,
+        stop=1 + arguments.warmup + arguments.steps + HOST_STEPS + PROFILED + 1,
         images=bool(state.encoders),
         num_workers=arguments.threads,
         pin_memory=state.world.device.type == "cuda",
@@ -168,6 +168,15 @@ def repeated(batch: Batch) -> Iterator[Batch]:
     if torch.cuda.is_available():
         host = {name: tensor.pin_memory() for name, tensor in host.items()}
     return itertools.repeat(host)
+
+
+def first_step(stepper: Stepper, feed: Feed) -> float:
+    """Seconds of a step that compiles what is not compiled yet."""
+    before = time.perf_counter()
+    stepper.step(feed())
+    if stepper.world.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - before
 
 
 def step_times(
@@ -284,8 +293,10 @@ def measure(arguments: argparse.Namespace) -> dict:
         stepper = Ours(state)
         with open_batches(state, arguments, Path(folder)) as batches:
             trace = arguments.trace or Path(folder) / "trace.json"
-            found = figures(stepper, Feed(batches), arguments, trace)
-    row = {"rung": "", "status": "ok", **settings(stepper, arguments), **found}
+            feed = Feed(batches)
+            start = {"first_step_seconds": first_step(stepper, feed)}
+            found = figures(stepper, feed, arguments, trace)
+    row = {"rung": "", "status": "ok", **settings(stepper, arguments), **start, **found}
     return {**row, "notes": state.notes, **stamp()}
 
 

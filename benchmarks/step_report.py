@@ -76,6 +76,7 @@ def figures(rows: list[dict]) -> list[str]:
     heads = (
         *("step", "precision", "ms p20", "p50", "p80", "images/s", "GFLOP/image"),
         *("MFU", "of the matrix product measured", "peak GiB", "host ms", "launches", "stall ms"),
+        "first step s",
     )
     body = [
         (
@@ -90,6 +91,7 @@ def figures(rows: list[dict]) -> list[str]:
             f"{row['host_ms']:.2f}",
             "none" if row["launches"] is None else f"{row['launches']:,.0f}",
             f"{row['stall_ms']:.2f}",
+            f"{row['first_step_seconds']:.1f}",
         )
         for row in rows
     ]
@@ -98,6 +100,7 @@ def figures(rows: list[dict]) -> list[str]:
         for row in {(row["steps"], row["warmup"]): row for row in rows}.values()
     ]
     note = "; ".join(notes) + ". Host ms: until a step returns, the device idle before."
+    note += " First step: with all that it compiles; less where a compiler's cache has it."
     if rows[0]["launches"] is None:
         note += " On a CPU the peak is the process's, and the host is what computes."
     return [*grid(heads, body), note, ""]

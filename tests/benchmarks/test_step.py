@@ -193,6 +193,7 @@ def test_a_run_writes_a_row_a_report_a_picture_and_a_trace(tmp_path, capsys):
     for name in ("GEMM", "attention", "other elementwise", "optimizer", "encoder", "idle"):
         assert 0 < parts[name] < row["profiled_ms"], name
     assert row["peak_memory_gib"] > 0.1 and row["host_ms"] == row["ms_p50"]
+    assert row["first_step_seconds"] > row["ms_p20"] / 1e3
     text = (tmp_path / "report.md").read_text()
     assert_report(text, row)
     assert row["command"] in capsys.readouterr().out
@@ -281,7 +282,9 @@ def test_a_wrong_loss_or_an_impossible_rung_gets_no_figure_and_the_next_one_runs
 
 def row_of(**changes):
     row = dict.fromkeys(("ms_p20", "ms_p80", "images_per_second", "gflop_per_image"), 1.0)
-    row |= dict.fromkeys(("mfu_of_matmul", "matmul_tflop_per_s", "peak_memory_gib"), 1.0)
+    row |= dict.fromkeys(
+        ("first_step_seconds", "mfu_of_matmul", "matmul_tflop_per_s", "peak_memory_gib"), 1.0
+    )
     row |= {"preset": "sit-xl2-repa", "batch": 32, "micro_batch": 32, "rung": "a", "what": "x"}
     row |= {"status": "ok", "ms_p50": 90.0, "mfu": 0.1, "launches": 9876.0, "stall_ms": 0.0}
     row |= {"host_ms": 80.0, "profiled_ms": 95.0, "steps": 50, "warmup": 10, "compile": False}

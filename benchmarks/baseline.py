@@ -206,7 +206,7 @@ class Baseline:
         self.encoders, self.micro_batch, self.tuned = state.encoders, state.local_batch, tuned
         self.precision = state.autocast_dtype
         with state.world.device:  # where drawing the initial weights takes no time
-            self.model = PlainSiT(model_arguments(state.config, state.metadata))
+            self.model = self.new_model(model_arguments(state.config, state.metadata))
         self.model.load_state_dict(state.model.state_dict())
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         if compiled:
@@ -225,6 +225,10 @@ class Baseline:
         self.scaler = torch.amp.GradScaler(state.world.device.type, enabled=scales)
         self.loss = torch.zeros(())
 
+    def new_model(self, arguments: dict) -> nn.Module:
+        """The model, from the arguments of repa_fast.models.sit.SiT."""
+        return PlainSiT(arguments)
+
     def draw(self, size: int) -> Draws:
         """The randomness of a step: times on the host, the rest on the device."""
         device = self.world.device
@@ -235,17 +239,29 @@ class Baseline:
         drop = torch.rand(size, device=device) < self.config.cfg_prob
         return Draws(t, noise, posterior_noise, drop, offset=t)
 
+    def autocast(self) -> torch.autocast:
+        """The precision of model and encoders."""
+        enabled = self.precision is not None
+        return torch.autocast(self.world.device.type, self.precision, enabled=enabled)
+
+    def clean(self, batch: Batch, noise: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, h, w) drawn from the posterior that the batch describes."""
+        mean, std = batch["moments"].chunk(2, dim=1)
+        return (mean + std * noise) * self.metadata.scale + self.metadata.bias
+
+    @torch.no_grad()
+    def targets(self, batch: Batch) -> list[torch.Tensor]:
+        """Patch tokens (B, N, features) of each encoder."""
+        with self.autocast(), record_function("encoder"):
+            return [encoder(batch["image"]) for encoder in self.encoders.values()]
+
     def losses(self, batch: Batch, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean losses of velocity and alignment, 0-d."""
-        mean, std = batch["moments"].chunk(2, dim=1)
-        clean = (mean + std * draws.posterior_noise) * self.metadata.scale + self.metadata.bias
+        clean = self.clean(batch, draws.posterior_noise)
         t = draws.t.view(-1, 1, 1, 1)
         noisy, velocity = (1 - t) * clean + t * draws.noise, draws.noise - clean
-        with torch.autocast(
-            self.world.device.type, self.precision, enabled=self.precision is not None
-        ):
-            with torch.no_grad(), record_function("encoder"):
-                targets = [encoder(batch["image"]) for encoder in self.encoders.values()]
+        targets = self.targets(batch)
+        with self.autocast():
             prediction, projections = self.model(noisy, draws.t, batch["label"], draws.drop)
         single = torch.promote_types(clean.dtype, torch.float32)
         prediction, projections = prediction.to(single), [p.to(single) for p in projections]
@@ -255,10 +271,14 @@ class Baseline:
         aligned = at_once if self.tuned else sample_by_sample
         return denoise, aligned(projections, targets)
 
+    def drawn_losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of a step's own draws."""
+        return self.losses(batch, self.draw(len(batch["label"])))
+
     def step(self, batch: Batch) -> None:
         """One optimizer step."""
         batch = {n: tensor.to(self.world.device, non_blocking=True) for n, tensor in batch.items()}
-        denoise, aligned = self.losses(batch, self.draw(len(batch["label"])))
+        denoise, aligned = self.drawn_losses(batch)
         loss = denoise + self.config.proj_coeff * aligned
         self.scaler.scale(loss).backward()
         with record_function("optimizer"):

@@ -11,6 +11,7 @@
     i  rung e with the residual stream in bf16
     j  rung e with the encoder on a stream of its own, beside the optimizer; on a GPU only
     k  rung e with the compiler's own matrix products where it finds them faster
+    o  the released code's own model and loss, from `--official FOLDER`: what rung a stands for
 
 Rungs run one after another in one process, each with its own warm-up, on the same weights and the
 same batch; a rung whose loss differs from that of plain fp32 gets no figure (h has features of its
@@ -20,6 +21,7 @@ one report. On a CPU rung a computes in fp32, and bf16 may be slower than that.
 
 import argparse
 import gc
+import os
 import sys
 import tempfile
 import time
@@ -33,6 +35,7 @@ import torch
 from benchmarks import step_report
 from benchmarks.baseline import Baseline
 from benchmarks.environment import stamp
+from benchmarks.official import Official
 from benchmarks.step import (
     Feed,
     Ours,
@@ -66,7 +69,8 @@ class Rung:
 
     Attributes:
         what: it changes.
-        plain: the rival's recipe: "", "recipe" as released, "tuned".
+        base: the rung that it changes.
+        plain: the rival's recipe: "", "recipe" as released, "tuned"; "official" is the release.
         compiled: torch.compile.
         cached: features come with the batch.
         cuda: there is no such rung on a CPU.
@@ -74,6 +78,7 @@ class Rung:
     """
 
     what: str
+    base: str = ""
     plain: str = ""
     compiled: bool = True
     cached: bool = False
@@ -83,30 +88,31 @@ class Rung:
 
 STOCK = {"optimizer_impl": "torch", "compute_copy": "autocast"}
 ONE_PASS = {"optimizer_impl": "auto", "compute_copy": "optimizer"}
+JOINT = ONE_PASS | {"joint_adaln": True}
 RUNGS = {
     "a": Rung("the paper's recipe", plain="recipe", compiled=False),
-    "b": Rung("+ bf16, one loss, fused AdamW, no host reads", plain="tuned", compiled=False),
-    "c": Rung("+ torch.compile", plain="tuned"),
-    "d": Rung("+ our kernels", config=STOCK),
-    "e": Rung("+ one-pass optimizer, bf16 copy", config=ONE_PASS),
-    "f": Rung("+ one product for all adaLN layers", config=ONE_PASS | {"joint_adaln": True}),
-    "g": Rung(
-        "+ one CUDA graph", config=ONE_PASS | {"joint_adaln": True, "cuda_graph": True}, cuda=True
-    ),
-    "h": Rung("(e) + cached features", config=ONE_PASS, cached=True),
-    "i": Rung("(e) + residual stream in bf16", config=ONE_PASS | {"residual_dtype": "bf16"}),
+    "b": Rung("+ bf16, one loss, fused AdamW, no host reads", "a", plain="tuned", compiled=False),
+    "c": Rung("+ torch.compile", "b", plain="tuned"),
+    "d": Rung("+ our kernels", "c", config=STOCK),
+    "e": Rung("+ one-pass optimizer, bf16 copy", "d", config=ONE_PASS),
+    "f": Rung("+ one product for all adaLN layers", "e", config=JOINT),
+    "g": Rung("+ one CUDA graph", "f", config=JOINT | {"cuda_graph": True}, cuda=True),
+    "h": Rung("(e) + cached features", "e", config=ONE_PASS, cached=True),
+    "i": Rung("(e) + bf16 residual stream", "e", config=ONE_PASS | {"residual_dtype": "bf16"}),
     "j": Rung(
         "(e) + encoder beside the optimizer",
+        "e",
         config=ONE_PASS | {"encoder_stream": True},
         cuda=True,
     ),
-    "k": Rung("(e) + max-autotune", config=ONE_PASS | {"compile_mode": "max-autotune"}),
+    "k": Rung("(e) + max-autotune", "e", config=ONE_PASS | {"compile_mode": "max-autotune"}),
+    "o": Rung("the released code", "a", plain="official", compiled=False),
 }
 
 
 def precision(rung: Rung, device: str) -> str:
     """Of a rung: the recipe's is fp16, on a CPU fp32."""
-    if rung.plain == "recipe":
+    if rung.plain in ("recipe", "official"):
         return "no" if device == "cpu" else "fp16"
     return "bf16"
 
@@ -173,9 +179,7 @@ def measure(rung: Rung, arguments: argparse.Namespace) -> dict:
         state = prepare(rung, arguments, Path(folder))
         batch, draws = probe(state)
         expected = None if rung.cached else expected_loss(state)
-        stepper: Stepper = Ours(state)
-        if rung.plain:
-            stepper = Baseline(state, tuned=rung.plain == "tuned", compiled=state.config.compile)
+        stepper = new_stepper(rung, state, arguments)
         before = time.perf_counter()
         loss = stepper.loss_of(batch, draws)
         if expected and abs(loss / expected - 1) > LOSS_TOLERANCE:
@@ -188,6 +192,15 @@ def measure(rung: Rung, arguments: argparse.Namespace) -> dict:
         start = {"first_step_seconds": time.perf_counter() - before}
         found = figures(stepper, feed, arguments, Path(folder) / "trace.json")
     return {**settings(stepper, arguments), **start, **found, "loss": loss, "notes": notes}
+
+
+def new_stepper(rung: Rung, state: TrainState, arguments: argparse.Namespace) -> Stepper:
+    """What takes a rung's steps."""
+    if rung.plain == "official":
+        return Official(state, arguments.official)
+    if rung.plain:
+        return Baseline(state, tuned=rung.plain == "tuned", compiled=state.config.compile)
+    return Ours(state)
 
 
 def free() -> None:
@@ -208,8 +221,11 @@ def climb(arguments: argparse.Namespace, folder: Path) -> list[dict]:
         rung, before = RUNGS[name], time.monotonic()
         if rung.cuda and arguments.device == "cpu":
             continue
+        if rung.plain == "official" and not arguments.official:
+            print(f"rung {name} left out: --official names no folder", flush=True)
+            continue
         skipped = " (not compiled)" if rung.compiled and arguments.eager else ""
-        head = {"rung": name, "what": rung.what + skipped, **stamp()}
+        head = {"rung": name, "bases": bases(rung), "what": rung.what + skipped, **stamp()}
         try:
             row = {**head, "status": "ok", **measure(rung, arguments)}
         except Exception as error:  # compilers raise anything; the next rung may run
@@ -227,6 +243,15 @@ def climb(arguments: argparse.Namespace, folder: Path) -> list[dict]:
     return rows
 
 
+def bases(rung: Rung) -> list[str]:
+    """The rung that a rung changes, the one that that changes, and so on."""
+    found = []
+    while rung.base:
+        found.append(rung.base)
+        rung = RUNGS[rung.base]
+    return found
+
+
 def line(row: dict) -> str:
     """A row as it passes."""
     head = f"({row['rung']}) {row['what']}"
@@ -241,11 +266,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parser(__doc__.splitlines()[0], "sit-xl2-repa")
     flags.add_argument("--rung", nargs="+", choices=RUNGS, default=list(RUNGS))
     flags.add_argument("--eager", action="store_true", help="compile nothing, for a quick look")
+    released = os.environ.get("REPA_OFFICIAL")
+    text = "folder of the released code, for rung o; else that of REPA_OFFICIAL"
+    flags.add_argument("--official", type=Path, default=released and Path(released), help=text)
     flags.add_argument("--limit", type=float, default=1e9, help="seconds; begins nothing later")
     flags.set_defaults(micro_batch=0, data="")
     arguments = flags.parse_args(argv)
     folder = results_folder("ladder", arguments)
     rows = climb(arguments, folder)
+    if not rows:
+        return 0
     print(step_report.markdown(step_report.read(folder / "rows.jsonl")))
     print(folder)
     return int(any(row["status"] != "ok" for row in rows))

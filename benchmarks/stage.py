@@ -22,7 +22,7 @@ KERNELS_MEASURE, KERNELS_END = 390, 455
 """Seconds after which gpu-kernels measures no further op, and after which it has ended."""
 
 STEP_RUNS = (
-    ("ladder", "--batch", "32", "--rung", "a"),
+    ("ladder", "--batch", "32", "--rung", "a", "o"),
     ("ladder", "--batch", "32", "--rung", "e"),
     ("ladder", "--batch", "256", "--rung", "e", "--steps", "20"),
     ("parity", "--batch", "32"),

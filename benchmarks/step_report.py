@@ -119,16 +119,15 @@ def shares(rows: list[dict]) -> list[str]:
 
 
 def ladder(rows: list[dict]) -> list[str]:
-    """Each rung against the first and against the one before it, by medians."""
-    rungs = [row for row in rows if row["rung"]]
-    first = next((row for row in rungs if row["rung"] == RIVAL), None)
-    body, previous = [], None
-    for row in rungs:
-        ratios = (times(other, row) for other in (first, previous))
+    """Each rung against the first and against the one that it changes, by medians."""
+    rungs = {row["rung"]: row for row in rows if row["rung"]}
+    body = []
+    for row in rungs.values():
+        base = next((rungs[name] for name in row["bases"] if name in rungs), None)
+        ratios = (times(other, row) for other in (rungs.get(RIVAL), base))
         body.append((f"({row['rung']}) {row['what']}", f"{row['ms_p50']:.2f}", *ratios))
-        previous = row
-    lines = grid(("rung", "ms p50", f"times ({RIVAL})", "times the one before"), body)
-    for row in rungs:
+    lines = grid(("rung", "ms p50", f"times ({RIVAL})", "times the one it changes"), body)
+    for row in rungs.values():
         on_gpu = row["launches"] is not None
         if on_gpu and all(row[name] == value for name, value in FLOOR.items()):
             lines += [

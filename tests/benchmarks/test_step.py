@@ -234,6 +234,47 @@ def test_the_ladder_has_every_rung_and_its_ratios(tmp_path, capsys):
     assert "floor" not in text
 
 
+def test_every_rung_changes_one_that_there_is():
+    assert ladder.bases(ladder.RUNGS["g"]) == ["f", "e", "d", "c", "b", "a"]
+    assert [name for name, rung in ladder.RUNGS.items() if not ladder.bases(rung)] == ["a"]
+
+
+RELEASED = """
+import torch
+from benchmarks import baseline
+
+class SiT(baseline.PlainSiT):
+    def __init__(self, decoder_hidden_size, class_dropout_prob, use_cfg, fused_attn, qk_norm, **kw):
+        super().__init__(kw)
+        self.num_classes = kw["num_classes"]
+
+    def forward(self, x, t, y):
+        return super().forward(x, t, y, torch.zeros_like(y, dtype=torch.bool))
+"""
+LOSS = """
+class SILoss:
+    def __call__(self, model, images, model_kwargs, zs):
+        t = images.new_full((len(images),), 0.5)
+        prediction, projections = model(images, t, **model_kwargs)
+        return prediction.square().flatten(1).mean(1), sum(p.mean() for p in projections)
+"""
+
+
+def test_the_released_code_is_a_rung_where_its_folder_is_named(tmp_path, capsys):
+    arguments = [*DIGITS, "--out", str(tmp_path / "out"), "--rung", "o"]
+    assert ladder.main(arguments) == 0
+    assert "rung o left out: --official names no folder" in capsys.readouterr().out
+    folder = tmp_path / "released"
+    (folder / "models").mkdir(parents=True)
+    assert ladder.main([*arguments, "--official", str(folder)]) == 1
+    assert f"ValueError: {folder} has no loss.py, expected a folder" in capsys.readouterr().out
+    (folder / "models" / "sit.py").write_text(RELEASED)
+    (folder / "loss.py").write_text(LOSS)
+    assert ladder.main([*arguments, "--official", str(folder)]) == 0, capsys.readouterr().out
+    (row,) = step_report.read(tmp_path / "out" / "rows.jsonl")
+    assert row["status"] == "ok" and row["bases"] == ["a"]
+
+
 def test_while_the_rival_is_timed_the_projects_model_is_gone(tmp_path, monkeypatch):
     seen = {}
 
@@ -289,6 +330,7 @@ def row_of(**changes):
     row |= {"status": "ok", "ms_p50": 90.0, "mfu": 0.1, "launches": 9876.0, "stall_ms": 0.0}
     row |= {"host_ms": 80.0, "profiled_ms": 95.0, "steps": 50, "warmup": 10, "compile": False}
     row |= {"precision": "float16", "data": "made up", "command": "c", "notes": []}
+    row["bases"] = []
     row["ms_by_category"] = dict.fromkeys(CATEGORIES, 10.0)
     return {**row, **dict.fromkeys(step_report.STAMP, "?"), **changes}
 
@@ -350,7 +392,7 @@ def test_the_stage_begins_with_the_goals_and_ends_in_its_time(monkeypatch):
         if program == "benchmarks.ladder"
         for options in [flags(arguments)]
     ]
-    assert measured[:3] == [(32, "a"), (32, "e"), (256, "e")]
+    assert measured[:3] == [(32, "a", "o"), (32, "e"), (256, "e")]
     assert len(begun) == 8 and all(end < 480 for _, end in begun)
 
 

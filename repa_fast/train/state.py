@@ -163,21 +163,11 @@ def build_state(
     model = build_model(config, metadata).to(world.device)
     notes = choose_kernels(config, model, dtype or torch.float32, world)
     emas = [copy.deepcopy(model).eval().requires_grad_(False) for _ in config.ema_decays]
-    if config.residual_dtype == "bf16":
-        if dtype is not torch.bfloat16:
-            raise ValueError("residual_dtype is 'bf16', which needs --mixed-precision bf16")
-        model.residual_dtype = dtype
     specs = encoders.specs(config.enc_type)
     aligned = ["sra"] if config.align == "sra" else [spec.name for spec in specs]
-    others = [f"align/{name}" for name in aligned]
-    if config.objective == "ddpm":
-        others.insert(0, "variational")
+    others = ["variational"] * (config.objective == "ddpm") + [f"align/{n}" for n in aligned]
     features = choose_features(config, specs, columns or {})
-    copies = {}
-    if config.compute_copy == "optimizer":
-        copies = add_copies(model)
-        if config.joint_adaln:
-            model.joint_adaln = JointAdaLN(model, copies)
+    copies = reduce_precision(model, config)
     parallelize(model, emas, config, mesh, dtype)
     optimizer = build_optimizer(model, emas, config, copies)
     notes.append(f"optimizer: {optimizer.implementation}, {optimizer.reason}")
@@ -208,17 +198,30 @@ def build_state(
     return state
 
 
+def reduce_precision(model: SiT, config: TrainConfig) -> dict[nn.Parameter, torch.Tensor]:
+    """Let the model compute with what the config asks for beside autocast; {weight: its copy}."""
+    if config.residual_dtype == "bf16":
+        model.residual_dtype = torch.bfloat16
+    if config.compute_copy == "autocast":
+        return {}
+    copies = add_copies(model)
+    if config.joint_adaln:
+        model.joint_adaln = JointAdaLN(model, copies)
+    return copies
+
+
 def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
     """Of forward passes; None is fp32.
 
     Raises:
-        ValueError: the optimizer shall write copies in bf16, and that is not what is computed in.
+        ValueError: copies or residual stream shall be bf16, and that is not what is computed in.
     """
     precision = config.mixed_precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "no"
-    if config.compute_copy == "optimizer" and precision != "bf16":
-        raise ValueError("compute_copy is 'optimizer', which needs --mixed-precision bf16")
+    for name, value in (("compute_copy", "optimizer"), ("residual_dtype", "bf16")):
+        if getattr(config, name) == value and precision != "bf16":
+            raise ValueError(f"{name} is {value!r}, which needs --mixed-precision bf16")
     return AUTOCAST[precision]
 
 

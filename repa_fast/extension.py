@@ -7,7 +7,8 @@ import torch
 
 LIBRARY = Path(__file__).parent / "lib" / "csrc.so"
 
-OPERATORS = ("adamw_ema", "sum_of_squares")  # they write into their arguments and return nothing
+OPERATORS = ("adamw_ema", "sum_of_squares", "gelu_mlp_forward_into", "gelu_mlp_backward_into")
+"""They write into their arguments and return nothing."""
 
 
 @functools.cache
@@ -22,6 +23,9 @@ def why_not() -> str:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         return f"{LIBRARY.name} does not load: {error}"
+    missing = [name for name in OPERATORS if not hasattr(torch.ops.repa_fast, name)]
+    if missing:
+        return f"{LIBRARY.name} lacks {', '.join(missing)}: its sources are older, build it again"
     for name in OPERATORS:
         torch.library.register_fake(f"repa_fast::{name}", lambda *arguments: None)
     return ""

@@ -8,6 +8,7 @@ from repa_fast.kernels.attention import select as select_attention
 from repa_fast.kernels.attention import set_backend as set_attention_backend
 from repa_fast.kernels.euler_maruyama_step import euler_maruyama_step, standard_normal
 from repa_fast.kernels.gate_residual_adaln import gate_residual, gate_residual_adaln
+from repa_fast.kernels.gelu_mlp import gelu_mlp
 
 __all__ = [
     "adaln",
@@ -17,6 +18,7 @@ __all__ = [
     "euler_maruyama_step",
     "gate_residual",
     "gate_residual_adaln",
+    "gelu_mlp",
     "select_attention",
     "set_attention_backend",
     "standard_normal",

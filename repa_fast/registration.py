@@ -9,7 +9,9 @@ import torch
 _library = torch.library.Library("repa_fast", "FRAGMENT")
 
 
-def define(schema: str, package: str, run: str, fake: Callable) -> torch._ops.OpOverload:
+def define(
+    schema: str, package: str, run: str, fake: Callable, module: str = "triton_kernels"
+) -> torch._ops.OpOverload:
     """Register torch.ops.repa_fast.<name>, without autograd, unless it is already there.
 
     An op's module can exist twice, as repa_fast.kernels.<op> and, imported from the root of a
@@ -17,14 +19,15 @@ def define(schema: str, package: str, run: str, fake: Callable) -> torch._ops.Op
 
     Args:
         schema: "name(Tensor x, ...) -> Tensor", outputs new tensors.
-        package, run: the op's package and the name of a function in its triton_kernels, which is
+        package, run: the op's package and the name of a function in its `module`, which is
             imported at the first call; called with real tensors of any device.
         fake: called with fake ones; returns empty outputs of the right shape, dtype, strides.
+        module: of the package.
     """
     name = schema.partition("(")[0]
     if not hasattr(torch.ops.repa_fast, name):
         _library.define(schema)
-        _library.impl(name, _imported_late(package, run), "CompositeExplicitAutograd")
+        _library.impl(name, _imported_late(package, module, run), "CompositeExplicitAutograd")
         torch.library.register_fake(f"repa_fast::{name}", fake, lib=_library)
     return getattr(torch.ops.repa_fast, name).default
 
@@ -39,7 +42,7 @@ def first_derivative_only(backward: Callable) -> Callable:
     def checked(ctx, *gradients):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
-                "the Triton kernels cannot be differentiated twice (create_graph=True): "
+                "the kernels cannot be differentiated twice (create_graph=True): "
                 'use implementation="reference" or REPA_FAST_KERNELS=reference'
             )
         return backward(ctx, *gradients)
@@ -47,13 +50,13 @@ def first_derivative_only(backward: Callable) -> Callable:
     return checked
 
 
-def _imported_late(package: str, name: str) -> Callable:
+def _imported_late(package: str, module: str, name: str) -> Callable:
     function = None
 
     def run(*args):
         nonlocal function
         if function is None:
-            function = getattr(importlib.import_module(".triton_kernels", package), name)
+            function = getattr(importlib.import_module(f".{module}", package), name)
         return function(*args)
 
     return run

@@ -11,6 +11,7 @@
     i  rung e with the residual stream in bf16
     j  rung e with the encoder on a stream of its own, beside the optimizer; on a GPU only
     k  rung e with the compiler's own matrix products where it finds them faster
+    l  rung e with GELU, bias sums and fp32 weight gradients inside the matrix products
     o  the released code's own model and loss, from `--official FOLDER`: what rung a stands for
 
 Rungs run one after another in one process, each with its own warm-up, on the same weights and the
@@ -106,6 +107,7 @@ RUNGS = {
         cuda=True,
     ),
     "k": Rung("(e) + max-autotune", "e", config=ONE_PASS | {"compile_mode": "max-autotune"}),
+    "l": Rung("(e) + GEMM epilogues", "e", config=ONE_PASS | {"gemm_epilogues": True}),
     "o": Rung("the released code", "a", plain="official", compiled=False),
 }
 

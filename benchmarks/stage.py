@@ -26,7 +26,7 @@ STEP_RUNS = (
     ("ladder", "--batch", "32", "--rung", "e"),
     ("ladder", "--batch", "256", "--rung", "e", "--steps", "20"),
     ("parity", "--batch", "32"),
-    *(("ladder", "--batch", "32", "--rung", rung) for rung in "fgijdckbh"),
+    *(("ladder", "--batch", "32", "--rung", rung) for rung in "lfgijdckbh"),
     *(("step", "--preset", f"sit-{size}2-repa", "--compile") for size in "bl"),
     ("sra", "--compile"),
 )

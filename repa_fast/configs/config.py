@@ -129,6 +129,9 @@ class TrainConfig:
     """Who makes the bf16 copies of weights: autocast at every forward pass, or the optimizer."""
     joint_adaln: bool = False
     """One matrix product for the adaLN layers of all blocks, with COMPUTE_COPY optimizer."""
+    gemm_epilogues: bool = False
+    """MLPs with GELU, its derivative and the sums of biases inside their matrix products, and fp32
+    weight gradients straight from theirs, with COMPUTE_COPY optimizer."""
     residual_dtype: Literal["fp32", "bf16"] = "fp32"
     """Of the residual stream while training; bf16 halves its traffic and rounds every addition."""
     encoder_stream: bool = False
@@ -289,8 +292,9 @@ class TrainConfig:
                 f"compute_copy is 'optimizer' with mixed_precision {self.mixed_precision!r}, "
                 "expected bf16"
             )
-        if self.joint_adaln and self.compute_copy != "optimizer":
-            raise ValueError("joint_adaln is set, which needs --compute-copy optimizer")
+        for name in ("joint_adaln", "gemm_epilogues"):
+            if getattr(self, name) and self.compute_copy != "optimizer":
+                raise ValueError(f"{name} is set, which needs --compute-copy optimizer")
         if self.cuda_graph and self.align_decay != "constant":
             raise ValueError(
                 f"cuda_graph is set with align_decay {self.align_decay!r}, expected constant: a "

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from repa_fast.models.sit import SiT
+from repa_fast import ops
+from repa_fast.models.sit import Mlp, SiT
 
 
 class ReadCopy(torch.autograd.Function):
@@ -35,17 +36,66 @@ class CopiedLinear(nn.Linear):
         return F.linear(x, ReadCopy.apply(self.weight, self.weight_copy), self.bias)
 
 
-def add_copies(model: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
+class LinearOfCopy(torch.autograd.Function):
+    """x (..., D) -> (..., O) with a copy; weight (O, D) and bias receive fp32 sums as gradients."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, copy: torch.Tensor):
+        ctx.save_for_backward(x, copy)
+        return F.linear(x, copy, bias.to(copy.dtype))
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        x, copy = ctx.saved_tensors
+        of_bias = gradient.flatten(0, -2).sum(0, dtype=torch.float32)
+        return gradient @ copy, weight_gradient(gradient, x), of_bias, None
+
+
+class SummingLinear(CopiedLinear):
+    """CopiedLinear whose weight's gradient is not rounded to bf16 on its way."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        return LinearOfCopy.apply(
+            x.to(self.weight_copy.dtype), self.weight, self.bias, self.weight_copy
+        )
+
+
+class EpilogueMlp(Mlp):
+    """Mlp as one op with the copies of its layers, under autocast."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        one, two = self.fc1, self.fc2
+        copies = (one.weight_copy, two.weight_copy)
+        x = x.to(one.weight_copy.dtype)
+        return ops.gelu_mlp(x, one.weight, one.bias, two.weight, two.bias, copies=copies)
+
+
+def weight_gradient(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """gradient (..., O), x (..., D) -> (O, D), the sums over all rows in fp32."""
+    gradient, x = gradient.flatten(0, -2), x.flatten(0, -2)
+    if gradient.is_cuda:
+        return torch.mm(gradient.t(), x, out_dtype=torch.float32)
+    return gradient.t().float() @ x.float()
+
+
+def add_copies(model: nn.Module, *, epilogues: bool = False) -> dict[nn.Parameter, torch.Tensor]:
     """Give every linear layer of `model` a copy of its weight; {weight: copy}.
 
-    Copies are as the weights are now; who changes a weight writes its copy.
+    Copies are as the weights are now; who changes a weight writes its copy. With `epilogues`
+    products end in what follows them: GELU and its derivative, sums of biases, fp32 gradients.
     """
     copies = {}
     for layer in model.modules():
         if type(layer) is nn.Linear:
-            layer.__class__ = CopiedLinear
+            layer.__class__ = SummingLinear if epilogues else CopiedLinear
             layer.register_buffer("weight_copy", layer.weight.detach().bfloat16(), persistent=False)
             copies[layer.weight] = layer.weight_copy
+        if epilogues and type(layer) is Mlp:
+            layer.__class__ = EpilogueMlp
     return copies
 
 
@@ -65,7 +115,7 @@ class JointLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         x, copy = ctx.saved_tensors
-        of_weights = (gradient.t() @ x).float().chunk(ctx.layers)
+        of_weights = weight_gradient(gradient, x).chunk(ctx.layers)
         of_biases = gradient.sum(0, dtype=torch.float32).chunk(ctx.layers)
         return gradient @ copy, None, *of_weights, *of_biases
 

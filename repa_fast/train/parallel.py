@@ -38,6 +38,7 @@ KEPT = [
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.repa_fast.gelu_mlp_forward.default,
 ]
 """What selective checkpointing does not compute again: linear layers and torch's own attention."""
 

@@ -204,7 +204,7 @@ def reduce_precision(model: SiT, config: TrainConfig) -> dict[nn.Parameter, torc
         model.residual_dtype = torch.bfloat16
     if config.compute_copy == "autocast":
         return {}
-    copies = add_copies(model)
+    copies = add_copies(model, epilogues=config.gemm_epilogues)
     if config.joint_adaln:
         model.joint_adaln = JointAdaLN(model, copies)
     return copies

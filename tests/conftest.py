@@ -10,6 +10,7 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name != "test_smoke.py")  # the longest test goes first
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

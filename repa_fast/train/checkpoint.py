@@ -5,6 +5,7 @@ alike. They are read back by any number of processes, sharded or not, under the 
 Tensors alone lie in torch's files; counters and settings lie beside them as JSON.
 """
 
+import gc
 import json
 import time
 from collections.abc import Callable
@@ -107,6 +108,7 @@ class Checkpointer:
         """
         called = time.perf_counter()
         self.settle()
+        gc.collect()  # DCP's plans of earlier saves are cycles, which Python leaves for long
         wait = wait or self.failing
         begun = time.perf_counter()
         target = path_of(self.folder, state.step)

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import gc
 import json
 import os
 import threading
@@ -97,6 +98,20 @@ def test_one_save_at_a_time(state, saves, held, lines, tmp_path):
     assert (second / MARKER).exists() and len(lines) == 2
     paused = float(lines[1].split(" paused the run ")[1].split(" ms")[0])
     assert paused > 200
+
+
+def test_what_a_save_leaves_behind_does_not_add_up(state, saves):
+    """Without the collections that Python makes when it sees fit; one save leaves about 2,700."""
+    counts = []
+    gc.disable()
+    try:
+        for _ in range(5):
+            state.step += 1
+            saves.save(state, wait=True)
+            counts.append(len(gc.get_objects()))
+    finally:
+        gc.enable()
+    assert abs(counts[-1] - counts[1]) < 500, counts
 
 
 def test_a_step_that_is_there_is_left_and_said(state, saves, lines):

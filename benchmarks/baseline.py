@@ -202,6 +202,8 @@ class Baseline:
 
     def __init__(self, state: TrainState, *, tuned: bool, compiled: bool) -> None:
         check(state.config)
+        if not tuned:  # torch's default, which the release leaves as it is
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = True
         self.config, self.metadata, self.world = state.config, state.metadata, state.world
         self.encoders, self.micro_batch, self.tuned = state.encoders, state.local_batch, tuned
         self.precision = state.autocast_dtype

@@ -19,7 +19,7 @@ from repa_fast.models.weights import MARKER, steps
 
 RESTARTS = 1000
 PATIENCE = 240.0
-"""Seconds without what is waited for, after which a run counts as hanging."""
+"""Seconds without a line, or without an end that is due, after which a run counts as hanging."""
 
 GOING_ON = re.compile(r"going on from (\S+)$")
 BEGINS = re.compile(r", from step (\d+) to (\d+)$")
@@ -89,14 +89,15 @@ class Trainer:
         """Read lines until `ready()`; False if the run's last checkpoint or its end comes first.
 
         Raises:
-            Broken: it takes longer than PATIENCE, or the run ends badly.
+            Broken: nothing is heard of the run for PATIENCE, or it ends badly.
         """
         deadline = time.monotonic() + PATIENCE
         while not ready():
             if self.finished:
                 return False
             status = self.process.poll()
-            self.read()
+            if self.read():
+                deadline = time.monotonic() + PATIENCE
             if status is not None and not self.finished:
                 raise Broken(f"the run ended with status {status} before {what}{self._complaint()}")
             if time.monotonic() > deadline:
@@ -127,12 +128,15 @@ class Trainer:
             raise Broken(f"ended with status {status} after its last checkpoint")
         self._expect_announced(steps(self.checkpoints))
 
-    def read(self) -> None:
-        """Take in the lines that are there."""
+    def read(self) -> bool:
+        """Take in the lines that are there; whether there were any."""
+        heard = False
         while chunk := self.process.stdout.read(65536):
             *lines, self._rest = (self._rest + chunk).split(b"\n")
             for line in lines:
                 self.see(line.decode(errors="replace"))
+                heard = True
+        return heard
 
     def phase(self) -> str:
         """What the run is doing: starting, resuming, checkpointing or training."""

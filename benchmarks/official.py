@@ -1,7 +1,8 @@
 """The released training step, from a folder with REPA's code: rung o of benchmarks/ladder.py.
 
 Model and loss are that folder's own (models/sit.py, loss.py), which this project does not contain;
-the step around them is `Baseline`'s. It shows whether the rival of rung a is a fair one.
+the step around them, its optimizer and its encoders are `Baseline`'s. It shows whether model and
+loss of rung a are fair to them.
 """
 
 import importlib.util

@@ -3,7 +3,7 @@
 //
 // cuBLASLt is column-major: a contiguous (r, c) tensor is to it a c x r matrix with leading dimension
 // c. Every product below is written in its terms; F and D being multiples of 8, all leading dimensions
-// keep rows at 16 bytes, and the number of rows M of x is never one.
+// keep rows at 16 bytes; the number of rows M of x is never a leading dimension.
 //
 // Everything is enqueued on the current stream; nothing is allocated but, once per device, a handle.
 

@@ -130,8 +130,8 @@ class TrainConfig:
     joint_adaln: bool = False
     """One matrix product for the adaLN layers of all blocks, with COMPUTE_COPY optimizer."""
     gemm_epilogues: bool = False
-    """MLPs with GELU, its derivative and the sums of biases inside their matrix products, and fp32
-    weight gradients straight from theirs, with COMPUTE_COPY optimizer."""
+    """MLPs with GELU, its derivative and sums of biases inside matrix products (csrc, on CUDA), and
+    fp32 weight gradients straight from theirs, with COMPUTE_COPY optimizer."""
     residual_dtype: Literal["fp32", "bf16"] = "fp32"
     """Of the residual stream while training; bf16 halves its traffic and rounds every addition."""
     encoder_stream: bool = False
@@ -287,26 +287,7 @@ class TrainConfig:
         for decay in self.ema_decays:
             if not 0 <= decay < 1:
                 raise ValueError(f"ema_decay is {self.ema_decay}, expected values in [0, 1)")
-        if self.compute_copy == "optimizer" and self.mixed_precision not in ("auto", "bf16"):
-            raise ValueError(
-                f"compute_copy is 'optimizer' with mixed_precision {self.mixed_precision!r}, "
-                "expected bf16"
-            )
-        for name in ("joint_adaln", "gemm_epilogues"):
-            if getattr(self, name) and self.compute_copy != "optimizer":
-                raise ValueError(f"{name} is set, which needs --compute-copy optimizer")
-        if self.cuda_graph and self.align_decay != "constant":
-            raise ValueError(
-                f"cuda_graph is set with align_decay {self.align_decay!r}, expected constant: a "
-                "graph keeps its numbers"
-            )
-        if self.cuda_graph and self.encoder_stream:
-            raise ValueError("cuda_graph is set with encoder_stream, expected one of them")
-        if self.residual_dtype == "bf16" and self.mixed_precision not in ("auto", "bf16"):
-            raise ValueError(
-                f"residual_dtype is 'bf16' with mixed_precision {self.mixed_precision!r}, expected "
-                "bf16"
-            )
+        self._check_precision()
         self._check_parallel()
         if not 0 <= self.min_learning_rate <= self.learning_rate:
             raise ValueError(
@@ -327,6 +308,28 @@ class TrainConfig:
             )
         if self.micro_batch != "auto" and self.micro_batch < 1:
             raise ValueError(f"micro_batch is {self.micro_batch}, expected auto or at least 1")
+
+    def _check_precision(self) -> None:
+        for name, value in (("compute_copy", "optimizer"), ("residual_dtype", "bf16")):
+            if getattr(self, name) == value and self.mixed_precision not in ("auto", "bf16"):
+                raise ValueError(
+                    f"{name} is {value!r} with mixed_precision {self.mixed_precision!r}, expected "
+                    "bf16"
+                )
+        for name in ("joint_adaln", "gemm_epilogues"):
+            if getattr(self, name) and self.compute_copy != "optimizer":
+                raise ValueError(f"{name} is set, which needs --compute-copy optimizer")
+        if self.cuda_graph and self.align_decay != "constant":
+            raise ValueError(
+                f"cuda_graph is set with align_decay {self.align_decay!r}, expected constant: a "
+                "graph keeps its numbers"
+            )
+        if self.cuda_graph and self.encoder_stream:
+            raise ValueError("cuda_graph is set with encoder_stream, expected one of them")
+        if self.encoder_stream and (
+            self.align == "sra" or self.enc_type == "none" or self.features
+        ):
+            raise ValueError("encoder_stream is set, which needs encoders that run (--enc-type)")
 
     def _check_parallel(self) -> None:
         if self.parallel != "ddp" and self.compute_copy == "optimizer":

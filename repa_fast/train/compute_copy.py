@@ -63,7 +63,7 @@ class SummingLinear(CopiedLinear):
 
 
 class EpilogueMlp(Mlp):
-    """Mlp as one op with the copies of its layers, under autocast."""
+    """Mlp as one op with the copies of its layers, under autocast; on CUDA csrc's or an error."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.is_autocast_enabled(x.device.type):
@@ -71,7 +71,11 @@ class EpilogueMlp(Mlp):
         one, two = self.fc1, self.fc2
         copies = (one.weight_copy, two.weight_copy)
         x = x.to(one.weight_copy.dtype)
-        return ops.gelu_mlp(x, one.weight, one.bias, two.weight, two.bias, copies=copies)
+        return ops.gelu_mlp(
+            *(x, one.weight, one.bias, two.weight, two.bias),
+            copies=copies,
+            implementation="cuda" if x.is_cuda else "reference",
+        )
 
 
 def weight_gradient(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -79,7 +83,8 @@ def weight_gradient(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     gradient, x = gradient.flatten(0, -2), x.flatten(0, -2)
     if gradient.is_cuda:
         return torch.mm(gradient.t(), x, out_dtype=torch.float32)
-    return gradient.t().float() @ x.float()
+    with torch.autocast(x.device.type, enabled=False):  # compiled, backward is traced under it
+        return gradient.t().float() @ x.float()
 
 
 def add_copies(model: nn.Module, *, epilogues: bool = False) -> dict[nn.Parameter, torch.Tensor]:

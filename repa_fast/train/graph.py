@@ -52,7 +52,8 @@ class GraphedStep:
         state.optimizer.set_lr(learning_rate(state.config, state.step))
         draws = draw_local(state)
         if self._inputs is None:
-            held = {name: tensor.clone().to(state.world.device) for name, tensor in batch.items()}
+            device = state.world.device
+            held = {n: torch.empty_like(tensor, device=device) for n, tensor in batch.items()}
             own = Draws(*(field.clone() for field in draws))
             self._inputs = held, own
             self._replay = self._record(lambda: update(state, held, own))

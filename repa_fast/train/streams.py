@@ -1,6 +1,6 @@
 """Where encoders run on a GPU: in turn with the rest of the step, or beside the optimizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -40,37 +40,38 @@ class Beside:
             raise ValueError(f"encoder_stream is set on {device.type}, expected cuda")
         self._stream = torch.cuda.Stream(device)
         self._optimizer_begins = torch.cuda.Event()
+        self._received = False
 
     def receive(self, batch: Batch, device: torch.device) -> Batch:
-        """The batch on the device; from the host on that stream, without waiting for the step.
-
-        What is on the device already may have been made on the current stream, and is waited for.
-        """
-        current = torch.cuda.current_stream(device)
-        if any(tensor.device == device for tensor in batch.values()):
-            self._stream.wait_stream(current)
+        """The batch on the device, from the host or finished there, as a loader hands it over."""
         with torch.cuda.stream(self._stream):
-            received = {
-                name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()
-            }
-        self._hand_over(received.values(), current)
+            received = InTurn().receive(batch, device)
+        self._hand_over(received.values())
+        self._received = True
         return received
 
     def features(self, encode: Encode, images: torch.Tensor) -> list[torch.Tensor]:
-        """encode(images), for the current stream."""
-        current = torch.cuda.current_stream()
-        self._stream.wait_event(self._optimizer_begins)
+        """encode(images), for the current stream.
+
+        Images that were not received may have been made on the current stream, and are waited for.
+        """
+        if self._received:
+            self._stream.wait_event(self._optimizer_begins)
+        else:
+            self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             features = encode(images)
-        self._hand_over(features, current)
+        self._hand_over(features)
         return features
 
     def backward_is_done(self) -> None:
         """The encoders of the next step may begin."""
         self._optimizer_begins.record()
+        self._received = False
 
-    def _hand_over(self, tensors, current: torch.cuda.Stream) -> None:
+    def _hand_over(self, tensors: Iterable[torch.Tensor]) -> None:
         """The current stream waits for them, and their memory for the current stream."""
+        current = torch.cuda.current_stream()
         current.wait_stream(self._stream)
         for tensor in tensors:
             tensor.record_stream(current)

@@ -36,6 +36,12 @@ def test_the_worst_gradients_are_named():
         parity.compare({name: found[name] for name in "ab"}, exact)
 
 
+def test_a_gradient_that_is_not_finite_is_named():
+    exact = {"a": torch.ones(2), "b": torch.ones(2)}
+    with pytest.raises(RuntimeError, match="not finite: b"):
+        parity.compare({"a": torch.ones(2), "b": torch.tensor([1.0, float("nan")])}, exact)
+
+
 def test_losses_are_apart_by_their_mean_difference_over_their_mean_size():
     assert parity.distance([1.1, -1.0, 2.0], [1.0, -1.0, 3.0]) == pytest.approx(1.1 / 5)
     assert parity.distance([], []) is None
@@ -48,6 +54,7 @@ def test_losses_are_apart_by_their_mean_difference_over_their_mean_size():
         ({"least_cosine": 0.9989}, ["cosine of x below 0.999"]),
         ({"norm_ratio": 0.989}, ["norm of y off by more than 1%"]),
         ({"loss_distance": 2.1e-3}, ["losses more than 2 times as far from fp32 as plain bf16's"]),
+        ({"least_cosine": float("nan")}, ["cosine of x below 0.999"]),
         ({"steps": 0, "loss_distance": None}, []),
     ],
 )

@@ -193,7 +193,7 @@ def test_a_run_writes_a_row_a_report_a_picture_and_a_trace(tmp_path, capsys):
     for name in ("GEMM", "attention", "other elementwise", "optimizer", "encoder", "idle"):
         assert 0 < parts[name] < row["profiled_ms"], name
     assert row["peak_memory_gib"] > 0.1 and row["host_ms"] == row["ms_p50"]
-    assert row["first_step_seconds"] > row["ms_p20"] / 1e3
+    assert 0 < row["first_step_seconds"] < 60
     text = (tmp_path / "report.md").read_text()
     assert_report(text, row)
     assert row["command"] in capsys.readouterr().out

@@ -183,10 +183,13 @@ def test_epilogues_give_the_gradients_of_plain_copies(make_state):
         assert (found[1][name] - expected).norm() <= 2**-6 * expected.norm(), name
 
 
-def test_a_weights_gradient_is_not_rounded_on_its_way():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_weights_gradient_is_not_rounded_on_its_way(compiled):
     torch.manual_seed(0)
     layer = torch.nn.Linear(16, 24)
     add_copies(layer, epilogues=True)
+    if compiled:
+        layer.compile(fullgraph=True, backend="aot_eager")
     x = torch.randn(3, 5, 16)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)

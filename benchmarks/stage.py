@@ -29,6 +29,7 @@ STEP_RUNS = (
     *(("ladder", "--batch", "32", "--rung", rung) for rung in "lfgijdcbh"),
     *(("step", "--preset", f"sit-{size}2-repa", "--compile") for size in "bl"),
     ("sra", "--compile"),
+    ("gemm",),
     ("ladder", "--batch", "32", "--rung", "k"),
 )
 STEP_END, STEP_LEAST, STEP_MOST = 465, 45, 150

@@ -83,11 +83,15 @@ def cells(kills: list[dict]) -> list[str]:
 
 def grown(row: dict) -> list[str]:
     """Memory of each process."""
-    heads = ("process", "second tenth, MiB", "last tenth, MiB", "growth, MiB", "most, MiB")
+    heads = ("process", "second tenth, MiB", "last tenth, MiB", "growth, MiB")
+    heads += ("of these in the last third", "most, MiB")
     lines = []
     for rank in range(row["ranks"]):
         early, late, peak = (row[f"rank{rank}_{name}_mib"] for name in ("early", "late", "peak"))
-        lines.append((rank, f"{early:.1f}", f"{late:.1f}", f"{late - early:+.1f}", f"{peak:.1f}"))
+        curve = row[f"rank{rank}_mib"]
+        lately = curve[-1] - curve[2 * len(curve) // 3]
+        spans = f"{late - early:+.1f}", f"{lately:+.1f}"
+        lines.append((rank, f"{early:.1f}", f"{late:.1f}", *spans, f"{peak:.1f}"))
     return [
         f"Resident memory over {row['steps']:,} steps with {row['saves']} checkpoints, means of "
         "the second tenth of the steps and of the last:",

@@ -1,3 +1,4 @@
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,3 +18,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # a save collects garbage: it need not look at all that was imported
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()

@@ -9,21 +9,19 @@ DIGITS = ["--preset", "digits", "--device", "cpu", "--batch", "4", "--eager", "-
 
 
 def test_a_rung_is_compared_with_fp32_and_with_plain_bf16(tmp_path, capsys):
-    assert parity.main([*DIGITS, "--rung", "e", "i", "--out", str(tmp_path)]) == 0
+    assert parity.main([*DIGITS, "--rung", "i", "--out", str(tmp_path)]) == 0
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert [row["rung"] for row in rows] == ["bf16", "e", "i"]
-    usual, one_pass, residual = rows
+    assert [row["rung"] for row in rows] == ["bf16", "i"]
+    usual, residual = rows
     text = (tmp_path / "report.md").read_text()
     for row in rows:
         assert row["gradients"] > 70 and len(row["losses"]) == row["steps"] == 3
         assert 0.999 < row["least_cosine"] < 1
         assert row["exact_losses"] == usual["exact_losses"] != row["losses"]
         assert f"{row['least_cosine']:.6f} | {row['least_cosine_of']} |" in text
-    # the same numbers by another road, and a stream that rounds more than it
-    assert one_pass["least_cosine"] == pytest.approx(usual["least_cosine"], abs=1e-5)
-    assert residual["losses"] != usual["losses"]
+    assert residual["least_cosine"] < usual["least_cosine"]  # its stream is rounded as well
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
-    assert "(e) + one-pass optimizer" in capsys.readouterr().out
+    assert "(i) (e) + bf16 residual stream" in capsys.readouterr().out
 
 
 def test_the_worst_gradients_are_named():

@@ -213,7 +213,15 @@ def test_an_error_that_cannot_be_written_is_still_the_error(tmp_path, capsys):
     assert "repa-fast: rank 0: " in capsys.readouterr().err
 
 
-def test_signals_are_noted_twice_but_for_ctrl_c():
+@pytest.fixture
+def ctrl_c_interrupts():
+    """Also where the shell that began the tests in the background has SIGINT ignored."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+def test_signals_are_noted_twice_but_for_ctrl_c(ctrl_c_interrupts):
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
     with loop.stop_signals() as received:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):

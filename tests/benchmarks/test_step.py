@@ -210,7 +210,7 @@ def assert_report(text: str, row: dict) -> None:
 
 
 def test_the_ladder_has_every_rung_and_its_ratios(tmp_path, capsys):
-    rungs = ["a", "d", "e", "h"]
+    rungs = ["a", "b", "d", "e", "h"]
     arguments = [*DIGITS, "--out", str(tmp_path), "--eager", "--rung", *rungs]
     assert ladder.main(arguments) == 0, capsys.readouterr().out
     rows = step_report.read(tmp_path / "rows.jsonl")
@@ -228,8 +228,8 @@ def test_the_ladder_has_every_rung_and_its_ratios(tmp_path, capsys):
         ratios = first["ms_p50"] / row["ms_p50"], before["ms_p50"] / row["ms_p50"]
         cells = f"{row['ms_p50']:.2f} | {ratios[0]:.2f} | {ratios[1]:.2f} |"
         assert f"| ({row['rung']}) {row['what']} | {cells}" in text
-    assert f"- (d) {others[0]['what']}: kernels: reference, since" in text
-    assert "(not compiled)" in others[0]["what"] and "(not compiled)" not in first["what"]
+    assert f"- (d) {others[1]['what']}: kernels: reference, since" in text
+    assert "(not compiled)" in others[1]["what"] and "(not compiled)" not in others[0]["what"]
     assert_is_png(tmp_path / "shares.png")
     assert "floor" not in text
 

@@ -22,7 +22,7 @@ pytest.importorskip("lance")
 ROOT = Path(__file__).resolve().parents[2]
 COUNT, BATCH = 40, 6
 BROKEN_ROW = 17
-PROCESSES = 9
+PROCESSES = 20
 
 
 def write_table(uri: Path, broken: int | None = None) -> LatentDataset:

@@ -17,6 +17,8 @@ from tests.train.objective_ranks import OBJECTIVES, STEPS, UNTIL
 pytestmark = pytest.mark.xdist_group("distributed")
 
 WORLD = World(0, 1, torch.device("cpu"))
+COMPILED = ("repa",)
+"""The others cost time; test_guards.py compiles more of them in less."""
 
 
 @functools.cache
@@ -86,8 +88,13 @@ def test_negatives_of_a_process_are_fewer_than_those_of_all(ranks):
     assert 0.3 < whole["align/digits-vit"] - parts["align/digits-vit"] < 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in COMPILED else pytest.param(name, marks=pytest.mark.slow)
+        for name in OBJECTIVES
+    ],
+)
 def test_compiled_equals_eager(name):
     torch._dynamo.reset()
     counters.clear()

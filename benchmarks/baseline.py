@@ -152,7 +152,9 @@ class PlainSiT(nn.Module):
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, drop: torch.Tensor
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Velocity (B, C, h, w) and projected hidden states, (B, N, features) of each encoder."""
-        hidden = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed
+        # contiguous, as in repa_fast.models.sit: compiled, all blocks are one graph
+        tokens = self.x_embedder.proj(x).flatten(2).transpose(1, 2).contiguous()
+        hidden = tokens + self.pos_embed
         y = torch.where(drop, self.null, y)
         c = self.t_embedder(t) + self.y_embedder.embedding_table(y)
         projections = []

@@ -6,6 +6,7 @@ from repa_fast.kernels.align_loss import align_loss
 from repa_fast.kernels.attention import attention
 from repa_fast.kernels.attention import select as select_attention
 from repa_fast.kernels.attention import set_backend as set_attention_backend
+from repa_fast.kernels.attention import use_backend as use_attention_backend
 from repa_fast.kernels.euler_maruyama_step import euler_maruyama_step, standard_normal
 from repa_fast.kernels.gate_residual_adaln import gate_residual, gate_residual_adaln
 from repa_fast.kernels.gelu_mlp import gelu_mlp
@@ -23,5 +24,6 @@ __all__ = [
     "set_attention_backend",
     "standard_normal",
     "sum_of_squares",
+    "use_attention_backend",
     "why_not_cuda",
 ]

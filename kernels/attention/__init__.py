@@ -1,7 +1,7 @@
 """Softmax attention of every token with every token, by one of several backends."""
 
 from .backends import BACKENDS, Backend
-from .op import attention, current_backend, set_backend
+from .op import attention, current_backend, set_backend, use_backend
 from .selection import Row, Selection, select
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "current_backend",
     "select",
     "set_backend",
+    "use_backend",
 ]

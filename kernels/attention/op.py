@@ -1,6 +1,7 @@
 """Contract of attention, and the backend this process runs it on."""
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 
@@ -31,6 +32,22 @@ def set_backend(name: str) -> None:
 def current_backend() -> str:
     """The backend of calls that name none."""
     return _backend
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """`set_backend` for a while: for what computes in another dtype than a run has chosen one for.
+
+    Raises:
+        ValueError, RuntimeError: as for `set_backend`.
+    """
+    global _backend
+    before = _backend
+    set_backend(name)
+    try:
+        yield
+    finally:
+        _backend = before
 
 
 def attention(

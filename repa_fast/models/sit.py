@@ -322,7 +322,9 @@ class SiT(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream (B, N, D) before the first block, and the condition (B, D)."""
         self._check_latents(x)
-        tokens = self.x_embedder(x)
+        # a view of (B, D, N) would be the layout of the first residual state alone, and compiled
+        # blocks would be two: one for it, and one with symbolic strides
+        tokens = self.x_embedder(x).contiguous()
         residual = tokens.to(torch.promote_types(tokens.dtype, torch.float32)) + self.pos_embed
         if self.residual_dtype is not None:
             residual = residual.to(self.residual_dtype)

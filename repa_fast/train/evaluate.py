@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from repa_fast import ops
 from repa_fast.data.prepare import DIGITS_DIR
 from repa_fast.eval.load import Loaded
 from repa_fast.eval.metrics import (
@@ -28,7 +29,8 @@ class Evaluator:
     """Judges the moving average's samples; the sampler's settings are those of the sample grids.
 
     Every process makes its share of the images. What is compared with is measured at the first
-    evaluation and kept.
+    evaluation and kept. Attention is torch's own, as in an evaluation of a checkpoint: the run's
+    backend was chosen for its dtype, and an fp16 run is sampled in fp32.
 
     Raises:
         ValueError: the features are not known, or there is no reference.
@@ -57,9 +59,10 @@ class Evaluator:
         average = state.whole_average(everywhere=True)
         try:
             batches = self._batches(state, average, count)
-            generated = measure(
-                f"step {state.step}", batches, count, self._space, state.world, shown=False
-            )
+            with ops.use_attention_backend("sdpa"):
+                generated = measure(
+                    f"step {state.step}", batches, count, self._space, state.world, shown=False
+                )
         finally:
             configure_backends(state.config)
         return compare(self._real, generated, self._config)

@@ -37,7 +37,9 @@ class GraphedStep:
         if state.scaler.is_enabled():
             raise ValueError("cuda_graph is set with mixed_precision fp16, expected bf16 or no")
         self._state = state
-        self._record = record or capture
+        on_cuda = state.world.device.type == "cuda"
+        self._stream = torch.cuda.Stream(state.world.device) if on_cuda else None
+        self._record = record or partial(capture, stream=self._stream)
         self._left = FIRST_STEPS
         self._inputs: tuple[Batch, Draws] | None = None
         self._replay: Callable[[], None] = lambda: None
@@ -47,7 +49,7 @@ class GraphedStep:
         state = self._state
         if self._left:
             self._left -= 1
-            on_side_stream(lambda: train_step(state, batch), state.world.device)
+            on_stream(self._stream, lambda: train_step(state, batch))
             return
         state.optimizer.set_lr(learning_rate(state.config, state.step))
         draws = draw_local(state)
@@ -70,21 +72,28 @@ def stepper(state: TrainState) -> Callable[[Batch], None]:
     return GraphedStep(state) if state.config.cuda_graph else partial(train_step, state)
 
 
-def capture(work: Callable[[], None]) -> Callable[[], None]:
-    """Record `work`, without doing it."""
+def capture(work: Callable[[], None], stream: torch.cuda.Stream) -> Callable[[], None]:
+    """Record `work` on `stream`, without doing it.
+
+    Other threads, a loader's that pins memory or one that writes a checkpoint, may meanwhile ask
+    CUDA for what would end the capture if this thread did.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         work()
     return graph.replay
 
 
-def on_side_stream(work: Callable[[], None], device: torch.device) -> None:
-    """As a capture will run it, so that nothing of autograd is tied to the default stream."""
-    if device.type != "cuda":
+def on_stream(stream: torch.cuda.Stream | None, work: Callable[[], None]) -> None:
+    """As a capture will run it, so that nothing of autograd is tied to the default stream.
+
+    Memory belongs to the stream that it was first used on: another stream would take its own.
+    """
+    if stream is None:
         work()
         return
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         work()
-    torch.cuda.current_stream(device).wait_stream(stream)
+    current.wait_stream(stream)

@@ -107,11 +107,14 @@ def choose_micro_batch(state: TrainState) -> int:
     if state.config.micro_batch != "auto":
         return min(state.config.micro_batch, state.local_batch)
     size = -(-state.local_batch // state.config.gradient_accumulation_steps)
+    largest = size
     fits = _fits_cuda if state.world.device.type == "cuda" else _fits_cpu
     while size > 1 and state.world.any(not fits(state, size)):
         size = -(-size // 2)
-    if state.mesh is not None and state.config.compile:
-        torch._dynamo.reset()  # what stood in was compiled, too, and variants of code are limited
+    if state.config.compile and (size < largest or state.mesh is not None):
+        # What was tried was compiled, too: a second size would be compiled as any size, and
+        # variants of code are limited.
+        torch._dynamo.reset()
     return size
 
 

@@ -24,7 +24,12 @@ class Accumulator:
         self.sums = torch.zeros(
             len(self.names) + 2 + 2 * T_BINS, dtype=torch.float64, device=device
         )
+        # constants lie on the device from the start: giving it a number makes the host wait
+        self._bins = torch.arange(T_BINS, device=device)
         self._one_step = torch.tensor([1.0, 0.0], dtype=torch.float64, device=device)
+        skipped = torch.zeros(len(self.sums), dtype=torch.float64)
+        skipped[len(self.names) + 1] = 1
+        self._skipped_step = skipped.to(device)
         self.bad_run = torch.zeros((), dtype=torch.int64, device=device)
 
     def state(self, world: World) -> dict:
@@ -58,8 +63,7 @@ class Accumulator:
         values are this process's means in the order of `names`; bad is 1 for a skipped step;
         denoise and t (B) are the velocity losses and times of this process's images.
         """
-        bins = torch.arange(T_BINS, device=t.device)
-        member = (t * T_BINS).long().clamp(max=T_BINS - 1)[:, None] == bins
+        member = (t * T_BINS).long().clamp(max=T_BINS - 1)[:, None] == self._bins
         member = member.to(torch.float64)
         step = torch.cat(
             [
@@ -69,9 +73,7 @@ class Accumulator:
                 member.sum(0),
             ]
         )
-        skipped = torch.zeros_like(step)
-        skipped[len(self.names) + 1] = 1
-        self.sums += torch.where(bad > 0, skipped, step)
+        self.sums += torch.where(bad > 0, self._skipped_step, step)
         self.bad_run.add_(1).mul_(bad > 0)
 
     def read(self, world: World) -> dict[str, float | int | list[float | None]]:

@@ -32,7 +32,7 @@ class AdamWEMA(torch.optim.AdamW):
         copies: bf16 tensors that are kept equal to their parameters, by parameter.
         lr, betas, eps, weight_decay: AdamW's.
         implementation: "cuda" does a step in one pass over memory (csrc/adamw_ema; parameters in
-            fp32), "torch" is torch's fused AdamW and foreach averages, on any device; "auto" takes
+            fp32), "torch" is torch's fused AdamW and fused averages, on any device; "auto" takes
             "cuda" where it can run.
 
     Raises:
@@ -190,12 +190,30 @@ class AdamWEMA(torch.optim.AdamW):
         )
 
     def _move_averages(self, params, skip: torch.Tensor, first: int = 0) -> None:
-        """Averages number `first` and on; a weight on the device makes lerp a no-op under skip."""
+        """Averages number `first` and on, in a few launches that do nothing under skip.
+
+        The step of a fused SGD: with the weight p as the gradient, to be maximised, and a decay of
+        1, it takes the average a to a - (1 - decay) (a - p), reads and writes what it must, and has
+        a flag on the device. torch's lerp has none: with weights on the device it would be a launch
+        for each tensor, and a sum of foreach operations moves 32 bytes an element in place of 12.
+        """
         weights = [_local(p) for p in params]
         for number, decay in enumerate(self.ema_decays[first:], start=first):
             averages = [_local(self._averages_of[p][number]) for p in params]
             if averages:
-                torch._foreach_lerp_(averages, weights, [(1 - decay) * (1 - skip)] * len(averages))
+                torch._fused_sgd_(
+                    averages,
+                    weights,
+                    [],
+                    weight_decay=1.0,
+                    momentum=0.0,
+                    lr=1 - decay,
+                    dampening=0.0,
+                    nesterov=False,
+                    maximize=True,
+                    is_first_step=False,
+                    found_inf=skip,
+                )
 
     def _tensors(self, params) -> tuple[list[torch.Tensor], ...]:
         """Local parameters, gradients, moments and step counts."""

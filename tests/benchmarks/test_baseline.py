@@ -141,3 +141,13 @@ def test_a_loss_that_is_not_finite_gives_no_figure():
     rival.loss = torch.tensor(float("nan"))
     with pytest.raises(RuntimeError, match="last loss is nan"):
         rival.check()
+
+
+def test_every_block_of_the_rival_gets_a_contiguous_residual():
+    """As in the project's model; compiled, another layout of the first is a graph more."""
+    state, seen = make_state(), []
+    rival = Baseline(state, tuned=True, compiled=False)
+    for block in rival.model.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].is_contiguous()))
+    rival.losses(*synthetic_batch(state, BATCH))
+    assert seen == [True] * TINY["depth"]

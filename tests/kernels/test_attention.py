@@ -12,6 +12,7 @@ from repa_fast.kernels.attention import (
     attention,
     current_backend,
     set_backend,
+    use_backend,
 )
 from repa_fast.kernels.attention.backends import apply
 from repa_fast.kernels.attention.reference import attention_reference
@@ -221,6 +222,18 @@ def test_a_dtype_that_a_backend_does_not_take_is_an_error(monkeypatch):
     monkeypatch.setitem(BACKENDS, "math", replace(BACKENDS["math"], takes=half))
     with pytest.raises(ValueError, match=r"'math'.*takes torch.bfloat16, got torch.float32"):
         attention(*inputs((2, 2, 4, 8))[:3], backend="math")
+
+
+def test_a_backend_is_used_for_a_while_where_the_one_set_takes_no_such_dtype(monkeypatch):
+    half = {"cpu": (torch.bfloat16,)}
+    monkeypatch.setitem(BACKENDS, "math", replace(BACKENDS["math"], takes=half))
+    set_backend("math")
+    args = inputs((2, 2, 4, 8))[:3]
+    with use_backend("sdpa"):
+        assert torch.equal(attention(*args), attention(*args, backend="sdpa"))
+    assert current_backend() == "math"
+    with pytest.raises(ValueError, match=r"'math'.*takes torch.bfloat16, got torch.float32"):
+        attention(*args)
 
 
 def test_set_backend_rejects_what_it_does_not_know():

@@ -319,3 +319,13 @@ def test_latents_of_another_shape_are_named(shape):
     with pytest.raises(ValueError, match="latents") as error:
         small()(torch.zeros(shape, dtype=torch.float64), *batch()[1:])
     assert str(shape) in str(error.value) and "3, 8, 8" in str(error.value)
+
+
+def test_every_block_gets_a_residual_of_one_layout():
+    """Compiled blocks are one graph for each layout."""
+    model, strides = small(z_dims=()), []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: strides.append(inputs[0].stride()))
+    x, t, y = batch()
+    model(x, t, y)
+    assert strides == [(16 * 24, 24, 1)] * 3

@@ -9,13 +9,16 @@ import torch
 pytest.importorskip("lance")
 pytest.importorskip("timm")
 
+from repa_fast import ops
 from repa_fast.data.digits import digit_images
 from repa_fast.data.prepare import prepare_digits
 from repa_fast.encoders.digits import DigitsJudge
 from repa_fast.eval.fid import frechet_distance, statistics
 from repa_fast.eval.load import load
 from repa_fast.eval.sampling import ImageSampler, SamplerConfig
+from repa_fast.kernels.attention import current_backend
 from repa_fast.train import loop
+from repa_fast.train.evaluate import Evaluator
 
 SAMPLES = 70  # more than a batch
 
@@ -93,3 +96,16 @@ def test_features_that_are_not_known_stop_the_run_before_it_begins(run_config, t
     with pytest.raises(ValueError, match="'other', expected one of"):
         loop.train(run_config(eval_features="other"))
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_an_fp16_run_is_sampled_in_fp32_whatever_backend_its_attention_has(run_config, make_state):
+    """sdpa-cudnn takes no fp32, and nothing on a CPU."""
+    config = run_config(eval_samples=8, mixed_precision="no")
+    state = make_state()
+    state.config = config
+    ops.set_attention_backend("sdpa-cudnn")
+    try:
+        assert Evaluator(state)(state)
+        assert current_backend() == "sdpa-cudnn"
+    finally:
+        ops.set_attention_backend("sdpa")

@@ -1,7 +1,11 @@
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from repa_fast.distributed import World
+from repa_fast.train import graph
 from repa_fast.train.graph import FIRST_STEPS, GraphedStep, stepper
 from repa_fast.train.step import synthetic_batch, train_step
 
@@ -71,3 +75,34 @@ def test_what_a_graph_cannot_do_is_refused(make_state):
 def test_a_stream_for_encoders_needs_cuda(make_state):
     with pytest.raises(ValueError, match="encoder_stream is set on cpu, expected cuda"):
         make_state(encoder_stream=True)
+
+
+def test_warm_up_and_capture_are_on_one_stream(make_state, monkeypatch):
+    """Each stream has its own memory. CUDA is made up here; tests/train/test_gpu.py has it."""
+    made, used = [], []
+
+    class Stream:
+        def __init__(self, device):
+            self.device = device
+            made.append(self)
+
+        def wait_stream(self, other):
+            pass
+
+    default = SimpleNamespace(wait_stream=lambda other: None)
+    recording = SimpleNamespace(replay=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: default)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: used.append(stream) or nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: recording)
+    monkeypatch.setattr(
+        torch.cuda, "graph", lambda _, stream, **rest: used.append(stream) or nullcontext(rest)
+    )
+    monkeypatch.setattr(graph, "train_step", lambda state, batch: None)
+    state = make_state()
+    state.world = World(rank=0, size=1, device=torch.device("cuda", 0))
+    step = GraphedStep(state)
+    for _ in range(FIRST_STEPS):
+        step({})
+    assert step._record(lambda: None) is recording.replay
+    assert len(made) == 1 and used == made * (FIRST_STEPS + 1)

@@ -168,3 +168,17 @@ def test_all_processes_choose_what_fits_on_the_smallest(monkeypatch):
     set_memory(monkeypatch, needed(state.config, 48) + 1)
     assert choose_micro_batch(state) == 12
     assert asked == [False, False, False]
+
+
+@pytest.mark.parametrize(
+    "room, compiled, resets", [(48, True, 0), (24, True, 1), (5, True, 1), (5, False, 0)]
+)
+def test_what_was_compiled_for_a_size_that_did_not_fit_is_dropped(
+    monkeypatch, room, compiled, resets
+):
+    seen = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: seen.append(True))
+    state = tiny(compile=compiled)
+    set_memory(monkeypatch, needed(state.config, room) + 1)
+    choose_micro_batch(state)
+    assert len(seen) == resets

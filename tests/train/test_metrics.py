@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from repa_fast.distributed import World
 from repa_fast.train.metrics import T_BINS, Accumulator
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 ALONE = World(0, 1, CPU)
 GOOD, BAD = torch.tensor(0.0), torch.tensor(1.0)
 NAN = float("nan")
@@ -195,3 +197,31 @@ def test_the_state_is_plain_numbers():
     state = run.state()
     assert type(state["bad_run"]) is int
     assert all(type(value) is float for row in state["sums"] for value in row)
+
+
+class Devices(TorchDispatchMode):
+    """Notes every operation on tensors of more than one device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [t for t in (*args, result) if isinstance(t, torch.Tensor)]
+        if len({t.device.type for t in tensors}) > 1:
+            self.copies.append(str(function))
+        return result
+
+
+def test_adding_a_step_copies_nothing_from_the_host():
+    """Such a copy makes the host wait. The device exists in name only: reading it would raise."""
+    with FakeTensorMode():
+        accumulator = Accumulator(["align/a"], CUDA)
+        values, losses, bad = (torch.zeros(s, device=CUDA) for s in (4, 12, ()))
+        with Devices() as seen:
+            accumulator.add(values, bad, losses, losses)
+        assert seen.copies == []
+        with Devices() as seen:
+            values[0] = 1
+        assert seen.copies == ["aten.copy_.default"]

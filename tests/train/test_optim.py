@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from repa_fast import ops
 from repa_fast.testing import assert_within_budget, seeded
@@ -193,6 +194,39 @@ def test_a_skipped_first_step_is_as_if_it_had_not_been():
         clipped_steps(ours, params, 2)
         runs.append(everything(params, ours))
     assert_same(*runs)
+
+
+def test_an_average_moves_by_one_operation_on_lists_of_its_shapes():
+    """Lists of other shapes, 0-d weights say, take torch's slow route: a launch for each tensor."""
+    params = make_parameters()
+    ours = make_optimizer(params, (0.9, 0.5))
+    give_gradients(params, 0)
+    found = []
+
+    class Recording(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            lists = [argument for argument in args if isinstance(argument, list) and argument]
+            if lists and any(t is average[1] for t in lists[0] for average in ours.averages):
+                found.append([[t.shape for t in tensors] for tensors in lists])
+            return function(*args, **(kwargs or {}))
+
+    with Recording():
+        ours.step()
+    moving = [p.shape for i, p in enumerate(params) if i != FROZEN]
+    assert found == [[moving, moving]] * 2
+
+
+def test_averages_follow_the_weights_exactly_where_the_sums_are_exact():
+    params = make_parameters()
+    ours = make_optimizer(params, (0.5,))
+    values = [torch.arange(p.numel()).reshape(p.shape).float() for p in params]
+    with torch.no_grad():
+        for p, average, value in zip(params, ours.averages[0], values, strict=True):
+            p.copy_(value)
+            average.copy_(3 * value + 1)
+    ours.step()  # no gradients: the weights rest
+    assert_same(ours.averages[0], [2 * value + 0.5 for value in values])
+    assert_same(params, values)
 
 
 def test_gradient_norm_is_clip_grad_norms():

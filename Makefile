@@ -1,7 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
-GPU_LIMIT := timeout --kill-after=10 480
-GPU_STAGES := gpu-kernels gpu-optim gpu-step gpu-sample gpu-data
+GPU_VENV := .venv-gpu
+SECONDS ?= 560
+GPU_OUT ?= .cache/gpu
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -p no:benchmark -n 2 --dist loadgroup --durations=15
 
 # Compiled code is shared by the test workers and kept from run to run.
@@ -10,12 +11,12 @@ export TRITON_CACHE_DIR := $(CURDIR)/.cache/triton
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help $(VENV) lint test test-full smoke-full chaos demo analyse bench gpu gpu-test $(GPU_STAGES) \
-	clean
+.PHONY: help $(VENV) lint test test-full smoke-full chaos demo analyse bench $(GPU_VENV) csrc-gpu rehearse gpu \
+	gpu-test gpu-home clean
 
 help: ## list the targets
 	@grep -hE '^[a-z$$][A-Za-z$$() _-]*:.*## ' $(MAKEFILE_LIST) \
-		| sed 's/$$(VENV)/$(VENV)/; s/$$(GPU_STAGES)/$(GPU_STAGES)/' \
+		| sed 's/$$(VENV)/$(VENV)/; s/$$(GPU_VENV)/$(GPU_VENV)/' \
 		| awk -F ':.*## ' '{ printf "%s\n    %s\n", $$1, $$2 }'
 
 $(VENV): $(VENV)/.installed ## create the virtual environment (PYTHON >= 3.11) and install into it
@@ -63,19 +64,32 @@ analyse: $(VENV)/.installed ## samples, scores, probing and CKNNA of the demo's 
 bench: $(VENV)/.installed ## kernel benchmarks (pytest-benchmark)
 	$(VENV)/bin/python -m pytest benchmarks/kernels --benchmark-only
 
-# The gpu stages use PYTHON, not the venv: a GPU machine brings its own torch.
-gpu: gpu-test $(GPU_STAGES) ## all gpu stages, each at most 8 minutes
+# What a GPU machine brings of its own: torch 2.11 and Triton 3.6 on Python 3.12, no tyro, diffusers or pylance.
+GPU_PACKAGES := torch==2.11.0 torchvision==0.26.0 timm pytest pytest-benchmark pytest-xdist rich safetensors scipy \
+	scikit-learn scikit-image matplotlib tensorboard pyarrow ninja setuptools wheel
+
+$(GPU_VENV): $(GPU_VENV)/.installed ## the packages of a GPU machine, to rehearse with (PYTHON=python3.12)
+
+$(GPU_VENV)/.installed:
+	$(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --quiet $(GPU_PACKAGES)
+	@touch $@
+
+csrc-gpu: $(GPU_VENV)/.installed ## build csrc for a Hopper GPU, to be carried to one
+	@REPA_FAST_CUDA=1 REPA_FAST_CUDA_ARCHS=9.0 $(GPU_VENV)/bin/python -W ignore setup.py -q build_ext --inplace
+
+rehearse: $(GPU_VENV)/.installed ## every item of the GPU queue on a pretended H100
+	$(GPU_VENV)/bin/python -m benchmarks.gpu --pretended --seconds 7200 --out .cache/rehearsal
+
+# On a GPU machine PYTHON is that machine's own.
+gpu: ## what a GPU has to measure, in order of value, within SECONDS; results in GPU_OUT/gpu.tar.gz
+	$(PYTHON) -m benchmarks.gpu --seconds $(SECONDS) --out $(GPU_OUT)
 
 gpu-test: ## the tests marked gpu
-	@if ! $(PYTHON) -c 'import pytest, torch; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null; then \
-		echo "gpu-test: skipped, $(PYTHON) has no pytest, no torch or no CUDA device"; \
-	else \
-		$(GPU_LIMIT) $(PYTHON) -m pytest -m gpu tests; status=$$?; \
-		if [ $$status -eq 5 ]; then echo "gpu-test: skipped, no test is marked gpu"; else exit $$status; fi; \
-	fi
+	$(PYTHON) -m pytest -m gpu tests
 
-$(GPU_STAGES): gpu-%: ## one benchmark stage
-	$(GPU_LIMIT) $(PYTHON) -m benchmarks.stage $*
+gpu-home: $(VENV)/.installed ## bring measured rows into the checkout (TAR=.../gpu.tar.gz)
+	$(VENV)/bin/python -m benchmarks.gpu.home $(TAR)
 
 clean: ## remove build products and caches (not the venv, not runs)
 	rm -rf build dist *.egg-info .cache .pytest_cache .ruff_cache .benchmarks

@@ -1,1 +1,1 @@
-"""Measurements; run from the repository root, for example `python -m benchmarks.stage gpu-step`."""
+"""Measurements; run from the repository root, for example `python -m benchmarks.gpu --list`."""

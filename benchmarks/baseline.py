@@ -234,9 +234,9 @@ class Baseline:
         return PlainSiT(arguments)
 
     def draw(self, size: int) -> Draws:
-        """The randomness of a step: times on the host, the rest on the device."""
+        """The randomness of a step on the device; the recipe's times on the host."""
         device = self.world.device
-        t = torch.rand(size).to(device)
+        t = torch.rand(size, device=device if self.tuned else None).to(device)
         noise, posterior_noise = (
             torch.randn(size, *self.metadata.latent_shape, device=device) for _ in range(2)
         )

@@ -1,6 +1,9 @@
 """What every result row says about where it was measured."""
 
 import datetime
+import functools
+import hashlib
+import importlib.metadata
 import os
 import platform
 import shlex
@@ -19,12 +22,40 @@ def stamp() -> dict[str, str | int]:
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
+        "sources": sources(),
         "command": command(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": triton_version(),
         "device": device(),
         "cores": len(os.sched_getaffinity(0)),
     }
+
+
+@functools.cache
+def sources() -> str:
+    """Return a hash of the code that is measured: repa_fast/, kernels/ and csrc/."""
+    digest = hashlib.sha256()
+    for folder in ("repa_fast", "kernels", "csrc"):
+        for file in sorted((ROOT / folder).rglob("*")):
+            if file.suffix in (".py", ".cu", ".cuh", ".h"):
+                digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def triton_version() -> str:
+    """Return the installed version of Triton, or "none"."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def card_folder(name: str) -> Path:
+    """Return RESULTS/<device>/<date>_<name>, made where it was not there."""
+    folder = RESULTS / device().lower().replace(" ", "-") / f"{stamp()['date']}_{name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def commit() -> str:

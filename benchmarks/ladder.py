@@ -88,7 +88,11 @@ class Rung:
 
 
 STOCK = {"optimizer_impl": "torch", "compute_copy": "autocast"}
-ONE_PASS = {"optimizer_impl": "auto", "compute_copy": "optimizer"}
+ONE_PASS = {"optimizer_impl": "cuda", "compute_copy": "optimizer"}
+ON_CPU = {"optimizer_impl": "torch"}
+"""What there is none of on a CPU is replaced there; on a GPU a rung has what it names, or fails."""
+MOST_IMAGES = 128
+"""Of one forward pass, unless --micro-batch says otherwise: 256 need more than 80 GB."""
 JOINT = ONE_PASS | {"joint_adaln": True}
 RUNGS = {
     "a": Rung("the paper's recipe", plain="recipe", compiled=False),
@@ -144,6 +148,10 @@ def prepare(rung: Rung, arguments: argparse.Namespace, folder: Path) -> TrainSta
         "attention": "sdpa" if rung.plain else "auto",
         **rung.config,
     }
+    if arguments.device == "cpu":
+        changes |= ON_CPU
+    elif not rung.plain:
+        changes["kernels"] = "triton"
     if rung.cached:
         columns = feature_columns(arguments.preset)
         changes["features"] = ",".join(column.name for column in columns)
@@ -156,19 +164,19 @@ def prepare(rung: Rung, arguments: argparse.Namespace, folder: Path) -> TrainSta
     return state
 
 
-def expected_loss(state: TrainState) -> float:
-    """The plain fp32 loss of a rung's weights on the batch that it is timed on."""
-    batch, draws = probe(state)
+def expected_loss(state: TrainState, size: int) -> float:
+    """The plain fp32 loss of a rung's weights on `size` images."""
+    batch, draws = probe(state, size)
     plain = Baseline(state, tuned=False, compiled=False)
     plain.precision = None
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         return plain.loss_of(batch, draws)
 
 
-def probe(state: TrainState) -> tuple[Batch, Draws]:
-    """A batch and its draws, the same for every rung."""
+def probe(state: TrainState, size: int) -> tuple[Batch, Draws]:
+    """A batch of `size` images and its draws, the same for every rung."""
     torch.manual_seed(2)
-    return synthetic_batch(state, state.local_batch)
+    return synthetic_batch(state, size)
 
 
 def measure(rung: Rung, arguments: argparse.Namespace) -> dict:
@@ -179,17 +187,18 @@ def measure(rung: Rung, arguments: argparse.Namespace) -> dict:
     """
     with tempfile.TemporaryDirectory() as folder:
         state = prepare(rung, arguments, Path(folder))
-        batch, draws = probe(state)
-        expected = None if rung.cached else expected_loss(state)
+        size = state.local_batch if rung.plain else state.micro_batch
+        batch, draws = probe(state, size)
+        expected = None if rung.cached else expected_loss(state, size)
         stepper = new_stepper(rung, state, arguments)
         before = time.perf_counter()
         loss = stepper.loss_of(batch, draws)
         if expected and abs(loss / expected - 1) > LOSS_TOLERANCE:
             raise RuntimeError(f"loss {loss:.4f} where plain fp32 has {expected:.4f}")
         notes = [] if rung.plain else state.notes
-        del state, draws
+        feed = Feed(repeated(probe(state, state.local_batch)[0]))
+        del state, batch, draws
         free()  # what the rival does not need of the state
-        feed = Feed(repeated(batch))
         first_step(stepper, feed)
         start = {"first_step_seconds": time.perf_counter() - before}
         found = figures(stepper, feed, arguments, Path(folder) / "trace.json")
@@ -268,12 +277,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parser(__doc__.splitlines()[0], "sit-xl2-repa")
     flags.add_argument("--rung", nargs="+", choices=RUNGS, default=list(RUNGS))
     flags.add_argument("--eager", action="store_true", help="compile nothing, for a quick look")
+    text = "images of a forward pass of ours; 128 at most by default"
+    flags.add_argument("--micro-batch", type=int, default=0, help=text)
     released = os.environ.get("REPA_OFFICIAL")
     text = "folder of the released code, for rung o; else that of REPA_OFFICIAL"
     flags.add_argument("--official", type=Path, default=released and Path(released), help=text)
     flags.add_argument("--limit", type=float, default=1e9, help="seconds; begins nothing later")
-    flags.set_defaults(micro_batch=0, data="")
+    flags.set_defaults(data="")
     arguments = flags.parse_args(argv)
+    arguments.micro_batch = arguments.micro_batch or min(arguments.batch, MOST_IMAGES)
     folder = results_folder("ladder", arguments)
     rows = climb(arguments, folder)
     if not rows:

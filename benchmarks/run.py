@@ -20,10 +20,11 @@ from benchmarks import timing
 from benchmarks.environment import RESULTS, device
 from benchmarks.kernels import report
 from benchmarks.kernels.measure import Bench, Row
-from benchmarks.kernels.ops import CASES, MODES, problems
+from benchmarks.kernels.ops import CASES, MODES, Problem, problems, short
 from benchmarks.kernels.providers import providers
 
 OVERHEAD = "overhead"
+DTYPES = ("bf16", "fp32")
 
 
 def listing(where: str) -> str:
@@ -49,18 +50,32 @@ def rows(bench: Bench, arguments: argparse.Namespace) -> Iterator[Row]:
     modes = arguments.mode or [*MODES, OVERHEAD]
     for op in arguments.op or CASES:
         wanted = tuple(mode for mode in CASES[op].modes if mode in modes)
-        for problem in problems(op, bench.device) if wanted else ():
+        found = chosen_problems(op, bench.device, arguments)
+        if not found:
+            print(f"{op}: no shape of this batch size and dtype", flush=True)
+        for problem in found if wanted else ():
             for provider in chosen(op, arguments):
                 if time.monotonic() > end:
                     print(f"time limit: {problem.name} {provider.name} left out", flush=True)
                     continue
                 yield from bench.rows(problem, provider, wanted)
     for op in arguments.op or CASES:
-        for provider in chosen(op, arguments) if OVERHEAD in modes else ():
+        at = chosen_problems(op, bench.device, arguments)[:1] if OVERHEAD in modes else []
+        for provider in chosen(op, arguments) if at else ():
             if time.monotonic() > end:
                 print(f"time limit: {op} {provider.name} {OVERHEAD} left out", flush=True)
                 continue
-            yield bench.overhead(op, provider)
+            yield bench.overhead(op, provider, at[0])
+
+
+def chosen_problems(op: str, device: torch.device, arguments: argparse.Namespace) -> list[Problem]:
+    """Problems of an op with a batch size and a dtype that the arguments ask for."""
+    return [
+        problem
+        for problem in problems(op, device)
+        if (not arguments.batch or problem.shape[0] in arguments.batch)
+        and (not arguments.dtype or short(problem.dtype) in arguments.dtype)
+    ]
 
 
 def chosen(op: str, arguments: argparse.Namespace) -> list:
@@ -101,6 +116,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--mode", action="append", choices=(*MODES, OVERHEAD), help="repeatable; all"
     )
+    parser.add_argument(
+        "--batch", type=int, nargs="+", metavar="N", help="shapes of these batch sizes only"
+    )
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="repeatable; all")
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds; begins nothing later")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

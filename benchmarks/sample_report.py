@@ -15,6 +15,11 @@ def read(path: Path) -> list[dict]:
     return list({(row["provider"], run(row)): row for row in rows}.values())
 
 
+def rewrite(folder: Path) -> None:
+    """Write report.md of the rows in `folder`."""
+    (folder / "report.md").write_text(markdown(read(folder / "rows.jsonl")))
+
+
 def run(row: dict) -> tuple:
     """What the rows of one table have in common."""
     return row["model"], row["guidance"], row["batch"], row["num_steps"]

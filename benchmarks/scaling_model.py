@@ -115,6 +115,7 @@ class Work:
         state_bytes: fp32 weights, gradients, two moments and averages, unsharded.
         checkpoint_steps: between checkpoints, which hold the state without gradients.
         image_bytes: read per image, by how images are stored.
+        attention: FLOPs (part of those of forward and backward) and bytes, per image.
     """
 
     parameters: int
@@ -126,6 +127,7 @@ class Work:
     state_bytes: float
     checkpoint_steps: int
     image_bytes: dict[str, float]
+    attention: tuple[float, float]
 
     @property
     def checkpoint_bytes(self) -> float:
@@ -135,15 +137,25 @@ class Work:
 def block_bytes(tokens: int, width: int, mlp_ratio: float, dtype: torch.dtype) -> tuple[float, ...]:
     """Necessary bytes of a block's elementwise kernels, forward and backward, per image.
 
-    Two gate_residual_adaln with a residual stream of `dtype`; in bf16 GELU, its backward pass and
-    the sums for the gradients of four biases: qkv (3 widths), the attention's output (1), the MLP's
-    (mlp_ratio and 1).
+    Two gate_residual_adaln with a residual stream of `dtype`; in bf16 GELU, its backward pass with
+    the sum for the gradient of fc1's bias, and the sums for the gradients of three more biases: qkv
+    (3 widths), the attention's output and the MLP's (1 each). Backward, dq, dk and dv are stacked:
+    3 widths read and written.
     """
     norm = Problem(CASES["gate_residual_adaln"], (1, tokens, width), dtype)
     unit = 2 * tokens * width
     forward = 2 * norm.necessary_bytes("forward") + 2 * mlp_ratio * unit
-    backward = 2 * norm.necessary_bytes("backward") + (3 * mlp_ratio + 5 + mlp_ratio) * unit
+    backward = 2 * norm.necessary_bytes("backward") + (3 * mlp_ratio + 5 + 6) * unit
     return forward, backward
+
+
+def attention_work(tokens: int, width: int) -> tuple[float, float]:
+    """FLOPs and necessary bytes of a block's attention, forward and backward, per image, in bf16.
+
+    2 matmuls of N x N x D forward and 5 backward; q, k, v, their gradients, the output (written,
+    then read) and its gradient.
+    """
+    return 7 * 2 * tokens**2 * width, 12 * 2 * tokens * width
 
 
 def work(config: TrainConfig) -> Work:
@@ -172,6 +184,7 @@ def work(config: TrainConfig) -> Work:
         state_bytes=counted.state_bytes,
         checkpoint_steps=config.checkpointing_steps,
         image_bytes=stored_bytes(metadata, [(s.num_tokens(resolution), s.width) for s in specs]),
+        attention=tuple(depth * each for each in attention_work(tokens, width)),
     )
 
 

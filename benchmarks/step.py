@@ -44,7 +44,7 @@ from repa_fast.train.state import TrainState, build_state, device_name
 from repa_fast.train.step import losses, other_weights, synthetic_batch
 
 PHOTOGRAPH_ROWS, QUALITY = 4096, 95
-PROFILED, HOST_STEPS = 5, 10
+PROFILED, HOST_STEPS = 3, 10
 """Steps under the profiler, and steps whose host time is taken, at most."""
 
 
@@ -117,7 +117,10 @@ def build(arguments: argparse.Namespace, folder: Path, **changes) -> TrainState:
         files = random_encoder_weights(config.enc_type, config.resolution, folder)
         config = dataclasses.replace(config, enc_weights=files)
     world = World(rank=0, size=1, device=torch.device(arguments.device))
-    state = build_state(config, expected_metadata(config), world, columns)
+    with world.device:  # where drawing the initial weights takes no time
+        metadata = expected_metadata(config)
+        state = build_state(config, metadata, world, columns, encoders_later=True)
+    state.load_encoders()
     state.micro_batch = arguments.micro_batch or state.local_batch
     return state
 
@@ -259,6 +262,8 @@ def figures(stepper: Stepper, feed: Feed, arguments: argparse.Namespace, trace: 
         "launches": parts.launches,
         "profiled_ms": parts.window_ms,
         "ms_by_category": parts.milliseconds(whole),
+        "kernels": parts.kernels,
+        "gaps": parts.gaps,
     }
 
 

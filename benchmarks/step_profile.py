@@ -10,7 +10,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,6 +26,8 @@ CATEGORIES = (
     "idle",
 )
 WINDOW = "profiled steps"
+SHOWN_KERNELS, SHOWN_GAPS = 40, 5
+NAME_LENGTH = 96
 DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 HOST = ("cuda_runtime", "cuda_driver")
 
@@ -46,6 +48,7 @@ class Interval:
     start: float
     end: float
     category: str
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,15 @@ class Breakdown:
         busy_ms: milliseconds by category, all but idle.
         window_ms: wall clock under the profiler.
         launches: kernels, copies and fills that the host started, a CUDA graph once; None on a CPU.
+        kernels: those that take most time: name, category, ms and calls of a step.
+        gaps: the longest times in which nothing ran: us, and the kernels before and after.
     """
 
     busy_ms: dict[str, float]
     window_ms: float
     launches: float | None
+    kernels: list[dict] = field(default_factory=list)
+    gaps: list[dict] = field(default_factory=list)
 
     def milliseconds(self, step_ms: float) -> dict[str, float]:
         """By category, of a step that takes `step_ms`; idle is what nothing accounts for.
@@ -136,7 +143,41 @@ def breakdown(events: Sequence[dict], steps: int, cuda: bool) -> Breakdown:
     else:
         intervals = list(on_host(inside))
     busy = {name: us / 1e3 / steps for name, us in exclusive(intervals, end).items()}
-    return Breakdown(busy, (end - start) / 1e3 / steps, launches)
+    window = (end - start) / 1e3 / steps
+    if not cuda:
+        return Breakdown(busy, window, launches)
+    return Breakdown(busy, window, launches, by_kernel(intervals, steps), gaps(intervals))
+
+
+def by_kernel(intervals: Sequence[Interval], steps: int) -> list[dict]:
+    """Return the kernels that take most time, with ms and calls of a step."""
+    total: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0])
+    for interval in intervals:
+        entry = total[interval.name, interval.category]
+        entry[0] += interval.end - interval.start
+        entry[1] += 1
+    ordered = sorted(total.items(), key=lambda item: -item[1][0])[:SHOWN_KERNELS]
+    return [
+        {
+            "name": name[:NAME_LENGTH],
+            "category": category,
+            "ms": round(us / 1e3 / steps, 4),
+            "calls": round(calls / steps, 2),
+        }
+        for (name, category), (us, calls) in ordered
+    ]
+
+
+def gaps(intervals: Sequence[Interval]) -> list[dict]:
+    """Return the longest times in which nothing ran between two kernels."""
+    found, last = [], None
+    for interval in sorted(intervals, key=lambda one: one.start):
+        if last is not None and interval.start > last.end:
+            around = {"before": last.name[:NAME_LENGTH], "after": interval.name[:NAME_LENGTH]}
+            found.append({"us": round(interval.start - last.end, 1), **around})
+        if last is None or interval.end > last.end:
+            last = interval
+    return sorted(found, key=lambda gap: -gap["us"])[:SHOWN_GAPS]
 
 
 def on_device(events: Sequence[dict]) -> tuple[list[Interval], int]:
@@ -162,7 +203,8 @@ def on_device(events: Sequence[dict]) -> tuple[list[Interval], int]:
         if event.get("cat") in DEVICE:
             number = event["args"].get("correlation")
             category = by_launch.get(number) or category_of(event["name"])
-            intervals.append(Interval(event["ts"], event["ts"] + event["dur"], category))
+            end = event["ts"] + event["dur"]
+            intervals.append(Interval(event["ts"], end, category, event["name"]))
             launches.add(number)
     return intervals, len(launches)
 

@@ -65,6 +65,8 @@ def section(rows: list[dict]) -> list[str]:
         lines += [*figures(ok), *shares(ok)]
     if any(row["rung"] for row in ok):
         lines += ladder(ok)
+    for row in ok:
+        lines += kernels(row)
     lines += [f"- {label(row)}: {'; '.join(row['notes'])}" for row in ok if row["notes"]]
     lines += [f"- ({row['rung']}) no figure: {row['message']}" for row in rows if row not in ok]
     commands = dict.fromkeys(row["command"] for row in rows)
@@ -137,6 +139,25 @@ def ladder(rows: list[dict]) -> list[str]:
                 "",
             ]
     return lines
+
+
+def kernels(row: dict) -> list[str]:
+    """The kernels that take most of a step, and the longest gaps between them; none on a CPU."""
+    if not row.get("kernels"):
+        return []
+    heads = (f"{label(row)}: kernels", "category", "calls", "ms of a step", "us a call")
+    body = [
+        (
+            f"`{kernel['name']}`",
+            kernel["category"],
+            f"{kernel['calls']:.4g}",
+            f"{kernel['ms']:.3f}",
+            f"{1e3 * kernel['ms'] / kernel['calls']:.1f}",
+        )
+        for kernel in row["kernels"]
+    ]
+    longest = [f"{gap['us']} us before `{gap['after']}`" for gap in row["gaps"]]
+    return [*grid(heads, body), f"Longest gaps: {'; '.join(longest) or 'none'}.", ""]
 
 
 def times(other: dict | None, row: dict) -> str:

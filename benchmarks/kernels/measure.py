@@ -56,14 +56,17 @@ class Bench:
             yield {**head, "mode": mode, **figures}
             self.tidy()
 
-    def overhead(self, op: str, provider: Provider) -> Row:
-        """Host time of a forward and a backward (where there is one) at a tiny shape."""
+    def overhead(self, op: str, provider: Provider, first: Problem | None = None) -> Row:
+        """Host time of a forward and a backward (where there is one) at a tiny shape.
+
+        The provider has to be right at `first`, or else at the op's first problem.
+        """
         problem = tiny(op)
         row = {**self._head(problem, provider), "mode": "overhead"}
         reason = provider.why_not(self.device.type)
         if reason:
             return {**row, "status": "unavailable", "message": reason}
-        first = problems(op, self.device)[0]
+        first = first or problems(op, self.device)[0]
         if (first.name, provider.name) not in self._verdicts:
             self.checked(first, provider)
         wrong = self._verdicts[first.name, provider.name]

@@ -52,7 +52,7 @@ def standard_normal(shape: torch.Size, seed: int, step: int, index: torch.Tensor
     position = torch.arange(math.prod(shape[1:]), device=index.device)[None]
     sample = index[:, None]
     counter = (
-        position,
+        position & _WORD,  # an index alone Inductor would multiply in 32 bits
         sample & _WORD,
         torch.full_like(sample, step),
         sample >> 32 & _WORD,

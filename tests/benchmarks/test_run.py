@@ -4,10 +4,10 @@ import math
 import pytest
 import torch
 
-from benchmarks import run, stage
+from benchmarks import run
 from benchmarks.kernels import report, tune
 from benchmarks.kernels.measure import Bench
-from benchmarks.kernels.ops import CASES, Problem, problems
+from benchmarks.kernels.ops import CASES, Problem, problems, short
 from benchmarks.kernels.providers import EAGER, Provider, providers
 from benchmarks.timing import Effort, Timing
 from repa_fast import ops
@@ -33,7 +33,8 @@ def rows_of(bench, op, provider, modes=None):
 
 
 def test_every_public_op_is_measured():
-    settings = {"select_attention", "set_attention_backend", "why_not_cuda"}
+    settings = {"select_attention", "set_attention_backend", "use_attention_backend"}
+    settings |= {"why_not_cuda"}
     of_the_optimizer = {"adamw_ema", "sum_of_squares"}  # benchmarks/optim.py
     of_the_sampler = {"standard_normal"}  # once per image, in plain torch
     assert set(CASES) == set(ops.__all__) - settings - of_the_optimizer - of_the_sampler
@@ -256,6 +257,28 @@ def test_nothing_begins_after_the_time_limit(tmp_path, capsys):
     assert "time limit: adaln 4x64x384 fp32 ours left out" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "flags, found",
+    [
+        ([], [(32, "fp32"), (32, "bf16"), (256, "fp32"), (256, "bf16")]),
+        (["--batch", "32"], [(32, "fp32"), (32, "bf16")]),
+        (["--batch", "32", "256", "--dtype", "bf16"], [(32, "bf16"), (256, "bf16")]),
+        (["--batch", "31"], []),
+    ],
+)
+def test_batch_sizes_and_dtypes_can_be_chosen(flags, found):
+    arguments = run.parse(["--op", "adaln", *flags])
+    chosen = run.chosen_problems("adaln", torch.device("cuda"), arguments)
+    assert [(problem.shape[0], short(problem.dtype)) for problem in chosen] == found
+
+
+def test_an_op_without_such_a_shape_says_so_and_has_no_rows(tmp_path, capsys):
+    arguments = ["--op", "adaln", "--batch", "5", "--device", "cpu", "--out", str(tmp_path)]
+    assert run.main(arguments) == 0
+    assert not (tmp_path / "rows.jsonl").read_text()
+    assert "adaln: no shape of this batch size and dtype" in capsys.readouterr().out
+
+
 def test_a_report_has_the_last_row_of_each_and_the_ratio_to_compile(tmp_path, bench):
     rows = rows_of(bench, "gate_residual", EAGER, ("forward",))
     compiled = {**rows[0], "provider": "compile", "ms_p50": 2 * rows[0]["ms_p50"]}
@@ -290,29 +313,9 @@ def test_every_kernel_has_tiles_that_can_be_filled():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_tuning_and_the_stage_say_so_in_one_line(capsys):
+def test_without_a_gpu_tuning_says_so_in_one_line(capsys):
     assert tune.main([]) == 0
     assert capsys.readouterr().out == "tuning needs a GPU: no CUDA device\n"
-    assert stage.why_not("kernels") == "no CUDA device"
-
-
-def test_the_stage_measures_every_op_then_tunes_within_its_time(monkeypatch):
-    begun = []
-
-    def limited(arguments, seconds):
-        begun.append((arguments, float(arguments[-1]), seconds))
-        return 0
-
-    monkeypatch.setattr(stage, "limited", limited)
-    assert stage.kernels() == 0
-    assert [arguments[2] for arguments, *_ in begun[:-1]] == list(CASES)
-    assert begun[-1][0][0] == "benchmarks.kernels.tune"
-    for arguments, limit, seconds in begun:
-        assert 15 <= limit < seconds < 480, arguments
-
-
-def test_a_stopped_process_is_a_failure():
-    assert stage.limited(["benchmarks.kernels.tune", "--help"], 0.01) == 1
 
 
 @pytest.mark.gpu

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import sample, sample_gate, sample_providers, sample_report, sample_rival, stage
+from benchmarks import sample, sample_gate, sample_providers, sample_report, sample_rival
 from repa_fast import dispatch
 from repa_fast.diffusion import samplers
 from repa_fast.eval import sampling
@@ -221,22 +221,6 @@ def test_on_a_gpu_the_official_is_alone(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         sample.parse()
     assert "expected it alone" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("seconds", [30, 200])
-def test_the_stage_begins_with_what_matters_and_ends_within_its_time(monkeypatch, seconds):
-    begun, clock = [], [0.0]
-
-    def limited(arguments, limit):
-        begun.append((arguments[2], arguments[4]))
-        clock[0] += min(seconds, limit)
-        return 0
-
-    monkeypatch.setattr(stage, "limited", limited)
-    monkeypatch.setattr(stage.time, "monotonic", lambda: clock[0])
-    assert stage.sample() == 0
-    assert begun[:2] == [("SiT-XL/2", "ours-compile-bf16"), ("SiT-XL/2", "official")]
-    assert len(begun) == (8 if seconds == 30 else 3) and clock[0] < 480
 
 
 @pytest.mark.gpu

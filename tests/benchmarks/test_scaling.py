@@ -166,7 +166,7 @@ def test_flops_and_bytes_of_a_step(work):
     )
     unit = 2 * 256 * 1152  # a bf16 tensor of tokens by width
     blocks = (work.forward.nbytes + work.backward.nbytes) / (28 * unit)
-    assert blocks == pytest.approx(59, rel=0.01)  # in 1 %: shift, scale and gate
+    assert blocks == pytest.approx(61, rel=0.01)  # in 1 %: shift, scale and gate
     assert work.checkpoint_bytes == 16 * work.parameters
     assert work.image_bytes["moments"] == 4 * 8 * 32 * 32
     features = work.image_bytes["moments, fp16 features"] - work.image_bytes["moments"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ladder, scaling, stage, step, step_profile, step_report
+from benchmarks import ladder, scaling, step, step_profile, step_report
 from benchmarks.environment import ROOT
 from benchmarks.step_profile import CATEGORIES, WINDOW, Breakdown, breakdown
 from repa_fast import cli, dispatch
@@ -373,37 +373,6 @@ def test_no_rung_begins_after_the_limit(tmp_path, capsys):
     options = flags([*DIGITS, "--out", str(tmp_path), "--limit", "-1"])
     assert ladder.climb(options, tmp_path) == []
     assert "time limit: rung a left out" in capsys.readouterr().out
-
-
-def test_the_stage_begins_with_the_goals_and_ends_in_its_time(monkeypatch):
-    begun, clock = [], [0.0]
-
-    def limited(arguments, seconds):
-        begun.append((arguments, clock[0] + seconds))
-        clock[0] += 60
-        return 0
-
-    monkeypatch.setattr(stage, "limited", limited)
-    monkeypatch.setattr(stage.time, "monotonic", lambda: clock[0])
-    assert stage.step() == 0
-    measured = [
-        (options.batch, *options.rung)
-        for (program, *arguments), _ in begun
-        if program == "benchmarks.ladder"
-        for options in [flags(arguments)]
-    ]
-    assert measured[:3] == [(32, "a", "o"), (32, "e"), (256, "e")]
-    assert len(begun) == 8 and all(end < 480 for _, end in begun)
-
-
-def test_the_stage_measures_every_rung_if_time_allows(monkeypatch):
-    begun = []
-    monkeypatch.setattr(stage, "limited", lambda arguments, seconds: begun.append(arguments) or 0)
-    assert stage.step() == 0
-    ladders = [arguments[1:] for arguments in begun if arguments[0] == "benchmarks.ladder"]
-    assert {rung for one in map(flags, ladders) for rung in one.rung} == ladder.RUNGS.keys()
-    presets = [one[one.index("--preset") + 1] for one in begun if one[0] == "benchmarks.step"]
-    assert presets == ["sit-b2-repa", "sit-l2-repa"]
 
 
 def test_only_the_projects_own_step_is_a_measured_point_of_the_scaling_page(tmp_path):

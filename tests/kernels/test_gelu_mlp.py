@@ -62,6 +62,7 @@ def assert_all_within_budget(actual, arguments):
     """Against fp64, and what plain torch does with the same arguments."""
     oracle, working = results(arguments, "reference", F64), results(arguments, "reference")
     for name, value in actual.items():
+        assert oracle[name].isfinite().all(), name
         assert_within_budget(name, value, oracle[name], working[name])
 
 

@@ -1,0 +1,206 @@
+"""The pretended card: what it reports of mistakes that are planted here."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.environment import ROOT
+from benchmarks.gpu.pretended import __main__ as program
+from benchmarks.gpu.pretended import build
+
+REASON = build.why_not()
+needs_card = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+FACTS = """
+import ctypes, json
+import torch
+import triton
+import triton.language as tl
+
+@triton.jit
+def add_one(p, B: tl.constexpr):
+    i = tl.program_id(0) * B + tl.arange(0, B)
+    tl.store(p + i, tl.load(p + i) + 1)
+
+def error_of(call):
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+def captured(work):
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        work()
+
+def astray():
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        x + 1
+
+card = ctypes.CDLL(None)
+card.pretended_launches.restype = ctypes.c_long
+x = torch.ones(256, device="cuda")
+found = {"name": torch.cuda.get_device_name(), "gib": torch.cuda.mem_get_info()[1] / 2**30}
+before = card.pretended_launches()
+y = (x * 2).to(torch.bfloat16)
+z = torch.ones(64, 64, device="cuda") @ torch.ones(64, 64, device="cuda")
+found["launches"] = card.pretended_launches() - before
+found["memory"] = error_of(lambda: torch.empty(80 * 2**30, dtype=torch.uint8, device="cuda"))
+found["right"] = error_of(lambda: add_one[(2,)](x, B=128))
+found["cpu tensor"] = error_of(lambda: add_one[(2,)](torch.ones(256), B=128))
+found["grid"] = error_of(lambda: add_one[(1, 70000)](x, B=128))
+found["dtype"] = error_of(lambda: torch.ones(64, 64, device="cuda") @ z.to(torch.bfloat16))
+found["graph"] = error_of(lambda: captured(lambda: x.add_(1)))
+found["item in a graph"] = error_of(lambda: captured(lambda: x.sum().item()))
+found["lost stream"] = error_of(lambda: captured(astray))
+print(json.dumps(found))
+"""
+
+WAITS = """
+import torch
+
+x = torch.ones(8, device="cuda")
+torch.cuda.set_sync_debug_mode("warn")
+loss = x.sum()
+loss.item()
+torch.cuda.set_sync_debug_mode("default")
+"""
+
+COLLECTED = """
+import pytest
+import torch
+
+@pytest.mark.gpu
+def test_number():
+    assert torch.ones(8192, device="cuda").sum().item() == 8192
+
+@pytest.mark.gpu
+def test_launch():
+    torch.ones(2, 3, device="cuda") @ torch.ones(2, 3, device="cuda")
+
+@pytest.mark.gpu
+def test_right():
+    assert torch.ones(2, device="cuda").is_cuda
+"""
+
+
+def run(*arguments, seconds=60, **values):
+    """The finished command on the pretended card."""
+    command = [sys.executable, "-m", "benchmarks.gpu.pretended", *map(str, arguments)]
+    environment = {**os.environ, **{name: str(value) for name, value in values.items()}}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
+    )
+
+
+@needs_card
+def test_facts_and_planted_mistakes(tmp_path):
+    (tmp_path / "planted.py").write_text(FACTS)
+    done = run("-m", "planted", PYTHONPATH=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["name"].endswith("pretended")
+    assert found["gib"] == pytest.approx(79.1, abs=0.05)
+    assert found["launches"] == 5  # multiply, cast, two fills, product
+    assert found["memory"].startswith("OutOfMemoryError")
+    assert found["right"] == found["graph"] == ""
+    assert "cpu tensor?" in found["cpu tensor"]
+    assert "invalid argument" in found["grid"]
+    assert "same dtype" in found["dtype"]
+    assert "capture" in found["item in a graph"]
+    assert "unjoined" in found["lost stream"].lower()
+
+
+@needs_card
+def test_a_wait_is_reported_with_its_line(tmp_path):
+    (tmp_path / "planted.py").write_text(WAITS)
+    done = run("-m", "planted", PYTHONPATH=tmp_path)
+    assert done.returncode == 0, done.stderr
+    line = WAITS.splitlines().index("loss.item()") + 1
+    assert f" at {tmp_path / 'planted.py'}:{line}\n" in done.stderr
+
+
+@needs_card
+def test_a_wrong_number_is_no_failure_and_a_wrong_launch_is(tmp_path):
+    (tmp_path / "test_planted.py").write_text(COLLECTED)
+    flags = ("-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", "--rootdir", tmp_path)
+    report = tmp_path / "report.jsonl"
+    done = run("--report", report, "-m", "pytest", *flags, tmp_path)
+    (row,) = map(json.loads, report.read_text().splitlines())
+    assert (row["passed"], row["numbers"]) == (1, 1), done.stdout
+    (failed,) = row["failed"]
+    assert failed.endswith("test_launch")
+    assert done.returncode == 1
+
+
+@needs_card
+@pytest.mark.slow
+def test_a_rung_is_rehearsed(tmp_path):
+    report = tmp_path / "report.jsonl"
+    flags = ("--preset", "sit-s2-repa", "--batch", 4, "--rung", "e", "--steps", 2, "--warmup", 1)
+    done = run(
+        *("--report", report, "-m", "benchmarks.ladder", *flags, "--limit", 100),
+        seconds=400,
+        REPA_FAST_RESULTS=tmp_path / "results",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (rows,) = (tmp_path / "results").glob("*/*/rows.jsonl")
+    measured = json.loads(rows.read_text())
+    assert "pretended" in measured["device"]
+    assert measured["command"].startswith("python -m benchmarks.ladder --preset")
+    row = json.loads(report.read_text())
+    assert (row["rung"], row["batch"], row["micro_batch"]) == ("e", 4, 4)
+    assert row["synchronisations"] == 0, row["places"]
+    assert row["recompilations"] == {}
+    assert 1 <= row["block_graphs"] <= 3
+    assert row["launches"] > 500
+    assert row["card_gib"] < row["card_of_gib"]
+    assert len(row["functions"]) == 5
+
+
+STEP = {
+    "kind": "step", "rung": "g", "preset": "sit-xl2-repa", "batch": 256, "micro_batch": 128,
+    "synchronisations": 1 / 3, "places": {"repa_fast/train/metrics.py:73 <- " * 4: 3},
+    "graphs": {"sit.py:forward": 3, "dinov2.py:forward": 1}, "block_graphs": 3,
+    "recompilations": {"sit.py:forward": 1}, "graph_breaks": 0, "launches": 18.0,
+    "graph_launches": 1.0, "replayed": 2975.0, "strays": 2, "host_ms": 1.5, "wall_ms": 1.25,
+    "functions": [["torch/nn/modules/module.py:1 forward", 12.5, 1000.0]], "allocated_gib": 70.0,
+    "reserved_gib": 75.0, "card_gib": 78.0, "card_of_gib": 79.1,
+}  # fmt: skip
+
+
+def test_the_table_is_for_people(tmp_path):
+    from benchmarks.gpu.pretended.report import table
+
+    failed = {name: STEP[name] for name in ("kind", "rung", "preset", "batch", "micro_batch")}
+    failed |= {"error": "OutOfMemoryError: CUDA out of memory", "card_gib": 79, "card_of_gib": 79.1}
+    tests = {"kind": "tests", "passed": 3, "numbers": 2, "skipped": 1, "failed": {"a::b": "why"}}
+    file = tmp_path / "report.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in (STEP, failed, tests)))
+    lines = table(file).splitlines()
+    assert all(len(line) <= 100 for line in lines)
+    text = "\n".join(lines)
+    assert "2975" in text and "OutOfMemoryError" in text
+    assert "metrics.py:73" in text and "compiled late: 1 x sit.py:forward" in text
+    assert "2 wrong in numbers alone" in text and "a::b: why" in text
+
+
+def test_flags_before_the_module_are_ours():
+    words = ["--report", "r", "-m", "benchmarks.ladder", "--report", "theirs", "-m", "x"]
+    flags, module, arguments = program.parse(words)
+    assert (flags, module) == ({"--report": "r"}, "benchmarks.ladder")
+    assert arguments == words[4:]
+    with pytest.raises(SystemExit, match="usage"):
+        program.parse(["benchmarks.ladder"])
+
+
+def test_what_is_missing_is_said(monkeypatch):
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    assert "gcc" in build.why_not() or "Linux" in build.why_not()
+    with pytest.raises(RuntimeError, match="pretended card"):
+        build.build()

@@ -46,12 +46,6 @@ def toolkit():
     return next((root for root in roots if (root / "bin" / "nvcc").is_file()), None)
 
 
-def cublas_headers():
-    """Folders of pip packages with cublasLt.h, for a toolkit without it; read after all others."""
-    nvidia = folder_of("nvidia")
-    return [file.parent for file in nvidia.glob("*/include/cublasLt.h")] if nvidia else []
-
-
 def why_not_cuda():
     """Why the extension cannot be built, or None."""
     if os.environ.get("REPA_FAST_CUDA") == "0":
@@ -93,7 +87,6 @@ class BuildCuda(build_ext):
             "-cudart=static", "--threads=0", *gencode(),
             "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
             f"-I{torch / 'include'}", f"-I{root / 'include'}",
-            *(f"-Xcompiler=-idirafter,{folder}" for folder in cublas_headers()),
             f"-L{torch / 'lib'}", f"-L{libraries}", "-ltorch_cpu", "-ltorch_cuda",
             "-o", target, *extension.sources,
         ]  # fmt: skip

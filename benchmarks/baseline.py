@@ -208,7 +208,7 @@ class Baseline:
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = True
         self.config, self.metadata, self.world = state.config, state.metadata, state.world
         self.encoders, self.micro_batch, self.tuned = state.encoders, state.local_batch, tuned
-        self.precision = state.autocast_dtype
+        self.precision = self.encoder_precision = state.autocast_dtype
         with state.world.device:  # where drawing the initial weights takes no time
             self.model = self.new_model(model_arguments(state.config, state.metadata))
         self.model.load_state_dict(state.model.state_dict())
@@ -243,10 +243,9 @@ class Baseline:
         drop = torch.rand(size, device=device) < self.config.cfg_prob
         return Draws(t, noise, posterior_noise, drop, offset=t)
 
-    def autocast(self) -> torch.autocast:
-        """The precision of model and encoders."""
-        enabled = self.precision is not None
-        return torch.autocast(self.world.device.type, self.precision, enabled=enabled)
+    def autocast(self, precision: torch.dtype | None) -> torch.autocast:
+        """Computation in this precision; None is fp32."""
+        return torch.autocast(self.world.device.type, precision, enabled=precision is not None)
 
     def clean(self, batch: Batch, noise: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) drawn from the posterior that the batch describes."""
@@ -256,7 +255,7 @@ class Baseline:
     @torch.no_grad()
     def targets(self, batch: Batch) -> list[torch.Tensor]:
         """Patch tokens (B, N, features) of each encoder."""
-        with self.autocast(), record_function("encoder"):
+        with self.autocast(self.encoder_precision), record_function("encoder"):
             return [encoder(batch["image"]) for encoder in self.encoders.values()]
 
     def losses(self, batch: Batch, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
@@ -265,7 +264,7 @@ class Baseline:
         t = draws.t.view(-1, 1, 1, 1)
         noisy, velocity = (1 - t) * clean + t * draws.noise, draws.noise - clean
         targets = self.targets(batch)
-        with self.autocast():
+        with self.autocast(self.precision):
             prediction, projections = self.model(noisy, draws.t, batch["label"], draws.drop)
         single = torch.promote_types(clean.dtype, torch.float32)
         prediction, projections = prediction.to(single), [p.to(single) for p in projections]

@@ -59,10 +59,13 @@ def card_folder(name: str) -> Path:
 
 
 def commit() -> str:
-    """Short hash of HEAD, with a + where tracked files differ from it.
+    """What REPA_FAST_COMMIT says; else the short hash of HEAD, with a + where tracked files differ.
 
-    Without git, what REPA_FAST_COMMIT says, or "unknown".
+    Without git "unknown".
     """
+    named = os.environ.get("REPA_FAST_COMMIT")
+    if named:
+        return named
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -72,7 +75,7 @@ def commit() -> str:
     try:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("diff", "HEAD", "--stat") else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("REPA_FAST_COMMIT", "unknown")
+        return "unknown"
 
 
 def command() -> str:

@@ -5,13 +5,10 @@
     c  + torch.compile of each block and of the encoder
     d  + our kernels: the project's own step, with torch's optimizer
     e  + optimizer in one pass over memory, which also writes the bf16 compute copy
-    f  + one matrix product for the adaLN layers of all blocks
-    g  + the step as one CUDA graph; on a GPU only
-    h  rung e with features from the dataset instead of the encoder
-    i  rung e with the residual stream in bf16
-    j  rung e with the encoder on a stream of its own, beside the optimizer; on a GPU only
-    k  rung e with the compiler's own matrix products where it finds them faster
-    l  rung e with GELU, bias sums and fp32 weight gradients inside the matrix products
+    g  + the step as one CUDA graph; on a GPU only. What a run on one GPU does
+    f  rung g with one matmul for the adaLN layers of all blocks
+    i  rung g with the residual stream in bf16
+    h  rung g with features from the dataset instead of the encoder
     o  the released code's own model and loss, from `--official FOLDER`: what rung a stands for
 
 Rungs run one after another in one process, each with its own warm-up, on the same weights and the
@@ -87,31 +84,23 @@ class Rung:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
-STOCK = {"optimizer_impl": "torch", "compute_copy": "autocast"}
-ONE_PASS = {"optimizer_impl": "cuda", "compute_copy": "optimizer"}
-ON_CPU = {"optimizer_impl": "torch"}
+STOCK = {"optimizer_impl": "torch", "compute_copy": "autocast", "cuda_graph": "off"}
+ONE_PASS = {"optimizer_impl": "cuda", "compute_copy": "optimizer", "cuda_graph": "off"}
+ON_CPU = {"optimizer_impl": "torch", "cuda_graph": "off"}
 """What there is none of on a CPU is replaced there; on a GPU a rung has what it names, or fails."""
 MOST_IMAGES = 128
 """Of one forward pass, unless --micro-batch says otherwise: 256 need more than 80 GB."""
-JOINT = ONE_PASS | {"joint_adaln": True}
+GRAPH = ONE_PASS | {"cuda_graph": "on"}
 RUNGS = {
     "a": Rung("the paper's recipe", plain="recipe", compiled=False),
     "b": Rung("+ bf16, one loss, fused AdamW, no host reads", "a", plain="tuned", compiled=False),
     "c": Rung("+ torch.compile", "b", plain="tuned"),
     "d": Rung("+ our kernels", "c", config=STOCK),
     "e": Rung("+ one-pass optimizer, bf16 copy", "d", config=ONE_PASS),
-    "f": Rung("+ one product for all adaLN layers", "e", config=JOINT),
-    "g": Rung("+ one CUDA graph", "f", config=JOINT | {"cuda_graph": True}, cuda=True),
-    "h": Rung("(e) + cached features", "e", config=ONE_PASS, cached=True),
-    "i": Rung("(e) + bf16 residual stream", "e", config=ONE_PASS | {"residual_dtype": "bf16"}),
-    "j": Rung(
-        "(e) + encoder beside the optimizer",
-        "e",
-        config=ONE_PASS | {"encoder_stream": True},
-        cuda=True,
-    ),
-    "k": Rung("(e) + max-autotune", "e", config=ONE_PASS | {"compile_mode": "max-autotune"}),
-    "l": Rung("(e) + GEMM epilogues", "e", config=ONE_PASS | {"gemm_epilogues": True}),
+    "g": Rung("+ one CUDA graph", "e", config=GRAPH, cuda=True),
+    "f": Rung("(g) + one matmul for all adaLN layers", "g", config=GRAPH | {"joint_adaln": True}),
+    "i": Rung("(g) + bf16 residual stream", "g", config=GRAPH | {"residual_dtype": "bf16"}),
+    "h": Rung("(g) + cached features", "g", config=GRAPH, cached=True),
     "o": Rung("the released code", "a", plain="official", compiled=False),
 }
 

@@ -59,7 +59,7 @@ class Official(Baseline):
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Its model in the precision of training; fp32 results, as accelerate gives them."""
-        with self.autocast():
+        with self.autocast(self.precision):
             prediction, projections = self.model(x, t, y)
         return prediction.float(), [projection.float() for projection in projections]
 

@@ -40,14 +40,14 @@ PAYS = 1.5  # strong scaling ends where twice the GPUs are less than this many t
 def measured(preset: str, results: Path) -> list[dict]:
     """Rows of benchmarks.step for a preset from GPUs; `batch` is of all `gpus`, one if not said.
 
-    Of benchmarks.ladder only rung e, the project's own step.
+    Of benchmarks.ladder only rung g, the project's own step.
     """
     rows = []
     for path in sorted(results.glob("**/rows.jsonl")):
         if path.relative_to(results).parts[0] != "cpu":
             rows += [json.loads(line) for line in path.read_text().splitlines()]
     rows = [row for row in rows if "stall_ms" in row and row["preset"] == preset]
-    rows = [row for row in rows if row.get("rung", "") in ("", "e")]
+    rows = [row for row in rows if row.get("rung", "") in ("", "g")]
     return [{"gpus": 1, "parallel": "ddp", **row} for row in rows]
 
 

@@ -2,7 +2,7 @@
 
 On a GPU every kernel, copy and fill belongs to one category: what the host started in the range of
 the encoder or of the optimizer to these, the others by their names; where two run at once, the time
-is the first one's. On a CPU the time of an operator without the operators it calls takes the place
+is the first one's. A CUDA graph is started as a whole: its encoder is not told from the rest. On a CPU the time of an operator without the operators it calls takes the place
 of a kernel. Idle is the time in which nothing of this ran.
 """
 
@@ -33,6 +33,7 @@ HOST = ("cuda_runtime", "cuda_driver")
 
 GENERATED = re.compile(r"^triton_(?!tem)")  # Inductor's, named after whatever they were made from
 OURS = re.compile(r"^(adaln|gate_residual|align_loss|sum_chunks|euler_maruyama)\w*|^repa_fast::")
+OPTIMIZER = re.compile(r"adamw_ema_kernel|squares_kernel|advance_kernel|multi_tensor_apply")
 ATTENTION = re.compile(r"attention|flash|fmha|sdpa|cudnn_generated_fort_native", re.IGNORECASE)
 GEMM = re.compile(
     r"gemm|cutlass|cublas|nvjet|xmma|wgmma|splitk|triton_tem|convolution|conv2d"  # kernels
@@ -82,7 +83,8 @@ def category_of(name: str) -> str:
     """Of a kernel or operator outside the encoder and the optimizer."""
     if GENERATED.search(name):
         return "other elementwise"
-    for category, pattern in (("our kernels", OURS), ("attention", ATTENTION), ("GEMM", GEMM)):
+    named = (("our kernels", OURS), ("optimizer", OPTIMIZER), ("attention", ATTENTION))
+    for category, pattern in (*named, ("GEMM", GEMM)):
         if pattern.search(name):
             return category
     return "other elementwise"

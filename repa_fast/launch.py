@@ -1,5 +1,8 @@
 """One launch of a Triton kernel as data: run it here, or compile it for a GPU that is not here."""
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +15,19 @@ TYPES = {
     torch.float16: "fp16",
     torch.int64: "i64",
 }
+
+
+_traced = contextvars.ContextVar("traced", default=False)
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[None]:
+    """Launches become parts of the graph that torch.compile is tracing."""
+    token = _traced.set(True)
+    try:
+        yield
+    finally:
+        _traced.reset(token)
 
 
 @dataclass(frozen=True)
@@ -41,6 +57,10 @@ class Launch:
     def run(self) -> None:
         """Launch on the current stream of the tensors' device; an empty grid does nothing."""
         if not self.grid:
+            return
+        if _traced.get():
+            launcher = torch.library.wrap_triton(self.kernel)[(self.grid,)]
+            launcher(**self.arguments, **self.constants, num_warps=self.warps)
             return
         device = next(a.device for a in self.arguments.values() if isinstance(a, torch.Tensor))
         with torch.cuda.device(device if device.type == "cuda" else -1):

@@ -9,7 +9,6 @@ from repa_fast.kernels.attention import set_backend as set_attention_backend
 from repa_fast.kernels.attention import use_backend as use_attention_backend
 from repa_fast.kernels.euler_maruyama_step import euler_maruyama_step, standard_normal
 from repa_fast.kernels.gate_residual_adaln import gate_residual, gate_residual_adaln
-from repa_fast.kernels.gelu_mlp import gelu_mlp
 
 __all__ = [
     "adaln",
@@ -19,7 +18,6 @@ __all__ = [
     "euler_maruyama_step",
     "gate_residual",
     "gate_residual_adaln",
-    "gelu_mlp",
     "select_attention",
     "set_attention_backend",
     "standard_normal",

@@ -8,7 +8,7 @@ import pytest
 
 from repa_fast import cli
 from repa_fast.configs import presets
-from repa_fast.configs.config import TrainConfig
+from repa_fast.configs.config import RETIRED, TrainConfig, from_saved
 
 pytest.importorskip("tyro")
 
@@ -269,7 +269,21 @@ def test_a_config_survives_json(name):
     config = presets.get(name)
     fields = json.loads(json.dumps(config.to_dict()))
     assert sorted(fields) == sorted(FIELDS)
-    assert TrainConfig(**fields) == config
+    assert from_saved(fields) == config
+
+
+def test_a_config_of_an_earlier_version_loads():
+    saved = TrainConfig(seed=3).to_dict() | {"cuda_graph": True, "gemm_epilogues": True}
+    saved |= {"encoder_stream": False, "compile_mode": "max-autotune"}
+    assert set(RETIRED) < saved.keys()
+    assert from_saved(saved) == TrainConfig(seed=3, cuda_graph="on")
+    assert from_saved(saved | {"cuda_graph": False}).cuda_graph == "off"
+    assert from_saved({"seed": 3}) == TrainConfig(seed=3)
+
+
+def test_a_config_of_a_later_version_is_refused_by_the_name_it_adds():
+    with pytest.raises(ValueError, match="a saved config has warp_drive, which is unknown here"):
+        from_saved(TrainConfig().to_dict() | {"warp_drive": 9})
 
 
 def test_images_per_step_count_the_accumulated_batches():

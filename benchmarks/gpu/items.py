@@ -1,7 +1,8 @@
 """What the queue measures, in order of value.
 
 An item is a process of its own, so that memory, compiled code and a kernel that breaks the device
-are of one alone. Seconds are of an H100 with 16 cores and cold caches.
+are of one alone. Seconds are of an H200 with 16 cores, caches of compiled code cold for
+the first item and warm for the others.
 """
 
 import hashlib
@@ -52,40 +53,35 @@ def ladder(*rungs: str, batch: int = 32, steps: int = 30) -> tuple[str, ...]:
     return ("benchmarks.ladder", *flags)
 
 
-def kernels(*ops: str, batches: tuple[str, ...] = ("32",)) -> tuple[str, ...]:
+def kernels(*ops: str, dtype: str = "fp32", batches: tuple[str, ...] = ("32",)) -> tuple[str, ...]:
     """Return the command that measures ops forward and backward at SiT-XL/2's shapes."""
-    flags = (flag for op in ops for flag in ("--op", op))
-    modes = ("--mode", "forward", "--mode", "backward")
-    return ("benchmarks.run", "--quick", "--batch", *batches, *modes, *flags)
+    flags = [flag for op in ops for flag in ("--op", op)]
+    flags += ["--mode", "forward", "--mode", "backward", "--dtype", dtype]
+    return ("benchmarks.run", "--quick", "--batch", *batches, *flags)
 
 
 STREAM_OPS = ("gate_residual_adaln", "adaln", "gate_residual")
-SMALL_OPS = ("align_loss", "euler_maruyama_step")
 
 ITEMS = (
-    Item("card", 20, ("benchmarks.gpu.card",)),
-    Item("step", 60, ladder("e")),
+    Item("card", 10, ("benchmarks.gpu.card",)),
+    Item("step", 40, ladder("e", "g")),
     Item("tests", 75, tests("-m", "gpu and not slow", *TESTS)),
-    Item("recipe", 85, ladder("a", "o"), needs="REPA_OFFICIAL"),
-    Item("graph", 50, ladder("g")),
-    Item("attention", 30, kernels("attention")),
-    Item("kernels", 60, kernels(*STREAM_OPS)),
-    Item("optimizer", 30, ("benchmarks.optim", "--provider", "cuda", "stock", "official")),
-    Item("step-256", 70, ladder("e", batch=256, steps=10)),
-    Item("epilogues", 50, ladder("l")),
-    Item("bf16-residual", 50, ladder("i")),
-    Item("joint-adaln", 50, ladder("f")),
-    Item("compiled", 70, ladder("c", "d")),
-    Item("kernels-256", 60, kernels(*STREAM_OPS, batches=("256",))),
-    Item("small-kernels", 40, kernels(*SMALL_OPS, batches=("32", "64"))),
-    Item("gelu-mlp", 30, kernels("gelu_mlp")),
-    Item("encoder-stream", 50, ladder("j")),
-    Item("features", 50, ladder("h")),
+    Item("recipe", 45, ladder("a", "o"), needs="REPA_OFFICIAL"),
+    Item("kernels", 60, kernels(*STREAM_OPS, batches=("32", "256"))),
+    Item("optimizer", 20, ("benchmarks.optim", "--provider", "cuda", "stock", "official")),
+    Item("step-256", 55, ladder("g", batch=256, steps=10)),
+    Item("experiments", 50, ladder("f", "i")),
+    Item("attention", 40, kernels("attention", dtype="bf16")),
+    Item("compiled", 50, ladder("c", "d")),
+    Item("experiments-256", 80, ladder("f", "i", batch=256, steps=10)),
     Item("sampling", 60, ("benchmarks.sample", "--rounds", "1")),
     Item("sra", 80, ("benchmarks.sra", "--compile")),
+    Item("align-loss", 20, kernels("align_loss", dtype="bf16")),
+    Item("sampler-step", 20, kernels("euler_maruyama_step", batches=("64",))),
     Item("sanitizer", 60, ("benchmarks.gpu.sanitize",)),
-    Item("tuned", 40, ladder("b")),
-    Item("parity", 90, ("benchmarks.parity", "--train", "100", "--rung", "e", "l")),
+    Item("features", 30, ladder("h")),
+    Item("tuned", 30, ladder("b")),
+    Item("parity", 90, ("benchmarks.parity", "--train", "100", "--rung", "e", "i")),
     Item("all-tests", 120, tests("-m", "gpu", "tests")),
 )
 

@@ -41,6 +41,11 @@ def figures(rows: Sequence[dict]) -> list[str]:
                 f"card {row['device']}: copy {row['copy_tb_per_s']:.2f} TB/s, "
                 f"matmul {row['matmul_tflop_per_s']:.0f} TFLOP/s, driver {row['driver']}"
             )
+        elif "least_cosine" in row:
+            lines.append(
+                f"parity ({row['rung']}): gradients {row['least_cosine']:.5f}, norm "
+                f"{row['norm_ratio']:.4f}, losses {row['loss_distance'] or 0:.2e} apart"
+            )
         elif row.get("rung"):
             lines.append(step(row, rows))
         elif "op" in row:

@@ -53,8 +53,6 @@ class Case:
         plain: the same function for torch.compile, where `call` is not traceable.
         options: further arguments.
         flops: (shape, mode) -> floating-point operations, for ops that are more than memory.
-        kernels: implementation= of this project's own.
-        mixes_samples: some gradients are sums over the batch.
     """
 
     op: str
@@ -71,8 +69,6 @@ class Case:
     plain: Callable | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     flops: Callable[[Shape, str], int] = lambda shape, mode: 0
-    kernels: str = "triton"
-    mixes_samples: bool = False
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -120,9 +116,6 @@ class Problem:
             elif name == "target":  # half aligned: between unrelated vectors the loss is rounding
                 mixed = tensors["prediction"].float() + normal(spec.shape, torch.float32)
                 tensors[name] = mixed.to(spec.dtype)
-            elif name.startswith("weight"):  # products of the order of what is multiplied
-                values = normal(spec.shape, torch.float32) * spec.shape[-1] ** -0.5
-                tensors[name] = values.to(spec.dtype)
             elif name not in tensors:
                 tensors[name] = normal(spec.shape, spec.dtype)
         return {name: tensors[name].detach() for name in specs}
@@ -207,25 +200,6 @@ def _attention_flops(shape: Shape, mode: str) -> int:
     return {"forward": 2, "backward": 5, "both": 7}[mode] * product
 
 
-def _mlp_inputs(shape: Shape, dtype: torch.dtype) -> Tensors:
-    """Weights in the dtype of x, as compute copies are; the hidden width is 4 D."""
-    width, hidden = shape[2], 4 * shape[2]
-    return {
-        "x": meta(shape, dtype),
-        "weight1": meta((hidden, width), dtype),
-        "bias1": meta((hidden,), dtype),
-        "weight2": meta((width, hidden), dtype),
-        "bias2": meta((width,), dtype),
-    }
-
-
-def _mlp_flops(shape: Shape, mode: str) -> int:
-    """Products of B N x D x 4 D, 2 FLOPs per multiply-add: 2 forward, 4 backward."""
-    batch, tokens, width = shape
-    product = 2 * batch * tokens * width * 4 * width
-    return {"forward": 2, "backward": 4, "both": 6}[mode] * product
-
-
 XL = ((32, 256, 1152), (256, 256, 1152))  # SiT-XL/2 at 256 x 256
 SMALL, TINY = (4, 64, 384), (1, 1, 8)
 
@@ -265,22 +239,6 @@ _TABLE = (
         shapes=XL,
         small=SMALL,
         tiny=TINY,
-    ),
-    Case(
-        op="gelu_mlp",
-        call=ops.gelu_mlp,
-        inputs=_mlp_inputs,
-        outputs=lambda shape, dtype: {"y": meta(shape, dtype)},
-        saved=("x", "weight1", "bias1", "weight2"),
-        gradients=("x", "weight1", "bias1", "weight2", "bias2"),
-        written=("x", "weight1", "bias1", "weight2", "bias2"),
-        shapes=XL,
-        small=SMALL,
-        tiny=TINY,
-        dtypes=(BRANCH,),
-        flops=_mlp_flops,
-        kernels="cuda",
-        mixes_samples=True,
     ),
     Case(
         op="align_loss",

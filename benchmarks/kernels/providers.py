@@ -8,11 +8,10 @@ from typing import Any
 import torch
 
 from benchmarks.kernels import peers
-from benchmarks.kernels.ops import BRANCH, CASES, Case
+from benchmarks.kernels.ops import BRANCH, Case
 from repa_fast.dispatch import why_not_triton
 from repa_fast.kernels.attention import BACKENDS, Backend
 from repa_fast.kernels.attention.backends import why_not as why_not_backend
-from repa_fast.kernels.gelu_mlp.op import why_not_cuda
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def compiled(case: Case) -> Callable[..., Any]:
 
 def ours(case: Case) -> Callable[..., Any]:
     """The kernels of this project."""
-    return partial(case.call, **case.options, implementation=case.kernels)
+    return partial(case.call, **case.options, implementation="triton")
 
 
 def _why_not_ours(device: str) -> str | None:
@@ -63,7 +62,6 @@ def _backend(backend: Backend) -> Provider:
 EAGER = Provider("eager", lambda case: case.reference)
 COMPILE = Provider("compile", compiled)
 OURS = Provider("ours", ours, _why_not_ours)
-OURS_IN_CUDA = Provider("ours", ours, lambda device: why_not_cuda(device) or None)
 
 _PEERS = (
     Provider(
@@ -103,6 +101,5 @@ def providers(op: str) -> Mapping[str, Provider]:
     if op == "attention":
         table = (COMPILE, *map(_backend, BACKENDS.values()))
     else:
-        own = OURS if CASES[op].kernels == "triton" else OURS_IN_CUDA
-        table = (own, COMPILE, EAGER, *(_PEERS if op == "adaln" else ()))
+        table = (OURS, COMPILE, EAGER, *(_PEERS if op == "adaln" else ()))
     return {provider.name: provider for provider in table}

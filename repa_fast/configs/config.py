@@ -32,6 +32,10 @@ NOT_NEGATIVE = (
     "watchdog",
     "data_timeout",
 )
+RETIRED = ("gemm_epilogues", "encoder_stream", "compile_mode")
+"""Of earlier versions' saved configs: they were for speed alone and are dropped at any value."""
+FORMER = {"cuda_graph": {False: "off", True: "on"}}
+"""Values that choices had in earlier versions: {name: {as saved: as now}}."""
 
 
 @dataclass(kw_only=True)
@@ -129,23 +133,17 @@ class TrainConfig:
     """Who makes the bf16 copies of weights: autocast at every forward pass, or the optimizer."""
     joint_adaln: bool = False
     """One matrix product for the adaLN layers of all blocks, with COMPUTE_COPY optimizer."""
-    gemm_epilogues: bool = False
-    """MLPs with GELU, its derivative and sums of biases inside matrix products (csrc, on CUDA), and
-    fp32 weight gradients straight from theirs, with COMPUTE_COPY optimizer."""
     residual_dtype: Literal["fp32", "bf16"] = "fp32"
     """Of the residual stream while training; bf16 halves its traffic and rounds every addition."""
-    encoder_stream: bool = False
-    """Run encoders on a CUDA stream of their own, beside the optimizer of the step before."""
-    cuda_graph: bool = False
-    """Replay the training step as one CUDA graph, in a single process."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Replay the training step as one CUDA graph; auto where it can: on CUDA, in one process, not
+    in fp16 and not with a weight of alignment that changes."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """Triton kernels or plain torch; auto asks REPA_FAST_KERNELS, then takes Triton on CUDA."""
     attention: str = "auto"
     """Attention backend; auto times those whose gradients are right, and takes the fastest."""
     compile: bool = False
     """torch.compile each block (fullgraph)."""
-    compile_mode: Literal["default", "max-autotune"] = "default"
-    """max-autotune also times the compiler's own matrix products; the first step takes minutes."""
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
     """Several processes: a copy of weights and optimizer state on each (ddp), one sharded over all
     (fsdp), or one on each node, sharded over its processes (hsdp)."""
@@ -316,20 +314,8 @@ class TrainConfig:
                     f"{name} is {value!r} with mixed_precision {self.mixed_precision!r}, expected "
                     "bf16"
                 )
-        for name in ("joint_adaln", "gemm_epilogues"):
-            if getattr(self, name) and self.compute_copy != "optimizer":
-                raise ValueError(f"{name} is set, which needs --compute-copy optimizer")
-        if self.cuda_graph and self.align_decay != "constant":
-            raise ValueError(
-                f"cuda_graph is set with align_decay {self.align_decay!r}, expected constant: a "
-                "graph keeps its numbers"
-            )
-        if self.cuda_graph and self.encoder_stream:
-            raise ValueError("cuda_graph is set with encoder_stream, expected one of them")
-        if self.encoder_stream and (
-            self.align == "sra" or self.enc_type == "none" or self.features
-        ):
-            raise ValueError("encoder_stream is set, which needs encoders that run (--enc-type)")
+        if self.joint_adaln and self.compute_copy != "optimizer":
+            raise ValueError("joint_adaln is set, which needs --compute-copy optimizer")
 
     def _check_parallel(self) -> None:
         if self.parallel != "ddp" and self.compute_copy == "optimizer":
@@ -398,3 +384,17 @@ class TrainConfig:
     def to_dict(self) -> dict:
         """Plain dictionary, enough to rerun."""
         return dataclasses.asdict(self)
+
+
+def from_saved(values: dict) -> TrainConfig:
+    """Return the config that `to_dict` gave, of this version or an earlier one.
+
+    Raises:
+        ValueError: a name that no version of ours knows, or a value that does not fit.
+    """
+    kept = {name: value for name, value in values.items() if name not in RETIRED}
+    if unknown := kept.keys() - {field.name for field in dataclasses.fields(TrainConfig)}:
+        raise ValueError(f"a saved config has {', '.join(sorted(unknown))}, which is unknown here")
+    for name in FORMER.keys() & kept.keys():
+        kept[name] = FORMER[name].get(kept[name], kept[name])
+    return TrainConfig(**kept)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from repa_fast import encoders
-from repa_fast.configs.config import TrainConfig
+from repa_fast.configs.config import TrainConfig, from_saved
 from repa_fast.configs.model import build_model
 from repa_fast.data import latents
 from repa_fast.data.digits import digit_images
@@ -69,7 +69,7 @@ def load_run(run: Path, step: int | None = None) -> tuple[TrainConfig, SiT, int]
         raise ValueError(f"{folder} has checkpoints {found}, expected {step or 'at least one'}")
     step = found[-1] if step is None else step
     source = weights.path_of(folder, step)
-    config = TrainConfig(**json.loads((source / "config.json").read_text()))
+    config = from_saved(json.loads((source / "config.json").read_text()))
     model = build_model(config, digits_metadata()).eval().requires_grad_(False)
     weights.load_ema(source, model)
     return config, model, step

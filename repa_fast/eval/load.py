@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from repa_fast.configs.config import TrainConfig
+from repa_fast.configs.config import TrainConfig, from_saved
 from repa_fast.configs.model import model_class
 from repa_fast.data.dataset import Metadata
 from repa_fast.data.official import SD_VAE_FACTOR, SD_VAE_SCALE
@@ -220,4 +220,4 @@ def _expected_metadata(shape: Shape, config: dict) -> Metadata:
 
 def run_config(source: Path) -> TrainConfig:
     """The training config in a native checkpoint."""
-    return TrainConfig(**json.loads((source / "config.json").read_text()))
+    return from_saved(json.loads((source / "config.json").read_text()))

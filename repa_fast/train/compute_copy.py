@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from repa_fast import ops
-from repa_fast.models.sit import Mlp, SiT
+from repa_fast.models.sit import SiT
 
 
 class ReadCopy(torch.autograd.Function):
@@ -36,48 +35,6 @@ class CopiedLinear(nn.Linear):
         return F.linear(x, ReadCopy.apply(self.weight, self.weight_copy), self.bias)
 
 
-class LinearOfCopy(torch.autograd.Function):
-    """x (..., D) -> (..., O) with a copy; weight (O, D) and bias receive fp32 sums as gradients."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, copy: torch.Tensor):
-        ctx.save_for_backward(x, copy)
-        return F.linear(x, copy, bias.to(copy.dtype))
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
-        x, copy = ctx.saved_tensors
-        of_bias = gradient.flatten(0, -2).sum(0, dtype=torch.float32)
-        return gradient @ copy, weight_gradient(gradient, x), of_bias, None
-
-
-class SummingLinear(CopiedLinear):
-    """CopiedLinear whose weight's gradient is not rounded to bf16 on its way."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.is_autocast_enabled(x.device.type):
-            return super().forward(x)
-        return LinearOfCopy.apply(
-            x.to(self.weight_copy.dtype), self.weight, self.bias, self.weight_copy
-        )
-
-
-class EpilogueMlp(Mlp):
-    """Mlp as one op with the copies of its layers, under autocast; on CUDA csrc's or an error."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.is_autocast_enabled(x.device.type):
-            return super().forward(x)
-        one, two = self.fc1, self.fc2
-        copies = (one.weight_copy, two.weight_copy)
-        x = x.to(one.weight_copy.dtype)
-        return ops.gelu_mlp(
-            *(x, one.weight, one.bias, two.weight, two.bias),
-            copies=copies,
-            implementation="cuda" if x.is_cuda else "reference",
-        )
-
-
 def weight_gradient(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """gradient (..., O), x (..., D) -> (O, D), the sums over all rows in fp32."""
     gradient, x = gradient.flatten(0, -2), x.flatten(0, -2)
@@ -87,20 +44,17 @@ def weight_gradient(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return gradient.t().float() @ x.float()
 
 
-def add_copies(model: nn.Module, *, epilogues: bool = False) -> dict[nn.Parameter, torch.Tensor]:
+def add_copies(model: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
     """Give every linear layer of `model` a copy of its weight; {weight: copy}.
 
-    Copies are as the weights are now; who changes a weight writes its copy. With `epilogues`
-    products end in what follows them: GELU and its derivative, sums of biases, fp32 gradients.
+    Copies are as the weights are now; who changes a weight writes its copy.
     """
     copies = {}
     for layer in model.modules():
         if type(layer) is nn.Linear:
-            layer.__class__ = SummingLinear if epilogues else CopiedLinear
+            layer.__class__ = CopiedLinear
             layer.register_buffer("weight_copy", layer.weight.detach().bfloat16(), persistent=False)
             copies[layer.weight] = layer.weight_copy
-        if epilogues and type(layer) is Mlp:
-            layer.__class__ = EpilogueMlp
     return copies
 
 

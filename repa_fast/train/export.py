@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from repa_fast.configs.config import TrainConfig
+from repa_fast.configs.config import TrainConfig, from_saved
 from repa_fast.configs.model import model_arguments, model_class
 from repa_fast.contracts import expect_choice
 from repa_fast.data.dataset import Metadata
@@ -124,5 +124,5 @@ def file_beside(source: Path, to: str) -> Path:
 
 def stored_config(source: Path) -> tuple[TrainConfig, Metadata]:
     """Config and dataset metadata of a checkpoint."""
-    config = TrainConfig(**json.loads((source / CONFIG).read_text()))
+    config = from_saved(json.loads((source / CONFIG).read_text()))
     return config, Metadata.from_dict(json.loads((source / DATASET).read_text()))

@@ -1,5 +1,6 @@
-"""The training step as one CUDA graph: one launch instead of a thousand."""
+"""The training step as one CUDA graph: one launch instead of two thousand."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -24,23 +25,21 @@ class GraphedStep:
     Batch and draws are copied to where the graph reads them; the learning rate lies on the device.
     All else is recorded once, so that nothing may change between steps but the values of tensors.
 
-    Raises:
-        ValueError: not on a CUDA device, several processes, or a loss scaler, whose state is
-            replaced in every step.
+    Args:
+        state: of a run that `why_not` has nothing against.
+        record: takes what to do, and returns what does it again; by default a CUDA graph.
+        falls_back: a capture that fails is reported in one line, and steps are taken without it.
     """
 
-    def __init__(self, state: TrainState, record: Record | None = None) -> None:
-        if record is None and state.world.device.type != "cuda":
-            raise ValueError(f"cuda_graph is set on {state.world.device.type}, expected cuda")
-        if state.world.size > 1:
-            raise ValueError(f"cuda_graph is set with {state.world.size} processes, expected one")
-        if state.scaler.is_enabled():
-            raise ValueError("cuda_graph is set with mixed_precision fp16, expected bf16 or no")
+    def __init__(
+        self, state: TrainState, record: Record | None = None, *, falls_back: bool = False
+    ) -> None:
         self._state = state
         on_cuda = state.world.device.type == "cuda"
         self._stream = torch.cuda.Stream(state.world.device) if on_cuda else None
         self._record = record or partial(capture, stream=self._stream)
-        self._left = FIRST_STEPS
+        self._left: float = FIRST_STEPS
+        self._falls_back = falls_back
         self._inputs: tuple[Batch, Draws] | None = None
         self._replay: Callable[[], None] = lambda: None
 
@@ -51,14 +50,12 @@ class GraphedStep:
             self._left -= 1
             on_stream(self._stream, lambda: train_step(state, batch))
             return
+        if self._inputs is None and not self._captured(batch):
+            self._left = math.inf  # every step as the first ones
+            self(batch)
+            return
         state.optimizer.set_lr(learning_rate(state.config, state.step))
         draws = draw_local(state)
-        if self._inputs is None:
-            device = state.world.device
-            held = {n: torch.empty_like(tensor, device=device) for n, tensor in batch.items()}
-            own = Draws(*(field.clone() for field in draws))
-            self._inputs = held, own
-            self._replay = self._record(lambda: update(state, held, own))
         held, own = self._inputs
         for name, tensor in held.items():
             tensor.copy_(batch[name], non_blocking=True)
@@ -66,10 +63,57 @@ class GraphedStep:
         self._replay()
         state.step += 1
 
+    def _captured(self, batch: Batch) -> bool:
+        """Record the step; whether that worked, where failing is allowed."""
+        state = self._state
+        device = state.world.device
+        held = {n: torch.empty_like(tensor, device=device) for n, tensor in batch.items()}
+        own = Draws(*(field.clone() for field in draw_local(state)))
+        try:
+            self._replay = self._record(lambda: update(state, held, own))
+        except Exception as error:  # CUDA's, the allocator's, or of what is not allowed inside
+            if not self._falls_back:
+                raise
+            print(f"cuda_graph: not captured, {type(error).__name__}: {error}".splitlines()[0])
+            return False
+        self._inputs = held, own
+        return True
+
+
+def why_not(state: TrainState) -> str:
+    """Return why the step of a run cannot be one CUDA graph, or ""."""
+    world, config = state.world, state.config
+    if world.device.type != "cuda":
+        return f"the device is {world.device.type}, expected cuda"
+    if world.size > 1:
+        return f"there are {world.size} processes, expected one"
+    if state.scaler.is_enabled():  # its state is replaced in every step
+        return "mixed_precision is fp16, expected bf16 or no"
+    if config.align_decay != "constant":
+        return f"align_decay is {config.align_decay!r}, expected constant: a graph keeps numbers"
+    return ""
+
+
+def describe(state: TrainState) -> str:
+    """Return a line for the log: whether the step is one CUDA graph, or why not."""
+    asked, reason = state.config.cuda_graph, why_not(state)
+    if asked == "off":
+        return "cuda_graph: off, asked for"
+    return f"cuda_graph: off, since {reason}" if reason else f"cuda_graph: on ({asked})"
+
 
 def stepper(state: TrainState) -> Callable[[Batch], None]:
-    """What takes a batch and does an optimizer step, as the config asks for it."""
-    return GraphedStep(state) if state.config.cuda_graph else partial(train_step, state)
+    """Return what takes a batch and does an optimizer step, as the config asks for it.
+
+    Raises:
+        ValueError: cuda_graph is on where the step cannot be one, with the reason.
+    """
+    asked, reason = state.config.cuda_graph, why_not(state)
+    if asked == "on" and reason:
+        raise ValueError(f"cuda_graph is on, but {reason}")
+    if asked == "off" or reason:
+        return partial(train_step, state)
+    return GraphedStep(state, falls_back=asked == "auto")
 
 
 def capture(work: Callable[[], None], stream: torch.cuda.Stream) -> Callable[[], None]:

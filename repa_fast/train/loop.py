@@ -20,9 +20,9 @@ from repa_fast.data.prepare import DIGITS_DIR, ensure_digits
 from repa_fast.distributed import World, session
 from repa_fast.eval.pictures import save_png
 from repa_fast.models.weights import steps
+from repa_fast.train import graph
 from repa_fast.train.checkpoint import Checkpointer
 from repa_fast.train.evaluate import Evaluator
-from repa_fast.train.graph import stepper
 from repa_fast.train.memory import budget, choose_micro_batch
 from repa_fast.train.preview import can_sample, sample_grid
 from repa_fast.train.report import Clock, Reporter, plot_losses
@@ -159,7 +159,7 @@ def run_steps(
     start, last_read = state.step, state.step
     loader = next_loader()
     batches = iter(loader)
-    take_step = stepper(state)
+    take_step = graph.stepper(state)
     while True:
         step, new = state.step, state.step > start
         saves.poll()
@@ -194,7 +194,7 @@ def run_steps(
             state.end_alignment()
             loader = next_loader()
             batches = iter(loader)
-            take_step = stepper(state)
+            take_step = graph.stepper(state)
             watchdog.compiles()
         watchdog.step(step + 1)
         waited = time.perf_counter()
@@ -311,7 +311,7 @@ def open_reporter(run: Path, state: TrainState, total: int) -> Reporter:
         f"{config.images_per_step} images per step in micro-batches of {state.micro_batch}, "
         f"from step {state.step} to {total}"
     )
-    for note in state.notes:
+    for note in (*state.notes, graph.describe(state)):
         reporter.line(note)
     return reporter
 

@@ -38,13 +38,8 @@ KEPT = [
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.repa_fast.gelu_mlp_forward.default,
 ]
 """What selective checkpointing does not compute again: linear layers and torch's own attention."""
-
-
-COMPILE_MODES = {"default": None, "max-autotune": "max-autotune-no-cudagraphs"}
-"""torch.compile's modes; its own CUDA graphs would be of single blocks."""
 
 
 def shard_count(config: TrainConfig, processes: int) -> int:
@@ -108,7 +103,7 @@ def parallelize(
     if config.compile:
         teacher = averages[0].blocks[: config.block_out_t] if config.align == "sra" else []
         for block in (*model.blocks, *teacher):
-            block.compile(fullgraph=True, mode=COMPILE_MODES[config.compile_mode])
+            block.compile(fullgraph=True)
     if mesh is None:
         return
     shard(model, config, mesh, dtype, reshard=config.reshard_after_forward, reshard_last=False)

@@ -25,16 +25,8 @@ from repa_fast.train.compute_copy import JointAdaLN, add_copies
 from repa_fast.train.kernels import choose_kernels
 from repa_fast.train.metrics import Accumulator
 from repa_fast.train.optim import AdamWEMA, build_optimizer
-from repa_fast.train.parallel import (
-    COMPILE_MODES,
-    device_mesh,
-    parallelize,
-    shard_encoder,
-    whole_model,
-    wrap,
-)
+from repa_fast.train.parallel import device_mesh, parallelize, shard_encoder, whole_model, wrap
 from repa_fast.train.spikes import History
-from repa_fast.train.streams import Beside, InTurn
 
 AUTOCAST = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -52,7 +44,6 @@ class TrainState:
         encoders: frozen modules by name, in the order of the model's projectors; none where batches
             carry their features.
         features: the columns of features that batches carry, in that order.
-        encoding: where encoders run.
         scaler: active for fp16 only.
         vae: for sample grids, not loaded yet; None where the latents are pixels.
         notes: lines about how the run computes, for the log.
@@ -72,7 +63,6 @@ class TrainState:
     ema: SiT
     more_emas: list[SiT]
     encoders: dict[str, nn.Module]
-    encoding: InTurn | Beside
     features: list[FeatureColumn]
     optimizer: AdamWEMA
     scaler: torch.amp.GradScaler
@@ -111,8 +101,11 @@ class TrainState:
         for encoder in self.encoders.values():
             if self.config.shard_encoder and self.mesh is not None:
                 shard_encoder(encoder, self.mesh, compiled=self.config.compile)
-            elif self.config.compile:
-                encoder.compile(mode=COMPILE_MODES[self.config.compile_mode])
+                continue
+            if self.autocast_dtype is not None:
+                cast_linear(encoder, self.autocast_dtype)
+            if self.config.compile:
+                encoder.compile()
 
     def encode(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Patch tokens (B, N, width) of each encoder, of images (B, 3, R, R) uint8."""
@@ -183,7 +176,6 @@ def build_state(
         ema=emas[0],
         more_emas=emas[1:],
         encoders={},
-        encoding=Beside(world.device) if config.encoder_stream else InTurn(),
         features=features,
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16),
@@ -204,7 +196,7 @@ def reduce_precision(model: SiT, config: TrainConfig) -> dict[nn.Parameter, torc
         model.residual_dtype = torch.bfloat16
     if config.compute_copy == "autocast":
         return {}
-    copies = add_copies(model, epilogues=config.gemm_epilogues)
+    copies = add_copies(model)
     if config.joint_adaln:
         model.joint_adaln = JointAdaLN(model, copies)
     return copies
@@ -263,6 +255,16 @@ def load_encoders(config: TrainConfig, world: World) -> dict[str, nn.Module]:
     if first:
         world.barrier()
     return frozen
+
+
+def cast_linear(encoder: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the linear layers of a frozen encoder once, as autocast would at every call.
+
+    Its tokens under autocast stay the same, bit for bit; without autocast it cannot be called.
+    """
+    for module in encoder.modules():
+        if type(module) is nn.Linear:
+            module.to(dtype)
 
 
 def configure_backends(config: TrainConfig) -> None:

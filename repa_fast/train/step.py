@@ -99,7 +99,7 @@ def alignment_targets(
             t = sra.teacher_steps(state.path.model_times(draws.t), draws.offset, config.t_max)
         noisy, _ = state.path.interpolate(clean, draws.noise, t)
         return [state.ema.hidden(noisy, t, batch["label"], draws.drop, depth=config.block_out_t)]
-    online = state.encoding.features(state.encode, batch["image"]) if state.encoders else []
+    online = state.encode(batch["image"]) if state.encoders else []
     return online + [column.unpack(batch) for column in state.features]
 
 
@@ -147,7 +147,8 @@ def train_step(state: TrainState, batch: Batch) -> None:
     makes it a no-op on weights, optimizer and average.
     """
     state.optimizer.set_lr(learning_rate(state.config, state.step))
-    batch = state.encoding.receive(batch, state.world.device)
+    device = state.world.device
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     update(state, batch, draw_local(state))
     state.step += 1
 
@@ -156,7 +157,6 @@ def update(state: TrainState, batch: Batch, draws: Draws) -> None:
     """The part of a step that is the same for every step: work for the device alone."""
     state.optimizer.zero_grad(set_to_none=True)
     values, denoise = accumulate(state, batch, draws)
-    state.encoding.backward_is_done()
     unscale = values.new_ones(())
     if state.scaler.is_enabled():
         unscale = state.scaler._get_scale_async().reciprocal()

@@ -89,7 +89,7 @@ def test_the_items_are_known_by_name_and_what_matters_comes_first(capsys):
     assert program.main(["--list"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert listed == [item.name for item in ITEMS] and len(set(listed)) == len(listed)
-    assert listed[:5] == ["card", "step", "tests", "recipe", "graph"]
+    assert listed[:5] == ["card", "step", "tests", "recipe", "kernels"]
     with pytest.raises(ValueError, match="no item is called nothing; there are card"):
         by_name(["nothing"])
 

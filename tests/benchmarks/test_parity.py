@@ -21,7 +21,7 @@ def test_a_rung_is_compared_with_fp32_and_with_plain_bf16(tmp_path, capsys):
         assert f"{row['least_cosine']:.6f} | {row['least_cosine_of']} |" in text
     assert residual["least_cosine"] < usual["least_cosine"]  # its stream is rounded as well
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
-    assert "(i) (e) + bf16 residual stream" in capsys.readouterr().out
+    assert "(i) (g) + bf16 residual stream" in capsys.readouterr().out
 
 
 def test_the_worst_gradients_are_named():

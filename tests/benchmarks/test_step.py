@@ -235,7 +235,7 @@ def test_the_ladder_has_every_rung_and_its_ratios(tmp_path, capsys):
 
 
 def test_every_rung_changes_one_that_there_is():
-    assert ladder.bases(ladder.RUNGS["g"]) == ["f", "e", "d", "c", "b", "a"]
+    assert ladder.bases(ladder.RUNGS["f"]) == ["g", "e", "d", "c", "b", "a"]
     assert [name for name, rung in ladder.RUNGS.items() if not ladder.bases(rung)] == ["a"]
 
 
@@ -308,7 +308,7 @@ def flags(arguments: list[str]) -> argparse.Namespace:
 def test_a_wrong_loss_or_an_impossible_rung_gets_no_figure_and_the_next_one_runs(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(ladder, "expected_loss", lambda state: 123.0)
+    monkeypatch.setattr(ladder, "expected_loss", lambda state, size: 123.0)
     monkeypatch.setattr(ladder, "figures", lambda *arguments: pytest.fail("was measured"))
     arguments = [*DIGITS, "--out", str(tmp_path), "--eager", "--rung", "a", "d"]
     assert ladder.main(arguments) == 1
@@ -380,4 +380,4 @@ def test_only_the_projects_own_step_is_a_measured_point_of_the_scaling_page(tmp_
     folder.mkdir(parents=True)
     rows = [row_of(rung=rung) for rung in ("", *ladder.RUNGS)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [row["rung"] for row in scaling.measured("sit-xl2-repa", tmp_path)] == ["", "e"]
+    assert [row["rung"] for row in scaling.measured("sit-xl2-repa", tmp_path)] == ["", "g"]

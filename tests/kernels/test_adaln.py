@@ -53,10 +53,18 @@ def formula(x, shift, scale, *, eps=1e-6, work=torch.float64):
 
 
 def gradient_formula(x, shift, scale, dy, *, eps=1e-6, work=torch.float64):
+    """Gradients in `work`; of a single column g - mean(g) with the first g unrounded.
+
+    There all of dx cancels, and what is left is the rounding of that product: a GPU's compiler
+    contracts it into the subtraction, a CPU's does not.
+    """
+    exact = dy.double() * (1 + scale.double()[:, None])
     x, shift, scale, dy = (v.to(work) for v in (x, shift, scale, dy))
     xhat, rstd = statistics(x, eps)
     g = dy * (1 + scale[:, None])
-    dx = rstd * (g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True))
+    first = (exact - g.double()).to(work) if x.shape[-1] == 1 else g
+    rest = 0 if x.shape[-1] == 1 else g.mean(-1, keepdim=True)
+    dx = rstd * (first - rest - xhat * (g * xhat).mean(-1, keepdim=True))
     return dx, dy.sum(1), (dy * xhat).sum(1)
 
 

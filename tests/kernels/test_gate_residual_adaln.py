@@ -60,12 +60,18 @@ def statistics(x, eps):
 def gradient_formula(
     x, branch, gate, shift, scale, dnew, dy, *, eps=1e-6, work=torch.float64, stream=None
 ):
-    """Gradients in `work`; `stream` is what x' and its gradient are rounded to, if anything."""
+    """Gradients in `work`; `stream` is what x' and its gradient are rounded to, if anything.
+
+    Of a single column g - mean(g) is the rounding of g, as in test_adaln.
+    """
+    exact = dy.double() * (1 + scale.double()[:, None])
     x, branch, gate, scale, dnew, dy = (v.to(work) for v in (x, branch, gate, scale, dnew, dy))
     new = x + gate[:, None] * branch
     xhat, rstd = statistics(new if stream is None else new.to(stream).to(work), eps)
     g = dy * (1 + scale[:, None])
-    dx = dnew + rstd * (g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True))
+    first = (exact - g.double()).to(work) if x.shape[-1] == 1 else g
+    rest = 0 if x.shape[-1] == 1 else g.mean(-1, keepdim=True)
+    dx = dnew + rstd * (first - rest - xhat * (g * xhat).mean(-1, keepdim=True))
     dx = dx if stream is None else dx.to(stream).to(work)
     return dx, gate[:, None] * dx, (dx * branch).sum(1), dy.sum(1), (dy * xhat).sum(1)
 

@@ -6,7 +6,7 @@ import torch
 
 from repa_fast.distributed import World
 from repa_fast.train import graph
-from repa_fast.train.graph import FIRST_STEPS, GraphedStep, stepper
+from repa_fast.train.graph import FIRST_STEPS, GraphedStep, describe, stepper, why_not
 from repa_fast.train.step import synthetic_batch, train_step
 
 SCHEDULE = {"lr_schedule": "cosine", "max_train_steps": 12, "warmup_steps": 3}
@@ -51,30 +51,52 @@ def test_a_replay_draws_anew(make_state):
 
 
 def test_it_is_asked_for_by_its_flag(make_state):
-    train = stepper(make_state())
-    assert train.func is train_step
-    with pytest.raises(ValueError, match="cuda_graph is set on cpu, expected cuda"):
-        stepper(make_state(cuda_graph=True))
-
-
-def test_what_a_graph_cannot_do_is_refused(make_state):
     state = make_state()
-    state.world = World(rank=0, size=2, device=torch.device("cpu"))
-    with pytest.raises(ValueError, match="with 2 processes, expected one"):
-        GraphedStep(state, lambda work: work)
-    state = make_state()
-    state.scaler = torch.amp.GradScaler("cpu")
-    with pytest.raises(ValueError, match="mixed_precision fp16, expected bf16 or no"):
-        GraphedStep(state, lambda work: work)
-    with pytest.raises(ValueError, match="align_decay 'linear', expected constant"):
-        make_state(cuda_graph=True, align_decay="linear", align_until=5)
-    with pytest.raises(ValueError, match="cuda_graph is set with encoder_stream"):
-        make_state(cuda_graph=True, encoder_stream=True)
+    assert stepper(state).func is train_step
+    assert describe(state) == "cuda_graph: off, since the device is cpu, expected cuda"
+    with pytest.raises(ValueError, match="cuda_graph is on, but the device is cpu, expected cuda"):
+        stepper(make_state(cuda_graph="on"))
+    state.world = World(rank=0, size=1, device=torch.device("cuda", 0))
+    assert why_not(state) == "" and describe(state) == "cuda_graph: on (auto)"
+    state = make_state(cuda_graph="off")
+    assert stepper(state).func is train_step and describe(state) == "cuda_graph: off, asked for"
 
 
-def test_a_stream_for_encoders_needs_cuda(make_state):
-    with pytest.raises(ValueError, match="encoder_stream is set on cpu, expected cuda"):
-        make_state(encoder_stream=True)
+@pytest.mark.parametrize(
+    "size, scaled, decay, reason",
+    (
+        (2, False, {}, "there are 2 processes, expected one"),
+        (1, True, {}, "mixed_precision is fp16, expected bf16 or no"),
+        (1, False, {"align_decay": "linear", "align_until": 5}, "align_decay is 'linear'"),
+    ),
+)
+def test_what_a_graph_cannot_do_is_known(make_state, size, scaled, decay, reason):
+    state = make_state(**decay)
+    state.world = World(rank=0, size=size, device=torch.device("cuda", 0))
+    if scaled:
+        state.scaler = torch.amp.GradScaler("cpu")
+    assert reason in why_not(state) and reason in describe(state)
+
+
+def test_a_capture_that_fails_is_one_line_and_the_steps_go_on(make_state, capsys):
+    def fails(work):
+        raise RuntimeError("operation not permitted\nmore")
+
+    plain, graphed = make_state(), make_state()
+    step = GraphedStep(graphed, fails, falls_back=True)
+    for batch in batches(plain, FIRST_STEPS + 3):
+        train_step(plain, batch)
+        step(batch)
+    line = "cuda_graph: not captured, RuntimeError: operation not permitted\n"
+    assert capsys.readouterr().out == line
+    expected, found = (state.model.state_dict() for state in (plain, graphed))
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    step = GraphedStep(make_state(), fails)
+    *first, last = batches(plain, FIRST_STEPS + 1)
+    for batch in first:
+        step(batch)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        step(last)
 
 
 def test_warm_up_and_capture_are_on_one_stream(make_state, monkeypatch):

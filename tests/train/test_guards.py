@@ -25,10 +25,9 @@ KINDS = {
     "repa": {},
     "micro-batches": {"micro_batch": 2},
     "bf16": {"mixed_precision": "bf16", "compute_copy": "optimizer"},
-    "epilogues": {
+    "bf16-residual": {
         "mixed_precision": "bf16",
         "compute_copy": "optimizer",
-        "gemm_epilogues": True,
         "residual_dtype": "bf16",
     },
     "sra": {"align": "sra", "enc_type": "none", "block_out_s": 1, "block_out_t": 2},

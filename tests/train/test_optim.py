@@ -775,8 +775,9 @@ def test_cuda_equals_torch_over_steps_with_groups_clipping_and_skips():
         params, ours = on_gpu(implementation=implementation)
         steps_on_gpu(ours, params, 20)
         runs.append(everything(params, ours))
+    torchs = 2**-24 * 0.999 / 0.001  # torch takes 1 - beta2 in fp32, of a rounded beta2
     for a, b in zip(*runs, strict=True):
-        assert (a - b).norm() <= 1e-5 * b.norm()
+        assert (a - b).norm() <= (torchs + 1e-6) * b.norm()
 
 
 @pytest.mark.gpu

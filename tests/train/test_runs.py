@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("lance")
 pytest.importorskip("tyro")
 
-from repa_fast.configs.config import TrainConfig
+from repa_fast.configs.config import from_saved
 from repa_fast.configs.model import build_model
 from repa_fast.data.prepare import digits_metadata, prepare_digits
 from repa_fast.models import weights
@@ -100,7 +100,7 @@ def curve(run: Path) -> list[dict]:
 
 def averaged_weights(run: Path) -> dict[str, torch.Tensor]:
     target = checkpoint.path_of(run / "checkpoints", STEPS)
-    config = TrainConfig(**json.loads((target / "config.json").read_text()))
+    config = from_saved(json.loads((target / "config.json").read_text()))
     model = build_model(config, digits_metadata())
     weights.load_ema(target, model)
     return model.state_dict()

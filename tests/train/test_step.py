@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from repa_fast import encoders
 from repa_fast.diffusion.draws import draw
 from repa_fast.diffusion.path import linear
 from repa_fast.models.embed import LabelEmbedder
@@ -195,3 +196,16 @@ def test_images_per_step_must_divide_among_processes(config):
 def test_encoder_and_model_must_have_as_many_tokens(make_state):
     with pytest.raises(ValueError, match="digits-vit gives 16 tokens, expected 64"):
         make_state(patch_size=2)
+
+
+def test_the_linear_layers_of_an_encoder_are_cast_once_and_its_tokens_stay_the_same(make_state):
+    state = make_state(mixed_precision="bf16")
+    (cast,) = state.encoders.values()
+    (name,) = state.encoders
+    whole = encoders.load(name, state.config.resolution, "cpu")
+    images, _ = synthetic_batch(state, 4)
+    with torch.no_grad(), state.autocast():
+        assert torch.equal(cast(images["image"]), whole(images["image"]))
+    dtypes = {p.dtype for layer in cast.modules() for p in layer.parameters(recurse=False)}
+    assert dtypes == {torch.bfloat16, torch.float32}
+    assert all(p.dtype == torch.float32 for p in make_state().encoders[name].parameters())

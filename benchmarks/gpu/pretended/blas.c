@@ -1,4 +1,4 @@
-// cuBLAS and cuBLASLt of the pretended card, as far as torch and csrc/ use them.
+// cuBLAS and cuBLASLt of the pretended card, as far as torch uses them.
 //
 // Real: that a product was launched, and on which stream. Pretended: everything else. No layout,
 // no dtype and no epilogue is refused. Signatures are ours: C finds these functions by name alone.
@@ -92,18 +92,6 @@ PRODUCT_OF(cublasDotEx)
 
 EXPORT size_t cublasLtGetVersion(void) {
   return VERSION;
-}
-
-EXPORT const char *cublasLtGetStatusString(int status) {
-  return status ? "refused by the pretended cuBLASLt" : "success";
-}
-
-EXPORT int cublasLtCreate(void **handle) {
-  return cublasCreate_v2(handle);
-}
-
-EXPORT int cublasLtDestroy(void *handle) {
-  return cublasDestroy_v2(handle);
 }
 
 #define DESCRIPTOR_OF(thing)                        \

@@ -326,14 +326,3 @@ EXPORT cudaError_t cudaGetDriverEntryPointByVersion(
   }
   return *found ? cudaSuccess : failed(cudaErrorUnknown);
 }
-
-// The library that csrc looks up by its file is the preloaded one too: dlopen(NULL) finds this
-// library before all others. Nothing may follow the call, so that dlopen sees who asked.
-EXPORT void *dlopen(const char *file, int flags) {
-  static void *(*original)(const char *, int);
-  if (original == NULL) {
-    original = (void *(*)(const char *, int))dlsym(RTLD_NEXT, "dlopen");
-  }
-  const char *name = file && strstr(file, "libcublasLt.so") ? NULL : file;
-  return original(name, flags);
-}

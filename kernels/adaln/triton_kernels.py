@@ -24,18 +24,20 @@ class Tile:
         warps: per program, at 2,048 columns; narrower rows take fewer.
         stages: rows in flight, the loads of the next ones running while one is computed.
         rows: tokens per program; None divides a sample among CHUNKS programs.
+        columns: of a warp at least; 0 is its share of 2,048.
     """
 
     warps: int
     stages: int
     rows: int | None = None
+    columns: int = 0
 
     def warps_for(self, block: int) -> int:
-        return max(1, min(self.warps, self.warps * block // 2048))
+        return max(1, min(self.warps, block // (self.columns or 2048 // self.warps)))
 
 
-FORWARD = Tile(warps=4, stages=3, rows=4)
-BACKWARD = Tile(warps=8, stages=3)
+FORWARD = Tile(warps=4, stages=3, rows=8)
+BACKWARD = Tile(warps=4, stages=3, columns=256)
 
 
 @triton.jit
@@ -57,10 +59,14 @@ def load_vector(pointer, sample, stride, cols, mask):
 
 @triton.jit
 def normalise(x, mask, eps, D: tl.constexpr):
-    """(xhat, mean, rstd) of one row whose masked columns are zero."""
+    """(xhat, mean, rstd) of one row whose masked columns are zero, all in fp32.
+
+    Launched from a graph of torch.compile, eps is fp64 whatever its annotation says, and would take
+    the whole row with it.
+    """
     mean = tl.sum(x, axis=0) / D
     centred = tl.where(mask, x - mean, 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / D + eps)
+    rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / D + tl.cast(eps, tl.float32))
     return centred * rstd, mean, rstd
 
 

@@ -28,12 +28,13 @@ def align_loss_forward_kernel(
         p = load_row(prediction, row, cols, mask, D)
         q = load_row(target, row, cols, mask, D)
         norm = tl.sqrt(tl.sum(p * p, axis=0))
-        p_inverse = 1 / tl.maximum(norm, eps)
-        q_inverse = 1 / tl.maximum(tl.sqrt(tl.sum(q * q, axis=0)), eps)
+        least = tl.cast(eps, tl.float32)  # fp64 from a graph of torch.compile
+        p_inverse = 1 / tl.maximum(norm, least)
+        q_inverse = 1 / tl.maximum(tl.sqrt(tl.sum(q * q, axis=0)), least)
         cosine = tl.sum((p * p_inverse) * (q * q_inverse), axis=0)
         tl.store(patches + 4 * row, cosine)
         # A norm clamped to eps is a constant: its direction has no part in the gradient.
-        tl.store(patches + 4 * row + 1, tl.where(norm >= eps, cosine, 0.0))
+        tl.store(patches + 4 * row + 1, tl.where(norm >= least, cosine, 0.0))
         tl.store(patches + 4 * row + 2, p_inverse)
         tl.store(patches + 4 * row + 3, q_inverse)
 

@@ -3,6 +3,7 @@ VENV := .venv
 GPU_VENV := .venv-gpu
 SECONDS ?= 560
 GPU_OUT ?= .cache/gpu
+REPA_OFFICIAL ?= $(wildcard .released)
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -p no:benchmark -n 2 --dist loadgroup --durations=15
 
 # Compiled code is shared by the test workers and kept from run to run.
@@ -71,6 +72,7 @@ GPU_PACKAGES := torch==2.11.0 torchvision==0.26.0 timm pytest pytest-benchmark p
 $(GPU_VENV): $(GPU_VENV)/.installed ## the packages of a GPU machine, to rehearse with (PYTHON=python3.12)
 
 $(GPU_VENV)/.installed:
+	@$(PYTHON) -c 'import sys; sys.exit("PYTHON=$(PYTHON): $(GPU_VENV) needs 3.12, as a GPU machine has, got " + sys.version.split()[0] if sys.version_info[:2] != (3, 12) else 0)'
 	$(PYTHON) -m venv $(GPU_VENV)
 	$(GPU_VENV)/bin/python -m pip install --quiet $(GPU_PACKAGES)
 	@touch $@
@@ -78,8 +80,10 @@ $(GPU_VENV)/.installed:
 csrc-gpu: $(GPU_VENV)/.installed ## build csrc for a Hopper GPU, to be carried to one
 	@REPA_FAST_CUDA=1 REPA_FAST_CUDA_ARCHS=9.0 $(GPU_VENV)/bin/python -W ignore setup.py -q build_ext --inplace
 
-rehearse: $(GPU_VENV)/.installed ## every item of the GPU queue on a pretended H100
-	$(GPU_VENV)/bin/python -m benchmarks.gpu --pretended --seconds 7200 --out .cache/rehearsal
+rehearse: $(GPU_VENV)/.installed ## every item of the GPU queue on a pretended H100; REPA_OFFICIAL=released code
+	@rm -rf .cache/rehearsal
+	REPA_OFFICIAL=$(REPA_OFFICIAL) $(GPU_VENV)/bin/python -m benchmarks.gpu --pretended --seconds 7200 \
+		--out .cache/rehearsal
 
 # On a GPU machine PYTHON is that machine's own.
 gpu: ## what a GPU has to measure, in order of value, within SECONDS; results in GPU_OUT/gpu.tar.gz

@@ -51,9 +51,10 @@ def triton_version() -> str:
         return "none"
 
 
-def card_folder(name: str) -> Path:
-    """Return RESULTS/<device>/<date>_<name>, made where it was not there."""
-    folder = RESULTS / device().lower().replace(" ", "-") / f"{stamp()['date']}_{name}"
+def results_folder(name: str, where: str = "cuda") -> Path:
+    """Return RESULTS/<card, or cpu>/<date>_<name>, made where it was not there."""
+    card = "cpu" if where == "cpu" else device().lower().replace(" ", "-")
+    folder = RESULTS / card / f"{datetime.date.today().isoformat()}_{name}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

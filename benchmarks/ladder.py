@@ -32,7 +32,7 @@ import torch
 
 from benchmarks import step_report
 from benchmarks.baseline import Baseline
-from benchmarks.environment import stamp
+from benchmarks.environment import results_folder, stamp
 from benchmarks.official import Official
 from benchmarks.step import (
     Feed,
@@ -44,7 +44,6 @@ from benchmarks.step import (
     first_step,
     parser,
     repeated,
-    results_folder,
     settings,
 )
 from repa_fast import dispatch, encoders, ops
@@ -275,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.set_defaults(data="")
     arguments = flags.parse_args(argv)
     arguments.micro_batch = arguments.micro_batch or min(arguments.batch, MOST_IMAGES)
-    folder = results_folder("ladder", arguments)
+    folder = arguments.out or results_folder("ladder", arguments.device)
     rows = climb(arguments, folder)
     if not rows:
         return 0

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks import timing
-from benchmarks.environment import RESULTS, stamp
+from benchmarks.environment import results_folder, stamp
 from repa_fast.kernels.adamw_ema.reference import adamw_ema_reference, sum_of_squares_reference
 from repa_fast.models.sit import SiT, size
 from repa_fast.testing import assert_within_budget
@@ -217,8 +217,7 @@ def main() -> None:
     for name in arguments.provider:
         row = measure(name, shapes(), device)
         print(json.dumps(row), flush=True)
-        folder = "cpu" if device.type == "cpu" else row["device"].lower().replace(" ", "-")
-        out = arguments.out or RESULTS / folder / f"{row['date']}_optim" / "rows.jsonl"
+        out = arguments.out or results_folder("optim", device.type) / "rows.jsonl"
         out.parent.mkdir(parents=True, exist_ok=True)
         with open(out, "a") as rows:
             rows.write(json.dumps(row) + "\n")

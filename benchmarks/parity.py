@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import ladder
-from benchmarks.environment import stamp
+from benchmarks.environment import results_folder, stamp
 from benchmarks.ladder import RUNGS, Rung
-from benchmarks.step import parser, results_folder
+from benchmarks.step import parser
 from repa_fast import dispatch, ops
 from repa_fast.data.loader import Batch
 from repa_fast.train.graph import stepper
@@ -209,7 +209,8 @@ def main(argv: list[str] | None = None) -> int:
     flags.add_argument("--eager", action="store_true", help="compile nothing")
     flags.set_defaults(micro_batch=0)
     arguments = flags.parse_args(argv)
-    folder = results_folder("parity", arguments)
+    folder = arguments.out or results_folder("parity", arguments.device)
+    folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for row in parity(arguments):
         rows.append(row)

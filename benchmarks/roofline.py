@@ -23,7 +23,10 @@ PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- roofline: begin -->", "<!-- roofline: end -->"
 PRESET, BATCHES = "sit-xl2-repa", (32, 256)
 CAST_BYTES = 6  # per parameter: its gradient is a matmul's in bf16, read and written as fp32
-STEP_RUNG = "e"  # of benchmarks.ladder: the project's own step, encoder online
+PARTS_RUNG, STEP_RUNGS = "e", ("g", "e", "")
+"""Of benchmarks.ladder: the step whose kernels the profiler tells apart, and the step itself, one
+CUDA graph where it was measured so."""
+
 NOT_YET = "not yet"
 CATEGORIES = {
     "matmuls": ("GEMM",),
@@ -31,7 +34,6 @@ CATEGORIES = {
     "elementwise": ("our kernels", "other elementwise"),
     "optimizer and average": ("optimizer",),
     "encoder": ("encoder",),
-    "idle": ("idle",),
 }
 """Parts of a step -> categories of benchmarks.step_profile."""
 
@@ -114,31 +116,31 @@ def step_parts(found: Work, batch: int) -> dict[str, tuple[float, float]]:
         "elementwise": (0.0, batch * sum(each.nbytes for each in model) + casts),
         "optimizer and average": (0.0, optimizer),
         "encoder": (batch * found.frozen.flops, batch * found.frozen.nbytes),
-        "idle": (0.0, 0.0),
     }
 
 
 def step_table(batch: int, machine: Machine, rows: Sequence[dict]) -> list[str]:
-    """The step's parts, which run one after the other, and their sum."""
-    measured = latest(
-        (row for row in rows if row.get("rung") in ("", STEP_RUNG) and row.get("compile")),
-        preset=PRESET,
-        batch=batch,
-        data="made up",
-    )
-    lines, total = [], [0.0, 0.0, 0.0]
+    """Return the table of the step's parts, of their sum and of the step itself."""
+    ours = [row for row in rows if row.get("compile") and "ms_by_category" in row]
+    wanted = {"preset": PRESET, "batch": batch, "data": "made up"}
+    found = {rung: latest(ours, rung=rung, **wanted) for rung in STEP_RUNGS}
+    parts = found[PARTS_RUNG]
+    step = next((found[rung] for rung in STEP_RUNGS if found[rung]), None)
+    lines, total, kernels = [], [0.0, 0.0, 0.0], 0.0
     for part, (flops, nbytes) in step_parts(work(presets.get(PRESET)), batch).items():
         least = 1e3 * (flops / machine.matmul + nbytes / machine.memory)
         if part == "attention":  # one kernel computes while it moves
             least = floor(flops, nbytes, machine)
         row = None
-        if measured is not None:
-            milliseconds = sum(measured["ms_by_category"][name] for name in CATEGORIES[part])
-            row = {**measured, "ms_p50": milliseconds}
+        if parts is not None:
+            milliseconds = sum(parts["ms_by_category"][name] for name in CATEGORIES[part])
+            row, kernels = {**parts, "ms_p50": milliseconds}, kernels + milliseconds
         lines.append((part, *amounts(flops, nbytes), f"{least:.1f}", *compared(least, row)))
         total = [a + b for a, b in zip(total, (flops, nbytes, least))]
     flops, nbytes, least = total
-    lines.append(("sum", *amounts(flops, nbytes), f"{least:.1f}", *compared(least, measured)))
+    together = None if parts is None else {**parts, "ms_p50": kernels}
+    for name, row in (("sum", together), ("the step", step)):
+        lines.append((name, *amounts(flops, nbytes), f"{least:.1f}", *compared(least, row)))
     heads = (f"{PRESET}, {batch} images", "TFLOP", "GB", "floor, ms", "measured, ms", "ratio", "of")
     return grid(heads, lines)
 

@@ -6,7 +6,6 @@ they come; report.md and shares.png beside it are made from all rows there.
 """
 
 import argparse
-import datetime
 import json
 import sys
 import time
@@ -17,7 +16,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import timing
-from benchmarks.environment import RESULTS, device
+from benchmarks.environment import results_folder
 from benchmarks.kernels import report
 from benchmarks.kernels.measure import Bench, Row
 from benchmarks.kernels.ops import CASES, MODES, Problem, problems, short
@@ -36,12 +35,6 @@ def listing(where: str) -> str:
             note = f" ({provider.note})" if provider.note else ""
             lines.append(f"  {name}: {provider.why_not(where) or 'available'}{note}")
     return "\n".join(lines)
-
-
-def results_folder(where: torch.device) -> Path:
-    """benchmarks/results/<device>/<date>_kernels."""
-    folder = "cpu" if where.type == "cpu" else device().lower().replace(" ", "-")
-    return RESULTS / folder / f"{datetime.date.today().isoformat()}_kernels"
 
 
 def rows(bench: Bench, arguments: argparse.Namespace) -> Iterator[Row]:
@@ -138,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
         effort = timing.QUICK if arguments.quick else timing.Effort()
     else:
         effort = timing.ON_CPU
-    folder = arguments.out or results_folder(where)
+    folder = arguments.out or results_folder("kernels", where.type)
     folder.mkdir(parents=True, exist_ok=True)
     status, measured = 0, []
     with open(folder / "rows.jsonl", "a") as file:

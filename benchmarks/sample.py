@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import timing
-from benchmarks.environment import RESULTS, stamp
+from benchmarks.environment import results_folder, stamp
 from benchmarks.sample_gate import Gate
 from benchmarks.sample_providers import (
     GUIDANCES,
@@ -249,8 +249,7 @@ def main() -> int:
     """Measure, append the rows and write their report."""
     options = parse()
     rows = measure(options)
-    device = "cpu" if options.device == "cpu" else rows[0]["device"].lower().replace(" ", "-")
-    out = options.out or RESULTS / device / f"{rows[0]['date']}_sample" / "rows.jsonl"
+    out = options.out or results_folder("sample", options.device) / "rows.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "a") as file:
         for row in rows:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.environment import RESULTS, stamp
+from benchmarks.environment import results_folder, stamp
 from repa_fast import ops
 from repa_fast.cli import expected_metadata
 from repa_fast.configs import presets
@@ -179,9 +179,7 @@ def main() -> None:
     options = {key: getattr(arguments, key) for key in ("model", "batch", "steps", "compile")}
     row = {**options, "variants": figures, **stamp()}
     print(report(row))
-    folder = "cpu" if arguments.device == "cpu" else row["device"].lower().replace(" ", "-")
-    out = RESULTS / folder / f"{row['date']}_sra"
-    out.mkdir(parents=True, exist_ok=True)
+    out = results_folder("sra", arguments.device)
     with open(out / "rows.jsonl", "a") as rows:
         rows.write(json.dumps(row) + "\n")
     rewrite(out)

@@ -26,7 +26,7 @@ import torch
 from benchmarks import step_profile, step_report
 from benchmarks.data import METADATA as PHOTOGRAPHS
 from benchmarks.data import photographs
-from benchmarks.environment import RESULTS, device, stamp
+from benchmarks.environment import results_folder, stamp
 from benchmarks.timing import matmul_rate, percentiles
 from repa_fast.cli import expected_metadata
 from repa_fast.configs import presets
@@ -305,16 +305,9 @@ def measure(arguments: argparse.Namespace) -> dict:
     return {**row, "notes": state.notes, **stamp()}
 
 
-def results_folder(name: str, arguments: argparse.Namespace) -> Path:
-    """benchmarks/results/<device>/<date>_<name>, or what was asked for."""
-    where = "cpu" if arguments.device == "cpu" else device().lower().replace(" ", "-")
-    folder = arguments.out or RESULTS / where / f"{stamp()['date']}_{name}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def append(folder: Path, row: dict) -> None:
-    """Write the row, and the report of all rows there."""
+    """Write the row, and the report of all rows there, into a folder that need not be there yet."""
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "rows.jsonl", "a") as rows:
         rows.write(json.dumps(row) + "\n")
     step_report.write(folder)
@@ -346,7 +339,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = flags.parse_args(argv)
     row = measure(arguments)
     print(step_report.markdown([row]))
-    folder = results_folder("step", arguments)
+    folder = arguments.out or results_folder("step", arguments.device)
     append(folder, row)
     print(folder)
     return 0

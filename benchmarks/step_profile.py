@@ -2,8 +2,9 @@
 
 On a GPU every kernel, copy and fill belongs to one category: what the host started in the range of
 the encoder or of the optimizer to these, the others by their names; where two run at once, the time
-is the first one's. A CUDA graph is started as a whole: its encoder is not told from the rest. On a CPU the time of an operator without the operators it calls takes the place
-of a kernel. Idle is the time in which nothing of this ran.
+is the first one's. A CUDA graph is started as a whole: its encoder is not told from the rest. On a
+CPU the time of an operator without the operators it calls takes the place of a kernel. Idle is the
+time in which nothing of this ran.
 """
 
 import json
@@ -34,7 +35,10 @@ HOST = ("cuda_runtime", "cuda_driver")
 GENERATED = re.compile(r"^triton_(?!tem)")  # Inductor's, named after whatever they were made from
 OURS = re.compile(r"^(adaln|gate_residual|align_loss|sum_chunks|euler_maruyama)\w*|^repa_fast::")
 OPTIMIZER = re.compile(r"adamw_ema_kernel|squares_kernel|advance_kernel|multi_tensor_apply")
-ATTENTION = re.compile(r"attention|flash|fmha|sdpa|cudnn_generated_fort_native", re.IGNORECASE)
+ATTENTION = re.compile(
+    r"attention|flash|fmha|sdpa|cudnn_generated_fort_native|compute_dot_do_o|convert_dq",
+    re.IGNORECASE,
+)
 GEMM = re.compile(
     r"gemm|cutlass|cublas|nvjet|xmma|wgmma|splitk|triton_tem|convolution|conv2d"  # kernels
     r"|^aten::(mm|addmm|bmm|baddbmm|matmul|linear|mv|addmv|dot)(_|$)|^mkldnn::_linear",  # operators

@@ -22,18 +22,23 @@ HOW = ("micro_batch", "compile", "precision", "data")
 
 
 def read(path: Path) -> list[dict]:
-    """Rows of a file, the last of each rung and of each way to run a single step, in order."""
+    """Rows of a file, the last of each rung and of each way to run a single step, in order.
+
+    Those of another commit were measured on other days and other cards: they stay, apart.
+    """
     rows = [json.loads(line) for line in path.read_text().splitlines()]
+    commits = list(dict.fromkeys(row["commit"] for row in rows))
     latest = {}
     for row in rows:
         how = () if row["rung"] else tuple(row[name] for name in HOW)
-        latest[(*group(row), row["rung"], *how)] = row
+        preset, batch, commit = group(row)
+        latest[preset, batch, commits.index(commit), row["rung"], *how] = row
     return [latest[key] for key in sorted(latest)]
 
 
-def group(row: dict) -> tuple[str, int]:
-    """What the rows of one table have in common."""
-    return row["preset"], row["batch"]
+def group(row: dict) -> tuple[str, int, str]:
+    """What the rows of one table have in common: preset, batch, commit."""
+    return row["preset"], row["batch"], row["commit"]
 
 
 def write(folder: Path) -> None:
@@ -58,9 +63,9 @@ def markdown(rows: list[dict], picture: bool = False) -> str:
 
 def section(rows: list[dict]) -> list[str]:
     """Tables of one preset and batch."""
-    preset, batch = group(rows[0])
+    preset, batch, commit = group(rows[0])
     ok = [row for row in rows if row["status"] == "ok"]
-    lines = [f"## {preset}, batch {batch}", ""]
+    lines = [f"## {preset}, batch {batch}, commit {commit}", ""]
     if ok:
         lines += [*figures(ok), *shares(ok)]
     if any(row["rung"] for row in ok):
@@ -199,7 +204,8 @@ def draw(rows: list[dict], path: Path) -> None:
     panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
     for panel, common, some in zip(panels, groups, members):
         bars(panel, some)
-        panel.set_title(f"{common[0]}, batch {common[1]}", fontsize=10, loc="left")
+        title = f"{common[0]}, batch {common[1]}, commit {common[2]}"
+        panel.set_title(title, fontsize=10, loc="left")
     handles = [Patch(color=colour, label=name) for name, colour in COLOURS.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=8)
     where = f"{rows[-1]['device']}, commit {rows[-1]['commit']}, {rows[-1]['date']}"

@@ -18,6 +18,8 @@ from benchmarks.gpu.items import ITEMS, by_name
 from benchmarks.gpu.pretended import report
 from benchmarks.gpu.queue import PRETENDED, REPORT, Queue
 
+RAN = ("ok", "has rows")
+"""States of an item that ran to its end and was right."""
 DEFAULT_OUT = ROOT / ".cache" / "gpu"
 
 
@@ -46,8 +48,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def ended_badly(rows: list[dict]) -> bool:
+    """Whether an item failed or was stopped."""
+    return any(row["state"] in ("failed", "stopped") for row in rows)
+
+
+def rehearsed(queue: Queue, rows: list[dict]) -> bool:
+    """Print what a rehearsal found; whether an item did not run or a step is not as it must be.
+
+    An item that no pretended card can run is left out rightly.
+    """
+    file, wrong = queue.work / REPORT, []
+    if file.exists():
+        print(report.table(file))
+        wrong += report.verdicts(report.read(file))
+    impossible = {item.name for item in ITEMS if item.unpretended}
+    print("\n".join(["", "rehearsal:", *table.states(rows, queue.work / "logs"), *wrong]))
+    missed = [row for row in rows if row["state"] not in RAN and row["item"] not in impossible]
+    return bool(wrong or missed)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run the queue and print the last table; 1 if an item failed."""
+    """Run the queue and print the last table; 1 if an item failed or a rehearsal found an error."""
     arguments = parse(argv)
     if arguments.list:
         print(listing())
@@ -60,10 +82,9 @@ def main(argv: list[str] | None = None) -> int:
         queue = Queue(arguments.seconds, arguments.out, Path(work), card)
         rows = queue.run(chosen(arguments))
         print(table.write(rows, queue.results, queue.work / "logs"))
-        if (queue.work / REPORT).exists():
-            print(report.table(queue.work / REPORT))
+        wrong = rehearsed(queue, rows) if queue.pretended else ended_badly(rows)
     print(f"gpu: {time.monotonic() - started:.0f} s, {arguments.out / 'gpu.tar.gz'}")
-    return int(any(row["state"] in ("failed", "stopped") for row in rows))
+    return int(wrong)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import sys
 import torch
 
 from benchmarks import timing
-from benchmarks.environment import card_folder, stamp
+from benchmarks.environment import results_folder, stamp
 from repa_fast import extension
 
 COPY_BYTES = 8 * 2**30
@@ -53,7 +53,7 @@ def main() -> int:
         print(f"csrc: {reason}; `make csrc-gpu` builds it")
         return 1
     row = facts(torch.device("cuda"))
-    folder = card_folder("card")
+    folder = results_folder("card")
     with open(folder / "rows.jsonl", "a") as rows:
         rows.write(json.dumps(row) + "\n")
     print(json.dumps(row))

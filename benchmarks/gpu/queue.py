@@ -63,7 +63,8 @@ class Queue:
         for item in items:
             row = self.one(item)
             rows.append(row)
-            print(f"gpu: {item.name}: {row['state']}, {row['seconds']:.0f} s", flush=True)
+            why = f" ({row['message']})" if "message" in row else ""
+            print(f"gpu: {item.name}: {row['state']}, {row['seconds']:.0f} s{why}", flush=True)
             if row["state"] in (*DONE, "stopped"):
                 with open(self.work / QUEUE, "a") as file:
                     file.write(json.dumps(row) + "\n")
@@ -76,7 +77,7 @@ class Queue:
     def one(self, item: Item) -> dict:
         """Run an item unless it has rows, lacks something or no time is left; its row."""
         row = {"item": item.name, "key": item.key, "seconds": 0.0, **stamp(), "device": self.card}
-        lacking = missing(item, os.environ)
+        lacking = missing(item, os.environ, self.pretended)
         if any(self.measured(item)):
             return {**row, "state": "has rows"}
         if lacking:
@@ -109,12 +110,11 @@ class Queue:
         """Run an item's process; its state."""
         environment = {**os.environ, "REPA_FAST_RESULTS": str(self.results)}
         environment.setdefault("PYTHONUNBUFFERED", "1")
-        prefix: tuple[str, ...] = ()
+        command = [sys.executable, "-m", "benchmarks.gpu.process", *item.command]
         if self.pretended:
-            prefix = ("-m", "benchmarks.gpu.pretended")
+            command[2:3] = ["benchmarks.gpu.pretended", "-m"]
             environment["PRETENDED_REPORT"] = str(self.work / REPORT)
             environment["PYTEST_ADDOPTS"] = "-p benchmarks.gpu.pretended.plugin"
-        command = [sys.executable, *prefix, "-m", *item.command]
         with open(self.work / "logs" / f"{item.name}.log", "w") as log:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,

@@ -32,6 +32,18 @@ def write(items: Sequence[dict], results: Path, logs: Path) -> str:
     return text if len(text) <= MOST else text[: MOST - 4] + "\n..."
 
 
+def states(items: Sequence[dict], logs: Path) -> list[str]:
+    """Return a line for each item: its state, its seconds, and why it did not run to its end."""
+    lines = []
+    for row in items:
+        log = logs / f"{row['item']}.log"
+        why = row.get("message", "")
+        if row["state"] in ("failed", "stopped") and log.exists():
+            why = last_line(log.read_text())[:100]
+        lines.append(f"{row['item']:16} {row['state']:9} {row['seconds']:5.0f} s  {why}".rstrip())
+    return lines
+
+
 def figures(rows: Sequence[dict]) -> list[str]:
     """Return a line for each row that has figures, the card's first."""
     lines = []

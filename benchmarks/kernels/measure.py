@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import importlib.metadata
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,20 +19,12 @@ Row = dict[str, Any]
 LOST = ("CUDA error", "AcceleratorError", "illegal memory access", "unspecified launch failure")
 
 
-def triton_version() -> str:
-    """Installed version of Triton, or "none"."""
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
-
-
 class Bench:
     """Measures on one device, with one effort; the copy of a number of bytes is timed once."""
 
     def __init__(self, device: torch.device, effort: Effort):
         self.device, self.effort = device, effort
-        self.stamp = {**stamp(), "triton": triton_version()}
+        self.stamp = stamp()
         self._verdicts: dict[tuple[str, str], str | None] = {}
         self.copy = functools.cache(lambda n: timing.copy_time(n, device, effort))
 

@@ -20,10 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import timing
+from benchmarks.environment import results_folder
 from benchmarks.kernels import gate
 from benchmarks.kernels.measure import Bench, Row
 from benchmarks.kernels.ops import BRANCH, Problem, Tensors, problems, short
-from benchmarks.run import lost, results_folder
+from benchmarks.run import lost
 from repa_fast.kernels.attention.backends import describe
 
 EPS = {"adaln": 1e-6, "align_loss": 1e-12}
@@ -299,7 +300,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run(bench: Bench, arguments: argparse.Namespace) -> int:
     """Sweep until the limit; 3 if the GPU was lost."""
     end = time.monotonic() + arguments.limit
-    folder = arguments.out or results_folder(bench.device)
+    folder = arguments.out or results_folder("kernels")
     folder.mkdir(parents=True, exist_ok=True)
     console = Console(width=None if sys.stdout.isatty() else 120)
     with open(folder / "tune.jsonl", "a") as file:

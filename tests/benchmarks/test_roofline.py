@@ -12,7 +12,7 @@ STEP = {
     **{"ms_p50": 50.0, "stall_ms": 0.0},
     "ms_by_category": {
         **{"GEMM": 30.0, "attention": 4.0, "our kernels": 3.0, "other elementwise": 4.0},
-        **{"optimizer": 6.5, "encoder": 2.5, "idle": 0.0},
+        **{"optimizer": 4.5, "encoder": 2.5, "idle": 2.0},
     },
 }
 
@@ -80,13 +80,19 @@ def test_a_step_of_another_kind_is_not_ours(tmp_path, change):
 
 def test_the_parts_of_a_step_add_up(tmp_path):
     text = tables(tmp_path, "nvidia-h200", STEP).split("| sit-xl2-repa")[1]
-    names = (*roofline.CATEGORIES, "sum")
+    names = (*roofline.CATEGORIES, "sum", "the step")
     lines = {name: cells(text, name) for name in names}
-    *parts, whole = (float(lines[name][4]) for name in names)
-    assert sum(parts) == whole == 50
-    *floors, least = (float(lines[name][3]) for name in names)
+    *parts, together, whole = (float(lines[name][4]) for name in names)
+    assert sum(parts) == together == 50 - STEP["ms_by_category"]["idle"] and whole == 50
+    *floors, least, same = (float(lines[name][3]) for name in names)
     assert sum(floors) == pytest.approx(least, abs=0.3)  # one digit each
-    assert least == pytest.approx(47.0, rel=0.01)  # counted by hand, layer by layer
+    assert least == same == pytest.approx(47.0, rel=0.01)  # counted by hand, layer by layer
+
+
+def test_the_step_is_the_graph_where_there_is_one_and_its_parts_are_told_apart_without(tmp_path):
+    graph = {**STEP, "rung": "g", "ms_p50": 41.0, "ms_by_category": {"GEMM": 41.0}}
+    text = tables(tmp_path, "nvidia-h200", graph, STEP).split("| sit-xl2-repa")[1]
+    assert float(cells(text, "the step")[4]) == 41 and float(cells(text, "matmuls")[4]) == 30
 
 
 def test_floors_are_those_of_the_card_that_was_measured(tmp_path):

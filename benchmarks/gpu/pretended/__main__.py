@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.gpu.pretended import build
+from benchmarks.gpu.process import end_compile_workers
 
 PLUGIN = "benchmarks.gpu.pretended.plugin"
 USAGE = "usage: python -m benchmarks.gpu.pretended [--report FILE] -m MODULE [ARGS...]"
@@ -72,7 +73,10 @@ def main() -> None:
         return
     if not build.is_here():
         start_again(flags.get("--report"))
-    run(module, arguments)
+    try:
+        run(module, arguments)
+    finally:
+        end_compile_workers()
 
 
 if __name__ == "__main__":

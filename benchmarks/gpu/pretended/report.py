@@ -10,7 +10,7 @@ import pstats
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -26,6 +26,9 @@ FIGURES = {"steps": 3, "warmup": 1}
 GIB = 2**30
 BLOCKS = ("sit.py", "baseline.py")
 """Files whose compiled `forward` is a block's."""
+JUDGED, GRAPHED = "defgi", "fgi"
+"""Rungs of the ladder that `verdicts` speaks of, and those whose step is one CUDA graph."""
+MOST_BLOCK_GRAPHS, MOST_GIB = 3, 79.1
 
 _current: dict = {}
 _began = {"time": 0.0, "breaks": 0}
@@ -215,13 +218,53 @@ def memory() -> dict:
     }
 
 
+def verdicts(rows: Iterable[Mapping]) -> list[str]:
+    """What may not be in the steps of JUDGED rungs, a line for each; the last row of a step counts.
+
+    A step may not fail, wait for the device, compile late, compile its blocks more than
+    MOST_BLOCK_GRAPHS times or take more than MOST_GIB; a GRAPHED one is a graph that is replayed.
+    """
+    last = {
+        (row["rung"], row["preset"], row["batch"]): row
+        for row in rows
+        if row["kind"] == "step" and row["rung"] and row["rung"] in JUDGED
+    }
+    return [
+        f"({rung}) {preset}, {batch}: {wrong}"
+        for (rung, preset, batch), row in last.items()
+        for wrong in faults(row)
+    ]
+
+
+def faults(row: Mapping) -> list[str]:
+    """What is wrong with a step's row."""
+    if "error" in row:
+        return [row["error"]]
+    graphed = row["rung"] in GRAPHED
+    late = ", ".join(f"{n} x {name}" for name, n in row["recompilations"].items())
+    found = {
+        f"waits for the device {row['synchronisations']:g} times a step": row["synchronisations"],
+        f"compiles after step {WARMUP + CAPTURED * graphed}: {late}": late,
+        f"{row['block_graphs']} graphs of blocks, expected at most {MOST_BLOCK_GRAPHS}": (
+            row["block_graphs"] > MOST_BLOCK_GRAPHS
+        ),
+        f"{row['card_gib']:.1f} GiB, expected at most {MOST_GIB}": row["card_gib"] > MOST_GIB,
+        "no CUDA graph is replayed": graphed and not row["graph_launches"],
+    }
+    return [text for text, wrong in found.items() if wrong]
+
+
 # For people
+
+
+def read(file: Path) -> list[dict]:
+    """The report's rows."""
+    return [json.loads(one) for one in Path(file).read_text().splitlines()]
 
 
 def table(file: Path) -> str:
     """The report's rows, at most 100 columns wide."""
-    rows = [json.loads(one) for one in Path(file).read_text().splitlines()]
-    lines = []
+    rows, lines = read(file), []
     steps = [row for row in rows if row["kind"] == "step"]
     if steps:
         lines.append(HEADER)

@@ -69,11 +69,14 @@ bench: $(VENV)/.installed ## kernel benchmarks (pytest-benchmark)
 GPU_PACKAGES := torch==2.11.0 torchvision==0.26.0 timm pytest pytest-benchmark pytest-xdist rich safetensors scipy \
 	scikit-learn scikit-image matplotlib tensorboard pyarrow ninja setuptools wheel
 
+# An environment that is there already gets what it lacks.
+GPU_PYTHON = $(or $(wildcard $(GPU_VENV)/bin/python),$(PYTHON))
+
 $(GPU_VENV): $(GPU_VENV)/.installed ## the packages of a GPU machine, to rehearse with (PYTHON=python3.12)
 
 $(GPU_VENV)/.installed:
-	@$(PYTHON) -c 'import sys; sys.exit("PYTHON=$(PYTHON): $(GPU_VENV) needs 3.12, as a GPU machine has, got " + sys.version.split()[0] if sys.version_info[:2] != (3, 12) else 0)'
-	$(PYTHON) -m venv $(GPU_VENV)
+	@$(GPU_PYTHON) -c 'import sys; sys.exit("$(GPU_PYTHON): $(GPU_VENV) needs Python 3.12 (PYTHON=...), got " + sys.version.split()[0] if sys.version_info[:2] != (3, 12) else 0)'
+	test -x $(GPU_VENV)/bin/python || $(PYTHON) -m venv $(GPU_VENV)
 	$(GPU_VENV)/bin/python -m pip install --quiet $(GPU_PACKAGES)
 	@touch $@
 

@@ -68,13 +68,13 @@ STREAM_OPS = ("gate_residual_adaln", "adaln", "gate_residual")
 
 ITEMS = (
     Item("card", 10, ("benchmarks.gpu.card",)),
-    Item("step", 40, ladder("e", "g")),
-    Item("tests", 75, tests("-m", "gpu and not slow", *TESTS)),
+    Item("step", 70, ladder("e", "g")),
+    Item("tests", 90, tests("-m", "gpu and not slow", *TESTS)),
     Item("recipe", 45, ladder("a", "o"), needs="REPA_OFFICIAL"),
     Item("kernels", 60, kernels(*STREAM_OPS, batches=("32", "256"))),
     Item("optimizer", 20, ("benchmarks.optim", "--provider", "cuda", "stock", "official")),
     Item("step-256", 55, ladder("g", batch=256, steps=10)),
-    Item("experiments", 50, ladder("f", "i")),
+    Item("experiments", 60, ladder("f", "i")),
     Item("attention", 40, kernels("attention", dtype="bf16")),
     Item("compiled", 50, ladder("c", "d")),
     Item("experiments-256", 80, ladder("f", "i", batch=256, steps=10)),

@@ -1,14 +1,17 @@
 """The queue of GPU measurements, with items that need no GPU."""
 
 import json
+import subprocess
+import sys
 import tarfile
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import environment
 from benchmarks.gpu import __main__ as program
-from benchmarks.gpu import home, queue, table
+from benchmarks.gpu import home, process, queue, table
 from benchmarks.gpu.items import ITEMS, Item, by_name
 from benchmarks.gpu.queue import QUEUE, TAR, Queue
 
@@ -83,6 +86,43 @@ def test_an_item_that_lacks_something_is_left_out(make, monkeypatch):
     monkeypatch.delenv("REPA_OFFICIAL", raising=False)
     (row,) = make(60).run([Item("recipe", 1, QUICK, needs="REPA_OFFICIAL")])
     assert row["state"] == "left out" and row["message"] == "REPA_OFFICIAL is not set"
+
+
+def test_what_no_pretended_card_can_do_is_left_out_of_a_rehearsal(make):
+    item = Item("sanitizer", 1, QUICK, unpretended="it has no driver")
+    (row,) = make(60, card="pretended").run([item])
+    assert (row["state"], row["message"]) == ("left out", "it has no driver")
+    assert make(60).run([item])[0]["state"] == "ok"
+
+
+@pytest.mark.parametrize(
+    "state, lost", [("ok", False), ("has rows", False), ("failed", True), ("no time", True)]
+)
+def test_a_rehearsal_is_right_where_all_ran(make, tmp_path, capsys, state, lost):
+    rows = [
+        {"item": "step", "state": state, "seconds": 1.0},
+        {"item": "sanitizer", "state": "left out", "seconds": 0.0, "message": "no driver"},
+    ]
+    assert program.rehearsed(make(60, card="pretended"), rows) is lost
+    printed = capsys.readouterr().out.splitlines()
+    assert f"step             {state:9}     1 s" in [line.ljust(34) for line in printed]
+    assert "sanitizer        left out      0 s  no driver" in printed
+
+
+def test_workers_that_compile_do_not_outlive_an_item(monkeypatch):
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as worker:
+        pool = SimpleNamespace(process=worker, running=True)
+        module = SimpleNamespace(_pool_set=[pool, SimpleNamespace()])
+        monkeypatch.setitem(sys.modules, "torch._inductor.async_compile", module)
+        process.end_compile_workers()
+        assert worker.poll() is not None and not pool.running
+
+
+def test_an_item_runs_as_a_module_of_its_own():
+    text = "import sys; print(sys.modules['__main__'].__spec__.name, sys.argv[1:])"
+    command = [sys.executable, "-m", "benchmarks.gpu.process", "timeit", "-n1", "-r1", text]
+    done = subprocess.run(command, cwd=environment.ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[0] == f"timeit {['-n1', '-r1', text]}"
 
 
 def test_the_items_are_known_by_name_and_what_matters_comes_first(capsys):

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,10 @@ from benchmarks.gpu.pretended import build
 
 REASON = build.why_not()
 needs_card = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+NO_CSRC = REASON or (None if shutil.which("nvcc") else "csrc cannot be built: there is no nvcc")
+needs_csrc = pytest.mark.skipif(NO_CSRC is not None, reason=str(NO_CSRC))
+GPU_PYTHON = ROOT / ".venv-gpu" / "bin" / "python"
+LIBRARY, RELEASED = Path("repa_fast/lib/csrc.so"), ("loss.py", "models/sit.py")
 
 FACTS = """
 import ctypes, json
@@ -129,6 +135,7 @@ def test_a_wait_is_reported_with_its_line(tmp_path):
 def test_a_wrong_number_is_no_failure_and_a_wrong_launch_is(tmp_path):
     (tmp_path / "test_planted.py").write_text(COLLECTED)
     flags = ("-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", "--rootdir", tmp_path)
+    flags += ("-n", "1")  # a worker of its own reports nothing
     report = tmp_path / "report.jsonl"
     done = run("--report", report, "-m", "pytest", *flags, tmp_path)
     (row,) = map(json.loads, report.read_text().splitlines())
@@ -136,6 +143,41 @@ def test_a_wrong_number_is_no_failure_and_a_wrong_launch_is(tmp_path):
     (failed,) = row["failed"]
     assert failed.endswith("test_launch")
     assert done.returncode == 1
+
+
+def steps(report):
+    """The rows of a report, and what its verdicts say of them."""
+    from benchmarks.gpu.pretended.report import read, verdicts
+
+    rows = read(report)
+    return rows, verdicts(rows)
+
+
+@needs_csrc
+def test_a_small_step_is_rehearsed(tmp_path):
+    """Compiled code is kept in .cache/pretended: 30 s of one core where it is there, else 40 s."""
+    report = tmp_path / "report.jsonl"
+    flags = ("--preset", "sit-s2", "--batch", 4, "--rung", "e", "g", "--steps", 1, "--warmup", 1)
+    done = run(
+        *("--report", report, "-m", "benchmarks.ladder", *flags),
+        seconds=300,
+        REPA_FAST_RESULTS=tmp_path / "results",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (plain, graphed), wrong = steps(report)
+    assert (plain["rung"], graphed["rung"]) == ("e", "g")
+    assert wrong == []
+    assert plain["launches"] > 500 > graphed["launches"]
+    assert graphed["graph_launches"] == 1 and graphed["replayed"] > 500
+
+
+@needs_card
+def test_the_gpu_tests_are_collected():
+    flags = ("--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider")
+    done = run("-m", "pytest", *flags, "tests", seconds=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "error" not in done.stdout.splitlines()[-1]
+    assert done.stdout.count("::") > 300
 
 
 @needs_card
@@ -188,6 +230,72 @@ def test_the_table_is_for_people(tmp_path):
     assert "2975" in text and "OutOfMemoryError" in text
     assert "metrics.py:73" in text and "compiled late: 1 x sit.py:forward" in text
     assert "2 wrong in numbers alone" in text and "a::b: why" in text
+
+
+def test_verdicts_are_about_the_last_row_of_each_step():
+    from benchmarks.gpu.pretended.report import verdicts
+
+    right = STEP | {"synchronisations": 0.0, "recompilations": {}}
+    assert verdicts([STEP, right]) == []
+    assert verdicts([STEP | {"rung": rung} for rung in ("", "a", "h")]) == []
+    assert verdicts([right | {"rung": "e", "graph_launches": 0.0}, {"kind": "tests"}]) == []
+    wrong = {"block_graphs": 4, "card_gib": 79.5, "graph_launches": 0.0}
+    assert verdicts([STEP | wrong]) == [
+        f"(g) sit-xl2-repa, 256: {text}"
+        for text in (
+            "waits for the device 0.333333 times a step",
+            "compiles after step 4: 1 x sit.py:forward",
+            "4 graphs of blocks, expected at most 3",
+            "79.5 GiB, expected at most 79.1",
+            "no CUDA graph is replayed",
+        )
+    ]
+    head = {name: STEP[name] for name in ("kind", "rung", "preset", "batch", "micro_batch")}
+    failed = head | {"error": "OutOfMemoryError: CUDA out of memory"}
+    assert verdicts([right, failed]) == ["(g) sit-xl2-repa, 256: " + failed["error"]]
+
+
+def not_a_gpu_machine():
+    """Why .venv-gpu is not what a GPU machine has, or None."""
+    if not GPU_PYTHON.exists():
+        return "there is no .venv-gpu; `make .venv-gpu PYTHON=python3.12` makes it"
+    if not (ROOT / LIBRARY).exists():
+        return "csrc is not built; `make csrc-gpu` builds it"
+    text = "import sys, torch, triton; print(*sys.version_info[:2], torch.__version__, sep='.')"
+    found = subprocess.run([GPU_PYTHON, "-c", text], capture_output=True, text=True).stdout.strip()
+    return None if found == "3.12.2.11.0+cu130" else f".venv-gpu has {found or 'no torch'}"
+
+
+def copied(target):
+    """A copy of the tracked files, csrc's library and the two files of the released code."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    released = Path(os.environ.get("REPA_OFFICIAL") or ROOT / ".released")
+    names = [*filter(None, listed.stdout.split("\0")), str(LIBRARY)]
+    pairs = [(ROOT / name, target / name) for name in names]
+    pairs += [(released / name, target / ".released" / name) for name in RELEASED]
+    for source, copy in pairs:
+        if source.exists():  # the released code may be absent, and a tracked file deleted
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, copy)
+
+
+@needs_csrc
+@pytest.mark.slow
+def test_the_tree_and_the_library_are_all_that_a_gpu_machine_needs(tmp_path):
+    if reason := not_a_gpu_machine():
+        pytest.skip(reason)
+    copied(tmp_path / "copy")
+    flags = ["--pretended", "--seconds", "900", "--only", "card", "step", "--out", tmp_path / "out"]
+    environment = {name: value for name, value in os.environ.items() if "CACHE_DIR" not in name}
+    done = subprocess.run(
+        [GPU_PYTHON, "-m", "benchmarks.gpu", *flags],
+        cwd=tmp_path / "copy",
+        env=environment | {"REPA_OFFICIAL": str(tmp_path / "copy" / ".released")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "card             ok" in done.stdout and "step             ok" in done.stdout
 
 
 def test_flags_before_the_module_are_ours():

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from repa_fast.testing import assert_within_budget, seeded
 from tests.kernels import checks
@@ -136,3 +139,20 @@ def test_both_names_of_the_ops_can_be_imported_in_one_process(packages):
     assert process.returncode == 0, process.stderr
     result = json.loads(process.stdout.splitlines()[-1])
     assert result == {"modules": 2 * len(FOLDERS), "equal": True}
+
+
+@pytest.mark.parametrize("device", ("cuda", "cpu"))
+def test_on_a_gpu_a_compiled_graph_launches_the_kernels_itself(device):
+    """Fake tensors of a GPU need none; what torch.compile's tracing makes of an operator."""
+    pytest.importorskip("triton")
+
+    def call(x, shift, scale):
+        return torch.ops.repa_fast.adaln_forward(x, shift, scale, 1e-6, torch.bfloat16)
+
+    with FakeTensorMode():
+        x, vector = torch.empty(2, 8, 72, device=device), torch.empty(2, 72, device=device)
+        graph = make_fx(dispatch_functionalize(call))(x, vector, vector).graph
+    called = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    launched = "triton_kernel_wrapper_functional" in called
+    assert launched == (device == "cuda")
+    assert ("repa_fast.adaln_forward.default" in called) == (device == "cpu")

@@ -82,7 +82,9 @@ def commit() -> str:
 def command() -> str:
     """The command line, as one would type it in the repository root."""
     name = getattr(sys.modules["__main__"].__spec__, "name", None)
-    program = ["python", "-m", name] if name else ["python", os.path.relpath(sys.argv[0], ROOT)]
+    program = ["python", os.path.relpath(sys.argv[0], ROOT)]
+    if name:
+        program = ["python", "-m", name.removesuffix(".__main__")]
     return shlex.join([*program, *sys.argv[1:]])
 
 

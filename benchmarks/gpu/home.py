@@ -70,7 +70,7 @@ def bring(tar: Path, into: Path) -> list[str]:
 
 
 def bring_queue(found: Path, into: Path) -> str:
-    """Keep the states of the items, the tests' logs and the table of the lease; a line about it."""
+    """Keep the states of the items and the table of the lease; a line about it."""
     rows = [json.loads(line) for line in (found / QUEUE).read_text().splitlines()]
     card = rows[-1]["device"].lower().replace(" ", "-")
     folder = into / card / f"{rows[-1]['date']}_gpu"
@@ -78,8 +78,6 @@ def bring_queue(found: Path, into: Path) -> str:
     text = table.write(rows, found / "results", found / "logs")
     with open(folder / "tables.txt", "a") as file:
         file.write(f"{text}\n\n")
-    for log in (found / "logs").glob("*tests.log"):
-        (folder / log.name).write_bytes(log.read_bytes())
     return f"{folder / QUEUE}: {count} items"
 
 

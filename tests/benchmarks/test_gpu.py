@@ -174,7 +174,7 @@ def test_rows_come_home_once(tmp_path):
     assert len(rows) == 2
     kept = into / "nvidia-h100" / "2026-01-01_gpu"
     assert "optim cuda: 5.00 ms 90% x1.20" in (kept / "tables.txt").read_text()
-    assert "1 failed, 2 passed" in (kept / "tests.log").read_text()
+    assert "1 failed, 2 passed" in (kept / "tables.txt").read_text()
     assert len((kept / QUEUE).read_text().splitlines()) == 1
 
 

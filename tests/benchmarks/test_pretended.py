@@ -99,6 +99,7 @@ def run(*arguments, seconds=60, **values):
     """The finished command on the pretended card."""
     command = [sys.executable, "-m", "benchmarks.gpu.pretended", *map(str, arguments)]
     environment = {**os.environ, **{name: str(value) for name, value in values.items()}}
+    environment.pop("PYTEST_XDIST_WORKER", None)  # a pytest in there is nobody's worker
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
     )

@@ -223,5 +223,5 @@ def test_adding_a_step_copies_nothing_from_the_host():
             accumulator.add(values, bad, losses, losses)
         assert seen.copies == []
         with Devices() as seen:
-            values[0] = 1
+            values.copy_(torch.ones(4))  # torch 2.11 does the same for values[0] = 1
         assert seen.copies == ["aten.copy_.default"]

@@ -70,7 +70,7 @@ def bring(tar: Path, into: Path) -> list[str]:
 
 
 def bring_queue(found: Path, into: Path) -> str:
-    """Keep the states of the items and the table of the lease; a line about it."""
+    """Keep the states of the items and the table of the run; a line about it."""
     rows = [json.loads(line) for line in (found / QUEUE).read_text().splitlines()]
     card = rows[-1]["device"].lower().replace(" ", "-")
     folder = into / card / f"{rows[-1]['date']}_gpu"

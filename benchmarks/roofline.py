@@ -1,8 +1,8 @@
 """The roofline of every op and of the training step: `python -m benchmarks.roofline --write`.
 
 What has to be computed and moved, the least time for that at the rates that the card itself reached
-in the same sitting (a large copy, a large bf16 matmul), and what was measured, from committed rows of
-GPUs alone; before there are any, at an H200's reported rates. The tables stand between marks in
+in the same sitting (a large copy, a large bf16 matmul), and what was measured, from committed rows
+of GPUs alone; before there are any, at an H200's reported rates. The tables stand between marks in
 docs/performance.md; `--check` fails where the page has others.
 """
 

@@ -21,7 +21,7 @@ import numpy as np
 from repa_fast.data import dataset
 from repa_fast.data.crop import center_crop, encode, original
 from repa_fast.data.dataset import Metadata, Row
-from repa_fast.data.ledger import Ledger, is_disk_full, write_whole
+from repa_fast.data.ledger import Ledger, is_disk_full, share, write_whole
 from repa_fast.data.sources import Source
 
 BLOCK = 4096
@@ -65,15 +65,13 @@ class Recipe:
 
 
 class Building:
-    """A table that is being built: OUT/.SPLIT.building holds its recipe and the finished blocks."""
+    """A table that is being built; its ledger holds the recipe and the finished blocks."""
 
-    def __init__(self, out: Path, split: str, recipe: Recipe) -> None:
+    def __init__(self, uri: Path, recipe: Recipe, ledger: Ledger) -> None:
+        self.uri = uri
+        self.blocks_file = uri.with_suffix(".blocks.json")
         self.recipe = recipe
-        self.uri = out / f"{split}.lance"
-        self.blocks_file = out / f"{split}.blocks.json"
-        if (self.uri / "_versions").exists():
-            raise ValueError(f"{self.uri} exists already; remove it first, or --verify it")
-        self.ledger = Ledger(out / f".{split}.building", asdict(recipe))
+        self.ledger = ledger
 
     def write(self, block: int, rows: Sequence[Row], skipped: Sequence[str]) -> None:
         """Write a block's rows, then its record."""
@@ -160,9 +158,18 @@ def build(
         ValueError: a bad image (named), a table that exists, or another recipe than before.
         RuntimeError: the disk is full; finished blocks are kept.
     """
-    building = Building(out, split, recipe)
+    uri = out / f"{split}.lance"
+    versions = uri / "_versions"
+    if rank == 0 and versions.exists():
+        raise ValueError(f"{uri} exists already; remove it first, or --verify it")
+    folder, units = out / f".{split}.building", recipe.blocks
+    shared = share(folder, asdict(recipe), units, rank, world_size, versions.exists)
+    if shared is None:
+        return None
+    ledger, left = shared
+    building = Building(uri, recipe, ledger)
     with ThreadPoolExecutor(workers, thread_name_prefix="repa-fast-crop") as pool:
-        for block in building.ledger.left(recipe.blocks, rank, world_size):
+        for block in left:
             rows, skipped = block_rows(source, block, recipe, encode_batch, pool)
             try:
                 building.write(block, rows, skipped)
@@ -171,7 +178,7 @@ def build(
             progress(building.rows_done())
     if rank:
         return None
-    building.ledger.wait_for(recipe.blocks, lambda: progress(building.rows_done()))
+    ledger.wait_for(recipe.blocks, lambda: progress(building.rows_done()))
     progress(recipe.rows)
     return building.commit()
 

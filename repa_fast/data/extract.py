@@ -25,7 +25,7 @@ import torch
 from repa_fast.data.build import AHEAD, ahead
 from repa_fast.data.dataset import LatentDataset
 from repa_fast.data.features import FeatureColumn, Storage
-from repa_fast.data.ledger import Ledger, is_disk_full, write_whole
+from repa_fast.data.ledger import Ledger, is_disk_full, share, write_whole
 from repa_fast.data.processes import own_device, progress_bar, rank_and_size
 
 if TYPE_CHECKING:
@@ -153,15 +153,20 @@ def extract(
         ValueError: a bad image (named), a name that is taken, or another recipe than before.
         RuntimeError: the disk is full, or the table was changed meanwhile.
     """
-    table = dataset.table
-    _expect_free(column, table)
-    uri = Path(dataset.uri)
+    _expect_good_name(column)
+    table, uri = dataset.table, Path(dataset.uri)
+    taken = functools.partial(_taken, column, uri)
+    if rank == 0 and taken():
+        raise ValueError(f"{uri} has a column {taken()[0]} already; --verify it")
     recipe = asdict(column) | {"batch": batch, "version": table.version}
-    ledger = Ledger(uri.parent / f".{uri.stem}.features", recipe)
-    fragments = table.get_fragments()
+    folder, fragments = uri.parent / f".{uri.stem}.features", table.get_fragments()
+    shared = share(folder, recipe, len(fragments), rank, world_size, lambda: bool(taken()))
+    if shared is None:
+        return False
+    ledger, left = shared
     starts = np.cumsum([0, *(fragment.count_rows() for fragment in fragments)])
     with ThreadPoolExecutor(workers, thread_name_prefix="repa-fast-decode") as pool:
-        for unit in ledger.left(len(fragments), rank, world_size):
+        for unit in left:
             indices = range(starts[unit], starts[unit + 1])
             packed = _packed(dataset, column, encode, indices, batch, pool)
             ledger.write(unit, _add(fragments[unit], column, packed, ledger))
@@ -178,15 +183,19 @@ def _rows_of(ledger: Ledger, starts: np.ndarray) -> int:
     return int(sum(starts[unit + 1] - starts[unit] for unit in ledger.done()))
 
 
-def _expect_free(column: FeatureColumn, table: "lance.LanceDataset") -> None:
+def _expect_good_name(column: FeatureColumn) -> None:
     if not NAME.fullmatch(column.name) or column.name in RESERVED:
         raise ValueError(
             f"column is {column.name!r}, expected letters, digits and underscores, and none of "
             f"{', '.join(RESERVED)}"
         )
-    taken = set(column.columns) & set(table.schema.names)
-    if taken:
-        raise ValueError(f"{table.uri} has a column {sorted(taken)[0]} already; --verify it")
+
+
+def _taken(column: FeatureColumn, uri: Path) -> list[str]:
+    """Which of its columns the newest version of the table has."""
+    import lance
+
+    return sorted(set(column.columns) & set(lance.dataset(str(uri)).schema.names))
 
 
 def _packed(

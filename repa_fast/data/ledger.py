@@ -67,6 +67,44 @@ class Ledger:
         return self.folder / f"{unit:06d}.json"
 
 
+def share(
+    folder: Path,
+    recipe: dict,
+    units: int,
+    rank: int,
+    world_size: int,
+    committed: Callable[[], bool],
+) -> tuple[Ledger, list[int]] | None:
+    """The ledger, and the unfinished units of a process's share.
+
+    A process that starts late may find nothing to do and the work committed by the first, which
+    commits before it removes the folder; so `committed` is asked again after the records are
+    listed. Whether the name was taken before the work began is for the first process to say.
+
+    Args:
+        committed: whether what the work makes is there.
+
+    Returns:
+        None where another process has committed the work; never on the first.
+
+    Raises:
+        ValueError: the folder was begun with another recipe.
+    """
+    if rank and committed():
+        return None
+    try:
+        ledger = Ledger(folder, recipe)
+        left = ledger.left(units, rank, world_size)
+    except FileNotFoundError:  # removed by the first process at this moment
+        if rank and committed():
+            return None
+        raise
+    if rank and committed():
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    return ledger, left
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file that appears whole or not at all, also after a power cut."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")

@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from repa_fast.data.ledger import Ledger, is_disk_full, write_whole
+from repa_fast.data.ledger import Ledger, is_disk_full, share, write_whole
 from repa_fast.data.processes import own_device, progress_bar, rank_and_size
 from repa_fast.eval.load import Loaded, load
 from repa_fast.eval.pictures import arrange, save_png
@@ -114,9 +114,11 @@ def generate(config: GenerateConfig) -> Path:
         if rank == 0:  # of a process that was killed right after the .npz took its name
             shutil.rmtree(work, ignore_errors=True)
         return out
-    ledger = Ledger(work, settings(config, loaded))
     blocks = -(-config.num_fid_samples // config.per_proc_batch_size)
-    mine = ledger.left(blocks, rank, world_size)
+    shared = share(work, settings(config, loaded), blocks, rank, world_size, out.exists)
+    if shared is None:
+        return out
+    ledger, mine = shared
     sampler = ImageSampler(loaded, config, device) if mine else None
     with progress_bar(out.name, rank == 0) as progress:
         advance = progress(config.num_fid_samples)

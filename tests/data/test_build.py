@@ -69,6 +69,12 @@ def test_several_processes_give_the_same_table(whole, tmp_path):
     assert rows_of(tmp_path) == rows_of(whole)
 
 
+def test_a_process_that_starts_after_the_table_is_made_has_nothing_to_do(tmp_path):
+    assert run(tmp_path, rows=5, rank=0, world_size=2) == 5  # one block, the first process's
+    assert run(tmp_path, rows=5, rank=1, world_size=2) is None
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["train.blocks.json", "train.lance"]
+
+
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments_and_gone_on_with(tmp_path):
     generator = random.Random(0)

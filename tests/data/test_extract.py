@@ -79,6 +79,8 @@ def test_two_processes_equal_one(table, tmp_path_factory):
     assert torch.equal(stored(table), stored(whole))
     checks = [(out / "train.made_up.json").read_text() for out in (table, whole)]
     assert checks[0] == checks[1]
+    assert not run(table, rank=1, world_size=2)  # late: the first has committed
+    assert not list(table.glob(".*.features"))
 
 
 @pytest.mark.parametrize("moment", ["columns", "record", "commit", "cleaning"])

@@ -1,5 +1,7 @@
 """Spikes of the loss, and going back to the last good checkpoint past the data that made one."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ pytest.importorskip("lance")
 
 from repa_fast.data.order import SampleOrder
 from repa_fast.data.prepare import prepare_digits
+from repa_fast.models.weights import steps as steps_of
 from repa_fast.train import checkpoint, graph, loop, spikes
 from repa_fast.train.report import read_metrics
 from repa_fast.train.rollback import TrainingDiverged
@@ -229,7 +232,11 @@ def test_a_damaged_checkpoint_is_passed_over(run_config, record, monkeypatch, tm
 
     def damaging(state, batch):
         if state.data_step == 16:
-            shard = next(checkpoint.path_of(tmp_path / "run" / "checkpoints", 15).glob("*.distcp"))
+            folder, deadline = tmp_path / "run" / "checkpoints", time.monotonic() + 60
+            while 15 not in steps_of(folder):  # it is written beside training
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            shard = next(checkpoint.path_of(folder, 15).glob("*.distcp"))
             shard.write_bytes(shard.read_bytes()[:-1])
         stepped(state, batch)
 

@@ -113,8 +113,8 @@ def test_what_a_save_leaves_behind_does_not_add_up(state, saves):
             counts.append(len(gc.get_objects()))
     finally:
         gc.enable()
-    growth = [after - before for before, after in itertools.pairwise(counts)]
-    assert statistics.median(growth) < 500, counts  # once something else may add to it
+    growth = [after - before for before, after in itertools.pairwise(counts[1:])]
+    assert statistics.median(growth) < 500 / 3, counts  # once something else may add to it
 
 
 def test_a_step_that_is_there_is_left_and_said(state, saves, lines):

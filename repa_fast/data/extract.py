@@ -156,8 +156,8 @@ def extract(
     _expect_good_name(column)
     table, uri = dataset.table, Path(dataset.uri)
     taken = functools.partial(_taken, column, uri)
-    if rank == 0 and taken():
-        raise ValueError(f"{uri} has a column {taken()[0]} already; --verify it")
+    if rank == 0 and (names := taken()):
+        raise ValueError(f"{uri} has a column {names[0]} already; --verify it")
     recipe = asdict(column) | {"batch": batch, "version": table.version}
     folder, fragments = uri.parent / f".{uri.stem}.features", table.get_fragments()
     shared = share(folder, recipe, len(fragments), rank, world_size, lambda: bool(taken()))

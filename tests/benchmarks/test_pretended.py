@@ -168,6 +168,7 @@ def test_a_small_step_is_rehearsed(tmp_path):
     (plain, graphed), wrong = steps(report)
     assert (plain["rung"], graphed["rung"]) == ("e", "g")
     assert wrong == []
+    assert (plain["warm_steps"], graphed["warm_steps"]) == (2, 4)
     assert plain["launches"] > 500 > graphed["launches"]
     assert graphed["graph_launches"] == 1 and graphed["replayed"] > 500
 
@@ -208,6 +209,7 @@ def test_a_rung_is_rehearsed(tmp_path):
 
 STEP = {
     "kind": "step", "rung": "g", "preset": "sit-xl2-repa", "batch": 256, "micro_batch": 128,
+    "warm_steps": 4,
     "synchronisations": 1 / 3, "places": {"repa_fast/train/metrics.py:73 <- " * 4: 3},
     "graphs": {"sit.py:forward": 3, "dinov2.py:forward": 1}, "block_graphs": 3,
     "recompilations": {"sit.py:forward": 1}, "graph_breaks": 0, "launches": 18.0,

@@ -48,7 +48,8 @@ BLOCKS = {
 }
 # cos of libdevice, which Triton 3.6 calls, has a table for huge arguments in local memory.
 COSINE_TABLE = 32
-# What Triton 3.6 spills of one kernel at one width on sm_100, which nothing here has run on.
+# What Triton 3.6 spills of one kernel at one width, with any tile of two warps and three stages, on
+# a GPU that nothing here has run on; later versions spill nothing.
 SPILLED = {("3.6", "gate_residual_adaln forward", 100, 768): 8}
 
 

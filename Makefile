@@ -47,7 +47,7 @@ smoke-full: $(VENV)/.installed ## SiT-XL/2 with DINOv2-B: a step, save, resume, 
 	$(VENV)/bin/python -m pytest -p no:benchmark -m smoke_full --durations=1 tests/train/test_smoke.py
 
 chaos: $(VENV)/.installed ## kill a run on two processes 50 times and compare it with one left alone; half an hour
-	$(VENV)/bin/python -m benchmarks.chaos --kills 50
+	$(VENV)/bin/python -m benchmarks.faults.chaos --kills 50
 
 demo: $(VENV)/.installed ## train on the bundled digits on a CPU, then evaluate
 	rm -rf runs/demo

@@ -90,7 +90,7 @@ def parse_config(argv: Sequence[str]) -> TrainConfig:
 
 def prepare(argv: Sequence[str]) -> None:
     """Write a native dataset."""
-    from repa_fast.data.prepare import (
+    from repa_fast.prepare.images import (
         DIGITS_DIR,
         ImagesConfig,
         export_official,
@@ -109,7 +109,7 @@ def prepare(argv: Sequence[str]) -> None:
     if argv[:1] == ["features"]:
         import tyro
 
-        from repa_fast.data.extract import FeaturesConfig, prepare_features
+        from repa_fast.prepare.features import FeaturesConfig, prepare_features
 
         config = tyro.cli(FeaturesConfig, prog="repa-fast prepare features", args=argv[1:])
         print(prepare_features(config))
@@ -140,9 +140,9 @@ def prepare(argv: Sequence[str]) -> None:
 
 def export(argv: Sequence[str]) -> None:
     """Write a native checkpoint as a file that other programs read."""
-    from repa_fast.info import newest_checkpoint
-    from repa_fast.train.export import FORMATS, file_beside, format_of
-    from repa_fast.train.export import export as write
+    from repa_fast.checkpoint.export import FORMATS, file_beside, format_of
+    from repa_fast.checkpoint.export import export as write
+    from repa_fast.checkpoint.info import newest_checkpoint
 
     parser = argparse.ArgumentParser(prog="repa-fast export", description=export.__doc__)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint's directory, or a run's")
@@ -201,8 +201,8 @@ def probe(argv: Sequence[str]) -> None:
     """Linear probing of hidden states."""
     import tyro
 
-    from repa_fast.eval.probe import ProbeConfig
-    from repa_fast.eval.probe import probe as run
+    from repa_fast.analysis.probe import ProbeConfig
+    from repa_fast.analysis.probe import probe as run
 
     print(run(tyro.cli(ProbeConfig, prog="repa-fast probe", args=argv)))
 
@@ -211,7 +211,7 @@ def cknna(argv: Sequence[str]) -> None:
     """Compare hidden states with encoders."""
     import tyro
 
-    from repa_fast.eval.similarity import SimilarityConfig, similarity
+    from repa_fast.analysis.similarity import SimilarityConfig, similarity
 
     print(similarity(tyro.cli(SimilarityConfig, prog="repa-fast cknna", args=argv)))
 
@@ -220,8 +220,8 @@ def pca(argv: Sequence[str]) -> None:
     """Hidden states as pictures."""
     import tyro
 
-    from repa_fast.eval.pca import PcaConfig
-    from repa_fast.eval.pca import pca as run
+    from repa_fast.analysis.pca import PcaConfig
+    from repa_fast.analysis.pca import pca as run
 
     print(run(tyro.cli(PcaConfig, prog="repa-fast pca", args=argv)))
 
@@ -248,7 +248,7 @@ def sweep(argv: Sequence[str]) -> None:
 
 def info(argv: Sequence[str]) -> None:
     """Say what a checkpoint, a run, a weight file or a dataset is."""
-    from repa_fast.info import describe_path
+    from repa_fast.checkpoint.info import describe_path
 
     parser = argparse.ArgumentParser(prog="repa-fast info", description=info.__doc__)
     parser.add_argument("path", help="a path, or the URL of a dataset")
@@ -258,9 +258,9 @@ def info(argv: Sequence[str]) -> None:
 def bench(argv: Sequence[str]) -> None:
     """Measure the training step; the benchmarks are in a checkout only."""
     try:
-        from benchmarks.step import main as run
+        from benchmarks.step.step import main as run
     except ModuleNotFoundError as error:
-        if error.name not in ("benchmarks", "benchmarks.step"):
+        if error.name not in ("benchmarks", "benchmarks.step.step"):
             raise
         raise ValueError(
             "bench: no benchmarks here, expected `python -m repa_fast bench` in a checkout's root"
@@ -324,7 +324,7 @@ def describe(config: TrainConfig) -> str:
 
 def expected_metadata(config: TrainConfig) -> Metadata:
     """The dataset's metadata; where it is not there yet, what the flags make of it."""
-    from repa_fast.data.prepare import digits_metadata
+    from repa_fast.prepare.images import digits_metadata
 
     if config.data_dir == "digits":
         return digits_metadata()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from repa_fast import extension
+from repa_fast.backend import extension
 from repa_fast.kernels.adamw_ema.cuda import CHUNK
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -160,7 +160,7 @@ def test_it_loads_in_a_fresh_process_without_a_gpu(library):
 def test_importing_everything_does_not_load_it():
     script = (
         "import repa_fast.ops, repa_fast.train.loop\n"
-        "from repa_fast.extension import LIBRARY\n"
+        "from repa_fast.backend.extension import LIBRARY\n"
         "print(str(LIBRARY) in open('/proc/self/maps').read())"
     )
     assert fresh(script) == "False"
@@ -328,7 +328,7 @@ def test_nvcc_is_told_the_architectures_that_were_chosen(checkout, tmp_path):
         assert process.stdout == f"repa-fast: {name} built by {nvcc} for 8.6 12.0+PTX\n"
         (found,) = built(checkout)
         arguments = found.read_text().split()
-        inside = extension.LIBRARY.relative_to(Path(extension.__file__).parent)
+        inside = extension.LIBRARY.relative_to(Path(extension.__file__).parents[1])
         assert found == checkout / "repa_fast" / inside
         assert [a for a in arguments if a.startswith("-gencode")] == [
             "-gencode=arch=compute_86,code=sm_86",

@@ -16,10 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.environment import RESULTS, ROOT, stamp
+from benchmarks.harness.environment import RESULTS, ROOT, stamp
+from repa_fast.checkpoint.layout import steps
 from repa_fast.configs.presets import PRESETS
 from repa_fast.eval.digits import evaluate
-from repa_fast.models.weights import steps
 
 VARIANTS = {
     "vanilla": ("digits", "--proj-coeff", "0"),

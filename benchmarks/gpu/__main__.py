@@ -12,11 +12,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.environment import ROOT, device
 from benchmarks.gpu import table
 from benchmarks.gpu.items import ITEMS, by_name
 from benchmarks.gpu.pretended import report
 from benchmarks.gpu.queue import PRETENDED, REPORT, Queue
+from benchmarks.harness.environment import ROOT, device
 
 RAN = ("ok", "has rows")
 """States of an item that ran to its end and was right."""

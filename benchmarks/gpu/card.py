@@ -11,9 +11,9 @@ import sys
 
 import torch
 
-from benchmarks import timing
-from benchmarks.environment import results_folder, stamp
-from repa_fast import extension
+from benchmarks.harness import timing
+from benchmarks.harness.environment import results_folder, stamp
+from repa_fast.backend import extension
 
 COPY_BYTES = 8 * 2**30
 """Read and written together; many times the L2 cache."""

@@ -12,11 +12,14 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from benchmarks import roofline, sample_report, sra, step_report
-from benchmarks.environment import RESULTS
 from benchmarks.gpu import table
 from benchmarks.gpu.queue import QUEUE
+from benchmarks.harness.environment import RESULTS
 from benchmarks.kernels import report
+from benchmarks.paper import roofline
+from benchmarks.sample import report as sample_report
+from benchmarks.step import report as step_report
+from benchmarks.step import sra
 
 REPORTS = {
     "ladder": step_report.write,

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from benchmarks.environment import sources
+from benchmarks.harness.environment import sources
 
 TESTS = ("tests/kernels", "tests/train/test_optim.py", "tests/train/test_gpu.py")
 
@@ -53,14 +53,14 @@ def tests(*flags: str) -> tuple[str, ...]:
 def ladder(*rungs: str, batch: int = 32, steps: int = 30) -> tuple[str, ...]:
     """Return the command that measures configurations of the training step, in one process."""
     flags = ("--batch", str(batch), "--steps", str(steps), "--rung", *rungs)
-    return ("benchmarks.ladder", *flags)
+    return ("benchmarks.step.ladder", *flags)
 
 
 def kernels(*ops: str, dtype: str = "fp32", batches: tuple[str, ...] = ("32",)) -> tuple[str, ...]:
     """Return the command that measures ops forward and backward at SiT-XL/2's shapes."""
     flags = [flag for op in ops for flag in ("--op", op)]
     flags += ["--mode", "forward", "--mode", "backward", "--dtype", dtype]
-    return ("benchmarks.run", "--quick", "--batch", *batches, *flags)
+    return ("benchmarks.kernels.run", "--quick", "--batch", *batches, *flags)
 
 
 NO_SANITIZER = "compute-sanitizer looks into a real card's driver"
@@ -72,20 +72,20 @@ ITEMS = (
     Item("tests", 90, tests("-m", "gpu and not slow", *TESTS)),
     Item("recipe", 45, ladder("a", "o"), needs="REPA_OFFICIAL"),
     Item("kernels", 60, kernels(*STREAM_OPS, batches=("32", "256"))),
-    Item("optimizer", 20, ("benchmarks.optim", "--provider", "cuda", "stock", "official")),
+    Item("optimizer", 20, ("benchmarks.step.optim", "--provider", "cuda", "stock", "official")),
     Item("step-256", 55, ladder("g", batch=256, steps=10)),
     Item("experiments", 60, ladder("f", "i")),
     Item("attention", 40, kernels("attention", dtype="bf16")),
     Item("compiled", 50, ladder("c", "d")),
     Item("experiments-256", 80, ladder("f", "i", batch=256, steps=10)),
-    Item("sampling", 60, ("benchmarks.sample", "--rounds", "1")),
-    Item("sra", 80, ("benchmarks.sra", "--compile")),
+    Item("sampling", 60, ("benchmarks.sample.sample", "--rounds", "1")),
+    Item("sra", 80, ("benchmarks.step.sra", "--compile")),
     Item("align-loss", 20, kernels("align_loss", dtype="bf16")),
     Item("sampler-step", 20, kernels("euler_maruyama_step", batches=("64",))),
     Item("sanitizer", 60, ("benchmarks.gpu.sanitize",), unpretended=NO_SANITIZER),
     Item("features", 30, ladder("h")),
     Item("tuned", 30, ladder("b")),
-    Item("parity", 90, ("benchmarks.parity", "--train", "100", "--rung", "e", "i")),
+    Item("parity", 90, ("benchmarks.step.parity", "--train", "100", "--rung", "e", "i")),
     Item("all-tests", 120, tests("-m", "gpu", "tests")),
 )
 

@@ -15,8 +15,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.environment import RESULTS, ROOT, stamp
 from benchmarks.gpu.items import Item, missing
+from benchmarks.harness.environment import RESULTS, ROOT, stamp
 
 TAR = "gpu.tar.gz"
 QUEUE = "queue.jsonl"

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.environment import ROOT
+from benchmarks.harness.environment import ROOT
 
 TOOLS = ("memcheck", "racecheck")
 USUAL = Path("/usr/local/cuda/bin/compute-sanitizer")
@@ -25,7 +25,7 @@ def main() -> int:
     status = 0
     for tool in TOOLS:
         options = ["--tool", tool, "--error-exitcode", "1", "--report-api-errors", "no"]
-        gate = ["-m", "benchmarks.optim", "--gate-only", "--provider", "cuda"]
+        gate = ["-m", "benchmarks.step.optim", "--gate-only", "--provider", "cuda"]
         print(tool, flush=True)
         command = [sanitizer, *options, sys.executable, *gate]
         status |= subprocess.run(command, cwd=ROOT, env=environment).returncode

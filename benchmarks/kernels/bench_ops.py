@@ -1,14 +1,14 @@
 """Every op by every provider, in pytest-benchmark's tables: `make bench`.
 
 On a GPU at SiT-XL/2's shapes, on a CPU at a small shape. pytest-benchmark's own figures are wall
-clock with a synchronisation per call; `extra_info` holds those of benchmarks.timing, which
-`python -m benchmarks.run` writes as rows. A provider that is wrong fails and has no figure.
+clock with a synchronisation per call; `extra_info` holds those of benchmarks.harness.timing, which
+`python -m benchmarks.kernels.run` writes as rows. A provider that is wrong fails and has no figure.
 """
 
 import pytest
 import torch
 
-from benchmarks import timing
+from benchmarks.harness import timing
 from benchmarks.kernels.measure import Bench, prepare
 from benchmarks.kernels.ops import CASES, Problem, problems
 from benchmarks.kernels.providers import Provider, providers

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import timing
-from benchmarks.environment import stamp
+from benchmarks.harness import timing
+from benchmarks.harness.environment import stamp
+from benchmarks.harness.timing import Effort, Timing
 from benchmarks.kernels import gate
 from benchmarks.kernels.ops import Problem, problems, short, tiny
 from benchmarks.kernels.providers import Provider
-from benchmarks.timing import Effort, Timing
 from repa_fast.kernels.attention.backends import describe
 
 Row = dict[str, Any]

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.kernels import peers
 from benchmarks.kernels.ops import BRANCH, Case
-from repa_fast.dispatch import why_not_triton
+from repa_fast.backend.dispatch import why_not_triton
 from repa_fast.kernels.attention import BACKENDS, Backend
 from repa_fast.kernels.attention.backends import why_not as why_not_backend
 

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 import triton
 
-from benchmarks.environment import ROOT
+from benchmarks.harness.environment import ROOT
+from repa_fast.backend.launch import Launch
 from repa_fast.kernels.adaln import triton_kernels as adaln
 from repa_fast.kernels.align_loss import triton_kernels as align_loss
 from repa_fast.kernels.euler_maruyama_step import triton_kernels as euler_maruyama_step
 from repa_fast.kernels.gate_residual_adaln import triton_kernels as gate_residual_adaln
-from repa_fast.launch import Launch
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 PAGE = ROOT / "docs" / "performance.md"

@@ -1,8 +1,8 @@
 """Launch parameters of the Triton kernels, swept: `python -m benchmarks.kernels.tune`.
 
 For each kernel at SiT-XL/2's shapes, every tile is checked against the reference and timed as in
-benchmarks.timing. Rows are appended to tune.jsonl as they come; tables, fastest first, are printed.
-Nothing is changed: the constants stand in the kernels' files.
+benchmarks.harness.timing. Rows are appended to tune.jsonl as they come; tables, fastest first, are
+printed. Nothing is changed: the constants stand in the kernels' files.
 """
 
 import argparse
@@ -19,12 +19,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import timing
-from benchmarks.environment import results_folder
+from benchmarks.harness import timing
+from benchmarks.harness.environment import results_folder
 from benchmarks.kernels import gate
 from benchmarks.kernels.measure import Bench, Row
 from benchmarks.kernels.ops import BRANCH, Problem, Tensors, problems, short
-from benchmarks.run import lost
+from benchmarks.kernels.run import lost
 from repa_fast.kernels.attention.backends import describe
 
 EPS = {"adaln": 1e-6, "align_loss": 1e-12}

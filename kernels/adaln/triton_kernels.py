@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from repa_fast.launch import Launch
+from repa_fast.backend.launch import Launch
 
 CHUNKS = 8  # programs per sample in a backward pass; a sample's sums do not depend on its batch
 COLUMNS = 256  # per program of the second stage

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from repa_fast import extension
+from repa_fast.backend import extension
 from repa_fast.contracts import expect_choice, expect_shape
 
 from .cuda import adamw_ema_cuda, sum_of_squares_cuda

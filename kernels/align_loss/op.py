@@ -2,9 +2,9 @@
 
 import torch
 
+from repa_fast.backend.dispatch import runs_triton
+from repa_fast.backend.registration import define, first_derivative_only
 from repa_fast.contracts import expect_floating, expect_shape, expect_tokens
-from repa_fast.dispatch import runs_triton
-from repa_fast.registration import define, first_derivative_only
 
 from .reference import align_loss_reference
 

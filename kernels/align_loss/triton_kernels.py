@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from repa_fast.launch import Launch
+from repa_fast.backend.launch import Launch
 
 from ..adaln.triton_kernels import FORWARD, block_of, load_row, rows_of, store_row
 

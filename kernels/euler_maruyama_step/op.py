@@ -4,9 +4,9 @@ from typing import Protocol
 
 import torch
 
+from repa_fast.backend.dispatch import DTYPES, runs_triton
+from repa_fast.backend.registration import define
 from repa_fast.contracts import expect_floating, expect_shape
-from repa_fast.dispatch import DTYPES, runs_triton
-from repa_fast.registration import define
 
 from .reference import euler_maruyama_step_reference, standard_normal
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from repa_fast.launch import Launch
+from repa_fast.backend.launch import Launch
 
 BLOCK = 1024  # elements per program
 TWO_PI = tl.constexpr(2 * math.pi)

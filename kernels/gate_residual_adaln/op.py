@@ -4,9 +4,9 @@ import functools
 
 import torch
 
+from repa_fast.backend.dispatch import runs_triton
+from repa_fast.backend.registration import define, first_derivative_only
 from repa_fast.contracts import expect_floating, expect_out_dtype, expect_shape, expect_tokens
-from repa_fast.dispatch import runs_triton
-from repa_fast.registration import define, first_derivative_only
 
 from .reference import gate_residual_adaln_reference, gate_residual_reference
 

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from repa_fast.launch import Launch
+from repa_fast.backend.launch import Launch
 
 from ..adaln.triton_kernels import (
     BACKWARD,

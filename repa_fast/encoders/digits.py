@@ -2,7 +2,7 @@
 
 They stand in for DINOv2 and Inception where nothing can be downloaded: `DigitsViT` learned without
 labels, `DigitsJudge` with labels, so that the judge is not the network that was aligned with.
-`repa_fast.encoders.train_digits` makes both weight files.
+`repa_fast.prepare.digits_encoders` makes both weight files.
 
 Shapes: B batch, N = 16 tokens (4x4 patches of 4x4 pixels, row-major), D = 96 width.
 """

@@ -13,19 +13,19 @@ import numpy as np
 import torch
 
 from repa_fast import encoders
+from repa_fast.checkpoint import layout as weights
 from repa_fast.configs.config import TrainConfig, from_saved
 from repa_fast.configs.model import build_model
 from repa_fast.data import latents
 from repa_fast.data.digits import digit_images
-from repa_fast.data.prepare import digits_metadata, pixel_moments
 from repa_fast.diffusion import ddpm, ddpm_samplers
 from repa_fast.diffusion.alignment import cosine_losses
 from repa_fast.diffusion.draws import draw, stream
 from repa_fast.diffusion.path import get
 from repa_fast.diffusion.samplers import sample
 from repa_fast.eval.fid import frechet_distance, statistics
-from repa_fast.models import weights
 from repa_fast.models.sit import SiT
+from repa_fast.prepare.images import digits_metadata, pixel_moments
 
 CLASSES = 10
 ALIGNMENT_DRAWS = 4

@@ -23,11 +23,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from repa_fast.data.ledger import Ledger, is_disk_full, share, write_whole
 from repa_fast.data.processes import own_device, progress_bar, rank_and_size
 from repa_fast.eval.load import Loaded, load
 from repa_fast.eval.pictures import arrange, save_png
 from repa_fast.eval.sampling import ImageSampler, SamplerConfig, labels_of
+from repa_fast.ledger import Ledger, is_disk_full, share, write_whole
 
 SHEET_IMAGES = 64
 SHEET_COLUMNS = 8

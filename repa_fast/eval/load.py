@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
+from repa_fast.checkpoint import formats
+from repa_fast.checkpoint.formats import Shape
+from repa_fast.checkpoint.info import newest_checkpoint
 from repa_fast.configs.config import TrainConfig, from_saved
 from repa_fast.configs.model import model_class
 from repa_fast.data.dataset import Metadata
 from repa_fast.data.official import SD_VAE_FACTOR, SD_VAE_SCALE
 from repa_fast.diffusion.ddpm import trained_path
 from repa_fast.diffusion.path import Path as DiffusionPath
-from repa_fast.info import newest_checkpoint
-from repa_fast.models import formats
-from repa_fast.models.formats import Shape
 from repa_fast.models.sit import SIZES, SiT, size
 
 HASH_DIGITS = 8

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from repa_fast.data.dataset import LatentDataset
-from repa_fast.data.ledger import write_whole
 from repa_fast.data.loader import read_batch
 from repa_fast.data.open import Dataset, open_dataset
 from repa_fast.data.processes import progress_bar
@@ -31,6 +30,7 @@ from repa_fast.eval.inception import (
     mean_patch_tokens,
 )
 from repa_fast.eval.statistics import Moments, Rows
+from repa_fast.ledger import write_whole
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 """(index int64 (B), images uint8 (B, 3, H, W))."""
@@ -252,7 +252,7 @@ def dataset_batches(dataset: Dataset, size: int, world: World) -> Batches:
 def _open(config: EvalConfig) -> Dataset:
     if config.dataset != "digits":
         return open_dataset(config.dataset, config.split)
-    from repa_fast.data.prepare import DIGITS_DIR, ensure_digits
+    from repa_fast.prepare.images import DIGITS_DIR, ensure_digits
 
     return open_dataset(ensure_digits() or DIGITS_DIR, config.split)
 

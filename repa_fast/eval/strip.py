@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from repa_fast.checkpoint.layout import path_of, steps
 from repa_fast.data.processes import own_device
 from repa_fast.eval.load import load
 from repa_fast.eval.pictures import arrange, save_png
 from repa_fast.eval.sample import class_index, class_names
 from repa_fast.eval.sampling import ImageSampler, SamplerConfig, labels_of
-from repa_fast.models.weights import path_of, steps
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from repa_fast.data.ledger import write_whole
 from repa_fast.distributed import World, session
 from repa_fast.eval.generate import GenerateConfig, generate
 from repa_fast.eval.metrics import (
@@ -21,6 +20,7 @@ from repa_fast.eval.metrics import (
 from repa_fast.eval.plots import over_points
 from repa_fast.eval.reference import ImageFile, fingerprint
 from repa_fast.eval.strip import run_checkpoints
+from repa_fast.ledger import write_whole
 
 
 @dataclass(kw_only=True)

@@ -21,12 +21,12 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
+from repa_fast.checkpoint import formats, reader
+from repa_fast.checkpoint.layout import MARKER, expect_complete, path_of, steps
+from repa_fast.checkpoint.writer import Writer, damage
 from repa_fast.distributed import World
-from repa_fast.models import formats, reader
-from repa_fast.models.weights import MARKER, expect_complete, path_of, steps
 from repa_fast.train.spikes import History
 from repa_fast.train.state import TrainState
-from repa_fast.train.writer import Writer, damage
 
 COUNTERS = "counters.json"
 CONFIG = "config.json"

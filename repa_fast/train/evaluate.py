@@ -7,7 +7,6 @@ import numpy as np
 import torch
 
 from repa_fast import ops
-from repa_fast.data.prepare import DIGITS_DIR
 from repa_fast.eval.load import Loaded
 from repa_fast.eval.metrics import (
     EvalConfig,
@@ -19,6 +18,7 @@ from repa_fast.eval.metrics import (
 )
 from repa_fast.eval.sampling import ImageSampler, SamplerConfig, labels_of
 from repa_fast.models.sit import SiT
+from repa_fast.prepare.images import DIGITS_DIR
 from repa_fast.train.state import TrainState, configure_backends
 
 BATCH = 64

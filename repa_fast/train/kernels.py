@@ -4,7 +4,8 @@ import json
 
 import torch
 
-from repa_fast import dispatch, ops
+from repa_fast import ops
+from repa_fast.backend import dispatch
 from repa_fast.configs.config import TrainConfig
 from repa_fast.distributed import World
 from repa_fast.models.sit import SiT

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import torch
 
+from repa_fast.checkpoint.layout import steps
+from repa_fast.checkpoint.writer import clean
 from repa_fast.configs.config import TrainConfig
 from repa_fast.data.loader import Loader
 from repa_fast.data.open import Dataset, open_dataset
 from repa_fast.data.order import SampleOrder
-from repa_fast.data.prepare import DIGITS_DIR, ensure_digits
 from repa_fast.distributed import World, session
 from repa_fast.eval.pictures import save_png
-from repa_fast.models.weights import steps
+from repa_fast.prepare.images import DIGITS_DIR, ensure_digits
 from repa_fast.train import graph
 from repa_fast.train.checkpoint import Checkpointer
 from repa_fast.train.evaluate import Evaluator
@@ -31,7 +32,6 @@ from repa_fast.train.rollback import Setback, judge, roll_back
 from repa_fast.train.state import TrainState, build_state, device_name
 from repa_fast.train.track import open_tracker
 from repa_fast.train.watch import Watchdog, error_file
-from repa_fast.train.writer import clean
 
 LAUNCH = "torchrun-id"
 """File in the run's folder: torchrun's id of the launch that trains it, and where that began."""

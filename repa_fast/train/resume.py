@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
+from repa_fast.checkpoint import formats, writer
+from repa_fast.checkpoint.layout import MARKER, path_of, steps
 from repa_fast.distributed import shard_like
-from repa_fast.models import formats
 from repa_fast.models.sit import SiT
-from repa_fast.models.weights import MARKER, path_of, steps
-from repa_fast.train import checkpoint, writer
+from repa_fast.train import checkpoint
 from repa_fast.train.state import TrainState
 
 log = logging.getLogger(__name__)

@@ -9,13 +9,13 @@ with the checkpoint: a run that is resumed after a rollback is the same run.
 import statistics
 from pathlib import Path
 
-from repa_fast.models.weights import path_of, steps
+from repa_fast.checkpoint.layout import path_of, steps
+from repa_fast.checkpoint.writer import remove
 from repa_fast.train import checkpoint
 from repa_fast.train.checkpoint import Checkpointer, CheckpointFailed
 from repa_fast.train.resume import damage
 from repa_fast.train.spikes import is_spike
 from repa_fast.train.state import TrainState
-from repa_fast.train.writer import remove
 
 
 class TrainingDiverged(RuntimeError):

@@ -6,11 +6,11 @@ import sys
 import pytest
 import torch
 
-from benchmarks import baseline
-from benchmarks.baseline import Baseline
+from benchmarks.step import baseline
+from benchmarks.step.baseline import Baseline
 from repa_fast.configs.presets import digits
-from repa_fast.data.prepare import digits_metadata
 from repa_fast.distributed import World
+from repa_fast.prepare.images import digits_metadata
 from repa_fast.train.state import build_state
 from repa_fast.train.step import losses, synthetic_batch, train_step
 

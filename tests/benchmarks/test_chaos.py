@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from benchmarks import chaos, chaos_report
-from benchmarks.chaos_run import Broken, Trainer
-from benchmarks.environment import ROOT
-from repa_fast.models.weights import MARKER, path_of
+from benchmarks.faults import chaos, chaos_report
+from benchmarks.faults.chaos_run import Broken, Trainer
+from benchmarks.harness.environment import ROOT
+from repa_fast.checkpoint.layout import MARKER, path_of
 
 BEGINS = "runs/run: 2 x cpu, fp32, 12 images per step in micro-batches of 6, from step {} to 40"
 
@@ -116,7 +116,7 @@ def test_the_plan_shares_kills_out_evenly_and_repeats():
 
 
 def test_the_page_shows_the_committed_rows():
-    """docs/reliability.md is what `python -m benchmarks.chaos_report ROWS` makes of the newest."""
+    """docs/reliability.md is what benchmarks.faults.chaos_report makes of the newest rows."""
     rows = sorted((chaos.RESULTS / "cpu").glob("*_chaos/rows.jsonl"))[-1]
     page = chaos_report.PAGE.read_text()
     assert chaos_report.filled(page, chaos_report.read(rows)) == page

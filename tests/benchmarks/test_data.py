@@ -9,7 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import data, data_readers, data_report, data_startup
+from benchmarks.data import data
+from benchmarks.data import readers as data_readers
+from benchmarks.data import report as data_report
+from benchmarks.data import startup as data_startup
 from repa_fast.data.dataset import LatentDataset, write
 from repa_fast.data.official import OfficialFolder
 

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import environment
 from benchmarks.gpu import __main__ as program
 from benchmarks.gpu import home, process, queue, table
 from benchmarks.gpu.items import ITEMS, Item, by_name
 from benchmarks.gpu.queue import QUEUE, TAR, Queue
+from benchmarks.harness import environment
 
 QUICK = ("this",)
 FAILS = ("json.tool", "/nowhere")

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import optim
+from benchmarks.step import optim
 from repa_fast.train.optim import AdamWEMA
 
 CPU = torch.device("cpu")

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import parity
+from benchmarks.step import parity
 
 DIGITS = ["--preset", "digits", "--device", "cpu", "--batch", "4", "--eager", "--train", "3"]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.environment import ROOT
 from benchmarks.gpu.pretended import __main__ as program
 from benchmarks.gpu.pretended import build
+from benchmarks.harness.environment import ROOT
 
 REASON = build.why_not()
 needs_card = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -160,7 +160,7 @@ def test_a_small_step_is_rehearsed(tmp_path):
     report = tmp_path / "report.jsonl"
     flags = ("--preset", "sit-s2", "--batch", 4, "--rung", "e", "g", "--steps", 1, "--warmup", 1)
     done = run(
-        *("--report", report, "-m", "benchmarks.ladder", *flags),
+        *("--report", report, "-m", "benchmarks.step.ladder", *flags),
         seconds=300,
         REPA_FAST_RESULTS=tmp_path / "results",
     )
@@ -188,7 +188,7 @@ def test_a_rung_is_rehearsed(tmp_path):
     report = tmp_path / "report.jsonl"
     flags = ("--preset", "sit-s2-repa", "--batch", 4, "--rung", "e", "--steps", 2, "--warmup", 1)
     done = run(
-        *("--report", report, "-m", "benchmarks.ladder", *flags, "--limit", 100),
+        *("--report", report, "-m", "benchmarks.step.ladder", *flags, "--limit", 100),
         seconds=400,
         REPA_FAST_RESULTS=tmp_path / "results",
     )
@@ -196,7 +196,7 @@ def test_a_rung_is_rehearsed(tmp_path):
     (rows,) = (tmp_path / "results").glob("*/*/rows.jsonl")
     measured = json.loads(rows.read_text())
     assert "pretended" in measured["device"]
-    assert measured["command"].startswith("python -m benchmarks.ladder --preset")
+    assert measured["command"].startswith("python -m benchmarks.step.ladder --preset")
     row = json.loads(report.read_text())
     assert (row["rung"], row["batch"], row["micro_batch"]) == ("e", 4, 4)
     assert row["synchronisations"] == 0, row["places"]
@@ -302,12 +302,12 @@ def test_the_tree_and_the_library_are_all_that_a_gpu_machine_needs(tmp_path):
 
 
 def test_flags_before_the_module_are_ours():
-    words = ["--report", "r", "-m", "benchmarks.ladder", "--report", "theirs", "-m", "x"]
+    words = ["--report", "r", "-m", "benchmarks.step.ladder", "--report", "theirs", "-m", "x"]
     flags, module, arguments = program.parse(words)
-    assert (flags, module) == ({"--report": "r"}, "benchmarks.ladder")
+    assert (flags, module) == ({"--report": "r"}, "benchmarks.step.ladder")
     assert arguments == words[4:]
     with pytest.raises(SystemExit, match="usage"):
-        program.parse(["benchmarks.ladder"])
+        program.parse(["benchmarks.step.ladder"])
 
 
 def test_what_is_missing_is_said(monkeypatch):

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from benchmarks import roofline
-from benchmarks.scaling_model import Machine
+from benchmarks.paper import roofline
+from benchmarks.paper.scaling_model import Machine
 
 GATE = {"op": "gate_residual_adaln", "shape": [32, 256, 1152], "dtype": "fp32"}
 STAMP = {"device": "NVIDIA H200", "commit": "abc1234", "status": "ok"}

@@ -4,12 +4,11 @@ import math
 import pytest
 import torch
 
-from benchmarks import run
-from benchmarks.kernels import report, tune
+from benchmarks.harness.timing import Effort, Timing
+from benchmarks.kernels import report, run, tune
 from benchmarks.kernels.measure import Bench
 from benchmarks.kernels.ops import CASES, Problem, problems, short
 from benchmarks.kernels.providers import EAGER, Provider, providers
-from benchmarks.timing import Effort, Timing
 from repa_fast import ops
 from repa_fast.kernels.attention import BACKENDS
 
@@ -35,7 +34,7 @@ def rows_of(bench, op, provider, modes=None):
 def test_every_public_op_is_measured():
     settings = {"select_attention", "set_attention_backend", "use_attention_backend"}
     settings |= {"why_not_cuda"}
-    of_the_optimizer = {"adamw_ema", "sum_of_squares"}  # benchmarks/optim.py
+    of_the_optimizer = {"adamw_ema", "sum_of_squares"}  # benchmarks/step/optim.py
     of_the_sampler = {"standard_normal"}  # once per image, in plain torch
     assert set(CASES) == set(ops.__all__) - settings - of_the_optimizer - of_the_sampler
 

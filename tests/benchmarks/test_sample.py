@@ -7,8 +7,12 @@ import sys
 import pytest
 import torch
 
-from benchmarks import sample, sample_gate, sample_providers, sample_report, sample_rival
-from repa_fast import dispatch
+from benchmarks.sample import gate as sample_gate
+from benchmarks.sample import providers as sample_providers
+from benchmarks.sample import report as sample_report
+from benchmarks.sample import rival as sample_rival
+from benchmarks.sample import sample
+from repa_fast.backend import dispatch
 from repa_fast.diffusion import samplers
 from repa_fast.eval import sampling
 from repa_fast.models.sit import SiT

@@ -6,8 +6,8 @@ import sys
 import pytest
 from scipy import integrate, stats
 
-from benchmarks import scaling
-from benchmarks import scaling_model as model
+from benchmarks.paper import scaling
+from benchmarks.paper import scaling_model as model
 from repa_fast.configs import presets
 
 H200 = model.Machine()
@@ -241,7 +241,7 @@ def run(monkeypatch, *flags):
 
 
 def test_the_committed_page_is_current(monkeypatch, tmp_path):
-    assert run(monkeypatch, "--check") == 0, "run `python -m benchmarks.scaling`"
+    assert run(monkeypatch, "--check") == 0, "run `python -m benchmarks.paper.scaling`"
     page = tmp_path / "scaling.md"
     text = scaling.PAGE.read_text()
     assert "50.38" in text

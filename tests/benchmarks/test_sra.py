@@ -4,11 +4,11 @@ import dataclasses
 
 import torch
 
-from benchmarks.sra import whole_teacher
+from benchmarks.step.sra import whole_teacher
 from repa_fast import ops
 from repa_fast.configs.presets import digits
-from repa_fast.data.prepare import digits_metadata
 from repa_fast.distributed import World
+from repa_fast.prepare.images import digits_metadata
 from repa_fast.testing import randomise
 from repa_fast.train.state import build_state
 from repa_fast.train.step import alignment_targets, synthetic_batch

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ladder, scaling, step, step_profile, step_report
-from benchmarks.environment import ROOT
-from benchmarks.step_profile import CATEGORIES, WINDOW, Breakdown, breakdown
-from repa_fast import cli, dispatch
+from benchmarks.harness.environment import ROOT
+from benchmarks.paper import scaling
+from benchmarks.step import ladder, step
+from benchmarks.step import profile as step_profile
+from benchmarks.step import report as step_report
+from benchmarks.step.profile import CATEGORIES, WINDOW, Breakdown, breakdown
+from repa_fast import cli
+from repa_fast.backend import dispatch
 from repa_fast.models.sit import SiT
 
 OTHER = "other elementwise"
@@ -170,7 +174,7 @@ def test_bench_is_a_command_in_a_checkout(monkeypatch, capsys):
     monkeypatch.setattr(step, "main", seen.append)
     assert cli.main(["bench", "--preset", "digits"]) == 0
     assert seen == [["--preset", "digits"]]
-    monkeypatch.delitem(sys.modules, "benchmarks.step")
+    monkeypatch.delitem(sys.modules, "benchmarks.step.step")
     monkeypatch.setitem(sys.modules, "benchmarks", None)  # imports of it fail
     assert cli.main(["bench"]) == 2
     assert "expected `python -m repa_fast bench` in a checkout" in capsys.readouterr().err

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import timing
-from benchmarks.timing import Effort
+from benchmarks.harness import timing
+from benchmarks.harness.timing import Effort
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 FAST = Effort(graph_ms=0.2, rounds=5, warmup=1)

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from repa_fast.data.features import feature_columns
-from tests.data.extracting import column
+from tests.prepare.extracting import column
 
 
 def features(seed=0, scale=1.0):

@@ -8,7 +8,7 @@ from PIL import Image
 
 from repa_fast.data import dataset, images
 from repa_fast.data.loader import read_batch
-from repa_fast.data.prepare import digits_metadata, pixel_moments
+from repa_fast.prepare.images import digits_metadata, pixel_moments
 
 R = 16
 

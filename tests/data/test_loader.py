@@ -15,7 +15,7 @@ from repa_fast.data import dataset, images
 from repa_fast.data.dataset import LatentDataset
 from repa_fast.data.loader import Loader, read_batch
 from repa_fast.data.order import SampleOrder
-from repa_fast.data.prepare import digits_metadata, pixel_moments, prepare_digits
+from repa_fast.prepare.images import digits_metadata, pixel_moments, prepare_digits
 
 pytest.importorskip("lance")
 

@@ -15,8 +15,8 @@ from repa_fast.data.dataset import LatentDataset
 from repa_fast.data.loader import PREFETCHED_BATCHES, Loader
 from repa_fast.data.open import open_dataset
 from repa_fast.data.order import SampleOrder
-from repa_fast.data.prepare import prepare_digits
 from repa_fast.data.store import StoreError
+from repa_fast.prepare.images import prepare_digits
 from tests.data import storing
 from tests.data.storing import BROKEN, CUT, DENIED, SLOW_DOWN
 

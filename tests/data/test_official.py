@@ -14,7 +14,7 @@ from repa_fast.data.loader import Loader, read_batch
 from repa_fast.data.official import OfficialFolder
 from repa_fast.data.open import open_dataset
 from repa_fast.data.order import SampleOrder
-from repa_fast.data.prepare import import_official
+from repa_fast.prepare.images import import_official
 from repa_fast.train import loop
 from repa_fast.train.report import read_metrics
 

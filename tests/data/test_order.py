@@ -6,7 +6,7 @@ import pytest
 from repa_fast.data.dataset import LatentDataset
 from repa_fast.data.loader import Loader
 from repa_fast.data.order import Consecutive, SampleOrder
-from tests.eval.analysing import noise_images, write_table
+from tests.analysis.analysing import noise_images, write_table
 
 NUM_ROWS, BATCH = 103, 12  # 8 steps per epoch, 7 rows dropped
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from repa_fast.data import ledger
+from repa_fast import ledger
 from repa_fast.eval import generate as generating
 from repa_fast.eval.generate import GenerateConfig, write_npz
 

@@ -7,15 +7,15 @@ import torch
 pytest.importorskip("lance")
 pytest.importorskip("timm")
 
-from repa_fast.data.prepare import digits_metadata, prepare_digits
+from repa_fast.analysis.hidden import hidden_states
+from repa_fast.analysis.probe import ProbeConfig, probe
 from repa_fast.diffusion.ddpm import Diffusion
 from repa_fast.diffusion.ddpm_samplers import ancestral, ddim
 from repa_fast.eval.generate import GenerateConfig, generate
-from repa_fast.eval.hidden import hidden_states
 from repa_fast.eval.load import load
-from repa_fast.eval.probe import ProbeConfig, probe
 from repa_fast.eval.sampling import ImageSampler, SamplerConfig
 from repa_fast.models.dit import DiT
+from repa_fast.prepare.images import digits_metadata, prepare_digits
 from tests.eval import checkpoints
 
 CPU = torch.device("cpu")

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from repa_fast.data.prepare import digits_metadata
+from repa_fast.checkpoint import formats
+from repa_fast.checkpoint.export import export
+from repa_fast.checkpoint.layout import MARKER, read_native
 from repa_fast.eval.load import HASH_DIGITS, digest, load
-from repa_fast.models import formats
 from repa_fast.models.sit import SIZES, SiT
-from repa_fast.models.weights import MARKER, read_native
-from repa_fast.train.export import export
+from repa_fast.prepare.images import digits_metadata
 from tests.eval import checkpoints
 from tests.eval.checkpoints import LATENTS, official, sit
 

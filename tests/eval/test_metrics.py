@@ -17,12 +17,12 @@ import torch
 from repa_fast import encoders
 from repa_fast.data.dataset import LatentDataset
 from repa_fast.data.digits import digit_images
-from repa_fast.data.prepare import prepare_digits
 from repa_fast.encoders.digits import DigitsJudge
 from repa_fast.eval import metrics, scores
 from repa_fast.eval.inception import Inception
 from repa_fast.eval.metrics import EvalConfig, evaluate, feature_space
-from tests.eval.analysing import (
+from repa_fast.prepare.images import prepare_digits
+from tests.analysis.analysing import (
     SmallInception,
     noise_images,
     planes,
@@ -317,7 +317,7 @@ def test_two_processes_find_what_one_finds(files, tmp_path):
     listed.write_text(json.dumps([vars(configs[2, name]) for name in changes]))
     process = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         "-m", "tests.eval.analysing"],
+         "-m", "tests.analysis.analysing"],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "CONFIGS": str(listed)},
         capture_output=True, text=True,
     )  # fmt: skip
@@ -392,7 +392,7 @@ def test_a_damaged_file_is_named(files, tmp_path, small):
 def test_a_bad_image_of_the_dataset_is_named(tmp_path, files, small):
     images = noise_images(5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tests.eval.analysing.png", lambda pixels: b"no image")
+        patch.setattr("tests.analysis.analysing.png", lambda pixels: b"no image")
         write_table(tmp_path / "train.lance", images, [0] * 5)
     with pytest.raises(ValueError, match=r"train.lance row 0"):
         evaluate(settings(files, dataset=tmp_path))

@@ -10,16 +10,16 @@ from PIL import Image
 pytest.importorskip("lance")
 pytest.importorskip("timm")
 
-from repa_fast.data.prepare import prepare_digits
-from repa_fast.eval import pca as pca_module
+from repa_fast.analysis import pca as pca_module
+from repa_fast.analysis.pca import PcaConfig, colours, pca
 from repa_fast.eval.generate import GenerateConfig, generate
 from repa_fast.eval.load import load
 from repa_fast.eval.metrics import EvalConfig, evaluate
-from repa_fast.eval.pca import PcaConfig, colours, pca
 from repa_fast.eval.pictures import GAP, TITLE_PIXELS
 from repa_fast.eval.sampling import ImageSampler, SamplerConfig
 from repa_fast.eval.strip import StripConfig, strip
 from repa_fast.eval.sweep import SweepConfig, sweep
+from repa_fast.prepare.images import prepare_digits
 from tests.eval import checkpoints
 
 SIDE = 48

@@ -7,8 +7,8 @@ import pytest
 
 pytest.importorskip("lance")
 
-from benchmarks import chaos
-from repa_fast.data.prepare import prepare_digits
+from benchmarks.faults import chaos
+from repa_fast.prepare.images import prepare_digits
 
 STEPS = 40
 

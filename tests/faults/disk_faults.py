@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import chaos
+from benchmarks.faults import chaos
+from repa_fast.checkpoint.layout import path_of, steps
 from repa_fast.cli import main as command
-from repa_fast.models.weights import path_of, steps
 
 STEPS, SAVE_EVERY = 20, 5
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks import chaos
-from benchmarks.chaos import Kill
+from benchmarks.faults import chaos
+from benchmarks.faults.chaos import Kill
 
 pytestmark = pytest.mark.xdist_group("distributed")
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import chaos
+from benchmarks.faults import chaos
 from repa_fast.data.official import OfficialFolder
 
 pytestmark = pytest.mark.xdist_group("distributed")

@@ -6,9 +6,9 @@ import subprocess
 
 import pytest
 
-from benchmarks import chaos
-from benchmarks.chaos_run import PATIENCE
-from repa_fast.models.weights import path_of, steps
+from benchmarks.faults import chaos
+from benchmarks.faults.chaos_run import PATIENCE
+from repa_fast.checkpoint.layout import path_of, steps
 from tests.faults.conftest import STEPS
 
 pytestmark = [pytest.mark.xdist_group("distributed"), pytest.mark.slow]

@@ -7,8 +7,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from repa_fast import ops
+from repa_fast.backend.dispatch import use_kernels
 from repa_fast.diffusion.path import PATHS
-from repa_fast.dispatch import use_kernels
 from repa_fast.models.sit import SiTBlock
 from repa_fast.testing import modulation_chunks, seeded
 from tests.kernels.conftest import to
@@ -215,10 +215,10 @@ def second_derivative(op, arguments, linear):
 
 def swept(kernel):
     """Statuses and messages of every launch parameter of a kernel, at a tiny shape."""
+    from benchmarks.harness.timing import Effort
     from benchmarks.kernels import tune
     from benchmarks.kernels.measure import Bench
     from benchmarks.kernels.ops import tiny
-    from benchmarks.timing import Effort
 
     bench = Bench(torch.device("cpu"), Effort(graph_ms=0, rounds=1, warmup=0))
     points = tune.points(kernel)[:2]

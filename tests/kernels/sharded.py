@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from repa_fast import dispatch
+from repa_fast.backend import dispatch
 from repa_fast.testing import seeded
 from tests.kernels.training import tiny_model
 

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from repa_fast import extension, ops
+from repa_fast import ops
+from repa_fast.backend import extension
 from repa_fast.kernels.adamw_ema.cuda import adamw_ema_cuda
 from repa_fast.testing import assert_within_budget, seeded
 

@@ -14,7 +14,7 @@ from benchmarks.kernels.resources import (  # noqa: E402
     sampler_launches,
     table,
 )
-from repa_fast import launch as launch_module  # noqa: E402
+from repa_fast.backend import launch as launch_module  # noqa: E402
 
 F32, BF16 = torch.float32, torch.bfloat16
 VERSION = ".".join(triton.__version__.split(".")[:2])

@@ -2,7 +2,7 @@
 
 import torch
 
-from repa_fast import dispatch
+from repa_fast.backend import dispatch
 from repa_fast.diffusion.alignment import cosine_losses
 from repa_fast.diffusion.flow import velocity_loss
 from repa_fast.diffusion.path import linear

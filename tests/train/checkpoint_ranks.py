@@ -9,9 +9,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from repa_fast.data.prepare import digits_metadata
+from repa_fast.checkpoint import writer
 from repa_fast.distributed import World
-from repa_fast.train import checkpoint, writer
+from repa_fast.prepare.images import digits_metadata
+from repa_fast.train import checkpoint
 from repa_fast.train.optim import build_optimizer
 from repa_fast.train.state import TrainState, build_state
 from repa_fast.train.step import synthetic_batch, train_step

@@ -8,8 +8,8 @@ import torch
 from repa_fast import testing
 from repa_fast.configs.config import TrainConfig
 from repa_fast.configs.presets import digits
-from repa_fast.data.prepare import digits_metadata
 from repa_fast.distributed import World
+from repa_fast.prepare.images import digits_metadata
 from repa_fast.train.state import TrainState, build_state
 
 TINY = {

@@ -12,11 +12,11 @@ from torch._dynamo.utils import counters
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
+from repa_fast.checkpoint import export, formats
 from repa_fast.configs.config import TrainConfig
-from repa_fast.data.prepare import digits_metadata
 from repa_fast.distributed import World, session
-from repa_fast.models import formats
-from repa_fast.train import checkpoint, export, memory, parallel, resume
+from repa_fast.prepare.images import digits_metadata
+from repa_fast.train import checkpoint, memory, parallel, resume
 from repa_fast.train.preview import sample_grid
 from repa_fast.train.state import TrainState, build_state
 from repa_fast.train.step import accumulate, draw_local, synthetic_batch, train_step

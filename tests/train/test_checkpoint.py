@@ -3,8 +3,9 @@ import json
 import pytest
 import torch
 
-from repa_fast.models import weights
-from repa_fast.train import checkpoint, writer
+from repa_fast.checkpoint import layout as weights
+from repa_fast.checkpoint import writer
+from repa_fast.train import checkpoint
 from repa_fast.train.step import synthetic_batch, train_step
 
 

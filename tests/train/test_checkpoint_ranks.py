@@ -6,11 +6,11 @@ from torch.distributed.checkpoint import FileSystemReader
 
 pytest.importorskip("lance")
 
+from repa_fast.checkpoint import formats, writer
+from repa_fast.checkpoint.export import export
+from repa_fast.checkpoint.layout import MARKER, path_of, read_native, steps
 from repa_fast.distributed import World
-from repa_fast.models import formats
-from repa_fast.models.weights import MARKER, path_of, read_native, steps
-from repa_fast.train import checkpoint, writer
-from repa_fast.train.export import export
+from repa_fast.train import checkpoint
 from tests.train import checkpoint_ranks
 from tests.train.checkpoint_ranks import FAILING, LOADS, SAVED, SAVES
 from tests.train.launching import torchrun

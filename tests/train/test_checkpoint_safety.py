@@ -8,8 +8,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorProperties
 
-from repa_fast.models import reader
-from repa_fast.models.weights import MARKER, load_ema, read_native
+from repa_fast.checkpoint import reader
+from repa_fast.checkpoint.layout import MARKER, load_ema, read_native
 from repa_fast.train import checkpoint
 
 

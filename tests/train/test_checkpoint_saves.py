@@ -12,8 +12,9 @@ import threading
 import pytest
 import torch
 
-from repa_fast.models.weights import MARKER, path_of, read_native, steps
-from repa_fast.train import checkpoint, writer
+from repa_fast.checkpoint import writer
+from repa_fast.checkpoint.layout import MARKER, path_of, read_native, steps
+from repa_fast.train import checkpoint
 from repa_fast.train.checkpoint import Checkpointer, CheckpointFailed
 from repa_fast.train.step import synthetic_batch, train_step
 

@@ -11,12 +11,12 @@ pytest.importorskip("timm")
 
 from repa_fast import ops
 from repa_fast.data.digits import digit_images
-from repa_fast.data.prepare import prepare_digits
 from repa_fast.encoders.digits import DigitsJudge
 from repa_fast.eval.fid import frechet_distance, statistics
 from repa_fast.eval.load import load
 from repa_fast.eval.sampling import ImageSampler, SamplerConfig
 from repa_fast.kernels.attention import current_backend
+from repa_fast.prepare.images import prepare_digits
 from repa_fast.train import loop
 from repa_fast.train.evaluate import Evaluator
 

@@ -11,9 +11,9 @@ pytest.importorskip("lance")
 from repa_fast import encoders
 from repa_fast.data import dataset as dataset_module
 from repa_fast.data.dataset import LatentDataset
-from repa_fast.data.extract import FeaturesConfig, extract, prepare_features
 from repa_fast.data.loader import read_batch
-from repa_fast.data.prepare import prepare_digits
+from repa_fast.prepare.features import FeaturesConfig, extract, prepare_features
+from repa_fast.prepare.images import prepare_digits
 from repa_fast.train import loop, step
 from repa_fast.train.report import read_metrics
 from repa_fast.train.state import build_state
@@ -90,8 +90,8 @@ def test_columns_that_do_not_fit_are_refused(run, overrides, message):
 
 
 def test_an_official_folder_has_no_columns(config, data_dir):
-    from repa_fast.data.prepare import digits_metadata
     from repa_fast.distributed import World
+    from repa_fast.prepare.images import digits_metadata
 
     world = World(rank=0, size=1, device=torch.device("cpu"))
     with pytest.raises(ValueError, match="columns: none; `repa-fast prepare features`"):

@@ -13,9 +13,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.environment import ROOT
+from benchmarks.harness.environment import ROOT
 from benchmarks.kernels.ops import CASES, Problem
-from repa_fast import dispatch
+from repa_fast.backend import dispatch
 from repa_fast.models.flops import projector_flops, sit_flops
 from repa_fast.models.sit import SiT, SiTBlock
 from repa_fast.train.step import losses, synthetic_batch, train_step

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from repa_fast import dispatch, ops
+from repa_fast import ops
+from repa_fast.backend import dispatch
 from repa_fast.kernels.attention import current_backend
 
 

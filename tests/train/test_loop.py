@@ -8,9 +8,9 @@ import pytest
 
 pytest.importorskip("lance")
 
+from repa_fast.checkpoint import layout as weights
 from repa_fast.configs.model import build_model
-from repa_fast.data.prepare import digits_metadata, prepare_digits
-from repa_fast.models import weights
+from repa_fast.prepare.images import digits_metadata, prepare_digits
 from repa_fast.train import checkpoint, graph, loop
 from repa_fast.train.report import read_metrics
 from repa_fast.train.rollback import TrainingDiverged

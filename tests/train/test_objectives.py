@@ -9,16 +9,16 @@ pytest.importorskip("lance")
 pytest.importorskip("timm")
 
 from repa_fast import encoders
+from repa_fast.checkpoint import formats
+from repa_fast.checkpoint.export import official_contents
 from repa_fast.data.latents import to_pixels
-from repa_fast.data.prepare import prepare_digits
 from repa_fast.diffusion.ddpm import Diffusion, ddpm_losses
 from repa_fast.diffusion.draws import stream
 from repa_fast.diffusion.sra import sra_loss
 from repa_fast.eval.load import load
 from repa_fast.eval.pictures import arrange
-from repa_fast.models import formats
+from repa_fast.prepare.images import prepare_digits
 from repa_fast.train import checkpoint, loop, resume
-from repa_fast.train.export import official_contents
 from repa_fast.train.preview import sample_grid
 from repa_fast.train.report import read_metrics
 from repa_fast.train.step import (

@@ -17,9 +17,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from repa_fast import ops
+from repa_fast.checkpoint.export import export
 from repa_fast.testing import assert_within_budget, seeded
 from repa_fast.train import checkpoint, optim
-from repa_fast.train.export import export
 from repa_fast.train.optim import AdamWEMA, clip_factor, learning_rate, record_overflow
 from repa_fast.train.resume import resume
 from repa_fast.train.step import synthetic_batch, train_step

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from repa_fast import cli
-from repa_fast.models import formats
+from repa_fast.checkpoint import formats
+from repa_fast.checkpoint.export import export, file_beside, format_of
 from repa_fast.models.sit import SiT
 from repa_fast.train import checkpoint
-from repa_fast.train.export import export, file_beside, format_of
 from repa_fast.train.resume import resume, start_from
 from repa_fast.train.step import accumulate, draw_local, synthetic_batch, train_step
 

@@ -184,8 +184,8 @@ def test_step_reads_nothing_on_the_host(make_state, monkeypatch):
 
 
 def test_images_per_step_must_divide_among_processes(config):
-    from repa_fast.data.prepare import digits_metadata
     from repa_fast.distributed import World
+    from repa_fast.prepare.images import digits_metadata
     from repa_fast.train.state import build_state
 
     world = World(rank=0, size=5, device=torch.device("cpu"))

@@ -23,8 +23,8 @@ from repa_fast.configs.config import TrainConfig
 from repa_fast.data.loader import DataTimeout, Loader
 from repa_fast.data.open import open_dataset
 from repa_fast.data.order import SampleOrder
-from repa_fast.data.prepare import prepare_digits
 from repa_fast.distributed import World, meet
+from repa_fast.prepare.images import prepare_digits
 from repa_fast.train import loop, watch
 from repa_fast.train.watch import Watchdog, error_file
 

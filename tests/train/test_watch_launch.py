@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("lance")
 pytest.importorskip("tyro")
 
-from repa_fast.data.prepare import prepare_digits
+from repa_fast.prepare.images import prepare_digits
 from repa_fast.train import checkpoint
 from tests.train.test_runs import (
     FLAGS,

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("lance")
 
 from repa_fast.data.order import SampleOrder
-from repa_fast.data.prepare import prepare_digits
+from repa_fast.prepare.images import prepare_digits
 from repa_fast.train.spikes import History
 from tests.train.launching import torchrun
 from tests.train.watch_ranks import TIMEOUT

@@ -9,9 +9,9 @@ from scipy.stats import median_abs_deviation
 
 pytest.importorskip("lance")
 
+from repa_fast.checkpoint.layout import steps as steps_of
 from repa_fast.data.order import SampleOrder
-from repa_fast.data.prepare import prepare_digits
-from repa_fast.models.weights import steps as steps_of
+from repa_fast.prepare.images import prepare_digits
 from repa_fast.train import checkpoint, graph, loop, spikes
 from repa_fast.train.report import read_metrics
 from repa_fast.train.rollback import TrainingDiverged

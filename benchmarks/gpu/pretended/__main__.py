@@ -59,7 +59,7 @@ def run(module: str, arguments: list[str]) -> None:
         return
     found = importlib.import_module(module)
     sys.argv[0] = found.__file__
-    sys.modules["__main__"] = found  # benchmarks.environment.command() looks for its name there
+    sys.modules["__main__"] = found  # where environment.command() looks for its name
     sys.exit(found.main())
 
 

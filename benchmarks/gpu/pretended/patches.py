@@ -207,16 +207,16 @@ def use_csrc(extension: ModuleType) -> None:
 
 
 BY_MODULE: dict[str, Callable[[ModuleType], None]] = {
-    "repa_fast.extension": use_csrc,
+    "repa_fast.backend.extension": use_csrc,
     "repa_fast.kernels.attention.selection": forgive_selection,
     "benchmarks.kernels.gate": forgive_gate,
-    "benchmarks.optim": forgive_budget,
-    "benchmarks.sample_gate": forgive_budget,
+    "benchmarks.step.optim": forgive_budget,
+    "benchmarks.sample.gate": forgive_budget,
     "repa_fast.diffusion.guidance": forgive_labels,
-    "benchmarks.parity": forgive_parity,
-    "benchmarks.baseline": forgive_baseline,
-    "benchmarks.step": patch_step,
-    "benchmarks.ladder": patch_ladder,
+    "benchmarks.step.parity": forgive_parity,
+    "benchmarks.step.baseline": forgive_baseline,
+    "benchmarks.step.step": patch_step,
+    "benchmarks.step.ladder": patch_ladder,
 }
 
 

@@ -90,7 +90,7 @@ def breaks() -> int:
 
 
 def reported(figures: Callable) -> Callable:
-    """`figures` of benchmarks.step, of few steps, after a look at what the step does."""
+    """`figures` of benchmarks.step.step, of few steps, after a look at what the step does."""
 
     def observed(stepper, feed, arguments: argparse.Namespace, trace: Path) -> dict:
         write({**head(arguments), "micro_batch": stepper.micro_batch, **observe(stepper, feed)})
@@ -101,7 +101,7 @@ def reported(figures: Callable) -> Callable:
 
 
 def named(measure: Callable, rungs: Mapping) -> Callable:
-    """`measure` of benchmarks.ladder, whose rung the report names; a failure is reported too."""
+    """`measure` of the ladder, whose rung the report names; a failure is reported too."""
 
     def measured(rung, arguments: argparse.Namespace) -> dict:
         begin(next((name for name, one in rungs.items() if one is rung), "?"))

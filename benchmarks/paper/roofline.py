@@ -1,0 +1,203 @@
+"""The roofline of every op and of the training step: `python -m benchmarks.paper.roofline --write`.
+
+What has to be computed and moved, the least time for that at the rates that the card itself reached
+in the same sitting (a large copy, a large bf16 matmul), and what was measured, from committed rows
+of GPUs alone; before there are any, at an H200's reported rates. The tables stand between marks in
+docs/performance.md; `--check` fails where the page has others.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from benchmarks.harness.environment import RESULTS, ROOT
+from benchmarks.kernels.ops import CASES, Problem, short
+from benchmarks.paper.scaling import grid
+from benchmarks.paper.scaling_model import Machine, Work, work
+from benchmarks.step.optim import BYTES as OPTIMIZER_BYTES
+from repa_fast.configs import presets
+
+PAGE = ROOT / "docs" / "performance.md"
+BEGIN, END = "<!-- roofline: begin -->", "<!-- roofline: end -->"
+PRESET, BATCHES = "sit-xl2-repa", (32, 256)
+CAST_BYTES = 6  # per parameter: its gradient is a matmul's in bf16, read and written as fp32
+PARTS_RUNG, STEP_RUNGS = "e", ("g", "e", "")
+"""Of the ladder: the step whose kernels the profiler tells apart, and the step itself, one CUDA
+graph where it was measured so."""
+
+NOT_YET = "not yet"
+CATEGORIES = {
+    "matmuls": ("GEMM",),
+    "attention": ("attention",),
+    "elementwise": ("our kernels", "other elementwise"),
+    "optimizer and average": ("optimizer",),
+    "encoder": ("encoder",),
+}
+"""Parts of a step -> categories of benchmarks.step.profile."""
+
+
+def gpu_rows(results: Path) -> list[dict]:
+    """All rows that were measured on GPUs, oldest folder first."""
+    rows = []
+    for path in sorted(results.glob("**/rows.jsonl")):
+        if path.relative_to(results).parts[0] != "cpu":
+            rows += [json.loads(line) for line in path.read_text().splitlines()]
+    return [row for row in rows if row.get("status", "ok") == "ok"]
+
+
+def latest(rows: Iterable[dict], **wanted) -> dict | None:
+    """The last row with these values."""
+    found = [row for row in rows if all(row.get(name) == wanted[name] for name in wanted)]
+    return found[-1] if found else None
+
+
+def floor(flops: float, nbytes: float, machine: Machine) -> float:
+    """Milliseconds of an op whose arithmetic and traffic run side by side."""
+    return 1e3 * max(flops / machine.matmul, nbytes / machine.memory)
+
+
+def compared(least: float, row: dict | None) -> tuple[str, str, str]:
+    """Measured milliseconds, how many times the floor they are, and where they come from."""
+    if row is None:
+        return NOT_YET, "", ""
+    ratio = f"{row['ms_p50'] / least:.2f}" if least else ""
+    return f"{row['ms_p50']:.4g}", ratio, f"{row['device']}, {row['commit']}"
+
+
+def ops_table(machine: Machine, rows: Sequence[dict]) -> list[str]:
+    """Each op at its first shape and dtype, the one of SiT-XL/2's step with 32 images."""
+    lines = []
+    for op, case in CASES.items():
+        problem = Problem(case, case.shapes[0], case.dtypes[0])
+        shape, dtype = list(problem.shape), short(problem.dtype)
+        for mode in (mode for mode in ("forward", "backward") if mode in case.modes):
+            named = (op, "x".join(map(str, shape)), dtype, mode)
+            work_of = problem.flops(mode), problem.necessary_bytes(mode)
+            row = best(rows, op=op, shape=shape, dtype=dtype, mode=mode)
+            lines.append(op_line(named, *work_of, machine, row))
+    parameters = work(presets.get(PRESET)).parameters
+    nbytes = sum(OPTIMIZER_BYTES.values()) * parameters
+    row = latest((row for row in rows if "tensors" in row), provider="cuda")
+    named = ("adamw_ema", f"{parameters:,}", "fp32", "step")
+    lines.append(op_line(named, 0, nbytes, machine, row))
+    heads = ("op", "shape", "dtype", "pass", "GFLOP", "MB", "floor, ms", "measured, ms", "ratio")
+    return grid((*heads, "of"), lines)
+
+
+def best(rows: Sequence[dict], **wanted) -> dict | None:
+    """Our kernel's last row; of attention, which has none of ours, the fastest backend's."""
+    if wanted["op"] != "attention":
+        return latest(rows, **wanted, provider="ours")
+    providers = {row["provider"] for row in rows if row.get("op") == "attention"}
+    found = [latest(rows, **wanted, provider=provider) for provider in providers]
+    return min((row for row in found if row), key=lambda row: row["ms_p50"], default=None)
+
+
+def op_line(
+    named: tuple[str, ...], flops: float, nbytes: float, machine: Machine, row: dict | None
+) -> tuple[str, ...]:
+    """A line of the ops' table."""
+    least = floor(flops, nbytes, machine)
+    counted = f"{flops / 1e9:,.4g}" if flops else "", f"{nbytes / 1e6:,.1f}"
+    return (*named, *counted, f"{least:.4g}", *compared(least, row))
+
+
+def step_parts(found: Work, batch: int) -> dict[str, tuple[float, float]]:
+    """FLOPs and bytes of each part of a step with `batch` images."""
+    model = found.forward, found.backward
+    optimizer = sum(OPTIMIZER_BYTES.values()) * found.parameters
+    attention = tuple(batch * each for each in found.attention)
+    casts = CAST_BYTES * found.parameters
+    return {
+        "matmuls": (batch * sum(each.flops for each in model) - attention[0], 0.0),
+        "attention": attention,
+        "elementwise": (0.0, batch * sum(each.nbytes for each in model) + casts),
+        "optimizer and average": (0.0, optimizer),
+        "encoder": (batch * found.frozen.flops, batch * found.frozen.nbytes),
+    }
+
+
+def step_table(batch: int, machine: Machine, rows: Sequence[dict]) -> list[str]:
+    """Return the table of the step's parts, of their sum and of the step itself."""
+    ours = [row for row in rows if row.get("compile") and "ms_by_category" in row]
+    wanted = {"preset": PRESET, "batch": batch, "data": "made up"}
+    found = {rung: latest(ours, rung=rung, **wanted) for rung in STEP_RUNGS}
+    parts = found[PARTS_RUNG]
+    step = next((found[rung] for rung in STEP_RUNGS if found[rung]), None)
+    lines, total, kernels = [], [0.0, 0.0, 0.0], 0.0
+    for part, (flops, nbytes) in step_parts(work(presets.get(PRESET)), batch).items():
+        least = 1e3 * (flops / machine.matmul + nbytes / machine.memory)
+        if part == "attention":  # one kernel computes while it moves
+            least = floor(flops, nbytes, machine)
+        row = None
+        if parts is not None:
+            milliseconds = sum(parts["ms_by_category"][name] for name in CATEGORIES[part])
+            row, kernels = {**parts, "ms_p50": milliseconds}, kernels + milliseconds
+        lines.append((part, *amounts(flops, nbytes), f"{least:.1f}", *compared(least, row)))
+        total = [a + b for a, b in zip(total, (flops, nbytes, least))]
+    flops, nbytes, least = total
+    together = None if parts is None else {**parts, "ms_p50": kernels}
+    for name, row in (("sum", together), ("the step", step)):
+        lines.append((name, *amounts(flops, nbytes), f"{least:.1f}", *compared(least, row)))
+    heads = (f"{PRESET}, {batch} images", "TFLOP", "GB", "floor, ms", "measured, ms", "ratio", "of")
+    return grid(heads, lines)
+
+
+def amounts(flops: float, nbytes: float) -> tuple[str, str]:
+    """TFLOP and GB."""
+    return f"{flops / 1e12:.2f}" if flops else "", f"{nbytes / 1e9:.1f}" if nbytes else ""
+
+
+def rates(rows: Sequence[dict]) -> tuple[Machine, str]:
+    """The machine that floors are counted for, and a line that names its rates and the card."""
+    machine, where = Machine(), "an H200 as reported"
+    card = latest(rows, item="card")
+    if card is not None:
+        copy, matmul = 1e12 * card["copy_tb_per_s"], 1e12 * card["matmul_tflop_per_s"]
+        machine = Machine(matmul=matmul, memory=copy)
+        where = f"{card['device']}, measured {card['date']}, commit {card['commit']}"
+    return machine, (
+        f"{machine.matmul / 1e12:.0f} TFLOP/s in a bf16 matmul, "
+        f"{machine.memory / 1e12:.2f} TB/s in a copy ({where})"
+    )
+
+
+def tables(results: Path) -> str:
+    """What stands between the marks."""
+    rows = gpu_rows(results)
+    machine, where = rates(rows)
+    lines = [f"Rates: {where}.", "", *ops_table(machine, rows)]
+    for batch in BATCHES:
+        lines += step_table(batch, machine, rows)
+    return "\n".join(lines).rstrip()
+
+
+def filled(page: str, text: str) -> str:
+    """The page with `text` between its marks."""
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the tables, write them into the page, or compare the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="into docs/performance.md")
+    parser.add_argument("--check", action="store_true", help="fail where the page is not current")
+    arguments = parser.parse_args(argv)
+    text = tables(RESULTS)
+    old = PAGE.read_text()
+    new = filled(old, text)
+    if arguments.check:
+        print(f"{PAGE} is {'current' if old == new else 'not what this command would write'}")
+        return int(old != new)
+    if arguments.write:
+        PAGE.write_text(new)
+    else:
+        print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,386 @@
+"""Scaling on paper: `python -m benchmarks.paper.scaling` writes docs/scaling.md and its picture.
+
+The text of the page is written by hand; its tables, and the sentences with figures, stand between
+marks and come from benchmarks/paper/scaling_model.py. `--check` fails where the page has others.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.harness.environment import ROOT
+from benchmarks.paper.scaling_model import (
+    MODES,
+    Machine,
+    Step,
+    Work,
+    communication,
+    copies,
+    expected_maximum,
+    step,
+    usual,
+    volume,
+    work,
+)
+from benchmarks.paper.scaling_picture import PARTS, draw
+from benchmarks.step.optim import BYTES as OPTIMIZER_BYTES
+from repa_fast.configs import presets
+
+PAGE = ROOT / "docs" / "scaling.md"
+RESULTS = ROOT / "benchmarks" / "results"
+GPUS = tuple(2**i for i in range(11))
+SHOWN = (8, 64, 512)  # GPUs of the shorter tables
+PAYS = 1.5  # strong scaling ends where twice the GPUs are less than this many times as fast
+
+
+def measured(preset: str, results: Path) -> list[dict]:
+    """Rows of the step for a preset from GPUs; `batch` is of all `gpus`, one if not said.
+
+    Of benchmarks.step.ladder only rung g, the project's own step.
+    """
+    rows = []
+    for path in sorted(results.glob("**/rows.jsonl")):
+        if path.relative_to(results).parts[0] != "cpu":
+            rows += [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row for row in rows if "stall_ms" in row and row["preset"] == preset]
+    rows = [row for row in rows if row.get("rung", "") in ("", "g")]
+    return [{"gpus": 1, "parallel": "ddp", **row} for row in rows]
+
+
+def grid(heads: Sequence, rows: Iterable[Iterable]) -> list[str]:
+    """A Markdown table."""
+    table = [f"| {' | '.join(map(str, cells))} |" for cells in (heads, *rows)]
+    return [table[0], "|" + "---|" * len(heads), *table[1:], ""]
+
+
+def ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+@dataclass(frozen=True)
+class Page:
+    """What is shown: batches are images per GPU, `whole` is the batch of strong scaling."""
+
+    preset: str
+    machine: Machine
+    batches: tuple[int, ...]
+    whole: int
+    work: Work
+    rows: list[dict]
+
+    @classmethod
+    def of(cls, preset: str, machine: Machine, batches: tuple[int, ...], whole: int) -> "Page":
+        """With the preset's work and the committed measurements."""
+        return cls(
+            preset, machine, batches, whole, work(presets.get(preset)), measured(preset, RESULTS)
+        )
+
+    @property
+    def divided(self) -> tuple[int, ...]:
+        """Numbers of GPUs among which the whole batch can be divided."""
+        return tuple(gpus for gpus in GPUS if self.whole % gpus == 0)
+
+    def steps(self, gpus: int, batch: float, **changes: float) -> dict[str, Step]:
+        """The step in every mode, with constants of the machine changed."""
+        machine = dataclasses.replace(self.machine, **changes)
+        return {name: step(self.work, machine, mode, gpus, batch) for name, mode in MODES.items()}
+
+    def fastest(self, gpus: int, batch: float, **changes: float) -> tuple[str, Step]:
+        """Mode and step, the first of equal ones."""
+        return min(self.steps(gpus, batch, **changes).items(), key=lambda pair: pair[1].seconds)
+
+
+def subject(page: Page) -> list[str]:
+    """What the figures are of."""
+    each = " or ".join(map(str, page.batches))
+    return [f"Preset `{page.preset}`, {each} images per GPU, or {page.whole} in all."]
+
+
+def measurements(page: Page) -> list[str]:
+    """Rows of the step benchmark, each beside the model at the same point."""
+    if not page.rows:
+        return ["No measured point exists yet."]
+    heads = ("device", "GPUs", "mode", "images each", "compile", "ms p20", "p50", "p80", "commit")
+    lines = []
+    for row in page.rows:
+        gpus, batch = row["gpus"], row["batch"] / row["gpus"]
+        model = step(page.work, page.machine, MODES[row["parallel"]], gpus, batch)
+        times = (f"{row[f'ms_p{p}']:.2f}" for p in (20, 50, 80))
+        named = (row["device"], gpus, row["parallel"], f"{batch:g}", row["compile"])
+        lines.append((*named, *times, row["commit"], ms(model.seconds)))
+    return grid((*heads, "the model's ms"), lines)
+
+
+def sharding(page: Page) -> list[str]:
+    """When sharding wins."""
+    lines, node = [], page.machine.node
+    for batch in page.batches:
+        at = {gpus: page.steps(gpus, batch) for gpus in GPUS}
+        ddp, fsdp = at[node]["ddp"], at[node]["fsdp"]
+        late = [g for g in GPUS if at[g]["fsdp"].seconds > 1.01 * at[g]["hsdp"].seconds]
+        when = f"from {late[0]} GPUs on" if late else f"nowhere up to {GPUS[-1]:,} GPUs"
+        lines += [
+            f"- {batch} images on each of {node} GPUs: {ms(fsdp.seconds)} ms with fsdp, "
+            f"{ms(ddp.seconds)} with ddp, {100 * (1 - fsdp.seconds / ddp.seconds):.1f} % less. "
+            f"The optimizer takes {ms(fsdp.optimizer)} instead of {ms(ddp.optimizer)} ms, and "
+            f"{ms(fsdp.communication)} instead of {ms(ddp.communication)} ms of communication "
+            f"show. Sharding over all GPUs is more than 1 % slower than inside nodes {when}."
+        ]
+    return lines
+
+
+def ending(page: Page) -> list[str]:
+    """Where strong scaling ends."""
+    best = {gpus: page.fastest(gpus, page.whole / gpus) for gpus in page.divided}
+    times = {gpus: found.seconds for gpus, (_, found) in best.items()}
+    ends = [gpus for gpus in page.divided[1:] if times[gpus // 2] / times[gpus] < PAYS]
+    least = min(times, key=times.get)
+    graph = {g: page.fastest(g, page.whole / g, launches=0) for g in page.divided}
+    quick = min(graph, key=lambda gpus: graph[gpus][1].seconds)
+    precise = [
+        (found.seconds, gpus, name)
+        for gpus in page.divided
+        for name, found in page.steps(gpus, page.whole / gpus).items()
+        if MODES[name].reduce_bytes == 4
+    ]
+    seconds, gpus, name = min(precise)
+    end = f"from {ends[0] // 2} to {ends[0]} GPUs" if ends else "nowhere"
+    return [
+        f"- {page.whole} images in all, in the fastest mode at each size: the first doubling that "
+        f"makes the step less than {PAYS:g} times as fast is {end}.",
+        f"- The shortest step is {ms(times[least])} ms, on {least} GPUs ({best[least][0]}): "
+        f"{times[1] / times[least]:.0f} times as fast as one GPU, an efficiency of "
+        f"{percent(times[1] / times[least] / least)}.",
+        f"- With gradients reduced in fp32: {ms(seconds)} ms, on {gpus} GPUs ({name}).",
+        f"- If launches cost nothing: {ms(graph[quick][1].seconds)} ms, on {quick} GPUs "
+        f"({graph[quick][0]}).",
+    ]
+
+
+def limits(page: Page) -> list[str]:
+    """The largest parts at each scale."""
+    rows = []
+    for gpus in GPUS:
+        row = [gpus]
+        for batch in (page.batches[0], page.whole / gpus):
+            if batch < 1:
+                row += ["", "less than an image each"]
+                continue
+            mode, found = page.fastest(gpus, batch)
+            parts = sorted(dataclasses.asdict(found).items(), key=lambda part: -part[1])[:3]
+            shares = (f"{PARTS[name][0]} {percent(s / found.seconds)}" for name, s in parts)
+            row += ["" if gpus == 1 else mode, ", ".join(shares)]
+        rows.append(row)
+    heads = ("GPUs", f"{page.batches[0]} each", "largest parts", f"{page.whole} in all")
+    return grid((*heads, "largest parts"), rows)
+
+
+def sensitivity(page: Page) -> list[str]:
+    """The fastest step with one assumption changed."""
+    points = [(SHOWN[-1], page.batches[0])]
+    some = page.divided[2 * len(page.divided) // 3], page.divided[-1]
+    points += [(gpus, page.whole / gpus) for gpus in some]
+    now = page.machine
+    hops = ("ring_nvlink", "ring_network", "tree_nvlink", "tree_network")
+    changes = {
+        "as assumed": {},
+        "reached 70 %": {"reached": 0.7},
+        "launches for nothing": {"launches": 0},
+        "no noise": {"noise": 0},
+        "three times the noise": {"noise": 3 * now.noise},
+        "half the network": {"network": now.network / 2},
+        "twice the network": {"network": now.network * 2},
+        "half of every hop": {name: getattr(now, name) / 2 for name in hops},
+    }
+    rows = []
+    for label, change in changes.items():
+        found = [page.fastest(*point, **change) for point in points]
+        rows.append((label, *(f"{ms(each.seconds)} ({mode})" for mode, each in found)))
+    return grid(("", *(f"{gpus} GPUs, {batch:g} each" for gpus, batch in points)), rows)
+
+
+def constants(page: Page) -> list[str]:
+    """Every constant and where it is from."""
+    rows = []
+    for each in dataclasses.fields(Machine):
+        value = getattr(page.machine, each.name) / each.metadata["scale"]
+        rows.append((each.name, f"{value:g} {each.metadata['unit']}", each.metadata["source"]))
+    return grid(("constant", "value", "where from"), rows)
+
+
+def amounts(page: Page) -> list[str]:
+    """FLOPs and bytes of a step, and the floor that follows from them."""
+    w, gpus = page.work, SHOWN[1]
+    passes = {"encoder or teacher": w.frozen, "forward": w.forward, "backward": w.backward}
+    rows = [(n, f"{p.flops / 1e9:.1f}", f"{p.nbytes / 1e6:.1f}") for n, p in passes.items()]
+    shards = [mode.shards(page.machine, gpus) for mode in MODES.values()]
+    moved = [f"{sum(OPTIMIZER_BYTES.values()) / n:.3g}" for n in shards]
+    copied = [f"{sum(copies(m, n, gpus)):.3g}" for m, n in zip(MODES.values(), shards)]
+    ideal = dataclasses.replace(page.machine, reached=1.0)
+    ones = [step(w, ideal, MODES["ddp"], 1, batch) for batch in page.batches]
+    floors = [ms(one.matmul + one.elementwise + one.optimizer) for one in ones]
+    memory = [f"{(batch * w.activation_bytes + w.state_bytes) / 1e9:.0f}" for batch in page.batches]
+    parameters = f"bytes for each of {w.parameters / 1e6:.1f} M parameters, {gpus} GPUs"
+    one = ("both rates reached in full, no copies, no launches: ms", *floors)
+    two = ("state and activations: GB", *memory)
+    return [
+        *grid(("per image", "GFLOP of matrix products", "MB of elementwise kernels"), rows),
+        *grid(
+            (parameters, *MODES),
+            (("optimizer, average, norm", *moved), ("casts and copies of weights", *copied)),
+        ),
+        *grid(("images on one GPU", *page.batches), (one, two)),
+    ]
+
+
+def sent(page: Page) -> list[str]:
+    """Volumes and times of collectives, and what shows of them."""
+    rows = []
+    for gpus in SHOWN:
+        for name, mode in MODES.items():
+            found = communication(page.work, page.machine, mode, gpus)
+            steps = [step(page.work, page.machine, mode, gpus, batch) for batch in page.batches]
+            nbytes = (f"{each / 1e9:.2f}" for each in volumes(page, name, gpus))
+            times = (found.forward, found.backward, *(each.communication for each in steps))
+            rows.append((gpus, name, *nbytes, *map(ms, times)))
+    heads = ("GPUs", "mode", "GB sent by a GPU", "GB leaving a node", "forward, ms", "backward, ms")
+    return grid((*heads, *(f"showing, {batch} images each" for batch in page.batches)), rows)
+
+
+def volumes(page: Page, name: str, gpus: int) -> tuple[float, float]:
+    """Bytes that a GPU sends in a step, and that leave its node."""
+    mode, nodes = MODES[name], page.machine.nodes(gpus)
+    gradients = mode.reduce_bytes * page.work.parameters
+    if mode.sharded == "no":
+        ring = volume("all-reduce", gpus) * gradients
+    else:
+        ranks = mode.shards(page.machine, gpus)
+        ring = volume("all-gather", ranks) * (2 * page.work.parameters + gradients)
+    if nodes == 1 or mode.sharded != "node":
+        return ring, ring if nodes > 1 else 0.0
+    across = volume("all-reduce", nodes) * gradients
+    return ring + across / page.machine.node, across
+
+
+def table(page: Page, points: Iterable[tuple[int, float]]) -> list[str]:
+    """Milliseconds in every mode, and the fastest one's rate."""
+    rows, alone = [], None
+    for gpus, batch in points:
+        found = [each.seconds for each in page.steps(gpus, batch).values()]
+        rate = gpus * batch / min(found)
+        alone = alone or rate
+        least = ms(min(found)) if gpus > 1 else ""
+        cells = (f"**{ms(t)}**" if ms(t) == least else ms(t) for t in found)
+        rows.append((gpus, f"{batch:g}", *cells, f"{rate:,.0f}", percent(rate / gpus / alone)))
+    return grid(("GPUs", "images each", *MODES, "images/s", "efficiency"), rows)
+
+
+def weak(page: Page) -> list[str]:
+    """Images per GPU fixed."""
+    tables = (table(page, [(gpus, batch) for gpus in GPUS]) for batch in page.batches)
+    return [line for lines in tables for line in lines]
+
+
+def strong(page: Page) -> list[str]:
+    """Images in all fixed."""
+    return table(page, [(gpus, page.whole / gpus) for gpus in page.divided])
+
+
+def stragglers(page: Page) -> list[str]:
+    """What waiting for the slowest GPU costs."""
+    expected = [expected_maximum(gpus) for gpus in GPUS]
+    longer = [f"{100 * page.machine.noise * each:.1f} %" for each in expected]
+    rows = (("expected maximum", *(f"{each:.2f}" for each in expected)), ("longer", *longer))
+    return grid(("GPUs", *GPUS), rows)
+
+
+def checkpoints(page: Page) -> list[str]:
+    """The pause of a checkpoint and its writing."""
+    w, now, batch, rows = page.work, page.machine, page.batches[0], []
+    for name in ("ddp", "fsdp", "hsdp"):
+        for gpus in SHOWN:
+            seconds = step(w, now, MODES[name], gpus, batch).seconds
+            pause = w.checkpoint_bytes / MODES[name].shards(now, gpus) / now.host_copy
+            write = w.checkpoint_bytes / now.file_rate(gpus)
+            period = w.checkpoint_steps * seconds
+            shares = (f"{100 * t / (period + t):.4f} %" for t in (pause, pause + write))
+            times = (f"{pause:.4f}", f"{write:.2f}", f"{write / seconds:.0f}")
+            rows.append((name, gpus, *times, *shares))
+    heads = ("mode", "GPUs", "pause, s", "write, s", "steps meanwhile", "asynchronous")
+    size = f"{w.checkpoint_bytes / 1e9:.2f} GB every {w.checkpoint_steps:,} steps"
+    return [f"{size}, {batch} images per GPU.", "", *grid((*heads, "synchronous"), rows)]
+
+
+def data(page: Page) -> list[str]:
+    """Bytes per second that training reads."""
+    batch, rows = page.batches[0], []
+    scales = (*SHOWN, GPUS[-1])
+    for name, nbytes in page.work.image_bytes.items():
+        cells = []
+        for gpus in scales:
+            free = page.fastest(gpus, batch, files=1e18, files_node=1e18)[1]
+            need = gpus * batch * nbytes / free.seconds
+            text = f"{need / 1e9:.2f}"
+            cells.append(f"**{text}**" if need > page.machine.file_rate(gpus) else text)
+        rows.append((name, f"{nbytes / 1e3:.1f}", *cells))
+    text = f"GB/s, {batch} images per GPU. The other tables read {usual(page.work)}."
+    return [text, "", *grid(("a row holds", "kB", *(f"{gpus} GPUs" for gpus in scales)), rows)]
+
+
+SECTIONS = (
+    subject, measurements, sharding, ending, limits, sensitivity, constants, amounts, sent, weak,
+    strong, stragglers, checkpoints, data,
+)  # fmt: skip
+
+
+def filled(text: str, page: Page) -> str:
+    """The page's text with every section between its marks written anew."""
+    for section in SECTIONS:
+        begin, end = (f"<!-- {section.__name__}: {edge} -->" for edge in ("begin", "end"))
+        before, rest = text.split(begin)
+        body = "\n".join(section(page)).rstrip()
+        text = f"{before}{begin}\n{body}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+def main() -> int:
+    """Write the page and the picture, or compare the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="sit-xl2-repa", choices=presets.PRESETS)
+    parser.add_argument("--batch", type=int, nargs="+", default=[32, 256], help="images per GPU")
+    parser.add_argument("--global-batch", type=int, default=256, help="of strong scaling")
+    parser.add_argument("--out", type=Path, default=PAGE, help="a page with the same marks, or new")
+    parser.add_argument("--check", action="store_true", help="fail where the page is not current")
+    for each in dataclasses.fields(Machine):
+        name, text = each.name.replace("_", "-"), f"SI units; {each.metadata['source']}"
+        help_text = text.replace("%", "%%")
+        parser.add_argument(f"--{name}", type=each.type, default=each.default, help=help_text)
+    given = parser.parse_args()
+    values = {each.name: getattr(given, each.name) for each in dataclasses.fields(Machine)}
+    machine = Machine(**values)
+    page = Page.of(given.preset, machine, tuple(given.batch), given.global_batch)
+    out = given.out
+    old = (out if out.exists() else PAGE).read_text()
+    new = filled(old, page)
+    if given.check:
+        print(f"{out} is {'current' if old == new else 'not what this command would write'}")
+        return int(old != new)
+    out.write_text(new)
+    picture = out.parent / "images" / "scaling.png"
+    picture.parent.mkdir(exist_ok=True)
+    weak_steps = {gpus: page.steps(gpus, page.batches[0]) for gpus in GPUS}
+    strong_steps = {gpus: page.steps(gpus, page.whole / gpus) for gpus in page.divided}
+    draw(picture, weak_steps, strong_steps, page.batches[0], page.whole, page.rows, page.preset)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

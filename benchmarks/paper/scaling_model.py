@@ -1,0 +1,353 @@
+"""A model on paper of the training step on many GPUs, for benchmarks/paper/scaling.py.
+
+Arithmetic from the FLOPs and bytes that the benchmarks count and from the constants of `Machine`;
+nothing here is measured. Seconds, bytes and FLOPs throughout.
+"""
+
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from benchmarks.kernels.ops import CASES, Problem
+from benchmarks.step.optim import BYTES as OPTIMIZER_BYTES
+from repa_fast import encoders
+from repa_fast.cli import expected_metadata
+from repa_fast.configs.config import TrainConfig
+from repa_fast.configs.model import model_arguments
+from repa_fast.data.dataset import Metadata
+from repa_fast.train.memory import budget
+
+BUCKET_BYTES = 25 * 2**20  # DistributedDataParallel's default
+JPEG_BYTES_PER_PIXEL = 0.25  # 16 kB at 256 x 256, benchmarks/results/cpu/2026-11-21_data
+
+
+def constant(default: float, scale: float, unit: str, source: str) -> float:
+    """A field of Machine, with what the page says of it."""
+    return field(default=default, metadata={"scale": scale, "unit": unit, "source": source})
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Nodes of H200, in SI units. Every field is a flag and a line of the page."""
+
+    matmul: float = constant(790e12, 1e12, "TFLOP/s", "H200, bf16 product of 8192^3, reported")
+    memory: float = constant(4.3e12, 1e12, "TB/s", "H200, copy within device memory, reported")
+    reached: float = constant(0.85, 0.01, "%", "assumed share of these two that a step reaches")
+    launches: int = constant(1200, 1, "kernels", "assumed per step, the goal; not one CUDA graph")
+    launch: float = constant(5e-6, 1e-6, "us", "assumed host time of a launch")
+    node: int = constant(8, 1, "GPUs", "HGX board")
+    nvlink: float = constant(450e9, 1e9, "GB/s", "H200 datasheet: NVLink per GPU and direction")
+    network: float = constant(360e9, 1e9, "GB/s", "per node: 8 x 400 Gb/s InfiniBand, 90 % assumed")
+    ring_nvlink: float = constant(1.9e-6, 1e-6, "us", "NCCL's tuning table, LL128: a ring's hop")
+    ring_network: float = constant(4e-6, 1e-6, "us", "the same, between nodes")
+    tree_nvlink: float = constant(1.2e-6, 1e-6, "us", "NCCL's tuning table, LL128: a tree's hop")
+    tree_network: float = constant(8.5e-6, 1e-6, "us", "the same, between nodes")
+    noise: float = constant(0.01, 0.01, "%", "assumed deviation of a GPU's own time, step by step")
+    host_copy: float = constant(50e9, 1e9, "GB/s", "assumed: a GPU to host memory, PCIe 5 x16")
+    files_node: float = constant(5e9, 1e9, "GB/s", "assumed: a node's share of the file system")
+    files: float = constant(50e9, 1e9, "GB/s", "assumed: the file system, for all nodes together")
+
+    def nodes(self, gpus: int) -> int:
+        return -(-gpus // self.node)
+
+    def file_rate(self, gpus: int) -> float:
+        """Bytes per second that so many GPUs read or write together."""
+        return min(self.files, self.nodes(gpus) * self.files_node)
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How parameters are spread. The all-gather is in bf16 and happens once a step.
+
+    Attributes:
+        sharded: "no", over "all" GPUs, or inside each "node", replicated across nodes.
+        reduce_bytes: of a gradient on the way.
+    """
+
+    sharded: str
+    reduce_bytes: int
+
+    def shards(self, machine: Machine, gpus: int) -> int:
+        """Parts into which optimizer state is cut."""
+        return {"no": 1, "all": gpus, "node": min(gpus, machine.node)}[self.sharded]
+
+
+MODES = {
+    "ddp": Mode("no", 4),
+    "fsdp": Mode("all", 4),
+    "fsdp bf16": Mode("all", 2),
+    "hsdp": Mode("node", 4),
+    "hsdp bf16": Mode("node", 2),
+}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """FLOPs of matrix products and bytes of elementwise kernels, per image.
+
+    `launches` are counted in those of a block's forward pass.
+    """
+
+    flops: float
+    nbytes: float
+    launches: int
+
+    def seconds(self, batch: float, machine: Machine) -> tuple[float, float]:
+        """Of the matrix products and of the elementwise kernels, one after the other."""
+        rates = machine.matmul * machine.reached, machine.memory * machine.reached
+        return batch * self.flops / rates[0], batch * self.nbytes / rates[1]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a preset's step has to do.
+
+    Attributes:
+        parameters: trained ones, projectors included.
+        groups: of parameters that are gathered and reduced together: the blocks, and the rest.
+        frozen, forward, backward: the encoder (or SRA's teacher), then the model; attention's
+            backward pass computes the scores again.
+        activation_bytes: saved for backward, per image.
+        state_bytes: fp32 weights, gradients, two moments and averages, unsharded.
+        checkpoint_steps: between checkpoints, which hold the state without gradients.
+        image_bytes: read per image, by how images are stored.
+        attention: FLOPs (part of those of forward and backward) and bytes, per image.
+    """
+
+    parameters: int
+    groups: int
+    frozen: Pass
+    forward: Pass
+    backward: Pass
+    activation_bytes: float
+    state_bytes: float
+    checkpoint_steps: int
+    image_bytes: dict[str, float]
+    attention: tuple[float, float]
+
+    @property
+    def checkpoint_bytes(self) -> float:
+        return self.state_bytes - 4 * self.parameters
+
+
+def block_bytes(tokens: int, width: int, mlp_ratio: float, dtype: torch.dtype) -> tuple[float, ...]:
+    """Necessary bytes of a block's elementwise kernels, forward and backward, per image.
+
+    Two gate_residual_adaln with a residual stream of `dtype`; in bf16 GELU, its backward pass with
+    the sum for the gradient of fc1's bias, and the sums for the gradients of three more biases: qkv
+    (3 widths), the attention's output and the MLP's (1 each). Backward, dq, dk and dv are stacked:
+    3 widths read and written.
+    """
+    norm = Problem(CASES["gate_residual_adaln"], (1, tokens, width), dtype)
+    unit = 2 * tokens * width
+    forward = 2 * norm.necessary_bytes("forward") + 2 * mlp_ratio * unit
+    backward = 2 * norm.necessary_bytes("backward") + (3 * mlp_ratio + 5 + 6) * unit
+    return forward, backward
+
+
+def attention_work(tokens: int, width: int) -> tuple[float, float]:
+    """FLOPs and necessary bytes of a block's attention, forward and backward, per image, in bf16.
+
+    2 matmuls of N x N x D forward and 5 backward; q, k, v, their gradients, the output (written,
+    then read) and its gradient.
+    """
+    return 7 * 2 * tokens**2 * width, 12 * 2 * tokens * width
+
+
+def work(config: TrainConfig) -> Work:
+    """Counted from the config."""
+    metadata = expected_metadata(config)
+    counted = budget(config, metadata)
+    arguments = model_arguments(config, metadata)
+    width, depth = arguments["hidden_size"], arguments["depth"]
+    tokens = (arguments["input_size"] // arguments["patch_size"]) ** 2
+    resolution = config.resolution
+    specs = encoders.specs("none" if config.features else config.enc_type)
+    frozen = [(s.depth, s.num_tokens(resolution) + s.prefix, s.width, s.mlp_ratio) for s in specs]
+    if config.align == "sra":
+        frozen = [(config.block_out_t, tokens, width, 4.0)]
+    scores = 2 * tokens**2 * width * depth
+    forward_flops = (counted.train_flops - counted.encoder_flops) / 3
+    forward, backward = block_bytes(tokens, width, 4.0, torch.float32)
+    frozen_bytes = sum(n * block_bytes(*shape, torch.bfloat16)[0] for n, *shape in frozen)
+    return Work(
+        parameters=counted.parameters_with_projectors,
+        groups=depth + 1,
+        frozen=Pass(counted.encoder_flops, frozen_bytes, sum(n for n, *_ in frozen)),
+        forward=Pass(forward_flops, depth * forward, depth),
+        backward=Pass(2 * forward_flops + scores, depth * backward, 2 * depth),
+        activation_bytes=counted.activation_bytes,
+        state_bytes=counted.state_bytes,
+        checkpoint_steps=config.checkpointing_steps,
+        image_bytes=stored_bytes(metadata, [(s.num_tokens(resolution), s.width) for s in specs]),
+        attention=tuple(depth * each for each in attention_work(tokens, width)),
+    )
+
+
+def stored_bytes(metadata: Metadata, features: list[tuple[int, int]]) -> dict[str, float]:
+    """Bytes of a row by what it holds; `features` are (tokens, width) per encoder."""
+    moments = 4 * 2 * math.prod(metadata.latent_shape)
+    found = {"moments": moments}
+    if features:
+        found["moments, JPEG"] = moments + JPEG_BYTES_PER_PIXEL * metadata.resolution**2
+        found["moments, PNG (at most raw pixels)"] = moments + 3 * metadata.resolution**2
+        found["moments, int8 features"] = moments + sum(n * (d + 4) for n, d in features)
+        found["moments, fp16 features"] = moments + sum(2 * n * d for n, d in features)
+    return found
+
+
+def volume(kind: str, ranks: int) -> float:
+    """Bytes that each rank sends in a ring, per byte of the whole tensor.
+
+    n - 1 steps of 1/n each; all-reduce is a reduce-scatter and an all-gather.
+    """
+    return (2 if kind == "all-reduce" else 1) * (ranks - 1) / ranks
+
+
+def latency(kind: str, ranks: int, nodes: int, machine: Machine) -> float:
+    """Seconds of a collective without data: hops of a ring, for all-reduce at most those of a tree.
+
+    As NCCL's tuning counts them: a ring's data crosses every link, a tree goes up and down.
+    """
+    ring = (ranks - nodes) * machine.ring_nvlink + (nodes - 1) * machine.ring_network
+    if kind != "all-reduce":
+        return ring
+    inside, across = ranks // nodes - 1, math.log2(nodes)
+    return 2 * min(ring, inside * machine.tree_nvlink + across * machine.tree_network)
+
+
+def collective(
+    kind: str, nbytes: float, calls: int, ranks: int, nodes: int, machine: Machine
+) -> float:
+    """Seconds of `calls` collectives of together `nbytes`, rings spread over all of a node's NICs.
+
+    For groups of one GPU per node, side by side, `nbytes` are those of all groups of a node.
+    """
+    bandwidth = machine.nvlink if nodes == 1 else min(machine.nvlink, machine.network)
+    return volume(kind, ranks) * nbytes / bandwidth + calls * latency(kind, ranks, nodes, machine)
+
+
+@dataclass(frozen=True)
+class Communication:
+    """Seconds of the collectives under each pass, in so many pieces, and of one after them."""
+
+    forward: float
+    backward: float
+    pieces: int
+    end: float
+
+
+def communication(work: Work, machine: Machine, mode: Mode, gpus: int) -> Communication:
+    """What a step of `gpus` sends."""
+    if gpus == 1:
+        return Communication(0, 0, 1, 0)
+    nodes = machine.nodes(gpus)
+    gradients = work.parameters * mode.reduce_bytes
+    if mode.sharded == "no":
+        buckets = math.ceil(gradients / BUCKET_BYTES)
+        reduce = collective("all-reduce", gradients, buckets, gpus, nodes, machine)
+        return Communication(0, reduce, buckets, 0)
+    ranks, span = (gpus, nodes) if mode.sharded == "all" else (min(gpus, machine.node), 1)
+    groups = work.groups
+    gather = collective("all-gather", 2 * work.parameters, groups, ranks, span, machine)
+    scatter = collective("reduce-scatter", gradients, groups, ranks, span, machine)
+    across = 0.0
+    if mode.sharded == "node" and nodes > 1:
+        across = collective("all-reduce", gradients, groups, nodes, nodes, machine)
+    # two links at work at once: the slower one, and one piece of the other
+    reduce = max(scatter, across) + min(scatter, across) / groups
+    norm = latency("all-reduce", ranks, span, machine)  # of the gradient, over the shards
+    return Communication(gather, reduce, groups, norm)
+
+
+def exposed(window: float, seconds: float, pieces: int) -> float:
+    """What equal pieces of communication add to a pass of `window` seconds that brings them about.
+
+    A piece starts when its part of the pass is there and the piece before it is through, and
+    likewise, run backwards, for gathers that a pass waits for.
+    """
+    return max(seconds / pieces, seconds - window * (1 - 1 / pieces))
+
+
+@functools.cache
+def expected_maximum(count: int) -> float:
+    """Of `count` independent standard normals, by integrating the distribution of the maximum.
+
+    E = b - integral from -b to b of F(x)^n dx, with nothing to speak of beyond b = 12; the midpoint
+    rule is exact to rounding for so smooth a function that is flat at both ends.
+    """
+    from scipy.special import ndtr
+
+    width = 1e-3
+    x = width * (np.arange(24_000) + 0.5) - 12
+    return float(12 - width * (ndtr(x) ** count).sum())
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of a step by what they go to; they add up to the step."""
+
+    matmul: float
+    elementwise: float
+    copies: float
+    optimizer: float
+    launches: float
+    communication: float
+    stragglers: float
+    files: float
+
+    @property
+    def seconds(self) -> float:
+        return sum(dataclasses.astuple(self))
+
+
+def copies(mode: Mode, shards: int, gpus: int) -> tuple[float, float]:
+    """Bytes per parameter of casting and copying weights and gradients: forward, backward.
+
+    Autocast reads fp32 and writes bf16, and the other way round for gradients. FSDP2 casts a shard,
+    copies weights out of the gathered buffer and gradients, cast, into the one to be reduced.
+    """
+    if gpus == 1 or mode.sharded == "no":
+        return 6, 6
+    return 6 / shards + 4, 2 + mode.reduce_bytes
+
+
+def step(work: Work, machine: Machine, mode: Mode, gpus: int, batch: float) -> Step:
+    """A step of `gpus` with `batch` images on each, the images read as moments and JPEG."""
+    bandwidth = machine.memory * machine.reached
+    shards = mode.shards(machine, gpus)
+    passes = (work.frozen, work.forward, work.backward)
+    copied = [work.parameters * nbytes / bandwidth for nbytes in copies(mode, shards, gpus)]
+    matmul, elementwise = zip(*(each.seconds(batch, machine) for each in passes))
+    device = [sum(parts) for parts in zip(matmul, elementwise, (0.0, *copied))]
+    host = machine.launches * machine.launch / sum(each.launches for each in passes)
+    lasting = [max(time, host * each.launches) for time, each in zip(device, passes)]
+    optimizer = sum(OPTIMIZER_BYTES.values()) * work.parameters / shards / bandwidth
+    sent = communication(work, machine, mode, gpus)
+    communicated = (
+        exposed(lasting[1], sent.forward, sent.pieces)
+        + exposed(lasting[2], sent.backward, sent.pieces)
+        + sent.end
+    )
+    own = sum(lasting) + optimizer
+    stragglers = machine.noise * own * expected_maximum(gpus)
+    read = gpus * batch * work.image_bytes[usual(work)] / machine.file_rate(gpus)
+    return Step(
+        matmul=sum(matmul),
+        elementwise=sum(elementwise),
+        copies=sum(copied),
+        optimizer=optimizer,
+        launches=sum(lasting) - sum(device),
+        communication=communicated,
+        stragglers=stragglers,
+        files=max(0.0, read - own - communicated - stragglers),
+    )
+
+
+def usual(work: Work) -> str:
+    """How images are stored unless said otherwise: with JPEG where the step reads pixels."""
+    return next((name for name in work.image_bytes if "JPEG" in name), "moments")

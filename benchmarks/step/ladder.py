@@ -1,0 +1,288 @@
+"""The training step, one change at a time: `python -m benchmarks.step.ladder`.
+
+    a  the paper's recipe in plain PyTorch (benchmarks/step/baseline.py): fp16, eager, foreach AdamW
+    b  + bf16, loss of whole batches, fused AdamW, foreach average, nothing read by the host
+    c  + torch.compile of each block and of the encoder
+    d  + our kernels: the project's own step, with torch's optimizer
+    e  + optimizer in one pass over memory, which also writes the bf16 compute copy
+    g  + the step as one CUDA graph; on a GPU only. What a run on one GPU does
+    f  rung g with one matmul for the adaLN layers of all blocks
+    i  rung g with the residual stream in bf16
+    h  rung g with features from the dataset instead of the encoder
+    o  the released code's own model and loss, from `--official FOLDER`: what rung a stands for
+
+Rungs run one after another in one process, each with its own warm-up, on the same weights and the
+same batch; a rung whose loss differs from that of plain fp32 gets no figure (h has features of its
+own, its loss is not compared). Rows are appended as they come, so that several commands can share
+one report. On a CPU rung a computes in fp32, and bf16 may be slower than that.
+"""
+
+import argparse
+import gc
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness.environment import results_folder, stamp
+from benchmarks.step import report as step_report
+from benchmarks.step.baseline import Baseline
+from benchmarks.step.official import Official
+from benchmarks.step.step import (
+    Feed,
+    Ours,
+    Stepper,
+    append,
+    build,
+    figures,
+    first_step,
+    parser,
+    repeated,
+    settings,
+)
+from repa_fast import encoders, ops
+from repa_fast.backend import dispatch
+from repa_fast.configs import presets
+from repa_fast.data.features import FeatureColumn
+from repa_fast.data.loader import Batch
+from repa_fast.diffusion.draws import Draws
+from repa_fast.testing import randomise
+from repa_fast.train.state import TrainState
+from repa_fast.train.step import synthetic_batch
+
+LOSS_TOLERANCE = 0.01
+"""Relative. A mean of thousands of terms with the 2^-8 of bf16 each; a wrong time, sign, weight or
+missing term moves it by more."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A step of the ladder.
+
+    Attributes:
+        what: it changes.
+        base: the rung that it changes.
+        plain: the rival's recipe: "", "recipe" as released, "tuned"; "official" is the release.
+        compiled: torch.compile.
+        cached: features come with the batch.
+        cuda: there is no such rung on a CPU.
+        config: of the run.
+    """
+
+    what: str
+    base: str = ""
+    plain: str = ""
+    compiled: bool = True
+    cached: bool = False
+    cuda: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+STOCK = {"optimizer_impl": "torch", "compute_copy": "autocast", "cuda_graph": "off"}
+ONE_PASS = {"optimizer_impl": "cuda", "compute_copy": "optimizer", "cuda_graph": "off"}
+ON_CPU = {"optimizer_impl": "torch", "cuda_graph": "off"}
+"""What there is none of on a CPU is replaced there; on a GPU a rung has what it names, or fails."""
+MOST_IMAGES = 128
+"""Of one forward pass, unless --micro-batch says otherwise: 256 need more than 80 GB."""
+GRAPH = ONE_PASS | {"cuda_graph": "on"}
+RUNGS = {
+    "a": Rung("the paper's recipe", plain="recipe", compiled=False),
+    "b": Rung("+ bf16, one loss, fused AdamW, no host reads", "a", plain="tuned", compiled=False),
+    "c": Rung("+ torch.compile", "b", plain="tuned"),
+    "d": Rung("+ our kernels", "c", config=STOCK),
+    "e": Rung("+ one-pass optimizer, bf16 copy", "d", config=ONE_PASS),
+    "g": Rung("+ one CUDA graph", "e", config=GRAPH, cuda=True),
+    "f": Rung("(g) + one matmul for all adaLN layers", "g", config=GRAPH | {"joint_adaln": True}),
+    "i": Rung("(g) + bf16 residual stream", "g", config=GRAPH | {"residual_dtype": "bf16"}),
+    "h": Rung("(g) + cached features", "g", config=GRAPH, cached=True),
+    "o": Rung("the released code", "a", plain="official", compiled=False),
+}
+
+
+def precision(rung: Rung, device: str) -> str:
+    """Of a rung: the recipe's is fp16, on a CPU fp32."""
+    if rung.plain in ("recipe", "official"):
+        return "no" if device == "cpu" else "fp16"
+    return "bf16"
+
+
+def feature_columns(preset: str) -> list[FeatureColumn]:
+    """A column for each of the preset's encoders."""
+    config = presets.get(preset)
+    return [
+        FeatureColumn(
+            name=f"features{number}",
+            encoder=spec.name,
+            resolution=config.resolution,
+            tokens=spec.num_tokens(config.resolution),
+            width=spec.width,
+            storage="fp16",
+            precision="bf16",
+        )
+        for number, spec in enumerate(encoders.specs(config.enc_type))
+    ]
+
+
+def prepare(rung: Rung, arguments: argparse.Namespace, folder: Path) -> TrainState:
+    """What a rung begins with: the same weights for all, none of them zero."""
+    changes = {
+        "compile": rung.compiled and not arguments.eager,
+        "mixed_precision": precision(rung, arguments.device),
+        "attention": "sdpa" if rung.plain else "auto",
+        **rung.config,
+    }
+    if arguments.device == "cpu":
+        changes |= ON_CPU
+    elif not rung.plain:
+        changes["kernels"] = "triton"
+    if rung.cached:
+        columns = feature_columns(arguments.preset)
+        changes["features"] = ",".join(column.name for column in columns)
+        changes["columns"] = {column.name: column for column in columns}
+    torch.manual_seed(0)
+    state = build(arguments, folder, **changes)
+    randomise(state.model)
+    state.ema.load_state_dict(state.model.state_dict())
+    state.optimizer.write_copies()
+    return state
+
+
+def expected_loss(state: TrainState, size: int) -> float:
+    """The plain fp32 loss of a rung's weights on `size` images."""
+    batch, draws = probe(state, size)
+    plain = Baseline(state, tuned=False, compiled=False)
+    plain.precision = None
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        return plain.loss_of(batch, draws)
+
+
+def probe(state: TrainState, size: int) -> tuple[Batch, Draws]:
+    """A batch of `size` images and its draws, the same for every rung."""
+    torch.manual_seed(2)
+    return synthetic_batch(state, size)
+
+
+def measure(rung: Rung, arguments: argparse.Namespace) -> dict:
+    """The figures of a rung.
+
+    Raises:
+        RuntimeError: its loss is not that of plain fp32.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        state = prepare(rung, arguments, Path(folder))
+        size = state.local_batch if rung.plain else state.micro_batch
+        batch, draws = probe(state, size)
+        expected = None if rung.cached else expected_loss(state, size)
+        stepper = new_stepper(rung, state, arguments)
+        before = time.perf_counter()
+        loss = stepper.loss_of(batch, draws)
+        if expected and abs(loss / expected - 1) > LOSS_TOLERANCE:
+            raise RuntimeError(f"loss {loss:.4f} where plain fp32 has {expected:.4f}")
+        notes = [] if rung.plain else state.notes
+        feed = Feed(repeated(probe(state, state.local_batch)[0]))
+        del state, batch, draws
+        free()  # what the rival does not need of the state
+        first_step(stepper, feed)
+        start = {"first_step_seconds": time.perf_counter() - before}
+        found = figures(stepper, feed, arguments, Path(folder) / "trace.json")
+    return {**settings(stepper, arguments), **start, **found, "loss": loss, "notes": notes}
+
+
+def new_stepper(rung: Rung, state: TrainState, arguments: argparse.Namespace) -> Stepper:
+    """What takes a rung's steps."""
+    if rung.plain == "official":
+        return Official(state, arguments.official)
+    if rung.plain:
+        return Baseline(state, tuned=rung.plain == "tuned", compiled=state.config.compile)
+    return Ours(state)
+
+
+def free() -> None:
+    """Give back the memory of what is not referred to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def climb(arguments: argparse.Namespace, folder: Path) -> list[dict]:
+    """A row for each rung that was asked for, as it comes."""
+    end = time.monotonic() + arguments.limit
+    rows = []
+    for name in arguments.rung:
+        if time.monotonic() > end:
+            print(f"time limit: rung {name} left out", flush=True)
+            continue
+        rung, before = RUNGS[name], time.monotonic()
+        if rung.cuda and arguments.device == "cpu":
+            continue
+        if rung.plain == "official" and not arguments.official:
+            print(f"rung {name} left out: --official names no folder", flush=True)
+            continue
+        skipped = " (not compiled)" if rung.compiled and arguments.eager else ""
+        head = {"rung": name, "bases": bases(rung), "what": rung.what + skipped, **stamp()}
+        try:
+            row = {**head, "status": "ok", **measure(rung, arguments)}
+        except Exception as error:  # compilers raise anything; the next rung may run
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            row = {**head, "preset": arguments.preset, "batch": arguments.batch}
+            row |= {"status": "failed", "message": why}
+        row["seconds"] = time.monotonic() - before
+        append(folder, row)
+        print(line(row), flush=True)
+        rows.append(row)
+        torch.compiler.reset()
+        free()
+    dispatch.use_kernels(None)
+    ops.set_attention_backend("sdpa")
+    return rows
+
+
+def bases(rung: Rung) -> list[str]:
+    """The rung that a rung changes, the one that that changes, and so on."""
+    found = []
+    while rung.base:
+        found.append(rung.base)
+        rung = RUNGS[rung.base]
+    return found
+
+
+def line(row: dict) -> str:
+    """A row as it passes."""
+    head = f"({row['rung']}) {row['what']}"
+    if row["status"] != "ok":
+        return f"{head}: no figure, {row['message']}"
+    rate = f"{row['images_per_second']:,.1f} images/s"
+    return f"{head}: {row['ms_p50']:.2f} ms, {rate}, after {row['seconds']:.0f} s"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure the rungs; 1 if one has no figure."""
+    flags = parser(__doc__.splitlines()[0], "sit-xl2-repa")
+    flags.add_argument("--rung", nargs="+", choices=RUNGS, default=list(RUNGS))
+    flags.add_argument("--eager", action="store_true", help="compile nothing, for a quick look")
+    text = "images of a forward pass of ours; 128 at most by default"
+    flags.add_argument("--micro-batch", type=int, default=0, help=text)
+    released = os.environ.get("REPA_OFFICIAL")
+    text = "folder of the released code, for rung o; else that of REPA_OFFICIAL"
+    flags.add_argument("--official", type=Path, default=released and Path(released), help=text)
+    flags.add_argument("--limit", type=float, default=1e9, help="seconds; begins nothing later")
+    flags.set_defaults(data="")
+    arguments = flags.parse_args(argv)
+    arguments.micro_batch = arguments.micro_batch or min(arguments.batch, MOST_IMAGES)
+    folder = arguments.out or results_folder("ladder", arguments.device)
+    rows = climb(arguments, folder)
+    if not rows:
+        return 0
+    print(step_report.markdown(step_report.read(folder / "rows.jsonl")))
+    print(folder)
+    return int(any(row["status"] != "ok" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

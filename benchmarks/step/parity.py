@@ -1,0 +1,228 @@
+"""What speed costs in exactness: `python -m benchmarks.step.parity --preset sit-s2-repa`.
+
+A rung of the ladder, and plain eager bf16, against plain eager fp32, on the same weights (adaLN and
+final layer ~ N(0, 0.02), where most gradients would be zero), batches and draws:
+
+- the gradient of every parameter, by its cosine and its norm;
+- the losses of some hundred steps.
+
+Rows, a report and a picture go to a folder; the exit status is 1 where a rung does not hold what
+GRADIENT_COSINE, NORM_RATIO and LOSS_RATIO ask for.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness.environment import results_folder, stamp
+from benchmarks.step import ladder
+from benchmarks.step.ladder import RUNGS, Rung
+from benchmarks.step.step import parser
+from repa_fast import ops
+from repa_fast.backend import dispatch
+from repa_fast.data.loader import Batch
+from repa_fast.train.graph import stepper
+from repa_fast.train.state import TrainState
+from repa_fast.train.step import accumulate, draw_local, synthetic_batch
+
+GRADIENT_COSINE = 0.999
+NORM_RATIO = 0.01
+LOSS_RATIO = 2.0
+"""Of a rung: the least cosine of a gradient with fp32's, how far the ratio of their norms may be
+from 1, and how many times plain bf16's distance of losses from fp32's its own may be."""
+
+PLAIN = {"kernels": "reference", "attention": "sdpa", "optimizer_impl": "torch"}
+EXACT = Rung("plain fp32", compiled=False, config=PLAIN | {"mixed_precision": "no"})
+USUAL = Rung("plain bf16", compiled=False, config=PLAIN | {"mixed_precision": "bf16"})
+OURS = [name for name, rung in RUNGS.items() if not rung.plain and not rung.cached]
+BATCHES = 8
+"""Batches that the steps take in turn: few enough for the loss to fall."""
+
+
+def prepare(rung: Rung, arguments: argparse.Namespace, folder: Path) -> TrainState:
+    """A rung's state, without what the one before left."""
+    torch.compiler.reset()
+    gc.collect()
+    return ladder.prepare(rung, arguments, folder)
+
+
+def batches(state: TrainState) -> list[Batch]:
+    """The same for every rung."""
+    torch.manual_seed(3)
+    return [synthetic_batch(state, state.local_batch)[0] for _ in range(BATCHES)]
+
+
+def gradients(state: TrainState, batch: Batch) -> dict[str, torch.Tensor]:
+    """Of every parameter at the first step, on the host in fp64."""
+    accumulate(state, batch, draw_local(state))
+    found = {
+        name: parameter.grad.double().cpu()
+        for name, parameter in state.model.named_parameters()
+        if parameter.grad is not None
+    }
+    state.optimizer.zero_grad(set_to_none=True)
+    return found
+
+
+def losses(state: TrainState, given: list[Batch], steps: int) -> list[float]:
+    """The loss of each step; read after the last one, so that the host is ahead as in a run."""
+    take_step, sums = stepper(state), [state.metrics.sums.clone()]
+    for step in range(steps):
+        take_step(given[step % len(given)])
+        sums.append(state.metrics.sums.clone())
+    if skipped := state.metrics.read(state.world)["skipped"]:
+        raise RuntimeError(f"{skipped} steps were skipped; no figure")
+    return torch.stack(sums)[:, 0].diff().tolist()
+
+
+def compare(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> dict:
+    """The least cosine of a gradient with the exact one, and the norm that is furthest off."""
+    if found.keys() != exact.keys():
+        raise RuntimeError(f"gradients of {found.keys() ^ exact.keys()} in one of two runs only")
+    spoilt = [name for name, gradient in found.items() if not gradient.isfinite().all()]
+    if spoilt:
+        raise RuntimeError(f"gradients that are not finite: {', '.join(spoilt)}")
+    cosines, ratios = {}, {}
+    for name, expected in exact.items():
+        gradient = found[name]
+        product = gradient.norm() * expected.norm()
+        cosines[name] = ((gradient * expected).sum() / product).item()
+        ratios[name] = (gradient.norm() / expected.norm()).item()
+    least = min(cosines, key=cosines.get)
+    furthest = max(ratios, key=lambda name: abs(ratios[name] - 1))
+    return {
+        "gradients": len(exact),
+        "least_cosine": cosines[least],
+        "least_cosine_of": least,
+        "norm_ratio": ratios[furthest],
+        "norm_ratio_of": furthest,
+    }
+
+
+def distance(found: list[float], exact: list[float]) -> float | None:
+    """Mean difference of the losses over the mean size of the exact ones."""
+    if not exact:
+        return None
+    size = sum(map(abs, exact))
+    return sum(abs(one - other) for one, other in zip(found, exact)) / size
+
+
+def measure(rung: Rung, arguments: argparse.Namespace) -> tuple[dict, list[float], list[str]]:
+    """Gradients and losses of a rung, and notes about how it computes."""
+    with tempfile.TemporaryDirectory() as folder:
+        state = prepare(rung, arguments, Path(folder))
+        given = batches(state)
+        first = gradients(state, given[0])
+        return first, losses(state, given, arguments.train), state.notes
+
+
+def parity(arguments: argparse.Namespace) -> Iterator[dict]:
+    """A row for plain bf16 and one for each rung that was asked for, as they come."""
+    exact, exact_losses, _ = measure(EXACT, arguments)
+    for name, rung in [("bf16", USUAL), *((name, RUNGS[name]) for name in arguments.rung)]:
+        if rung.cuda and arguments.device == "cpu":
+            continue
+        found, found_losses, notes = measure(rung, arguments)
+        row = {"rung": name, "what": rung.what, "preset": arguments.preset}
+        row |= {"batch": arguments.batch, "steps": arguments.train, **compare(found, exact)}
+        row |= {"loss_distance": distance(found_losses, exact_losses), "notes": notes}
+        row |= {"losses": found_losses, "exact_losses": exact_losses, **stamp()}
+        print(line(row), flush=True)
+        yield row
+    dispatch.use_kernels(None)
+    ops.set_attention_backend("sdpa")
+
+
+def line(row: dict) -> str:
+    """A row as it passes."""
+    text = f"({row['rung']}) {row['what']}: least cosine {row['least_cosine']:.6f}"
+    text += f", norm ratio {row['norm_ratio']:.4f}"
+    if row["loss_distance"] is not None:
+        text += f", losses {row['loss_distance']:.2e} from fp32"
+    return text
+
+
+def misses(row: dict, usual: dict) -> list[str]:
+    """What a rung does not hold, beside the row of plain bf16."""
+    missed = []
+    if not row["least_cosine"] >= GRADIENT_COSINE:
+        missed.append(f"cosine of {row['least_cosine_of']} below {GRADIENT_COSINE}")
+    if not abs(row["norm_ratio"] - 1) <= NORM_RATIO:
+        missed.append(f"norm of {row['norm_ratio_of']} off by more than {NORM_RATIO:.0%}")
+    if row["steps"] and not row["loss_distance"] <= LOSS_RATIO * usual["loss_distance"]:
+        missed.append(f"losses more than {LOSS_RATIO:g} times as far from fp32 as plain bf16's")
+    return missed
+
+
+def markdown(rows: list[dict]) -> str:
+    """The report of the rows of one command."""
+    first, names = rows[0], ("date", "commit", "command", "python", "torch", "device", "cores")
+    lines = [f"# Parity: {first['preset']}, batch {first['batch']}", ""]
+    lines += [*(f"- {name}: {first[name]}" for name in names), ""]
+    lines += [
+        f"Against plain eager fp32: {first['gradients']} gradients of the first step, and the "
+        f"losses of {first['steps']} steps (mean difference over mean size).",
+        "",
+        "| rung | least cosine | of | norm ratio furthest from 1 | of | losses | holds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        loss = "" if row["loss_distance"] is None else f"{row['loss_distance']:.2e}"
+        lines.append(
+            f"| ({row['rung']}) {row['what']} | {row['least_cosine']:.6f} | "
+            f"{row['least_cosine_of']} | {row['norm_ratio']:.4f} | {row['norm_ratio_of']} | "
+            f"{loss} | {'; '.join(misses(row, first)) or 'yes'} |"
+        )
+    lines += [f"- ({row['rung']}): {'; '.join(row['notes'])}" for row in rows if row["notes"]]
+    return "\n".join([*lines, "", *(["![losses](losses.png)", ""] if first["steps"] else [])])
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """The loss of fp32, and how far the others are from it, by step."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    whole, apart = figure.subplots(1, 2)
+    exact = rows[0]["exact_losses"]
+    whole.plot(exact, color="#333333", linewidth=1)
+    whole.set(title="loss in plain fp32", xlabel="step")
+    for row in rows:
+        differences = [abs(a - b) for a, b in zip(row["losses"], exact)]
+        apart.plot(differences, linewidth=0.8, label=f"({row['rung']}) {row['what']}")
+    apart.set(title="difference from it", xlabel="step", yscale="log")
+    apart.legend(frameon=False, fontsize=8)
+    for axis in (whole, apart):
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compare; 1 if a rung does not hold what is asked of it."""
+    flags = parser(__doc__.splitlines()[0], "sit-s2-repa")
+    flags.add_argument("--rung", nargs="+", choices=OURS, default=["e"], help="of the ladder")
+    flags.add_argument("--train", type=int, default=300, help="steps whose losses are compared")
+    flags.add_argument("--eager", action="store_true", help="compile nothing")
+    flags.set_defaults(micro_batch=0)
+    arguments = flags.parse_args(argv)
+    folder = arguments.out or results_folder("parity", arguments.device)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for row in parity(arguments):
+        rows.append(row)
+        with open(folder / "rows.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        if arguments.train:
+            draw(rows, folder / "losses.png")
+        (folder / "report.md").write_text(markdown(rows))
+    print((folder / "report.md").read_text())
+    return int(any(misses(row, rows[0]) for row in rows[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Native checkpoints to the files other programs read."""
+
+import argparse
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from repa_fast.checkpoint.layout import read_native
+from repa_fast.configs.config import TrainConfig, from_saved
+from repa_fast.configs.model import model_arguments, model_class
+from repa_fast.contracts import expect_choice
+from repa_fast.data.dataset import Metadata
+from repa_fast.diffusion.sra import IMAGENET_IMAGES
+from repa_fast.train.checkpoint import CONFIG, COUNTERS, DATASET
+
+FORMATS = ("official", "sra", "safetensors")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def export(source: Path, to: str, out: Path) -> None:
+    """Write a complete native checkpoint as another file, without a GPU or the encoders.
+
+    Args:
+        source: directory of the checkpoint.
+        to: "official" for REPA's {model, ema, opt, args, steps}; "sra" for the same with the epoch,
+            as SRA's code has it; "safetensors" for the averaged weights alone, with the model's
+            arguments and the dataset's metadata in a .json beside.
+        out: file to write; it appears whole or not at all.
+
+    Raises:
+        ValueError: unknown format, an incomplete checkpoint, one that SRA's code has no model for,
+            or a file that exists.
+    """
+    expect_choice("format", to, FORMATS)
+    if out.exists():
+        raise ValueError(f"{out} exists already; remove it first")
+    partial = out.with_name(f".{out.name}.partial")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if to == "official":
+        torch.save(official_contents(source), partial)
+    elif to == "sra":
+        torch.save(sra_contents(source), partial)
+    else:
+        from safetensors.torch import save_file
+
+        config, metadata = stored_config(source)
+        save_file(read_native(source, "ema."), partial)
+        described = {"model": model_arguments(config, metadata), "dataset": asdict(metadata)}
+        out.with_suffix(".json").write_text(json.dumps(described, indent=2) + "\n")
+    partial.replace(out)
+
+
+def official_contents(source: Path) -> dict:
+    """What the official trainer would have saved: fp32 tensors on the CPU, official names.
+
+    The optimizer state is torch AdamW's, by position in the official parameter order; the frozen
+    pos_embed is number 0 and has none.
+    """
+    config, metadata = stored_config(source)
+    with torch.device("meta"):
+        model = model_class(config.objective)(**model_arguments(config, metadata))
+    order = [name for name, _ in model.named_parameters()]
+    moments = read_native(source, "optimizer.state.")
+    weights, average = (
+        {name: tensors[name] for name in model.state_dict()}
+        for tensors in (read_native(source, "model."), read_native(source, "ema."))
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.adam_weight_decay,
+    ).state_dict()
+    optimizer["state"] = {
+        index: {key: moments[f"{name}.{key}"] for key in MOMENTS}
+        for index, name in enumerate(order)
+        if f"{name}.step" in moments
+    }
+    return {
+        "model": weights,
+        "ema": average,
+        "opt": optimizer,
+        "args": argparse.Namespace(**config.to_dict()),
+        "steps": json.loads((source / COUNTERS).read_text())["step"],
+    }
+
+
+def sra_contents(source: Path) -> dict:
+    """What SRA's trainer would have saved: the official contents and the running epoch, from 0.
+
+    It is the epoch by which SRA's weight decays, of ImageNet's images, as in `align_weight`.
+
+    Raises:
+        ValueError: the checkpoint is not of a run with --align sra.
+    """
+    config, _ = stored_config(source)
+    if config.align != "sra":
+        raise ValueError(
+            f"{source} is of a run with --align {config.align}, expected sra: SRA's code has no "
+            "place for projectors"
+        )
+    contents = official_contents(source)
+    epoch = contents["steps"] * config.images_per_step // IMAGENET_IMAGES
+    return contents | {"epoch": epoch}
+
+
+def format_of(out: Path) -> str:
+    """The format that a file's name stands for: step-N.pt and epoch-N.pt are SRA's."""
+    if out.suffix == ".safetensors":
+        return "safetensors"
+    return "sra" if re.fullmatch(r"(step|epoch)-\d+\.pt", out.name) else "official"
+
+
+def file_beside(source: Path, to: str) -> Path:
+    """Beside a checkpoint, what the format's own trainer calls its file."""
+    if to == "sra":
+        return source.with_name(f"step-{json.loads((source / COUNTERS).read_text())['step']}.pt")
+    return source.with_name(source.name + (".pt" if to == "official" else ".safetensors"))
+
+
+def stored_config(source: Path) -> tuple[TrainConfig, Metadata]:
+    """Config and dataset metadata of a checkpoint."""
+    config = from_saved(json.loads((source / CONFIG).read_text()))
+    return config, Metadata.from_dict(json.loads((source / DATASET).read_text()))

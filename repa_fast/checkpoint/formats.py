@@ -1,0 +1,281 @@
+"""Weight files people have: what they hold, whose they are, and how they become ours.
+
+Read: native checkpoint directories, the official {model, ema, opt, args, steps} files, bare state
+dicts, safetensors; REPA's, with `decoder_blocks` names too, and the original SiT's and DiT's. No
+code in a file is run: torch.load is called with weights_only.
+"""
+
+import argparse
+import math
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from repa_fast.checkpoint.layout import read_native
+from repa_fast.contracts import expect_choice
+from repa_fast.distributed import shard_like
+from repa_fast.models.embed import T_FREQUENCIES
+from repa_fast.models.sit import PATCH_SIZES, SIZES
+
+State = dict[str, torch.Tensor]
+
+ORIGINS = ("repa", "sit", "dit")
+SIGN_REVERSED = {"v": -1, "score": 1, "noise": 1}
+"""What a prediction is multiplied by where time runs the other way."""
+LABELS = "y_embedder.embedding_table.weight"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The model a state dict belongs to, as far as its tensors tell; they do not tell the heads."""
+
+    hidden_size: int
+    depth: int
+    patch_size: int
+    in_channels: int
+    out_channels: int
+    grid: int
+    num_classes: int
+    z_dims: tuple[int, ...]
+    qk_norm: bool
+
+    def __str__(self) -> str:
+        known = {(s["depth"], s["hidden_size"]): name for name, s in SIZES.items()}
+        name = known.get((self.depth, self.hidden_size))
+        head = f"SiT-{name}/{self.patch_size}" if name and self.patch_size in PATCH_SIZES else "SiT"
+        side = self.grid * self.patch_size
+        parts = [
+            f"depth {self.depth}, width {self.hidden_size}, patch {self.patch_size}",
+            f"{side}x{side}x{self.in_channels} latents",
+            f"{self.num_classes} classes",
+            f"projectors to {', '.join(map(str, self.z_dims))}" if self.z_dims else "no projector",
+        ]
+        if self.qk_norm:
+            parts.append("qk-norm")
+        if self.out_channels != self.in_channels:
+            parts.append(f"{self.out_channels} output channels (an original SiT or DiT)")
+        return f"{head} ({'; '.join(parts)})"
+
+
+def shape_of(state: State) -> Shape:
+    """What model a state dict in our names belongs to.
+
+    Raises:
+        ValueError: tensors every SiT and DiT has are missing; they are named.
+    """
+    needed = (
+        "pos_embed",
+        "x_embedder.proj.weight",
+        LABELS,
+        "final_layer.linear.weight",
+    )
+    missing = [name for name in needed if name not in state]
+    if missing:
+        raise ValueError(f"not the weights of a SiT or DiT: {', '.join(missing)} missing")
+    width, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    blocks = {int(m[1]) for name in state if (m := re.match(r"blocks\.(\d+)\.", name))}
+    heads = sorted(name for name in state if re.fullmatch(r"projectors\.\d+\.4\.weight", name))
+    return Shape(
+        hidden_size=width,
+        depth=len(blocks),
+        patch_size=patch,
+        in_channels=channels,
+        out_channels=len(state["final_layer.linear.weight"]) // patch**2,
+        grid=round(state["pos_embed"].shape[1] ** 0.5),
+        num_classes=len(state[LABELS]) - 1,
+        z_dims=tuple(len(state[name]) for name in heads),
+        qk_norm="blocks.0.attn.q_norm.weight" in state,
+    )
+
+
+def read_file(path: Path) -> dict:
+    """The contents of a .safetensors or torch file, tensors on the CPU.
+
+    Raises:
+        ValueError: the file cannot be read as either.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            # mapped, so that the optimizer beside the weights is never read
+            mapped = zipfile.is_zipfile(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # torch raises a different kind for each way a file can be broken
+        raise ValueError(f"{path} is not a readable torch checkpoint ({error})") from error
+
+
+def read_weights(path: Path, origin: str = "repa", **kept: bool | str) -> State:
+    """The weights for sampling in a file or native checkpoint: the average where there is one.
+
+    Args:
+        path: .pt, .safetensors, or the directory of a native checkpoint.
+        origin, kept: as for `normalise`, which says what is returned.
+
+    Raises:
+        ValueError: unreadable, or as for `normalise`.
+    """
+    if path.is_dir():
+        return normalise(read_native(path, "ema."), origin, **kept)
+    contents = read_file(path)
+    for key in ("ema", "model"):
+        if isinstance(contents.get(key), dict):
+            return normalise(contents[key], origin, **kept)
+    return normalise(contents, origin, **kept)
+
+
+def normalise(
+    state: State,
+    origin: str = "repa",
+    *,
+    with_head: bool = False,
+    learn_sigma: bool = False,
+    prediction: str = "v",
+) -> State:
+    """A state dict as it lies in a file -> our names, shapes and convention of time.
+
+    Args:
+        state: of a file or a part of it.
+        origin: "repa" for REPA's and ours; "sit" for the original SiT, whose time and sign run the
+            other way and are turned; "dit" for the original DiT, whose trunk alone means the same.
+        with_head: keep SRA's head, which only training needs.
+        learn_sigma: keep the second half of the output channels, DiT's variances.
+        prediction: of the model; a velocity changes its sign with the direction of time.
+
+    Raises:
+        ValueError: not a SiT or DiT, or of another origin than said.
+    """
+    expect_choice("origin", origin, ORIGINS)
+    expect_choice("prediction", prediction, tuple(SIGN_REVERSED))
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    state = {
+        name: tensor
+        for name, tensor in _rename_legacy(state).items()
+        if with_head or not name.startswith("ap_head.")
+    }
+    shape = shape_of(state)
+    doubled = shape.out_channels == 2 * shape.in_channels
+    if doubled and learn_sigma:
+        return state
+    if doubled and origin == "repa":
+        raise ValueError(
+            f"the final layer has {shape.out_channels} channels, expected {shape.in_channels}: "
+            "these are the weights of the original SiT or DiT; say which (origin sit or dit)"
+        )
+    if doubled:
+        state = _drop_sigma(state, shape)
+    return _reverse_time(state, prediction) if origin == "sit" else state
+
+
+def _rename_legacy(state: State) -> State:
+    """decoder_blocks.i -> blocks.(i + encoder depth): REPA's first names for the later blocks."""
+    first = {int(m[1]) for name in state if (m := re.match(r"blocks\.(\d+)\.", name))}
+
+    def rename(name: str) -> str:
+        legacy = re.match(r"decoder_blocks\.(\d+)\.(.*)", name)
+        return f"blocks.{int(legacy[1]) + len(first)}.{legacy[2]}" if legacy else name
+
+    return {rename(name): tensor for name, tensor in state.items()}
+
+
+def _drop_sigma(state: State, shape: Shape) -> State:
+    """Keep the first half of the output channels of every patch: the velocity or the noise."""
+    state = dict(state)
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        rows = state[name].unflatten(0, (shape.patch_size**2, shape.out_channels))
+        state[name] = rows[:, : shape.in_channels].flatten(0, 1).clone()
+    return state
+
+
+def _reverse_time(state: State, prediction: str) -> State:
+    """v(x, t) = -v_SiT(x, 1 - t), folded into the weights; scores and noise keep their sign.
+
+    The features of 1 - t are a fixed linear map of those of t, since cos((1-t)w) and sin((1-t)w)
+    are combinations of cos(tw) and sin(tw); the map goes into the first linear layer, in fp64.
+    """
+    state = dict(state)
+    half = T_FREQUENCIES // 2
+    exponents = torch.arange(half, dtype=torch.float64) / half
+    frequency = torch.exp(-math.log(10000.0) * exponents)
+    cos, sin = frequency.cos(), frequency.sin()
+    name = "t_embedder.mlp.0.weight"
+    of_cos, of_sin = state[name].double().split(half, dim=1)
+    turned = torch.cat([of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos], dim=1)
+    state[name] = turned.to(state[name].dtype)
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        state[name] = SIGN_REVERSED[prediction] * state[name]
+    return state
+
+
+def load_exactly(model: torch.nn.Module, state: State, source: str) -> None:
+    """Load every tensor into a model of exactly that shape.
+
+    Raises:
+        ValueError: names or shapes differ; lists them, and the model `source` seems to hold.
+    """
+    own = model.state_dict()
+    problems = differences(own, state)
+    if problems:
+        raise ValueError(
+            f"{source} does not fit the model. It seems to hold a {shape_of(state)}; "
+            f"the model is a {shape_of(own)}.\n" + "\n".join(problems)
+        )
+    model.load_state_dict({name: shard_like(state[name], tensor) for name, tensor in own.items()})
+
+
+def initialise_from(model: torch.nn.Module, state: State, source: str) -> list[str]:
+    """Start a new run from weights of another one.
+
+    The position table is the model's own at another resolution; the label table and projectors
+    keep their initial values where the classes or encoders differ. Everything else must fit.
+
+    Returns:
+        What was not taken over, as sentences.
+
+    Raises:
+        ValueError: as for `load_exactly`.
+    """
+    own = model.state_dict()
+    ours, theirs = shape_of(own), shape_of(state)
+    merged, notes = dict(state), []
+    if theirs.grid != ours.grid:
+        merged["pos_embed"] = own["pos_embed"]
+        notes.append(f"position table recomputed for {ours.grid}x{ours.grid} patches, "
+                     f"the file has {theirs.grid}x{theirs.grid}")  # fmt: skip
+    if theirs.num_classes != ours.num_classes:
+        merged[LABELS] = own[LABELS]
+        notes.append(f"label table starts anew with {ours.num_classes} classes, "
+                     f"the file has {theirs.num_classes}")  # fmt: skip
+    anew = {
+        "projectors.": f"projectors start anew (to {ours.z_dims or 'none'}), "
+        f"the file's (to {theirs.z_dims or 'none'}) are dropped",
+        "ap_head.": "the head of self-alignment starts anew, or is dropped",
+    }
+    for prefix, note in anew.items():
+        heads = {name: t for name, t in own.items() if name.startswith(prefix)}
+        if differences(heads, {n: t for n, t in state.items() if n.startswith(prefix)}):
+            merged = {n: t for n, t in merged.items() if not n.startswith(prefix)} | heads
+            notes.append(note)
+    load_exactly(model, merged, source)
+    return notes
+
+
+def differences(expected: State, got: State) -> list[str]:
+    """A line for each name that is missing, unexpected, or of another shape."""
+    lines = [f"  missing: {name}" for name in expected if name not in got]
+    lines += [f"  unexpected: {name}" for name in got if name not in expected]
+    lines += [
+        f"  {name}: {tuple(got[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in got and got[name].shape != tensor.shape
+    ]
+    return lines

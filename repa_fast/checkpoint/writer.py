@@ -1,0 +1,240 @@
+"""The files of a checkpoint: in which order they are written, checked, kept and removed.
+
+Every process writes, syncs and checksums its own files; when all have, the first one writes the
+index, the settings and, last, the marker, with the checksum of every other file. A directory
+without a marker is what a crash left behind: it is never loaded, and removed at the next start.
+"""
+
+import fcntl
+import json
+import logging
+import math
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from repa_fast.checkpoint.layout import MARKER, path_of, steps
+from repa_fast.checkpoint.reader import INDEX
+
+Result = TypeVar("Result")
+
+log = logging.getLogger(__name__)
+
+HEADER_BYTES = 2048
+"""What torch.save adds to a tensor's values, at the most."""
+
+
+class Writer(dcp.FileSystemWriter):
+    """torch's writer, with checksums, settings, the marker, and a look at the free space first.
+
+    An error on any process is raised on all of them, by torch's own protocol.
+
+    Args:
+        target: directory of the checkpoint; what a crash or damage left in it is removed.
+        settings: further files by name, and their text.
+        keep_last, keep_every: as for `prune`, once the checkpoint is complete.
+    """
+
+    def __init__(
+        self, target: Path, settings: dict[str, str], keep_last: int, keep_every: int
+    ) -> None:
+        super().__init__(target, sync_files=False)  # `seal` does, and everything
+        self._settings = settings
+        self._keep = (keep_last, keep_every)
+        self._folder: int | None = None
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """On the first process, when all have made the directory and none has written."""
+        self._folder = _locked(self.path)
+        (self.path / MARKER).unlink(missing_ok=True)  # first, as in `prune`
+        for leftover in self.path.iterdir():
+            leftover.unlink()
+        expect_space(self.path, sum(_bytes(plan) for plan in plans))
+        return super().prepare_global_plan(plans)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future:
+        """As torch's; its results go with the checksums of this process's files."""
+        results = super().write_data(plan, planner).value()
+        names = sorted({result.storage_data.relative_path for result in results})
+        future: Future = Future()
+        future.set_result((results, seal([self.path / name for name in names])))
+        return future
+
+    def finish(
+        self, metadata: Metadata, results: list[tuple[list[WriteResult], dict[str, int]]]
+    ) -> None:
+        """On the first process, when all have written."""
+        super().finish(metadata, [written for written, _ in results])
+        for name, text in self._settings.items():
+            (self.path / name).write_text(text)
+        sums = seal([self.path / name for name in (INDEX, *self._settings)])
+        for _, own in results:
+            sums |= own
+        write_marker(self.path, sums)
+        try:
+            prune(self.path.parent, int(self.path.name), *self._keep)
+        except OSError as error:
+            log.warning("old checkpoints in %s were not removed: %s", self.path.parent, error)
+
+    def close(self) -> None:
+        """Let go of the directory; where there is no checkpoint now, nothing stays of it."""
+        if self._folder is not None:
+            os.close(self._folder)
+            self._folder = None
+            if not (self.path / MARKER).exists():
+                shutil.rmtree(self.path, ignore_errors=True)
+
+
+def expect_space(folder: Path, needed: int) -> None:
+    """Raise OSError, with both sizes, unless `folder` has `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"{folder} needs {needed / 2**30:.3g} GiB, and the disk has {free / 2**30:.3g} GiB free"
+        )
+
+
+def seal(files: list[Path]) -> dict[str, int]:
+    """Put files on the disk, which syncs several for the price of one; their checksums by name."""
+    _of_each(_sync, files)
+    return _of_each(_checksum, files)
+
+
+def write_marker(target: Path, sums: dict[str, int]) -> None:
+    """Create the marker, at once and so that it survives a power cut only if all else does."""
+    _sync(target)
+    partial = target / f"{MARKER}.partial"
+    partial.write_text(json.dumps(sums, indent=2))
+    _sync(partial)
+    partial.replace(target / MARKER)
+    for folder in (target, *target.parents[:2]):  # the run's own may be new, too
+        _sync(folder)
+
+
+def prune(folder: Path, newest: int, keep_last: int, keep_every: int) -> None:
+    """Remove complete checkpoints but the last K and those of every N steps; 0 for K keeps all.
+
+    Those after step `newest` do not count: a damaged one was passed over and is written again.
+    """
+    found = [step for step in steps(folder) if step <= newest]
+    for step in found[:-keep_last] if keep_last else []:
+        if not (keep_every and step % keep_every == 0):
+            remove(path_of(folder, step))
+
+
+def remove(checkpoint: Path) -> None:
+    """The marker goes first, so that a crash half-way leaves no checkpoint that looks whole."""
+    (checkpoint / MARKER).unlink()
+    shutil.rmtree(checkpoint)
+
+
+def clean(folder: Path) -> list[Path]:
+    """Remove directories of steps that have no marker and that no process is writing; says which.
+
+    Whoever writes one holds a lock on it, which ends with the process. Where a file system has no
+    locks for directories nothing is removed, until its step is saved again.
+    """
+    halves = [
+        path
+        for path in sorted(folder.glob("*"))
+        if path.name.isdecimal()
+        and path == path_of(folder, int(path.name))
+        and path.is_dir()
+        and not path.is_symlink()
+        and not (path / MARKER).exists()
+        and not _being_written(path)
+    ]
+    for path in halves:
+        shutil.rmtree(path)
+    return halves
+
+
+def checksums(path: Path) -> dict[str, int]:
+    """CRC-32 of every file of a checkpoint but the marker; zlib lets threads run side by side."""
+    return _of_each(_checksum, sorted(file for file in path.iterdir() if file.name != MARKER))
+
+
+def damage(path: Path) -> str:
+    """What differs from the checksums in the marker, "" if nothing does."""
+    try:
+        expected = json.loads((path / MARKER).read_text())
+        found = checksums(path)
+        missing = sorted(expected.keys() - found.keys())
+    except (OSError, ValueError, AttributeError) as error:
+        return f"it cannot be read ({error})"
+    if missing:
+        return f"missing {', '.join(missing)}"
+    changed = sorted(name for name, value in expected.items() if found[name] != value)
+    return f"wrong checksum of {', '.join(changed)}" if changed else ""
+
+
+def _bytes(plan: SavePlan) -> int:
+    """What a process's tensors, or its shards of them, take on disk, at the most."""
+    return sum(
+        math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
+        + HEADER_BYTES
+        for item in plan.items
+    )
+
+
+def _locked(path: Path) -> int:
+    """A descriptor that holds the lock on a directory, where its file system has locks.
+
+    Raises:
+        OSError: another process holds it.
+    """
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(folder)
+        raise OSError(f"{path} is being written by another process") from error
+    except OSError:
+        pass
+    return folder
+
+
+def _being_written(path: Path) -> bool:
+    """Whether a process writes it, or might: no locks here, or it is gone meanwhile."""
+    try:
+        folder = os.open(path, os.O_RDONLY)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(folder)
+    return False
+
+
+def _of_each(work: Callable[[Path], Result], files: list[Path]) -> dict[str, Result]:
+    with ThreadPoolExecutor() as pool:
+        return dict(zip((file.name for file in files), pool.map(work, files), strict=True))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checksum(file: Path) -> int:
+    value = 0
+    with open(file, "rb") as stream:
+        while chunk := stream.read(1 << 24):
+            value = zlib.crc32(chunk, value)
+    return value

@@ -1,0 +1,252 @@
+"""CKNNA against loops over pairs and cases worked by hand; CKA against double centring."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from repa_fast.analysis.cknna import alignment, cka, cknna, neighbourhood
+from repa_fast.testing import seeded
+
+CLOSE = 1e-12
+"""fp64 sums of some 1e4 products, none of which cancels to less than 1e-3 of its terms."""
+DEFINITIONS = ("paper", "platonic")
+
+
+def related(rows, seed=0, widths=(6, 9)):
+    """Two sets of features that share a part, (rows, 6) and (rows, 9), fp64."""
+    shared = seeded((rows, 4), seed=seed, dtype=torch.float64, mean=0.2)
+    return [
+        shared @ seeded((4, width), seed=seed + 1 + n, dtype=torch.float64)
+        + seeded((rows, width), seed=seed + 11 + n, dtype=torch.float64)
+        for n, width in enumerate(widths)
+    ]
+
+
+def rotation(width, seed=5):
+    matrix = np.random.default_rng(seed).standard_normal((width, width))
+    return torch.from_numpy(np.linalg.qr(matrix)[0])
+
+
+def unit(features):
+    return features / features.square().sum(1, keepdim=True).sqrt()
+
+
+def neighbours_by_loop(kernel, k):
+    """The set of neighbours of each row; a stable sort keeps the earlier of equal ones first."""
+    rows = range(len(kernel))
+    return [set(sorted((j for j in rows if j != i), key=lambda j: -kernel[i, j])[:k]) for i in rows]
+
+
+def align_by_loop(K, L, k, definition):
+    """Align(K, L) from the formulas, pair by pair."""
+    n = len(K)
+    of_k, of_l = neighbours_by_loop(K, k), neighbours_by_loop(L, k)
+    mask = np.array([[float(j in of_k[i] and j in of_l[i]) for j in range(n)] for i in range(n)])
+    total = 0.0
+    if definition == "paper":
+        for i in range(n):
+            for j in range(n):
+                total += mask[i, j] * (K[i, j] - sum(K[i]) / n) * (L[i, j] - sum(L[i]) / n)
+        return total
+    K, L, one = mask * K, mask * L, np.ones(n)
+    sums = (one @ K @ one) * (one @ L @ one) / ((n - 1) * (n - 2))
+    return (np.trace(K @ L) + sums - 2 / (n - 2) * (one @ K @ L @ one)) / (n * (n - 3))
+
+
+def cknna_by_loop(a, b, k, definition):
+    K, L = (a @ a.T).numpy(), (b @ b.T).numpy()
+    cross, of_k, of_l = (align_by_loop(*pair, k, definition) for pair in ((K, L), (K, K), (L, L)))
+    return cross / math.sqrt(of_k * of_l)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("definition", DEFINITIONS)
+@pytest.mark.parametrize("rows, k", [(12, 1), (12, 11), (30, 4), (47, 10)])
+def test_it_is_the_sum_over_pairs(rows, k, definition, normalize):
+    a, b = related(rows)
+    got = cknna(a, b, k, definition=definition, normalize=normalize)
+    if normalize:
+        a, b = unit(a), unit(b)
+    assert got == pytest.approx(cknna_by_loop(a, b, k, definition), rel=CLOSE, abs=CLOSE)
+
+
+@pytest.mark.parametrize("definition, normalized", [("paper", False), ("platonic", True)])
+def test_the_definition_says_whether_rows_are_normalised(definition, normalized):
+    a, b = related(40)
+    a = a * torch.arange(1, 41)[:, None]
+    got = cknna(a, b, definition=definition)
+    assert got == cknna(a, b, definition=definition, normalize=normalized)
+    assert got != pytest.approx(cknna(a, b, definition=definition, normalize=not normalized), 1e-3)
+
+
+@pytest.mark.parametrize("definition, expected", [
+    # a = (2, 1, -1, -3), k = 1:    b = (3, 1, 2, -2):
+    # K =  .   2  -2  -6            L =  .   3   6  -6     nearest of 0: 1 under K, 2 under L
+    #      2   .  -1  -3                 3   .   2  -2     of 1: 0, 0
+    #     -2  -1   .   3                 6   2   .  -4     of 2: 3, 0
+    #     -6  -3   3   .                -6  -2  -4   .     of 3: 2, 1;  in common: (1, 0)
+    # paper: the mean of row i is a_i (-1/4), and b_i 1. Less these:
+    #   (1, 0) of K and L: 2.25 and 2, Align(K, L) = 4.5
+    #   (0, 1), (1, 0), (2, 3), (3, 2) of K: 2.5, 2.25, 2.75, 2.25, Align(K, K) = 23.9375
+    #   (0, 2), (1, 0), (2, 0), (3, 1) of L: 3, 2, 4, 0, Align(L, L) = 29
+    ("paper", 4.5 / math.sqrt(23.9375 * 29)),
+    # platonic, times N (N - 3):
+    #   K~ and L~ have only (1, 0), 2 and 3: trace 0, 2 * 3 / 6 = 1, 1'K~ = (2, 0, 0, 0) and
+    #   L~1 = (0, 3, 0, 0) have the product 0: Align(K, L) = 1
+    #   K~ is symmetric, (0, 1) 2 and (2, 3) 3: trace 26, 10^2 / 6, 1'K~ = (2, 2, 3, 3), 26 * 2 / 2:
+    #   Align(K, K) = 26 + 100 / 6 - 26
+    #   L~: (0, 2) 6, (1, 0) 3, (2, 0) 6, (3, 1) -2: trace 72, 13^2 / 6, 1'L~ = (9, -2, 6, 0),
+    #   L~1 = (6, 3, 6, -2), 54 - 6 + 36 = 84: Align(L, L) = 72 + 169 / 6 - 84
+    ("platonic", 1 / math.sqrt(100 / 6 * (169 / 6 - 12))),
+])  # fmt: skip
+def test_four_points_by_hand(definition, expected):
+    a, b = (torch.tensor(x)[:, None] for x in ([2.0, 1, -1, -3], [3.0, 1, 2, -2]))
+    got = cknna(a, b, 1, definition=definition, normalize=False)
+    assert got == pytest.approx(expected, rel=CLOSE)
+
+
+@pytest.mark.parametrize("definition", DEFINITIONS)
+def test_equal_features_have_one(definition):
+    a, _ = related(50)
+    assert cknna(a, a, definition=definition) == pytest.approx(1, rel=CLOSE)
+
+
+@pytest.mark.parametrize("definition", DEFINITIONS)
+def test_rotations_and_scales_of_a_set_change_nothing(definition):
+    a, b = related(50)
+    expected = cknna(a, b, definition=definition)
+    moved = cknna(3 * a @ rotation(6), b @ rotation(9) / 7, definition=definition)
+    assert moved == pytest.approx(expected, rel=CLOSE)
+    assert 0 < expected < 0.95
+
+
+@pytest.mark.parametrize("definition", DEFINITIONS)
+@pytest.mark.parametrize("chunk", [1, 7, 50, 64])
+def test_chunks_change_nothing(definition, chunk):
+    a, b = related(50)
+    whole = cknna(a, b, definition=definition, chunk=50)
+    assert cknna(a, b, definition=definition, chunk=chunk) == pytest.approx(whole, rel=CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_narrow_features_are_computed_with_in_fp64(dtype):
+    a, b = (x.to(dtype) for x in related(50))
+    assert cknna(a, b) == cknna(a.double(), b.double())
+    assert cka(a, b) == cka(a.double(), b.double())
+
+
+@pytest.mark.parametrize("definition", DEFINITIONS)
+def test_among_equal_values_the_earlier_rows_are_nearer(definition):
+    generator = np.random.default_rng(0)
+    a, b = (torch.from_numpy(generator.integers(-1, 2, (40, 4))).double() for _ in range(2))
+    kernel = (a @ a.T).numpy()
+    near = neighbourhood("a", a, 6, normalize=False, chunk=9).near
+    expected = [sorted(row) for row in neighbours_by_loop(kernel, 6)]
+    assert near.tolist() == expected
+    later = kernel[::-1, ::-1]
+    assert [{39 - j for j in row} for row in neighbours_by_loop(later, 6)][::-1] != [
+        set(row) for row in expected
+    ], "no ties in this data"
+    got = cknna(a, b, 6, definition=definition, normalize=False)
+    assert got == pytest.approx(cknna_by_loop(a, b, 6, definition), rel=CLOSE, abs=CLOSE)
+
+
+def test_unrelated_features_have_about_none():
+    a, b = (seeded((400, 20), seed=seed, dtype=torch.float64) for seed in (1, 2))
+    # 10 of 399 neighbours are shared by chance, so about 1 pair in 40 counts
+    assert abs(cknna(a, b)) < 0.1
+    assert abs(cknna(a, b, definition="platonic")) < 0.1
+
+
+def test_definitions_differ():
+    a, b = related(60)
+    paper, platonic = (cknna(a, b, definition=name, normalize=True) for name in DEFINITIONS)
+    assert abs(paper - platonic) > 0.01
+
+
+def test_paper_is_symmetric_and_platonic_is_not():
+    a, b = related(60)
+    assert cknna(a, b) == pytest.approx(cknna(b, a), rel=CLOSE)
+    forth, back = cknna(a, b, definition="platonic"), cknna(b, a, definition="platonic")
+    assert abs(forth - back) > 1e-4
+
+
+def test_neighbourhoods_can_be_shared():
+    a, b = related(50)
+    near = [neighbourhood("x", x, 5, normalize=False) for x in (a, b)]
+    for definition in DEFINITIONS:
+        expected = cknna(a, b, 5, definition=definition, normalize=False)
+        assert alignment(*near, definition) == expected
+
+
+@pytest.mark.parametrize("rows, widths", [(20, (6, 9)), (8, (30, 2))])
+def test_cka_is_hsic_of_doubly_centred_kernels(rows, widths):
+    a, b = related(rows, widths=widths)
+    H = np.eye(rows) - np.ones((rows, rows)) / rows
+    K, L = ((H @ (x @ x.T).numpy() @ H) for x in (a, b))
+    expected = np.trace(K @ L) / math.sqrt(np.trace(K @ K) * np.trace(L @ L))
+    assert cka(a, b) == pytest.approx(expected, rel=CLOSE)
+
+
+def test_cka_is_one_for_a_rotation_a_scale_and_a_shift():
+    a, _ = related(30)
+    assert cka(a, 5 * a @ rotation(6) + torch.arange(6)) == pytest.approx(1, rel=CLOSE)
+
+
+def test_cka_is_not_cknna_of_all_neighbours():
+    a, b = related(30)
+    assert all(abs(cka(a, b) - cknna(a, b, 29, definition=name)) > 1e-3 for name in DEFINITIONS)
+
+
+def changed(row, value):
+    a, _ = related(20)
+    a[row] = value
+    return a
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ((related(20)[0], related(19)[1], 3), r"\(20, 3\) and \(19, 3\)"),
+    ((related(20)[0], related(20)[1], 20), "k is 20, expected 1 <= k < 20"),
+    ((related(20)[0], related(20)[1], 0), "k is 0"),
+    ((changed(3, math.nan), related(20)[1], 3), "a holds values that are not finite"),
+    ((related(20)[1], changed(3, math.inf), 3), "b holds values that are not finite"),
+    ((torch.ones(20, 4), related(20)[1], 3), "all 20 rows of a are equal"),
+    ((torch.zeros(20), related(20)[1], 3), r"a has shape \(20,\)"),
+    ((torch.zeros(20, 4, dtype=torch.int64), related(20)[1], 3), "dtype torch.int64"),
+])  # fmt: skip
+def test_bad_features_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        cknna(*arguments)
+
+
+def test_a_row_without_direction_is_refused_only_where_it_is_normalised():
+    a, b = changed(7, 0.0), related(20)[1]
+    with pytest.raises(ValueError, match="row 7 of a has length 0"):
+        cknna(a, b, 3, normalize=True)
+    assert math.isfinite(cknna(a, b, 3))
+
+
+def test_unknown_definitions_and_too_few_rows_are_refused():
+    a, b = related(20)
+    with pytest.raises(ValueError, match="'rbf', expected one of paper, platonic"):
+        cknna(a, b, definition="rbf")
+    with pytest.raises(ValueError, match="3 rows, expected at least 4"):
+        cknna(a[:3], b[:3], 1, definition="platonic")
+
+
+def test_a_set_that_is_not_aligned_with_itself_is_refused():
+    axes = torch.eye(6, dtype=torch.float64)  # every inner product of two rows is zero
+    with pytest.raises(ValueError, match="of a with itself is 0"):
+        cknna(axes, related(6)[1], 2, definition="platonic")
+
+
+@pytest.mark.parametrize("a, b, message", [
+    (related(20)[0], related(19)[1], "a has 20 rows, b has 19"),
+    (related(20)[0], torch.full((20, 3), 0.1), "all 20 rows of b are equal"),
+    (related(20)[0], changed(0, math.nan), "b holds values that are not finite"),
+])  # fmt: skip
+def test_cka_refuses_bad_features(a, b, message):
+    with pytest.raises(ValueError, match=message):
+        cka(a, b)

@@ -1,0 +1,238 @@
+"""Hidden states against what the projectors are fed, and noise that belongs to the image."""
+
+import inspect
+
+import pytest
+import torch
+
+from repa_fast.analysis.hidden import collect, encoder_features, hidden_states, sample_noise
+from repa_fast.data.dataset import Metadata
+from repa_fast.diffusion.path import cosine, linear
+from repa_fast.encoders.digits import DigitsViT
+from repa_fast.models.sit import SiT
+from repa_fast.testing import seeded
+
+CLASSES, DEPTH, WIDTH, ROWS = 7, 3, 24, 10
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+ROUNDED = {"rtol": 2**-23, "atol": 2**-40}
+"""The model computes in fp64, from latents whose fp32 values do not depend on the batch; what is
+collected is rounded to fp32 once, to neighbouring numbers at worst."""
+METADATA = Metadata(
+    resolution=8,
+    latent_shape=(2, 8, 8),
+    vae="made up",
+    scale=0.5,
+    bias=0.25,
+    class_names=tuple("abcdefg"),
+)
+
+
+def small(dtype=torch.float64):
+    """A tiny model in eval mode whose every layer does something."""
+    torch.manual_seed(0)
+    model = SiT(
+        input_size=8,
+        in_channels=2,
+        hidden_size=WIDTH,
+        depth=DEPTH,
+        num_heads=4,
+        encoder_depth=1,
+        num_classes=CLASSES,
+        z_dims=(5,),
+        projector_dim=6,
+    )
+    for layer in (*model.blocks, model.final_layer):
+        torch.nn.init.normal_(layer.adaLN_modulation[1].weight, std=0.3)
+        torch.nn.init.normal_(layer.adaLN_modulation[1].bias, std=0.3)
+    torch.nn.init.normal_(model.y_embedder.embedding_table.weight)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def pair(rows=4, dtype=torch.float64):
+    return [seeded((rows, 2, 8, 8), seed=seed, dtype=dtype) for seed in (1, 2)]
+
+
+def rows(index):
+    """A batch of these rows of a made-up dataset."""
+    mean, std = (seeded((ROWS, 2, 8, 8), seed=seed) for seed in (3, 4))
+    moments = torch.cat([mean, std.abs()], dim=1)
+    index = torch.tensor(index)
+    return {"index": index, "moments": moments[index], "label": index % CLASSES}
+
+
+def batches(*sizes):
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    return [rows(range(end - size, end)) for size, end in zip(sizes, ends)]
+
+
+def collected(model, parts, times=(0.3, 0.8), count=ROWS, **options):
+    return collect(model, parts, times, count=count, metadata=METADATA, **options)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("depth", range(1, DEPTH + 1))
+@pytest.mark.parametrize("path, alpha, sigma", [
+    (linear, 0.7, 0.3),
+    (cosine, 0.8910065241883679, 0.45399049973954675),  # cos and sin of 0.3 * 90 degrees
+])  # fmt: skip
+def test_a_hidden_state_is_what_a_projector_there_is_fed(depth, path, alpha, sigma, mode):
+    model = small().train(mode)
+    clean, noise = pair()
+    states = hidden_states(model, clean, noise, 0.3, path=path)
+    fed = []
+    model.encoder_depth = depth
+    with model.projectors[0].register_forward_hook(lambda _, inputs, __: fed.append(inputs[0])):
+        null = torch.full((4,), CLASSES)
+        time = torch.full((4,), 0.3, dtype=torch.float64)
+        model(alpha * clean + sigma * noise, time, null, project=True)
+    assert states.shape == (DEPTH, 4, WIDTH) and fed[0].shape == (4, 16, WIDTH)
+    torch.testing.assert_close(states[depth - 1], fed[0].mean(1), **EXACT)
+
+
+def test_under_autocast_the_state_is_still_fp32():
+    model, (clean, noise) = small(torch.float32), pair(dtype=torch.float32)
+    model.encoder_depth, fed = 2, []
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        model.projectors[0].register_forward_hook(lambda _, inputs, __: fed.append(inputs[0])),
+    ):
+        states = hidden_states(model, clean, noise, 0.3)
+        null = torch.full((4,), CLASSES)
+        model(0.7 * clean + 0.3 * noise, torch.full((4,), 0.3), null, project=True)
+    assert states.dtype == fed[0].dtype == torch.float32
+    assert torch.equal(states[1], fed[0].mean(1))
+
+
+def test_blocks_times_and_images_differ():
+    model, (clean, noise) = small(), pair()
+    states = torch.stack([hidden_states(model, clean, noise, t) for t in (0.0, 0.5, 1.0)])
+    flat = states.flatten(0, 2)
+    assert torch.cdist(flat, flat).fill_diagonal_(1).min() > 1e-3
+
+
+def test_no_label_can_come_in_and_the_model_sees_the_null_label_alone():
+    assert list(inspect.signature(hidden_states).parameters) == [
+        "model", "clean", "noise", "t", "path", "average",
+    ]  # fmt: skip
+    model, seen = small(), []
+    model.y_embedder.register_forward_hook(lambda _, inputs, __: seen.append(inputs))
+    collected(model, batches(4, 6))
+    assert len(seen) == 4 and {tuple(y.tolist()) for y, _ in seen} == {(7,) * 4, (7,) * 6}
+    assert all(drop is None for _, drop in seen)
+
+
+def test_labels_of_the_batch_change_nothing_but_the_labels():
+    parts = batches(10)
+    other = [part | {"label": part["label"].flip(0)} for part in parts]
+    first, second = (collected(small(), given) for given in (parts, other))
+    assert torch.equal(first.hidden, second.hidden)
+    assert torch.equal(first.label, second.label.flip(0))
+    assert first.label.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]
+
+
+def test_the_model_is_left_as_it_was():
+    model, (clean, noise) = small(), pair()
+    hidden_states(model, clean, noise, 0.5)
+    with pytest.raises(ValueError, match="latents have shape"):
+        hidden_states(model, clean[:, :1], noise[:, :1], 0.5)
+    assert not any(block._forward_hooks for block in model.blocks)
+
+
+def test_neither_projectors_nor_gradients_run():
+    model, (clean, noise) = small().requires_grad_(), pair()
+    model.train().projectors[0].register_forward_hook(lambda *_: pytest.fail("projected"))
+    assert not hidden_states(model, clean, noise, 0.5).requires_grad
+
+
+@pytest.mark.parametrize("sizes", [(1,) * 10, (3, 3, 3, 1), (4, 6)])
+def test_batches_change_nothing(sizes):
+    model = small()
+    whole, parts = collected(model, batches(10)), collected(model, batches(*sizes))
+    torch.testing.assert_close(parts.hidden, whole.hidden, **ROUNDED)
+    assert torch.equal(parts.label, whole.label)
+
+
+def test_an_image_brings_its_noise_wherever_it_stands():
+    model = small()
+    order = [7, 2, 9, 0, 4, 1, 8, 3, 6, 5]
+    whole, shuffled = (collected(model, [rows(index)]) for index in (range(10), order))
+    torch.testing.assert_close(shuffled.hidden, whole.hidden[:, :, order], **ROUNDED)
+    assert torch.equal(shuffled.label, whole.label[order])
+
+
+@pytest.mark.parametrize("path", [linear, cosine])
+def test_collected_states_are_those_of_the_posterior_sample(path):
+    model, batch = small(), rows(range(10))
+    got = collected(model, [batch], seed=5, path=path)
+    mean, std = batch["moments"].split(2, dim=1)
+    for image in (0, 9):
+        draws = sample_noise(5, torch.tensor([image]), (2, 8, 8))[0]
+        clean = (mean[image] + std[image] * draws[0]) * 0.5 + 0.25
+        expected = hidden_states(model, clean[None], draws[1:], 0.8, path=path)[:, 0].float()
+        torch.testing.assert_close(got.hidden[1, :, image], expected, **ROUNDED)
+
+
+def test_noise_is_a_function_of_seed_and_index():
+    noise = sample_noise(3, torch.tensor([4, 0, 9]), (2, 8, 8))
+    assert noise.shape == (3, 2, 2, 8, 8) and noise.dtype == torch.float32
+    assert torch.equal(sample_noise(3, torch.tensor([9]), (2, 8, 8))[0], noise[2])
+    assert not torch.equal(sample_noise(4, torch.tensor([9]), (2, 8, 8))[0], noise[2])
+
+
+def test_noise_is_standard_normal_and_independent():
+    shape = (4, 16, 16)
+    noise = sample_noise(0, torch.arange(50), shape).flatten(2).flatten(0, 1).double()
+    count = noise.shape[1]
+    # each bound is 5 standard deviations of one estimate; there are at most 5,000
+    assert noise.mean(1).abs().max() < 5 / count**0.5
+    assert (noise.var(1) - 1).abs().max() < 5 * (2 / count) ** 0.5
+    correlation = torch.corrcoef(noise).fill_diagonal_(0)
+    assert correlation.abs().max() < 5 / count**0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_collected_states_are_on_the_cpu_in_the_dtype_asked_for(dtype):
+    model = small(torch.float32)
+    got = collected(model, batches(4, 6), dtype=dtype)
+    assert got.hidden.dtype == dtype and got.hidden.shape == (2, DEPTH, ROWS, WIDTH)
+    assert got.label.dtype == torch.int64 and got.hidden.device.type == "cpu"
+    wide = collected(model, batches(4, 6)).hidden
+    assert torch.equal(got.hidden, wide.to(dtype))
+
+
+@pytest.mark.parametrize("parts, message", [
+    (lambda: batches(4, 5), "have 9 rows, expected 10"),
+    (lambda: batches(4, 4, 2) + batches(2), "have 12 rows or more, expected 10"),
+    (list, "have 0 rows"),
+])  # fmt: skip
+def test_another_number_of_rows_is_refused(parts, message):
+    with pytest.raises(ValueError, match=message):
+        collected(small(), parts())
+
+
+def test_states_beyond_half_precision_are_refused():
+    model = small(torch.float32)
+    model.x_embedder.proj.bias.fill_(1e6)
+    assert collected(model, batches(10)).hidden.isfinite().all()
+    with pytest.raises(ValueError, match=r"t = 0\.3 are not finite in torch\.float16, rows 0 to 9"):
+        collected(model, batches(10), dtype=torch.float16)
+
+
+@pytest.mark.parametrize("t", [-0.1, 1.5, float("nan")])
+def test_times_outside_the_unit_interval_are_refused(t):
+    with pytest.raises(ValueError, match=r"expected a time in \[0, 1\]"):
+        hidden_states(small(), *pair(), t)
+
+
+def test_encoder_features_are_the_mean_of_the_patch_tokens():
+    pytest.importorskip("timm")
+    encoder = DigitsViT(pretrained=False)
+    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    tokens = encoder(images)
+    expected = sum(tokens[:, n].double() for n in range(16)) / 16
+    got = encoder_features(encoder, images)
+    assert got.dtype == torch.float32 and got.shape == (3, 96)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+    half = encoder_features(lambda images: encoder(images).bfloat16(), images)
+    assert half.dtype == torch.float32
+    assert torch.equal(half, tokens.bfloat16().float().mean(1))

@@ -1,0 +1,79 @@
+"""A made-up dataset, and a column of features for it that can be computed by killable processes."""
+
+import os
+import sys
+import time
+
+import numpy as np
+import torch
+
+from repa_fast.data import dataset
+from repa_fast.data.dataset import LatentDataset, Metadata
+from repa_fast.data.features import FeatureColumn
+from repa_fast.data.images import encode_png
+from repa_fast.prepare import features as extract
+from repa_fast.prepare.images import pixel_moments
+
+RESOLUTION, TOKENS, WIDTH = 8, 4, 6
+METADATA = Metadata(
+    resolution=RESOLUTION,
+    latent_shape=(3, RESOLUTION, RESOLUTION),
+    vae="none",
+    scale=1.0,
+    bias=0.0,
+    class_names=("a", "b"),
+)
+
+
+def column(**changes):
+    fields = {
+        "name": "made_up",
+        "encoder": "made-up",
+        "resolution": RESOLUTION,
+        "tokens": TOKENS,
+        "width": WIDTH,
+        "storage": "fp16",
+        "precision": "fp32",
+    }
+    return FeatureColumn(**fields | changes)
+
+
+def pixels_of(rows):
+    shape = (rows, RESOLUTION, RESOLUTION, 3)
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write(out, rows=45, rows_per_file=6, bad=()):
+    """OUT/train.lance in fragments of `rows_per_file`; the images of rows in `bad` are none."""
+    pixels = pixels_of(rows)
+    whole, dataset.ROWS_PER_FILE = dataset.ROWS_PER_FILE, rows_per_file
+    images = [b"no image" if i in bad else encode_png(pixels[i]) for i in range(rows)]
+    moments = pixel_moments(pixels)
+    made = (
+        {"image": image, "moments": m, "label": i % 2}
+        for i, (image, m) in enumerate(zip(images, moments, strict=True))
+    )
+    dataset.write(out / "train.lance", made, METADATA)
+    dataset.ROWS_PER_FILE = whole
+
+
+def encode(images):
+    """Means of patches of 4x4 pixels, per channel, and their negatives, over 100."""
+    time.sleep(float(os.environ.get("ENCODE_SECONDS", "0")))
+    assert images.shape == (4, 3, RESOLUTION, RESOLUTION) and images.dtype == np.uint8
+    means = torch.from_numpy(images).float().unflatten(2, (2, 4)).unflatten(4, (2, 4)).mean((3, 5))
+    means = means.flatten(2).transpose(1, 2) / 100  # B, 4, 3
+    return torch.cat([means, -means], dim=-1)
+
+
+def run(out, rank=0, world_size=1, **changes):
+    table = LatentDataset(out)
+    return extract.extract(
+        table, column(**changes), encode, batch=4, rank=rank, world_size=world_size, workers=2
+    )
+
+
+if __name__ == "__main__":
+    from pathlib import Path
+
+    print(run(Path(sys.argv[1]), *map(int, sys.argv[2:])))

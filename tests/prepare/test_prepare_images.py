@@ -1,0 +1,212 @@
+"""`repa-fast prepare images`, from photographs to a training step."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from repa_fast.cli import main
+from repa_fast.data.dataset import LatentDataset
+from repa_fast.prepare.crop import center_crop
+from repa_fast.prepare.images import ImagesConfig, export_official, import_official, prepare_images
+
+ROOT = Path(__file__).parents[2]
+RESOLUTION = 32
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Ten JPEG crops of two photographs in class folders."""
+    folder = tmp_path_factory.mktemp("photographs")
+    generator = np.random.default_rng(0)
+    for label, pixels in zip(("n01", "n02"), load_sample_images().images):
+        (folder / label).mkdir()
+        for number in range(5):
+            height, width = generator.integers(70, 300, size=2)
+            top, left = generator.integers(0, 100, size=2)
+            crop = pixels[top : top + height, left : left + width]
+            Image.fromarray(crop).save(folder / label / f"{number}.JPEG", quality=90)
+    return folder
+
+
+def settings(photographs, out, **changes):
+    options = {"vae": "none", "resolution": RESOLUTION, "num_workers": 2, "batch_size": 4}
+    return ImagesConfig(data_dir=str(photographs), out=str(out), **(options | changes))
+
+
+def files(photographs):
+    return sorted(photographs.glob("*/*.JPEG"))
+
+
+@pytest.mark.parametrize("kind", ("png", "jpeg"))
+def test_the_table_holds_crops_moments_and_labels(photographs, tmp_path, kind):
+    said = prepare_images(settings(photographs, tmp_path / "out", image=kind))
+    assert "10 rows of 10 images" in said
+    table = LatentDataset(tmp_path / "out")
+    assert table.metadata.class_names == ("n01", "n02") and table.metadata.vae == "none"
+    for index, file in enumerate(files(photographs)):
+        crop = center_crop(file.read_bytes(), RESOLUTION).transpose(2, 0, 1)
+        sample = table.decode(table.fetch(np.array([index]))[0])
+        assert sample["label"] == index // 5
+        np.testing.assert_array_equal(sample["moments"][:3], crop.astype(np.float32) / 127.5 - 1)
+        error = np.abs(sample["image"].astype(int) - crop).mean()
+        assert error == 0 if kind == "png" else 0 < error < 6
+
+
+def test_original_files_are_kept_byte_for_byte(photographs, tmp_path):
+    folder = tmp_path / "cropped" / "a"
+    folder.mkdir(parents=True)
+    for number, file in enumerate(files(photographs)[:3]):
+        crop = center_crop(file.read_bytes(), RESOLUTION)
+        Image.fromarray(crop).save(folder / f"{number}.png", optimize=True)
+    prepare_images(settings(folder.parent, tmp_path / "out", image="original"))
+    rows = LatentDataset(tmp_path / "out").rows(np.arange(3))
+    assert rows["image"] == [(folder / f"{i}.png").read_bytes() for i in range(3)]
+    with pytest.raises(ValueError, match="expected 32x32"):
+        prepare_images(settings(photographs, tmp_path / "other", image="original"))
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    """(folder, module) of a random one that divides the side by 8."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    module = diffusers.AutoencoderKL(
+        block_out_channels=(8,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+    ).eval()
+    folder = tmp_path_factory.mktemp("vae")
+    module.save_pretrained(folder)
+    return str(folder), module
+
+
+@pytest.mark.xdist_group("diffusers")
+@pytest.mark.parametrize("precision", ("fp32", "bf16"))
+def test_moments_are_the_autoencoders(photographs, tmp_path, autoencoder, precision):
+    folder, module = autoencoder
+    prepare_images(settings(photographs, tmp_path, vae=folder, precision=precision))
+    table = LatentDataset(tmp_path)
+    assert table.metadata.latent_shape == (4, 4, 4) and table.metadata.scale == 0.18215
+    crops = np.stack([center_crop(f.read_bytes(), RESOLUTION) for f in files(photographs)])
+    x = torch.from_numpy(crops.transpose(0, 3, 1, 2)).float() / 127.5 - 1
+    with torch.no_grad():
+        latent = module.encode(x).latent_dist
+    expected = torch.cat([latent.mean, latent.std], dim=1)
+    moments = torch.tensor(table.rows(np.arange(10))["moments"])
+    error = (moments - expected).norm() / expected.norm()
+    assert error < 1e-6 if precision == "fp32" else 1e-6 < error < 0.02
+
+
+def test_a_flat_val_folder_takes_its_labels_and_classes(photographs, tmp_path):
+    flat = tmp_path / "val"
+    flat.mkdir()
+    lines = []
+    for number, file in enumerate(files(photographs)[3:7]):
+        name = f"ILSVRC2012_val_{number:08d}.JPEG"
+        (flat / name).write_bytes(file.read_bytes())
+        lines.append(f"{name} {file.parent.name}")
+    (tmp_path / "labels.txt").write_text("\n".join(lines))
+    options = {"labels": str(tmp_path / "labels.txt"), "classes": str(photographs), "split": "val"}
+    prepare_images(settings(flat, tmp_path / "out", **options))
+    table = LatentDataset(tmp_path / "out", "val")
+    assert table.rows(np.arange(4))["label"].tolist() == [0, 0, 1, 1]
+
+
+def test_a_subset_is_chosen_by_its_seed(photographs, tmp_path):
+    labels = []
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        prepare_images(settings(photographs, tmp_path / out, subset=4, seed=seed))
+        rows = LatentDataset(tmp_path / out).rows(np.arange(4))
+        labels.append(rows["image"])
+    assert labels[0] == labels[1] != labels[2]
+
+
+def test_two_processes_of_torchrun_write_one_table(photographs, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    flags = ["--data-dir", photographs, "--out", tmp_path / "out", "--resolution", RESOLUTION]
+    process = subprocess.run(
+        [*command, "-m", "repa_fast", "prepare", "images", *map(str, flags), "--vae", "none"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("10 rows of 10 images") == 1
+    assert len(LatentDataset(tmp_path / "out")) == 10
+
+
+def test_from_photographs_to_training_by_commands_alone(photographs, tmp_path, capsys):
+    out, flags = str(tmp_path / "out"), ["--resolution", str(RESOLUTION), "--vae", "none"]
+    assert main(["prepare", "images", "--data-dir", str(photographs), "--out", out, *flags]) == 0
+    assert main(["prepare", "images", "--data-dir", "", "--out", out, "--verify"]) == 0
+    assert "10 rows, all as they were written" in capsys.readouterr().out
+    assert main(["info", out]) == 0
+    assert "10 rows, images of 32 pixels" in capsys.readouterr().out
+    tiny = "--model SiT-S/8 --hidden-size 32 --depth 2 --num-heads 2 --encoder-depth 1"
+    run = f"--max-train-steps 2 --batch-size 4 --log-every 1 --report-to none {tiny}"
+    train = ["train", "--data-dir", out, "--output-dir", str(tmp_path), "--exp-name", "run"]
+    others = ["--enc-type", "none", "--resolution", str(RESOLUTION), "--num-classes", "2"]
+    assert main([*train, *others, *run.split(), "--sampling-steps", "0"]) == 0
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in metrics] == [1, 2]
+
+
+def test_pixel_latents_cannot_be_an_official_folder(photographs, tmp_path):
+    prepare_images(settings(photographs, tmp_path / "a"))
+    with pytest.raises(ValueError, match="an official folder means 1/8 of the side"):
+        export_official(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.xdist_group("diffusers")
+@pytest.mark.parametrize("kind", ("png", "jpeg"))
+def test_exported_and_imported_again_it_is_the_same_table(photographs, tmp_path, autoencoder, kind):
+    prepare_images(settings(photographs, tmp_path / "a", image=kind, vae=autoencoder[0]))
+    folder = str(tmp_path / "official")
+    assert (
+        main(["prepare", "export-official", "--data-dir", str(tmp_path / "a"), "--out", folder])
+        == 0
+    )
+    suffix = {"png": "png", "jpeg": "jpg"}[kind]
+    assert (tmp_path / "official/images/00000" / f"img00000009.{suffix}").exists()
+    moments = np.load(tmp_path / "official/vae-sd/00000/img-mean-std-00000003.npy")
+    before = LatentDataset(tmp_path / "a").rows(np.arange(10))
+    assert moments.tobytes() == before["moments"][3].tobytes()
+    labels = json.loads((tmp_path / "official/vae-sd/dataset.json").read_text())["labels"]
+    assert labels[5] == ["00000/img-mean-std-00000005.npy", 1]
+    import_official(folder, tmp_path / "b")
+    after = LatentDataset(tmp_path / "b").rows(np.arange(10))
+    assert after["image"] == before["image"] and (after["label"] == before["label"]).all()
+    assert after["moments"].tobytes() == before["moments"].tobytes()
+
+
+@pytest.mark.parametrize(
+    "changes, parts",
+    (
+        ({"data_dir": "/nowhere"}, ("/nowhere", "does not exist")),
+        ({"subset": 11}, ("subset of 11 images", "1..10")),
+        ({"labels": "/no/labels.txt"}, ("/no/labels.txt",)),
+    ),
+)
+def test_wrong_options_are_named(photographs, tmp_path, changes, parts):
+    options = settings(photographs, tmp_path / "out").__dict__ | changes
+    with pytest.raises(ValueError) as error:
+        prepare_images(ImagesConfig(**options))
+    assert all(part in str(error.value) for part in parts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_verify_of_a_table_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="no dataset at"):
+        prepare_images(ImagesConfig(data_dir="", out=str(tmp_path), verify=True))

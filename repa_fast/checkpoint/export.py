@@ -3,21 +3,40 @@
 import argparse
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from repa_fast.checkpoint.layout import read_native
-from repa_fast.configs.config import TrainConfig, from_saved
-from repa_fast.configs.model import model_arguments, model_class
+from repa_fast.checkpoint.layout import COUNTERS, newest_checkpoint, read_native, read_settings
+from repa_fast.configs.build import empty_model, model_arguments
 from repa_fast.contracts import expect_choice
-from repa_fast.data.dataset import Metadata
-from repa_fast.diffusion.sra import IMAGENET_IMAGES
-from repa_fast.train.checkpoint import CONFIG, COUNTERS, DATASET
+from repa_fast.objective.self_alignment import IMAGENET_IMAGES
 
 FORMATS = ("official", "sra", "safetensors")
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """Write a native checkpoint as a file that other programs read."""
+
+    checkpoint: Path = field(metadata={"positional": True})
+    """A checkpoint's directory, or a run's."""
+    to: Literal["official", "sra", "safetensors"] | None = None
+    """Format; by OUT's name, or official, where not given."""
+    out: Path | None = None
+    """File to write: STEP.pt, step-STEP.pt (sra) or STEP.safetensors."""
+
+
+def export_checkpoint(config: ExportConfig) -> Path:
+    """Export a checkpoint, or a run's newest one; return the file."""
+    source = newest_checkpoint(config.checkpoint)
+    to = config.to or (format_of(config.out) if config.out else "official")
+    out = config.out or file_beside(source, to)
+    export(source, to, out)
+    return out
 
 
 def export(source: Path, to: str, out: Path) -> None:
@@ -46,22 +65,22 @@ def export(source: Path, to: str, out: Path) -> None:
     else:
         from safetensors.torch import save_file
 
-        config, metadata = stored_config(source)
+        settings = read_settings(source)
         save_file(read_native(source, "ema."), partial)
-        described = {"model": model_arguments(config, metadata), "dataset": asdict(metadata)}
+        arguments = model_arguments(settings.config, settings.metadata)
+        described = {"model": arguments, "dataset": asdict(settings.metadata)}
         out.with_suffix(".json").write_text(json.dumps(described, indent=2) + "\n")
     partial.replace(out)
 
 
 def official_contents(source: Path) -> dict:
-    """What the official trainer would have saved: fp32 tensors on the CPU, official names.
+    """Return what the official trainer would have saved: fp32 tensors on the CPU, official names.
 
     The optimizer state is torch AdamW's, by position in the official parameter order; the frozen
     pos_embed is number 0 and has none.
     """
-    config, metadata = stored_config(source)
-    with torch.device("meta"):
-        model = model_class(config.objective)(**model_arguments(config, metadata))
+    settings = read_settings(source)
+    config, model = settings.config, empty_model(settings.config, settings.metadata, "meta")
     order = [name for name, _ in model.named_parameters()]
     moments = read_native(source, "optimizer.state.")
     weights, average = (
@@ -85,20 +104,21 @@ def official_contents(source: Path) -> dict:
         "ema": average,
         "opt": optimizer,
         "args": argparse.Namespace(**config.to_dict()),
-        "steps": json.loads((source / COUNTERS).read_text())["step"],
+        "steps": settings.counters["step"],
     }
 
 
 def sra_contents(source: Path) -> dict:
-    """What SRA's trainer would have saved: the official contents and the running epoch, from 0.
+    """Return what SRA's trainer would have saved: also the running epoch, from 0.
 
     It is the epoch by which SRA's weight decays, of ImageNet's images, as in `align_weight`.
 
     Raises:
         ValueError: the checkpoint is not of a run with --align sra.
     """
-    config, _ = stored_config(source)
-    if config.align != "sra":
+    settings = read_settings(source)
+    config = settings.config
+    if not model_arguments(config, settings.metadata)["self_align"]:
         raise ValueError(
             f"{source} is of a run with --align {config.align}, expected sra: SRA's code has no "
             "place for projectors"
@@ -109,20 +129,14 @@ def sra_contents(source: Path) -> dict:
 
 
 def format_of(out: Path) -> str:
-    """The format that a file's name stands for: step-N.pt and epoch-N.pt are SRA's."""
+    """Return the format that a file's name stands for: step-N.pt and epoch-N.pt are SRA's."""
     if out.suffix == ".safetensors":
         return "safetensors"
     return "sra" if re.fullmatch(r"(step|epoch)-\d+\.pt", out.name) else "official"
 
 
 def file_beside(source: Path, to: str) -> Path:
-    """Beside a checkpoint, what the format's own trainer calls its file."""
+    """Return a path beside a checkpoint, with the name that the format's own trainer gives."""
     if to == "sra":
         return source.with_name(f"step-{json.loads((source / COUNTERS).read_text())['step']}.pt")
     return source.with_name(source.name + (".pt" if to == "official" else ".safetensors"))
-
-
-def stored_config(source: Path) -> tuple[TrainConfig, Metadata]:
-    """Config and dataset metadata of a checkpoint."""
-    config = from_saved(json.loads((source / CONFIG).read_text()))
-    return config, Metadata.from_dict(json.loads((source / DATASET).read_text()))

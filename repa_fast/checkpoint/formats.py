@@ -5,10 +5,8 @@ dicts, safetensors; REPA's, with `decoder_blocks` names too, and the original Si
 code in a file is run: torch.load is called with weights_only.
 """
 
-import argparse
 import math
 import re
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import torch
 from repa_fast.checkpoint.layout import read_native
 from repa_fast.contracts import expect_choice
 from repa_fast.distributed import shard_like
+from repa_fast.encoders.files import load_safely
 from repa_fast.models.embed import T_FREQUENCIES
 from repa_fast.models.sit import PATCH_SIZES, SIZES
 
@@ -61,7 +60,7 @@ class Shape:
 
 
 def shape_of(state: State) -> Shape:
-    """What model a state dict in our names belongs to.
+    """Return the architecture that a state dict in our names belongs to.
 
     Raises:
         ValueError: tensors every SiT and DiT has are missing; they are named.
@@ -92,30 +91,20 @@ def shape_of(state: State) -> Shape:
 
 
 def read_file(path: Path) -> dict:
-    """The contents of a .safetensors or torch file, tensors on the CPU.
+    """Read a .safetensors or torch file, tensors on the CPU.
 
     Raises:
         ValueError: the file cannot be read as either.
     """
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
+    kind = "safetensors file" if path.suffix == ".safetensors" else "torch checkpoint"
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            # mapped, so that the optimizer beside the weights is never read
-            mapped = zipfile.is_zipfile(path)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        return load_safely(path, allow_namespace=True)
     except Exception as error:  # torch raises a different kind for each way a file can be broken
-        raise ValueError(f"{path} is not a readable torch checkpoint ({error})") from error
+        raise ValueError(f"{path} is not a readable {kind} ({error})") from error
 
 
 def read_weights(path: Path, origin: str = "repa", **kept: bool | str) -> State:
-    """The weights for sampling in a file or native checkpoint: the average where there is one.
+    """Read the weights for sampling in a file or native checkpoint: the EMA where there is one.
 
     Args:
         path: .pt, .safetensors, or the directory of a native checkpoint.
@@ -141,7 +130,7 @@ def normalise(
     learn_sigma: bool = False,
     prediction: str = "v",
 ) -> State:
-    """A state dict as it lies in a file -> our names, shapes and convention of time.
+    """Turn a state dict as it lies in a file into our names, shapes and convention of time.
 
     Args:
         state: of a file or a part of it.
@@ -177,7 +166,7 @@ def normalise(
 
 
 def _rename_legacy(state: State) -> State:
-    """decoder_blocks.i -> blocks.(i + encoder depth): REPA's first names for the later blocks."""
+    """Rename decoder_blocks.i, REPA's first names, to blocks.(i + encoder depth)."""
     first = {int(m[1]) for name in state if (m := re.match(r"blocks\.(\d+)\.", name))}
 
     def rename(name: str) -> str:
@@ -197,7 +186,7 @@ def _drop_sigma(state: State, shape: Shape) -> State:
 
 
 def _reverse_time(state: State, prediction: str) -> State:
-    """v(x, t) = -v_SiT(x, 1 - t), folded into the weights; scores and noise keep their sign.
+    """Fold v(x, t) = -v_SiT(x, 1 - t) into the weights; scores and noise keep their sign.
 
     The features of 1 - t are a fixed linear map of those of t, since cos((1-t)w) and sin((1-t)w)
     are combinations of cos(tw) and sin(tw); the map goes into the first linear layer, in fp64.
@@ -270,7 +259,7 @@ def initialise_from(model: torch.nn.Module, state: State, source: str) -> list[s
 
 
 def differences(expected: State, got: State) -> list[str]:
-    """A line for each name that is missing, unexpected, or of another shape."""
+    """Return a line for each name that is missing, unexpected, or of another shape."""
     lines = [f"  missing: {name}" for name in expected if name not in got]
     lines += [f"  unexpected: {name}" for name in got if name not in expected]
     lines += [

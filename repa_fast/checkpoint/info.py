@@ -1,30 +1,35 @@
 """What a path is: a run, a checkpoint, a weight file or a dataset."""
 
-import json
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from repa_fast.checkpoint import formats
-from repa_fast.checkpoint.layout import MARKER, path_of, read_native, steps
+from repa_fast.checkpoint.layout import (
+    MARKER,
+    newest_checkpoint,
+    read_native,
+    read_settings,
+    steps,
+)
 from repa_fast.data.open import open_dataset
 from repa_fast.data.store import is_url
 
 
-def newest_checkpoint(path: Path) -> Path:
-    """`path` if it is a complete checkpoint, else the newest one of the run it is.
+@dataclass(kw_only=True)
+class InfoConfig:
+    """Say what a checkpoint, a run, a weight file or a dataset is."""
 
-    Raises:
-        ValueError: it is neither.
-    """
-    if (path / MARKER).exists():
-        return path
-    for folder in (path, path / "checkpoints"):
-        if found := steps(folder):
-            return path_of(folder, found[-1])
-    raise ValueError(f"{path} is neither a complete checkpoint nor a run that has one")
+    path: str = field(metadata={"positional": True})
+    """A path, or the URL of a dataset."""
+
+
+def info(config: InfoConfig) -> str:
+    """Return a few lines for people; errors as for `describe_path`."""
+    return describe_path(config.path)
 
 
 def describe_path(path: str | Path) -> str:
-    """A few lines for people.
+    """Return a few lines for people about what a path holds.
 
     Raises:
         ValueError: it is nothing this package reads; says what it is not.
@@ -42,14 +47,13 @@ def describe_path(path: str | Path) -> str:
 
 
 def _describe_checkpoint(path: Path) -> str:
-    config = json.loads((path / "config.json").read_text())
-    counters = json.loads((path / "counters.json").read_text())
-    weights = read_native(path, "ema.")
+    settings, weights = read_settings(path), read_native(path, "ema.")
+    config, counters = settings.config, settings.counters
     return "\n".join(
         [
             f"{path}: native checkpoint of step {counters['step']}",
             _describe_weights(weights),
-            f"run {config['exp_name']}, data {config['data_dir']}, encoders {config['enc_type']}, "
+            f"run {config.exp_name}, data {config.data_dir}, encoders {config.enc_type}, "
             f"written by {counters['world_size']} processes",
         ]
     )

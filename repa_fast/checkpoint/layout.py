@@ -4,26 +4,74 @@ A native checkpoint is a directory written through torch.distributed.checkpoint,
 it is complete when its marker file exists.
 """
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from repa_fast.checkpoint import reader
+from repa_fast.configs.config import TrainConfig, from_saved
+from repa_fast.data.dataset import Metadata
 
 MARKER = "COMPLETE"
+CONFIG, COUNTERS, DATASET = "config.json", "counters.json", "dataset.json"
+"""Beside the tensors: the run's config, its counters (the step and so on), its data's metadata."""
 
 
 def path_of(folder: Path, step: int) -> Path:
-    """The directory of a step's checkpoint."""
+    """Return the directory of a step's checkpoint."""
     return folder / f"{step:07d}"
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in `folder`, ascending."""
+    """Return the steps of the complete checkpoints in `folder`, ascending."""
     return sorted(
         int(path.parent.name) for path in folder.glob(f"*/{MARKER}") if path.parent.name.isdecimal()
     )
+
+
+def run_checkpoints(run: Path) -> list[Path]:
+    """Return the complete checkpoints of a run (or of a folder of checkpoints), by step.
+
+    Raises:
+        ValueError: it has none.
+    """
+    for folder in (run, run / "checkpoints"):
+        if found := [path_of(folder, step) for step in steps(folder)]:
+            return found
+    raise ValueError(f"{run} is neither a complete checkpoint nor a run that has one")
+
+
+def newest_checkpoint(path: Path) -> Path:
+    """Return `path` if it is a complete checkpoint, else the newest one of the run it is.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    return path if (path / MARKER).exists() else run_checkpoints(path)[-1]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a checkpoint says beside its tensors."""
+
+    config: TrainConfig
+    counters: dict
+    metadata: Metadata
+
+
+def read_settings(checkpoint: Path) -> Settings:
+    """Return what a checkpoint of this version or an earlier one says beside its tensors.
+
+    Raises:
+        ValueError: as for `from_saved`.
+    """
+    config, counters, metadata = (
+        json.loads((checkpoint / name).read_text()) for name in (CONFIG, COUNTERS, DATASET)
+    )
+    return Settings(from_saved(config), counters, Metadata.from_dict(metadata))
 
 
 def load_ema(checkpoint: Path, model: torch.nn.Module) -> None:
@@ -37,7 +85,7 @@ def load_ema(checkpoint: Path, model: torch.nn.Module) -> None:
 
 
 def read_native(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors of a complete checkpoint whose names start with `prefix`, without it, on the CPU.
+    """Read the tensors whose names start with `prefix`, and name them without it, on the CPU.
 
     They are whole, by however many processes the checkpoint was written.
 

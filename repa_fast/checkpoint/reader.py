@@ -61,7 +61,7 @@ class Index(pickle.Unpickler):
 
 
 def read_index(checkpoint: Path) -> Metadata:
-    """What lies in a checkpoint directory, and where.
+    """Read what lies in a checkpoint directory, and where.
 
     Raises:
         ValueError: there is no index, or it is damaged, names foreign code or files elsewhere.
@@ -91,7 +91,7 @@ def load(tensors: dict[str, torch.Tensor], checkpoint: Path, *, no_dist: bool = 
 
 
 def reasons(error: BaseException) -> str:
-    """An error of a save or load in one line, without the stacks that torch lists."""
+    """Return an error of a save or load in one line, without the stacks that torch lists."""
     if not isinstance(error, CheckpointException):
         return f"{type(error).__name__}: {error}"
     found = {rank: reasons(failure) for rank, (failure, _) in error.failures.items()}

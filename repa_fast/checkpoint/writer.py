@@ -54,7 +54,7 @@ class Writer(dcp.FileSystemWriter):
         self._folder: int | None = None
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """On the first process, when all have made the directory and none has written."""
+        """Plan on the first process, when all have made the directory and none has written."""
         self._folder = _locked(self.path)
         (self.path / MARKER).unlink(missing_ok=True)  # first, as in `prune`
         for leftover in self.path.iterdir():
@@ -63,7 +63,7 @@ class Writer(dcp.FileSystemWriter):
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future:
-        """As torch's; its results go with the checksums of this process's files."""
+        """Write as torch does; the results go with the checksums of this process's files."""
         results = super().write_data(plan, planner).value()
         names = sorted({result.storage_data.relative_path for result in results})
         future: Future = Future()
@@ -73,7 +73,7 @@ class Writer(dcp.FileSystemWriter):
     def finish(
         self, metadata: Metadata, results: list[tuple[list[WriteResult], dict[str, int]]]
     ) -> None:
-        """On the first process, when all have written."""
+        """Finish on the first process, when all have written."""
         super().finish(metadata, [written for written, _ in results])
         for name, text in self._settings.items():
             (self.path / name).write_text(text)
@@ -105,7 +105,7 @@ def expect_space(folder: Path, needed: int) -> None:
 
 
 def seal(files: list[Path]) -> dict[str, int]:
-    """Put files on the disk, which syncs several for the price of one; their checksums by name."""
+    """Sync files, several for the price of one, and return their checksums by name."""
     _of_each(_sync, files)
     return _of_each(_checksum, files)
 
@@ -133,7 +133,7 @@ def prune(folder: Path, newest: int, keep_last: int, keep_every: int) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """The marker goes first, so that a crash half-way leaves no checkpoint that looks whole."""
+    """Remove the marker first, so that a crash half-way leaves no checkpoint that looks whole."""
     (checkpoint / MARKER).unlink()
     shutil.rmtree(checkpoint)
 
@@ -160,12 +160,12 @@ def clean(folder: Path) -> list[Path]:
 
 
 def checksums(path: Path) -> dict[str, int]:
-    """CRC-32 of every file of a checkpoint but the marker; zlib lets threads run side by side."""
+    """Return the CRC-32 of every file but the marker; zlib lets threads run side by side."""
     return _of_each(_checksum, sorted(file for file in path.iterdir() if file.name != MARKER))
 
 
 def damage(path: Path) -> str:
-    """What differs from the checksums in the marker, "" if nothing does."""
+    """Return what differs from the checksums in the marker, "" if nothing does."""
     try:
         expected = json.loads((path / MARKER).read_text())
         found = checksums(path)
@@ -179,7 +179,7 @@ def damage(path: Path) -> str:
 
 
 def _bytes(plan: SavePlan) -> int:
-    """What a process's tensors, or its shards of them, take on disk, at the most."""
+    """Return what a process's tensors, or its shards of them, take on disk, at the most."""
     return sum(
         math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
         + HEADER_BYTES
@@ -188,7 +188,7 @@ def _bytes(plan: SavePlan) -> int:
 
 
 def _locked(path: Path) -> int:
-    """A descriptor that holds the lock on a directory, where its file system has locks.
+    """Return a descriptor that holds the lock on a directory, where its file system has locks.
 
     Raises:
         OSError: another process holds it.
@@ -205,7 +205,7 @@ def _locked(path: Path) -> int:
 
 
 def _being_written(path: Path) -> bool:
-    """Whether a process writes it, or might: no locks here, or it is gone meanwhile."""
+    """Return whether a process writes it, or might: no locks here, or it is gone meanwhile."""
     try:
         folder = os.open(path, os.O_RDONLY)
     except OSError:

@@ -1,11 +1,14 @@
 """A run is a function that returns a TrainConfig; `--preset NAME` names one of these."""
 
 import dataclasses
-from collections.abc import Callable
+import sys
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from repa_fast.configs.config import TrainConfig
 from repa_fast.contracts import expect_choice
+from repa_fast.objective import build_alignment
 
 ALIGNMENT_DEPTH = {"S": 4, "B": 4, "L": 8, "XL": 8}
 """REPA, Appendix G: the 4th block for the base model, the 8th for large and xlarge. The paper has
@@ -13,7 +16,7 @@ no S; here it is aligned as B."""
 
 
 def digits() -> TrainConfig:
-    """Bundled 16x16 digits in pixel space with a tiny aligned SiT: minutes on two CPU cores."""
+    """Train a tiny aligned SiT on the bundled 16x16 digits: minutes on two CPU cores."""
     return TrainConfig(
         exp_name="digits",
         data_dir="digits",
@@ -39,7 +42,7 @@ def digits() -> TrainConfig:
 
 
 def sit(size: str, *, repa: bool) -> TrainConfig:
-    """SiT-{0}/2 on ImageNet 256x256 with REPA's recipe (arXiv 2410.06940, appendix D).
+    """Train SiT-{0}/2 on ImageNet 256x256 with REPA's recipe (arXiv 2410.06940, appendix D).
 
     With alignment: DINOv2-B, cosine, weight 0.5, at the depth of appendix G.
     """
@@ -53,7 +56,7 @@ def sit(size: str, *, repa: bool) -> TrainConfig:
 
 
 def dit(size: str, *, repa: bool) -> TrainConfig:
-    """DiT-{0}/2 on ImageNet 256x256 (arXiv 2212.09748), in REPA's recipe.
+    """Train DiT-{0}/2 on ImageNet 256x256 (arXiv 2212.09748), in REPA's recipe.
 
     Noise and variance of a chain of 1000 steps; with alignment: DINOv2-B, cosine, weight 0.5, at
     block 8.
@@ -65,7 +68,7 @@ def dit(size: str, *, repa: bool) -> TrainConfig:
 
 
 def component(encoder: str, *, depth: int = 8, loss_type: str = "nt-xent") -> TrainConfig:
-    """SiT-L/2 aligned with {0}, a row of REPA's component table (table 2)."""
+    """Train SiT-L/2 aligned with {0}, a row of REPA's component table (table 2)."""
     config = sit("L", repa=True)
     config.enc_type, config.encoder_depth, config.loss_type = encoder, depth, loss_type
     config.exp_name = f"sit-l2-{encoder.lower()}-d{depth}{'-cos' if loss_type == 'cos' else ''}"
@@ -73,7 +76,7 @@ def component(encoder: str, *, depth: int = 8, loss_type: str = "nt-xent") -> Tr
 
 
 def weighted(coefficient: float) -> TrainConfig:
-    """SiT-XL/2 with REPA and alignment weight {0} (REPA's ablation of lambda)."""
+    """Train SiT-XL/2 with REPA and alignment weight {0} (REPA's ablation of lambda)."""
     config = sit("XL", repa=True)
     config.proj_coeff = coefficient
     config.exp_name = f"sit-xl2-repa-lambda{coefficient:g}"
@@ -81,7 +84,7 @@ def weighted(coefficient: float) -> TrainConfig:
 
 
 def sra(resolution: int, *, cosine: bool = False) -> TrainConfig:
-    """SiT-XL/2 with SRA at {0} pixels (arXiv 2505.02831): block 8 with block 20 of the average.
+    """Train SiT-XL/2 with SRA at {0} pixels (arXiv 2505.02831): block 8 with block 20 of the EMA.
 
     The paper's smooth L1 with the released weights, which decay; or the cosine over tokens, weight
     0.5, that is the released code's default today.
@@ -99,7 +102,7 @@ def sra(resolution: int, *, cosine: bool = False) -> TrainConfig:
 
 
 def dit_sra() -> TrainConfig:
-    """DiT-XL/2 with SRA at 256 pixels: block 8 with block 16 of the average, smooth L1."""
+    """Train DiT-XL/2 with SRA at 256 pixels: block 8 with block 16 of the EMA, smooth L1."""
     config = sra(256)
     return dataclasses.replace(
         config, exp_name="dit-xl2-sra", objective="ddpm", model="DiT-XL/2", block_out_t=16
@@ -107,7 +110,7 @@ def dit_sra() -> TrainConfig:
 
 
 def digits_dit(*, repa: bool) -> TrainConfig:
-    """The digits with DiT's objective, or with DiT's and REPA's.
+    """Train on the digits with DiT's objective, or with DiT's and REPA's.
 
     Which class a digit is of shows in steps where the error of the noise is small beside that of
     other steps: uniform times and as many steps as the velocity needs leave it undecided.
@@ -128,10 +131,10 @@ def digits_dit(*, repa: bool) -> TrainConfig:
 
 
 def digits_sra() -> TrainConfig:
-    """The digits with SRA instead of an encoder: block 2 with block 4 of the average."""
+    """Train on the digits with SRA instead of an encoder: block 2 with block 4 of the EMA."""
     config = digits()
     return dataclasses.replace(
-        config, exp_name="digits-sra", align="sra", block_out_s=2, block_out_t=4
+        config, exp_name="digits-sra", align="sra", enc_type=None, block_out_s=2, block_out_t=4
     )
 
 
@@ -199,8 +202,23 @@ TO_REACH = {
 """The papers' figures: 50,000 samples, without guidance unless said, after so many steps."""
 
 
+def main(argv: Sequence[str]) -> None:
+    """Print the presets as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    ArgumentParser(prog="repa-fast presets", description=main.__doc__).parse_args(argv)
+    table = Table("preset", "model", "aligned with", "at block", "to reach", "what it is")
+    for name, preset in PRESETS.items():
+        config = preset()
+        model = config.model if config.hidden_size is None else f"width {config.hidden_size}"
+        aligned = build_alignment(config).describe()
+        table.add_row(name, model, *aligned, TO_REACH.get(name, "-"), describe(name))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
 def describe(name: str) -> str:
-    """The first line of a preset's docstring, with its first argument filled in."""
+    """Return the first line of a preset's docstring, with its first argument filled in."""
     function = PRESETS[name]
     arguments = getattr(function, "args", ())
     text = (getattr(function, "func", function).__doc__ or "").splitlines()[0]
@@ -208,6 +226,6 @@ def describe(name: str) -> str:
 
 
 def get(name: str) -> TrainConfig:
-    """The config of a preset; ValueError for an unknown name."""
+    """Return the config of a preset; ValueError for an unknown name."""
     expect_choice("preset", name, tuple(PRESETS))
     return PRESETS[name]()

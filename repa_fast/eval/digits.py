@@ -1,7 +1,7 @@
-"""Judges a run on the digits: `python -m repa_fast.eval.digits RUN`.
+"""Evaluates a run on the digits: `python -m repa_fast.eval.digits RUN`.
 
-Nothing that judges was used in training: a support-vector classifier on pixels, and a feature net
-trained by another objective than the aligned encoder.
+Nothing it evaluates with was used in training: a support-vector classifier on pixels, and a feature
+net trained by another objective than the aligned encoder.
 """
 
 import argparse
@@ -13,19 +13,16 @@ import numpy as np
 import torch
 
 from repa_fast import encoders
-from repa_fast.checkpoint import layout as weights
-from repa_fast.configs.config import TrainConfig, from_saved
-from repa_fast.configs.model import build_model
+from repa_fast.checkpoint import layout
+from repa_fast.configs.build import build_model
+from repa_fast.configs.config import TrainConfig
 from repa_fast.data import latents
-from repa_fast.data.digits import digit_images
-from repa_fast.diffusion import ddpm, ddpm_samplers
+from repa_fast.data.digits import digit_images, digits_metadata, pixel_moments
 from repa_fast.diffusion.alignment import cosine_losses
 from repa_fast.diffusion.draws import draw, stream
-from repa_fast.diffusion.path import get
-from repa_fast.diffusion.samplers import sample
-from repa_fast.eval.fid import frechet_distance, statistics
+from repa_fast.eval.scores import frechet_distance, statistics
 from repa_fast.models.sit import SiT
-from repa_fast.prepare.images import digits_metadata, pixel_moments
+from repa_fast.objective import build_objective
 
 CLASSES = 10
 ALIGNMENT_DRAWS = 4
@@ -58,53 +55,42 @@ class Scores:
 
 
 def load_run(run: Path, step: int | None = None) -> tuple[TrainConfig, SiT, int]:
-    """Config, model with the averaged weights, and step of a run's checkpoint (newest if None).
+    """Return config, model with the EMA's weights, and step of a run's checkpoint (newest if None).
 
     Raises:
         ValueError: the run has no complete checkpoint, or none of that step.
     """
     folder = run / "checkpoints"
-    found = weights.steps(folder)
+    found = layout.steps(folder)
     if not found or (step is not None and step not in found):
         raise ValueError(f"{folder} has checkpoints {found}, expected {step or 'at least one'}")
     step = found[-1] if step is None else step
-    source = weights.path_of(folder, step)
-    config = from_saved(json.loads((source / "config.json").read_text()))
-    model = build_model(config, digits_metadata()).eval().requires_grad_(False)
-    weights.load_ema(source, model)
-    return config, model, step
+    source = layout.path_of(folder, step)
+    settings = layout.read_settings(source)
+    model = build_model(settings.config, settings.metadata).eval().requires_grad_(False)
+    layout.load_ema(source, model)
+    return settings.config, model, step
 
 
 def generate(
     config: TrainConfig, model: SiT, count: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`count` class-conditional samples, uint8 (count, 3, 16, 16), and their labels (count)."""
+    """Return class-conditional samples, uint8 (count, 3, 16, 16), and their labels (count)."""
     metadata = digits_metadata()
     labels = torch.arange(count) % CLASSES
     generator = stream(seed, 1)
     noise = torch.randn(count, *metadata.latent_shape, generator=generator)
-    options = {
-        "mode": config.mode,
-        "num_steps": config.num_steps,
-        "cfg_scale": config.cfg_scale,
-        "seed": seed,
-    }
-    if config.objective == "ddpm":
-        samples = ddpm_samplers.sample(model, noise, labels, **options)
-    else:
-        path = get(config.path_type)
-        samples = sample(model, noise, labels, path=path, prediction=config.prediction, **options)
+    samples = build_objective(config).sample(model, noise, labels, config.sampler(), seed=seed)
     return latents.to_pixels(samples, metadata).numpy(), labels.numpy()
 
 
 @torch.no_grad()
 def alignment_cosine(config: TrainConfig, model: SiT, seed: int) -> float | None:
-    """Mean cosine on held-out digits, averaged over times and noise; None without an encoder."""
+    """Return the mean cosine on held-out digits, over times and noise; None without an encoder."""
     specs = encoders.specs(config.enc_type)
     if not specs:
         return None
-    metadata = digits_metadata()
-    path = ddpm.trained_path(config.objective, config.path_type)
+    metadata, path = digits_metadata(), build_objective(config).path
     pixels, labels = digit_images("val")
     images = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
     clean = latents.sample(torch.from_numpy(pixel_moments(pixels)), torch.zeros(()), metadata)
@@ -120,7 +106,7 @@ def alignment_cosine(config: TrainConfig, model: SiT, seed: int) -> float | None
 
 
 def evaluate(run: Path, *, step: int | None = None, count: int = 500, seed: int = 0) -> Scores:
-    """All scores of a run's checkpoint."""
+    """Compute all scores of a run's checkpoint."""
     from sklearn.svm import SVC
 
     from repa_fast.encoders.digits import DigitsJudge
@@ -152,12 +138,12 @@ def evaluate(run: Path, *, step: int | None = None, count: int = 500, seed: int 
 
 
 def grey(images: np.ndarray) -> np.ndarray:
-    """uint8 (N, 3, R, R) -> float64 (N, R * R) in [0, 1], the mean of the channels."""
+    """Turn uint8 (N, 3, R, R) into float64 (N, R * R) in [0, 1], the mean of the channels."""
     return images.mean(1).reshape(len(images), -1) / 255
 
 
 def nearest_neighbour(queries: np.ndarray, references: np.ndarray) -> float:
-    """Mean over queries (N, F) of the RMS distance to the nearest of references (M, F)."""
+    """Return the mean over queries (N, F) of the RMS distance to the nearest reference (M, F)."""
     from sklearn.neighbors import NearestNeighbors
 
     distances, _ = NearestNeighbors(n_neighbors=1).fit(references).kneighbors(queries)
@@ -165,7 +151,7 @@ def nearest_neighbour(queries: np.ndarray, references: np.ndarray) -> float:
 
 
 def describe(scores: Scores) -> str:
-    """The scores as lines for people."""
+    """Return the scores as lines for people."""
     lines = [
         f"class accuracy: {100 * scores.class_accuracy:.1f} % of {scores.samples} samples at step "
         f"{scores.step} (the classifier on held-out real digits: "

@@ -14,19 +14,22 @@ import json
 import os
 import shutil
 import sys
-import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 
-from repa_fast.data.processes import own_device, progress_bar, rank_and_size
+from repa_fast import command
+from repa_fast.configs.part import expect_at_least
+from repa_fast.configs.sampler import SamplerConfig
+from repa_fast.distributed import own_device, progress_bar, rank_and_size
 from repa_fast.eval.load import Loaded, load
 from repa_fast.eval.pictures import arrange, save_png
-from repa_fast.eval.sampling import ImageSampler, SamplerConfig, labels_of
+from repa_fast.eval.reference import write_npz
+from repa_fast.eval.sampling import ImageSampler, labels_of
 from repa_fast.ledger import Ledger, is_disk_full, share, write_whole
 
 SHEET_IMAGES = 64
@@ -120,22 +123,24 @@ def generate(config: GenerateConfig) -> Path:
         return out
     ledger, mine = shared
     sampler = ImageSampler(loaded, config, device) if mine else None
-    with progress_bar(out.name, rank == 0) as progress:
-        advance = progress(config.num_fid_samples)
-        for block in mine:
-            try:
-                _write_block(ledger, block, *sample_block(sampler, config, block))
-            except OSError as error:
-                raise _explained(error, ledger, blocks) from error
-            advance(_images_done(config, ledger))
-        if rank:
-            return out
-        ledger.wait_for(blocks, lambda: advance(_images_done(config, ledger)))
-        advance(config.num_fid_samples)
     try:
+        with progress_bar(out.name, rank == 0) as progress:
+            advance, batch = progress(config.num_fid_samples), config.per_proc_batch_size
+            for block in mine:
+                _write_block(ledger, block, *sample_block(sampler, config, block))
+                advance(len(ledger.done()) * batch)
+            if rank:
+                return out
+            ledger.wait_for(blocks, lambda: advance(len(ledger.done()) * batch))
+            advance(config.num_fid_samples)
         _finish(config, loaded, ledger, blocks, out)
     except OSError as error:
-        raise _explained(error, ledger, blocks) from error
+        if not is_disk_full(error):
+            raise
+        raise RuntimeError(
+            f"the disk of {work} is full; {len(ledger.done())} of {blocks} batches are written "
+            "and kept: make room and run the same command again"
+        ) from error
     return out
 
 
@@ -144,9 +149,7 @@ def _check(config: GenerateConfig, loaded: Loaded) -> None:
     for name, value in known.items():
         if getattr(config, name) not in (0, value):
             raise ValueError(f"{name} is {getattr(config, name)}, expected {value} (the weights')")
-    for name in ("num_fid_samples", "per_proc_batch_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}, expected at least 1")
+    expect_at_least(config, 1, "num_fid_samples", "per_proc_batch_size")
     classes = len(loaded.metadata.class_names)
     if not -1 <= config.class_label < classes:
         raise ValueError(
@@ -155,7 +158,7 @@ def _check(config: GenerateConfig, loaded: Loaded) -> None:
 
 
 def _expect_same(out: Path, now: dict) -> None:
-    """Names leave digits and folders out; a finished file has to be of these very settings."""
+    """Refuse to reuse OUT if its settings differ; its name leaves digits and folders out."""
     beside = out.with_suffix(".json")
     made = json.loads(beside.read_text()) if beside.exists() else now
     changed = [
@@ -171,7 +174,7 @@ def _expect_same(out: Path, now: dict) -> None:
 
 
 def name_of(config: GenerateConfig, loaded: Loaded) -> str:
-    """A file name with every setting that decides the images; the end of a long one is hashed."""
+    """Return a file name with every setting that decides the images; a long one ends in a hash."""
     step = f"{loaded.step:07d}" if loaded.step is not None else loaded.source.stem
     attention = "" if config.fused_attn else "plain-attention-"
     labels = f"class-{config.class_label}" if config.class_label >= 0 else config.labels
@@ -187,14 +190,14 @@ def name_of(config: GenerateConfig, loaded: Loaded) -> str:
 
 
 def settings(config: GenerateConfig, loaded: Loaded) -> dict:
-    """Everything that decides the images, for the JSON beside them."""
-    chosen = {name: value for name, value in asdict(config).items() if name not in INDIFFERENT}
-    return chosen | {
+    """Return everything that decides the images, for the JSON beside them."""
+    names = [field.name for field in fields(GenerateConfig) if field.name not in INDIFFERENT]
+    return {name: getattr(config, name) for name in names} | {
         "digest": loaded.digest,
         "step": loaded.step,
         "num_heads": loaded.model.blocks[0].attn.num_heads,
-        "path_type": config.path_type or loaded.path_type,
-        "prediction": loaded.prediction,
+        "path_type": config.path_type or loaded.objective.path_type,
+        "prediction": loaded.objective.prediction,
         "torch": torch.__version__,
     }
 
@@ -202,19 +205,17 @@ def settings(config: GenerateConfig, loaded: Loaded) -> dict:
 def sample_block(
     sampler: ImageSampler, config: GenerateConfig, block: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 (B, R, R, 3) and labels (B) of a block; the last block may be shorter."""
+    """Return images uint8 (B, R, R, 3) and labels (B) of a block; the last may be shorter."""
     size = config.per_proc_batch_size
     index = np.arange(block * size, (block + 1) * size)
-    labels = _labels(config, len(sampler.metadata.class_names), index)
+    if config.class_label >= 0:
+        labels = np.full(size, config.class_label)
+    else:
+        classes = len(sampler.metadata.class_names)
+        labels = labels_of(index, classes, config.global_seed, config.labels)
     images = sampler.images(index, labels, config.global_seed).permute(0, 2, 3, 1)
     kept = min(size, config.num_fid_samples - block * size)
     return images.cpu().numpy()[:kept], labels[:kept]
-
-
-def _labels(config: GenerateConfig, num_classes: int, index: np.ndarray) -> np.ndarray:
-    if config.class_label >= 0:
-        return np.full(len(index), config.class_label)
-    return labels_of(index, num_classes, config.global_seed, config.labels)
 
 
 def _write_block(ledger: Ledger, block: int, images: np.ndarray, labels: np.ndarray) -> None:
@@ -227,10 +228,6 @@ def _write_block(ledger: Ledger, block: int, images: np.ndarray, labels: np.ndar
         os.fsync(file.fileno())
     partial.replace(ledger.folder / f"{block:06d}.npy")
     ledger.write(block, {"labels": labels.tolist()})
-
-
-def _images_done(config: GenerateConfig, ledger: Ledger) -> int:
-    return min(len(ledger.done()) * config.per_proc_batch_size, config.num_fid_samples)
 
 
 def _finish(config: GenerateConfig, loaded: Loaded, ledger: Ledger, blocks: int, out: Path) -> None:
@@ -252,52 +249,10 @@ def _finish(config: GenerateConfig, loaded: Loaded, ledger: Ledger, blocks: int,
     described = settings(config, loaded) | {"ckpt": str(loaded.source.resolve())}
     write_whole(out.with_suffix(".json"), json.dumps(described, indent=2))
     size = loaded.metadata.resolution
-    write_npz(out, parts, (config.num_fid_samples, size, size, 3), labels)
+    write_npz(out, parts(), (config.num_fid_samples, size, size, 3), arr_1=labels)
     ledger.remove()
 
 
-def write_npz(
-    out: Path,
-    parts: Callable[[], Iterator[np.ndarray]],
-    shape: tuple[int, ...],
-    labels: np.ndarray,
-) -> None:
-    """Write arr_0, the uint8 `parts` one after the other, and arr_1, holding one part in memory.
-
-    The file takes its name when it is whole.
-
-    Raises:
-        ValueError: the parts do not add up to `shape`.
-    """
-    partial = out.with_name(f".{out.name}.partial")
-    with open(partial, "wb") as whole, zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive:
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        written = 0
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for part in parts():
-                written += part.size
-                file.write(np.ascontiguousarray(part, np.uint8))
-        if written != np.prod(shape, dtype=np.int64):
-            raise ValueError(f"{out}: {written} values, expected the {shape} of arr_0")
-        with archive.open("arr_1.npy", "w") as file:  # writestr would put the time of day into it
-            np.save(file, labels.astype(np.int64))
-        archive.close()
-        whole.flush()
-        os.fsync(whole.fileno())
-    partial.replace(out)
-
-
-def _explained(error: OSError, ledger: Ledger, blocks: int) -> Exception:
-    if not is_disk_full(error):
-        return error
-    return RuntimeError(
-        f"the disk of {ledger.folder} is full; {len(ledger.done())} of {blocks} batches are "
-        "written and kept: make room and run the same command again"
-    )
-
-
 if __name__ == "__main__":
-    from repa_fast.cli import main
-
-    sys.exit(main(["generate", *sys.argv[1:]]))
+    PROG = "python -m repa_fast.eval.generate"
+    sys.exit(command.main(lambda: generate(command.parse(GenerateConfig, sys.argv[1:], PROG))))

@@ -11,46 +11,47 @@ import torch
 
 from repa_fast.checkpoint import formats
 from repa_fast.checkpoint.formats import Shape
-from repa_fast.checkpoint.info import newest_checkpoint
-from repa_fast.configs.config import TrainConfig, from_saved
-from repa_fast.configs.model import model_class
+from repa_fast.checkpoint.layout import newest_checkpoint, read_settings
+from repa_fast.configs.objective import ObjectiveConfig
 from repa_fast.data.dataset import Metadata
 from repa_fast.data.official import SD_VAE_FACTOR, SD_VAE_SCALE
-from repa_fast.diffusion.ddpm import trained_path
-from repa_fast.diffusion.path import Path as DiffusionPath
 from repa_fast.models.sit import SIZES, SiT, size
+from repa_fast.objective import Objective, build_objective
 
 HASH_DIGITS = 8
+OBJECTIVES = {"dit": "ddpm"}
+"""What the weights of an origin predict, where its files do not say."""
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A model with the averaged weights, in eval mode, without gradients and projectors.
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A model that can be sampled: in eval mode, with its EMA's weights.
 
     Attributes:
         metadata: of the dataset it was trained on, as far as it is known.
-        objective: flow, or ddpm for a DiT.
-        path_type, prediction: of its training, for flow.
+        objective: what it predicts.
+    """
+
+    model: SiT
+    metadata: Metadata
+    objective: Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded(Trained):
+    """A model read from a file, without gradients and projectors.
+
+    Attributes:
         name: of its architecture, fit for a file name.
         step: optimizer steps of the training; None where the file does not say.
         digest: the first hexadecimal digits of a SHA-256 of the weights.
         source: file or checkpoint.
     """
 
-    model: SiT
-    metadata: Metadata
-    path_type: str
-    prediction: str
     name: str
     step: int | None
     digest: str
     source: Path
-    objective: str = "flow"
-
-    @property
-    def path(self) -> DiffusionPath:
-        """From data to noise, as it was trained."""
-        return trained_path(self.objective, self.path_type)
 
 
 def load(
@@ -62,10 +63,11 @@ def load(
     num_heads: int = 0,
     prediction: str = "",
 ) -> Loaded:
-    """The model of a run, a native checkpoint, an official .pt file, bare weights or safetensors.
+    """Load the model of a run, a native checkpoint, an official .pt file, or bare weights.
 
     Args:
-        source: of a run's folder the newest complete checkpoint is taken.
+        source: one of these, or a .safetensors file; of a run's folder the newest complete
+            checkpoint is taken.
         origin: "repa" (and ours), "sit" or "dit" for the original SiT's or DiT's weights.
         model: SiT-{S,B,L,XL}/{2,4,8}, to be checked; known from the weights otherwise.
         num_heads: of an architecture that is none of those and whose file does not say.
@@ -83,10 +85,12 @@ def load(
         if origin != "repa":
             raise ValueError(f"{source} is a native checkpoint, expected origin repa, got {origin}")
     config, step, metadata = _described(source)
-    objective = "ddpm" if origin == "dit" else config.get("objective", "flow")
-    prediction = _ours(prediction or config.get("prediction", "v"))
+    objective = _objective(config, origin, prediction)
     state = formats.read_weights(
-        source, origin, learn_sigma=objective == "ddpm", prediction=prediction
+        source,
+        origin,
+        learn_sigma=objective.model is not SiT,
+        prediction=objective.prediction,
     )
     shape = formats.shape_of(state)
     heads = _heads(shape, config, source, num_heads)
@@ -97,18 +101,16 @@ def load(
     return Loaded(
         model=built.to(device).eval().requires_grad_(False),
         metadata=metadata or _expected_metadata(shape, config),
-        path_type=_ours(config.get("path_type", "linear")),
-        prediction=prediction,
-        name=_name(shape, heads).replace("SiT", "DiT" if objective == "ddpm" else "SiT"),
+        objective=objective,
+        name=_name(shape, heads).replace("SiT", objective.model.__name__),
         step=step,
         digest=digest(state),
         source=source,
-        objective=objective,
     )
 
 
 def digest(state: formats.State) -> str:
-    """The first hexadecimal digits of a SHA-256 over names, shapes and values."""
+    """Return the first hexadecimal digits of a SHA-256 over names, shapes and values."""
     sha = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].contiguous().float()
@@ -118,13 +120,10 @@ def digest(state: formats.State) -> str:
 
 
 def _described(source: Path) -> tuple[dict, int | None, Metadata | None]:
-    """Training arguments, step and dataset, as far as a checkpoint or file says them."""
+    """Return training arguments, step and dataset, as far as a checkpoint or file says them."""
     if source.is_dir():
-        names = ("config", "counters", "dataset")
-        config, counters, dataset = (
-            json.loads((source / f"{name}.json").read_text()) for name in names
-        )
-        return config, counters["step"], Metadata.from_dict(dataset)
+        settings = read_settings(source)
+        return settings.config.to_dict(), settings.counters["step"], settings.metadata
     if source.suffix == ".safetensors":
         beside = source.with_suffix(".json")
         described = json.loads(beside.read_text()) if beside.exists() else {}
@@ -139,9 +138,20 @@ def _described(source: Path) -> tuple[dict, int | None, Metadata | None]:
     return config, step if isinstance(step, int) else None, None
 
 
-def _build(shape: Shape, heads: int, objective: str) -> SiT:
+def _objective(config: dict, origin: str, prediction: str) -> Objective:
+    """Return what a model of these training arguments predicts, `prediction` over theirs."""
+    return build_objective(
+        ObjectiveConfig(
+            objective=OBJECTIVES.get(origin) or config.get("objective", "flow"),
+            path_type=_ours(config.get("path_type", "linear")),
+            prediction=_ours(prediction or config.get("prediction", "v")),
+        )
+    )
+
+
+def _build(shape: Shape, heads: int, objective: Objective) -> SiT:
     with torch.device("meta"):
-        model = model_class(objective)(
+        model = objective.model(
             input_size=shape.grid * shape.patch_size,
             patch_size=shape.patch_size,
             in_channels=shape.in_channels,
@@ -156,7 +166,7 @@ def _build(shape: Shape, heads: int, objective: str) -> SiT:
 
 
 def _ours(name: str) -> str:
-    """A path or prediction by our name; the original SiT has two that are not ours."""
+    """Return a path or prediction by our name; the original SiT has two that are not ours."""
     return {"Linear": "linear", "velocity": "v"}.get(name, name)
 
 
@@ -173,7 +183,7 @@ def _heads(shape: Shape, config: dict, source: Path, said: int) -> int:
 
 
 def _heads_of_size(shape: Shape, config: dict) -> int | None:
-    """Of the model that the arguments name, or else of the size of that depth and width."""
+    """Return the heads of the model that the arguments name, or of that depth and width."""
     named = re.fullmatch(r"SiT-(\w+)/\d+", config.get("model", ""))
     if named and named[1] in SIZES:
         return SIZES[named[1]]["num_heads"]
@@ -205,7 +215,7 @@ def _name(shape: Shape, heads: int) -> str:
 
 
 def _expected_metadata(shape: Shape, config: dict) -> Metadata:
-    """Of pixels where latents are as large as images, or else of Stable Diffusion's latents."""
+    """Return that of pixels where latents are as large as images, or of SD-VAE's latents."""
     side = shape.grid * shape.patch_size
     pixels = config.get("resolution") == side
     return Metadata(
@@ -216,8 +226,3 @@ def _expected_metadata(shape: Shape, config: dict) -> Metadata:
         bias=0.0,
         class_names=tuple(str(label) for label in range(shape.num_classes)),
     )
-
-
-def run_config(source: Path) -> TrainConfig:
-    """The training config in a native checkpoint."""
-    return from_saved(json.loads((source / "config.json").read_text()))

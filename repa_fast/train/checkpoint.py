@@ -22,15 +22,22 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from repa_fast.checkpoint import formats, reader
-from repa_fast.checkpoint.layout import MARKER, expect_complete, path_of, steps
+from repa_fast.checkpoint.layout import (
+    CONFIG,
+    COUNTERS,
+    DATASET,
+    MARKER,
+    Settings,
+    expect_complete,
+    path_of,
+    read_settings,
+    steps,
+)
 from repa_fast.checkpoint.writer import Writer, damage
 from repa_fast.distributed import World
 from repa_fast.train.spikes import History
 from repa_fast.train.state import TrainState
 
-COUNTERS = "counters.json"
-CONFIG = "config.json"
-DATASET = "dataset.json"
 SAME_CONFIG = ("objective", "prediction", "path_type")
 SAME_DATASET = ("latent_shape", "vae", "scale", "bias")
 """Settings that a run does not go on with others of: tensors would fit, and mean something else."""
@@ -186,7 +193,7 @@ def save(folder: Path, state: TrainState) -> Path:
 
 
 def share(tensors: dict[str, torch.Tensor], world: World) -> dict[str, dict[str, torch.Tensor]]:
-    """What this process writes: all its shards, and its share of the bytes that all have alike.
+    """Return what this process writes: all its shards, and its share of what all have alike.
 
     By the first part of the name, since torch spends a log line on every key at the top.
     """
@@ -212,20 +219,23 @@ def load(source: Path, state: TrainState) -> None:
     """
     expect_complete(source)
     _expect_same_model(source, state)
-    _expect_same_task(source, state)
+    settings = read_settings(source)
+    _expect_same_task(source, settings, state)
     reader.load(tensors(state), source, no_dist=state.world.size == 1)
-    counters = json.loads((source / COUNTERS).read_text())
+    counters = settings.counters
     if state.scaler.is_enabled() and counters["scaler"]:
         state.scaler.load_state_dict(counters["scaler"])
     state.metrics.load_state(counters["metrics"], state.world)
-    state.history = History(**counters.get("history", {}))
+    history = counters.get("history", {})
+    history.pop("rollbacks", None)  # of earlier versions, which went back by themselves
+    state.history = History(**history)
     if counters["world_size"] == state.world.size:
         state.micro_batch = counters["micro_batch"]
     state.step = counters["step"]
 
 
 def tensors(state: TrainState) -> dict[str, torch.Tensor]:
-    """All of a run's tensors by the name they are stored under; not copies."""
+    """Return all of a run's tensors by the name they are stored under; not copies."""
     state.optimizer.begin_states()
     modules = {"model": state.model, "ema": state.ema}
     modules |= {f"ema_{n}": average for n, average in enumerate(state.more_emas, start=2)}
@@ -241,7 +251,7 @@ def tensors(state: TrainState) -> dict[str, torch.Tensor]:
 
 
 def _counters(state: TrainState) -> dict:
-    """Plain numbers; sample order and noise need no more than the step and what was skipped."""
+    """Return plain numbers; sample order and noise need no more than the step and the skip."""
     return {
         "step": state.step,
         "world_size": state.world.size,
@@ -273,14 +283,16 @@ def _expect_same_model(source: Path, state: TrainState) -> None:
         )
 
 
-def _expect_same_task(source: Path, state: TrainState) -> None:
-    stored = json.loads((source / CONFIG).read_text()), json.loads((source / DATASET).read_text())
-    expected = state.config.to_dict(), json.loads(json.dumps(asdict(state.metadata)))
+def _expect_same_task(source: Path, stored: Settings, state: TrainState) -> None:
+    compared = (
+        (stored.config, state.config, SAME_CONFIG),
+        (stored.metadata, state.metadata, SAME_DATASET),
+    )
     problems = [
-        f"{name} {theirs[name]!r}, expected {ours[name]!r}"
-        for theirs, ours, names in zip(stored, expected, (SAME_CONFIG, SAME_DATASET), strict=True)
+        f"{name} {getattr(theirs, name)!r}, expected {getattr(ours, name)!r}"
+        for theirs, ours, names in compared
         for name in names
-        if name in theirs and theirs[name] != ours[name]
+        if getattr(theirs, name) != getattr(ours, name)
     ]
     if problems:
         raise ValueError(

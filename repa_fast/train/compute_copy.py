@@ -1,11 +1,11 @@
 """bf16 copies of the linear layers' weights, written by the optimizer and read by the layers.
 
 Autocast makes such a copy at every forward pass, with 6 bytes of traffic per parameter; the
-optimizer can write it while it holds the weight, for 2. Parameters, gradients and state_dict stay
-the same.
+optimizer can write it while it holds the weight, for 2. Layers with a copy take the place of the
+model's, with its parameters: these, their gradients and the state_dict stay the same.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,14 @@ class ReadCopy(torch.autograd.Function):
 
 
 class CopiedLinear(nn.Linear):
-    """nn.Linear that computes with `weight_copy` (bf16, not in the state_dict) under autocast."""
+    """A linear layer's parameters, under autocast with `weight_copy` (bf16) for the weight."""
+
+    weight_copy: torch.Tensor
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, device="meta")
+        self.weight, self.bias = layer.weight, layer.bias
+        self.register_buffer("weight_copy", self.weight.detach().bfloat16(), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.is_autocast_enabled(x.device.type):
@@ -36,7 +43,7 @@ class CopiedLinear(nn.Linear):
 
 
 def weight_gradient(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """gradient (..., O), x (..., D) -> (O, D), the sums over all rows in fp32."""
+    """Sum over all rows in fp32: gradient (..., O), x (..., D) -> (O, D)."""
     gradient, x = gradient.flatten(0, -2), x.flatten(0, -2)
     if gradient.is_cuda:
         return torch.mm(gradient.t(), x, out_dtype=torch.float32)
@@ -45,21 +52,22 @@ def weight_gradient(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def add_copies(model: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
-    """Give every linear layer of `model` a copy of its weight; {weight: copy}.
+    """Put a CopiedLinear in the place of every linear layer of `model`; return {weight: copy}.
 
     Copies are as the weights are now; who changes a weight writes its copy.
     """
     copies = {}
-    for layer in model.modules():
-        if type(layer) is nn.Linear:
-            layer.__class__ = CopiedLinear
-            layer.register_buffer("weight_copy", layer.weight.detach().bfloat16(), persistent=False)
-            copies[layer.weight] = layer.weight_copy
+    for parent in list(model.modules()):
+        for name, layer in parent.named_children():
+            if type(layer) is nn.Linear:
+                copied = CopiedLinear(layer)
+                setattr(parent, name, copied)
+                copies[copied.weight] = copied.weight_copy
     return copies
 
 
 class JointLinear(torch.autograd.Function):
-    """x (B, D) -> (B, L O): L linear layers (O, D) in one product, with their copies.
+    """x (B, D) -> (B, L O): L linear layers (O, D) in one matmul, with their copies.
 
     The layers' own weights, then their biases, are arguments for the sake of their gradients.
     """
@@ -80,22 +88,19 @@ class JointLinear(torch.autograd.Function):
 
 
 class JointAdaLN:
-    """The adaLN layers of all blocks as one product, under autocast.
+    """The adaLN layers of all blocks as one matmul, for `SiT.joint_adaln`.
 
     Their copies become parts of one tensor, in which the optimizer goes on to write them.
     """
 
     def __init__(self, model: SiT, copies: dict[nn.Parameter, torch.Tensor]) -> None:
-        self._model = model
         self._layers = [block.adaLN_modulation[1] for block in model.blocks]
         self._copy = torch.cat([layer.weight_copy for layer in self._layers])
         for layer, part in zip(self._layers, self._copy.chunk(len(self._layers))):
             layer.weight_copy = copies[layer.weight] = part
 
-    def __call__(self, c: torch.Tensor) -> Iterable[torch.Tensor]:
-        """(B, 6D) of each block, in the dtype of the copies; fp32, one by one, without autocast."""
-        if not torch.is_autocast_enabled(c.device.type):
-            return (block.adaLN_modulation(c) for block in self._model.blocks)
+    def __call__(self, c: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Compute (B, 6D) of each block from the condition c (B, D), in the dtype of the copies."""
         parameters = [layer.weight for layer in self._layers]
         parameters += [layer.bias for layer in self._layers]
         x = F.silu(c).to(self._copy.dtype)

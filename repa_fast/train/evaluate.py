@@ -1,32 +1,67 @@
-"""Scores of the moving average while it is trained: `--eval-every`."""
+"""Samples of the EMA while it is trained: grids to look at, and scores with `--eval-every`."""
 
-from collections.abc import Iterator
-from pathlib import Path
+import math
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 
 from repa_fast import ops
-from repa_fast.eval.load import Loaded
-from repa_fast.eval.metrics import (
-    EvalConfig,
-    Measured,
-    compare,
-    feature_space,
-    measure,
-    measured_reference,
-)
-from repa_fast.eval.sampling import ImageSampler, SamplerConfig, labels_of
+from repa_fast.data import latents
+from repa_fast.diffusion.draws import stream
+from repa_fast.eval.load import Trained
+from repa_fast.eval.metrics import ScoreConfig, Scorer
+from repa_fast.eval.pictures import arrange
+from repa_fast.eval.sampling import ImageSampler, labels_of
 from repa_fast.models.sit import SiT
-from repa_fast.prepare.images import DIGITS_DIR
 from repa_fast.train.state import TrainState, configure_backends
 
+GRID_IMAGES = 100
 BATCH = 64
 """Images at a time on each process."""
 
 
+def can_sample(state: TrainState, warn: Callable[[str], None]) -> bool:
+    """Return whether there can be sample grids, for which latents need their autoencoder.
+
+    It is loaded here. The first time that fails, `warn` gets one line; training goes on.
+    """
+    if state.vae is None:
+        return True
+    if state.vae.unavailable:
+        return False
+    try:
+        state.vae.load(state.metadata)
+    except (RuntimeError, ValueError) as error:
+        warn(f"warning: no sample grids in this run: {error}")
+        return False
+    return True
+
+
+def sample_grid(state: TrainState, average: SiT) -> np.ndarray:
+    """Return samples, uint8 (H, W, 3), of the same noise and labels at every step.
+
+    `average` is the state's EMA, whole. One column per class where there are at most ten, otherwise
+    classes spread evenly.
+    """
+    config, device = state.config, state.world.device
+    classes = len(state.metadata.class_names)
+    columns = min(classes, math.isqrt(GRID_IMAGES))
+    rows = GRID_IMAGES // columns
+    labels = torch.arange(rows * columns, device=device) % columns
+    if classes > columns:
+        labels = (torch.arange(rows * columns, device=device) * classes) // (rows * columns)
+    generator = stream(config.seed, 0, device=device)
+    noise = torch.randn(
+        (len(labels), *state.metadata.latent_shape), generator=generator, device=device
+    )
+    with state.autocast():
+        samples = state.objective.sample(average, noise, labels, config.sampler(), seed=config.seed)
+    return arrange(latents.to_pixels(samples, state.metadata, state.vae), columns)
+
+
 class Evaluator:
-    """Judges the moving average's samples; the sampler's settings are those of the sample grids.
+    """Evaluates the EMA's samples; the sampler's settings are those of the sample grids.
 
     Every process makes its share of the images. What is compared with is measured at the first
     evaluation and kept. Attention is torch's own, as in an evaluation of a checkpoint: the run's
@@ -39,60 +74,39 @@ class Evaluator:
 
     def __init__(self, state: TrainState) -> None:
         config = state.config
-        dataset = str(DIGITS_DIR) if config.data_dir == "digits" else config.data_dir
-        self._config = EvalConfig(
+        scored = ScoreConfig(
             reference=config.eval_reference,
-            dataset="" if config.eval_reference else dataset,
+            dataset="" if config.eval_reference else config.data_dir,
             features=config.eval_features,
             inception_weights=config.eval_weights if config.eval_features == "inception" else "",
             enc_weights=config.eval_weights if config.eval_features != "inception" else "",
             seed=config.seed,
         )
-        self._space = feature_space(self._config, state.world.device)
-        self._real: Measured | None = None
+        self._scorer = Scorer(scored, state.world, shown=False)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
-        """Every score by its name; all processes call it."""
-        if self._real is None:
-            self._real = measured_reference(self._config, self._space, state.world, shown=False)
+        """Return every score by its name; all processes call it."""
         count = state.config.eval_samples
         average = state.whole_average(everywhere=True)
         try:
             batches = self._batches(state, average, count)
             with ops.use_attention_backend("sdpa"):
-                generated = measure(
-                    f"step {state.step}", batches, count, self._space, state.world, shown=False
-                )
+                generated = self._scorer.measure(f"step {state.step}", batches, count)
         finally:
             configure_backends(state.config)
-        return compare(self._real, generated, self._config)
+        return self._scorer.compare(generated)
 
     def _batches(
         self, state: TrainState, average: SiT, count: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         config, world = state.config, state.world
-        sampler = ImageSampler(
-            Loaded(
-                model=average,
-                metadata=state.metadata,
-                path_type=config.path_type,
-                prediction=config.prediction,
-                name=config.exp_name,
-                step=state.step,
-                digest="",
-                source=Path(),
-                objective=config.objective,
-            ),
-            SamplerConfig(
-                mode=config.mode,
-                num_steps=config.num_steps,
-                cfg_scale=config.cfg_scale,
-                mixed_precision="bf16" if state.autocast_dtype is torch.bfloat16 else "no",
-                tf32=config.allow_tf32,
-                vae_path=config.vae_path,
-            ),
-            world.device,
+        settings = config.sampler(
+            mixed_precision="bf16" if state.autocast_dtype is torch.bfloat16 else "no",
+            tf32=config.allow_tf32,
+            vae_path=config.vae_path,
         )
+        trained = Trained(model=average, metadata=state.metadata, objective=state.objective)
+        sampler = ImageSampler(trained, settings, world.device)
         for start in range(world.rank * BATCH, count, world.size * BATCH):
             index = np.arange(start, start + BATCH)
             labels = labels_of(index, len(state.metadata.class_names), config.seed, "balanced")

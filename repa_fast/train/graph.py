@@ -44,7 +44,7 @@ class GraphedStep:
         self._replay: Callable[[], None] = lambda: None
 
     def __call__(self, batch: Batch) -> None:
-        """One optimizer step; counts it in state.step."""
+        """Take one optimizer step; count it in state.step."""
         state = self._state
         if self._left:
             self._left -= 1
@@ -129,7 +129,7 @@ def capture(work: Callable[[], None], stream: torch.cuda.Stream) -> Callable[[],
 
 
 def on_stream(stream: torch.cuda.Stream | None, work: Callable[[], None]) -> None:
-    """As a capture will run it, so that nothing of autograd is tied to the default stream.
+    """Do work as a capture will, so that nothing of autograd is tied to the default stream.
 
     Memory belongs to the stream that it was first used on: another stream would take its own.
     """

@@ -1,4 +1,4 @@
-"""Which kernels a run uses, for its ops and for attention."""
+"""Choice of the kernels of a run, for its ops and for attention."""
 
 import json
 
@@ -15,7 +15,7 @@ TIMED_BATCH = 64
 
 
 def choose_kernels(config: TrainConfig, model: SiT, dtype: torch.dtype, world: World) -> list[str]:
-    """Set them for this process; a line about each choice.
+    """Set the kernels of this process; return a line about each choice.
 
     Args:
         dtype: of the compute, autocast's or fp32.
@@ -32,7 +32,7 @@ def choose_kernels(config: TrainConfig, model: SiT, dtype: torch.dtype, world: W
 
 
 def _choose_attention(config: TrainConfig, model: SiT, dtype: torch.dtype, world: World) -> str:
-    """Timings differ between processes, so the first one chooses for all."""
+    """Set attention's backend: timings differ, so the first process chooses for all."""
     heads = model.blocks[0].attn.num_heads
     shape = {
         "heads": heads,

@@ -1,18 +1,18 @@
 """Memory and compute of a run: estimates before it starts, and the micro-batch that fits."""
 
+import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
-from repa_fast import encoders
+from repa_fast.configs.build import empty_model, expected_metadata
 from repa_fast.configs.config import TrainConfig
-from repa_fast.configs.model import model_arguments, model_class
 from repa_fast.data.dataset import Metadata
-from repa_fast.distributed import World
-from repa_fast.models.flops import projector_flops, sit_flops, transformer_flops
-from repa_fast.train.parallel import empty_model, parallelize
+from repa_fast.distributed import World, rank_and_size
+from repa_fast.models.flops import sit_flops
+from repa_fast.objective import build_alignment
+from repa_fast.train.parallel import parallelize, shard_count
 from repa_fast.train.state import TrainState
 
 # fp32 weights, gradients and two AdamW moments; each moving average
@@ -34,8 +34,8 @@ class Budget:
 
     Attributes:
         parameters: of the model without and with its projectors.
-        train_flops: per image: 3x the forward pass of model and heads, 1x the encoders, or SRA's
-            teacher.
+        train_flops: per image: 3x the forward pass of model and heads, 1x what is frozen (the
+            encoders, or SRA's teacher), which is encoder_flops.
         state_bytes: weights, gradients, optimizer and average of one process; where they are
             sharded, also the weights gathered for the compute, unless they are dropped at once.
         activation_bytes: saved for backward, per image, in half precision (an estimate); fp32
@@ -51,33 +51,23 @@ class Budget:
 
 
 def budget(config: TrainConfig, metadata: Metadata, shards: int = 1) -> Budget:
-    """Counted from the config alone; no weights are allocated.
+    """Count from the config alone; no weights are allocated.
 
     `shards` processes share one copy of weights, gradients, optimizer and averages.
     """
-    arguments = model_arguments(config, metadata)
-    with torch.device("meta"):
-        model = model_class(config.objective)(**arguments)
+    model = empty_model(config, metadata, "meta")
     total = sum(p.numel() for p in model.parameters())
     modules = [*model.projectors, *([] if model.ap_head is None else [model.ap_head])]
     heads = sum(p.numel() for module in modules for p in module.parameters())
-    tokens, width, depth = model.num_tokens, arguments["hidden_size"], arguments["depth"]
-    forward = sit_flops(
+    tokens, width, depth = model.num_tokens, model.pos_embed.shape[-1], len(model.blocks)
+    of_heads, frozen = build_alignment(config).flops(tokens, width)
+    forward = of_heads + sit_flops(
         tokens=tokens,
         width=width,
         depth=depth,
         mlp_ratio=4.0,
         patch_values=model.patch_size**2 * model.in_channels,
-    ) + sum(
-        projector_flops(tokens=tokens, width=width, projector_dim=config.projector_dim, z_dim=z_dim)
-        for z_dim in arguments["z_dims"]
     )
-    if config.align == "sra":
-        forward += 8 * tokens * width**2  # its head
-    specs = encoders.specs("none" if config.features else config.enc_type)
-    encoder = sum(spec.flops(config.resolution) for spec in specs)
-    if config.align == "sra":  # the teacher
-        encoder = transformer_flops(tokens=tokens, width=width, depth=config.block_out_t)
     state_bytes = total * (BYTES_PER_PARAMETER + BYTES_PER_AVERAGE * len(config.ema_decays))
     gathered = 0
     if shards > 1 and not config.reshard_after_forward:
@@ -85,20 +75,20 @@ def budget(config: TrainConfig, metadata: Metadata, shards: int = 1) -> Budget:
     return Budget(
         parameters=total - heads,
         parameters_with_projectors=total,
-        train_flops=3 * forward + encoder,
-        encoder_flops=encoder,
+        train_flops=3 * forward + frozen,
+        encoder_flops=frozen,
         state_bytes=state_bytes / shards + gathered,
         activation_bytes=ACTIVATION_BYTES[config.activation_checkpointing] * tokens * width * depth,
     )
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak dense bf16 FLOP/s of a device, None where it is not known."""
+    """Return the peak dense bf16 FLOP/s of a device, None where it is not known."""
     return next((peak for part, peak in PEAK_FLOPS.items() if part in device_name), None)
 
 
 def choose_micro_batch(state: TrainState) -> int:
-    """Images per forward pass of one process, the same on all.
+    """Return the images per forward pass of one process, the same on all.
 
     As configured; or the local batch over the accumulation steps, halved until it fits: on CUDA
     until a forward and backward pass of that size runs without an out-of-memory error, on CPU until
@@ -126,7 +116,7 @@ def _fits_cpu(state: TrainState, size: int) -> bool:
 
 
 def _fits_cuda(state: TrainState, size: int) -> bool:
-    """Whether a forward and backward pass of `size` images runs; the moments are there already."""
+    """Return whether a forward and backward pass of `size` images runs, the moments being there."""
     try:
         try_pass(state if state.mesh is None else stand_in(state), size)
         fits = True
@@ -138,7 +128,7 @@ def _fits_cuda(state: TrainState, size: int) -> bool:
 
 
 def try_pass(state: TrainState, size: int) -> None:
-    """A forward and backward pass of `size` random images; leaves gradients."""
+    """Run a forward and backward pass of `size` random images; leave gradients."""
     from repa_fast.train.step import losses, synthetic_batch
 
     batch, draws = synthetic_batch(state, size)
@@ -147,7 +137,7 @@ def try_pass(state: TrainState, size: int) -> None:
 
 
 def stand_in(state: TrainState) -> TrainState:
-    """The state with whole weights in the compute dtype in place of sharded ones.
+    """Return the state with whole weights in the compute dtype in place of sharded ones.
 
     Its passes communicate nothing: a process that runs out of memory in the middle of one keeps no
     other waiting. It takes more than the run will: whole gradients, where FSDP shards those of a
@@ -157,13 +147,28 @@ def stand_in(state: TrainState) -> TrainState:
     model = empty_model(config, state.metadata, state.world.device)
     model.to(state.autocast_dtype or torch.float32)
     parallelize(model, [model], config, None, state.autocast_dtype)
-    frozen = dict(state.encoders)
-    if config.shard_encoder:
-        frozen = {name: _zeros_of(encoders.spec(name), config.resolution) for name in frozen}
+    alignment = state.alignment.hollow() if config.shard_encoder else state.alignment
     world = World(0, 1, state.world.device)
-    return replace(state, model=model, wrapped=model, ema=model, encoders=frozen, world=world)
+    return replace(state, model=model, wrapped=model, ema=model, alignment=alignment, world=world)
 
 
-def _zeros_of(spec: encoders.EncoderSpec, resolution: int) -> Callable:
-    shape = (spec.num_tokens(resolution), spec.width)
-    return lambda images: torch.zeros((len(images), *shape), device=images.device)
+def describe(config: TrainConfig) -> str:
+    """Return the resolved config, parameter counts, FLOPs per image and a memory estimate."""
+    shards = shard_count(config, rank_and_size()[1])
+    shared = f" in each of {shards} processes" if shards > 1 else ""
+    estimate = budget(config, expected_metadata(config), shards)
+    activations = estimate.activation_bytes * (2 if config.mixed_precision == "no" else 1)
+    batch = config.batch_size
+    return "\n".join(
+        [
+            json.dumps(config.to_dict(), indent=2),
+            f"parameters: {estimate.parameters / 1e6:.0f} M, "
+            f"with projectors {estimate.parameters_with_projectors / 1e6:.0f} M",
+            f"training FLOPs per image: {estimate.train_flops / 1e9:.1f} GFLOP "
+            f"({estimate.encoder_flops / 1e9:.1f} of them {build_alignment(config).title})",
+            f"memory, estimated: {estimate.state_bytes / 2**30:.1f} GiB of weights, gradients, "
+            f"optimizer and average{shared}; {activations / 2**20:.0f} MiB of activations "
+            f"per image ({batch * activations / 2**30:.1f} GiB at batch {batch} in "
+            "one pass)",
+        ]
+    )

@@ -1,10 +1,27 @@
 """Metrics that stay on the device until they are logged."""
 
+from typing import NamedTuple
+
 import torch
 
 from repa_fast.distributed import World
 
 T_BINS = 10
+
+
+class StepValues(NamedTuple):
+    """Losses of one step on this process.
+
+    Attributes:
+        loss, denoise: 0-d, means over its images; the total, and that of denoising.
+        others: (K), means of the other losses.
+        each: (local batch), the losses of denoising.
+    """
+
+    loss: torch.Tensor
+    denoise: torch.Tensor
+    others: torch.Tensor
+    each: torch.Tensor
 
 
 class Accumulator:
@@ -33,11 +50,11 @@ class Accumulator:
         self.bad_run = torch.zeros((), dtype=torch.int64, device=device)
 
     def state(self, world: World) -> dict:
-        """Plain numbers to save with a checkpoint: the sums of each process, and the bad run."""
+        """Return plain numbers to save: the sums of each process, and the bad run."""
         return {"sums": world.gather(self.sums).tolist(), "bad_run": int(self.bad_run)}
 
     def load_state(self, state: dict, world: World) -> None:
-        """Go on from `state`; after a change of world size the first process takes the total.
+        """Resume from `state`; after a change of world size the first process takes the total.
 
         Per-step sums are means over a process's images, so their total grows with the number of
         processes and is rescaled; the t-bins count images.
@@ -52,24 +69,23 @@ class Accumulator:
         self.bad_run.fill_(state["bad_run"])
 
     def add(
-        self,
-        values: torch.Tensor,
-        bad: torch.Tensor,
-        denoise: torch.Tensor,
-        t: torch.Tensor,
+        self, values: StepValues, norm: torch.Tensor, bad: torch.Tensor, t: torch.Tensor
     ) -> None:
         """Add one step.
 
-        values are this process's means in the order of `names`; bad is 1 for a skipped step;
-        denoise and t (B) are the velocity losses and times of this process's images.
+        Args:
+            norm: 0-d, of the gradient.
+            bad: 0-d, 1 for a skipped step.
+            t: (local batch), times of this process's images.
         """
         member = (t * T_BINS).long().clamp(max=T_BINS - 1)[:, None] == self._bins
         member = member.to(torch.float64)
         step = torch.cat(
             [
-                values.to(torch.float64),
+                torch.stack([values.loss, values.denoise, norm]).to(torch.float64),
+                values.others.to(torch.float64),
                 self._one_step,
-                (member * denoise.to(torch.float64)[:, None]).sum(0),
+                (member * values.each.to(torch.float64)[:, None]).sum(0),
                 member.sum(0),
             ]
         )
@@ -77,7 +93,7 @@ class Accumulator:
         self.bad_run.add_(1).mul_(bad > 0)
 
     def read(self, world: World) -> dict[str, float | int | list[float | None]]:
-        """Means over the steps and processes since the last reading; resets. Reads the device."""
+        """Return means over steps and processes since the last reading; reset. Reads the device."""
         sums = world.sum(self.sums.clone()).tolist()
         self.sums.zero_()
         n = len(self.names)

@@ -10,13 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
-from torch.optim.adamw import adamw
 
 from repa_fast import ops
-from repa_fast.configs.config import TrainConfig
-from repa_fast.contracts import expect_choice
-
-IMPLEMENTATIONS = ("auto", "cuda", "torch")
+from repa_fast.backend.dispatch import choose, runs
+from repa_fast.configs.optim import OptimConfig
+from repa_fast.train.torch_private import fused_adamw
 
 
 class AdamWEMA(torch.optim.AdamW):
@@ -70,7 +68,7 @@ class AdamWEMA(torch.optim.AdamW):
         self.register_state_dict_post_hook(_lr_to_host)
 
     def add_param_group(self, param_group: dict) -> None:
-        """As torch's, at construction; later there would be no averages for it."""
+        """Add a group as torch does, at construction; later there would be no averages for it."""
         if hasattr(self, "averages"):
             raise ValueError("AdamWEMA: groups are fixed at construction, as their averages are")
         super().add_param_group(param_group)
@@ -79,7 +77,7 @@ class AdamWEMA(torch.optim.AdamW):
         raise TypeError("AdamWEMA cannot be copied or pickled: use state_dict()")
 
     def begin_states(self) -> None:
-        """Moments and step counts of zero for every trainable parameter that has none yet."""
+        """Set moments and step counts of zero for every trainable parameter that has none yet."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.requires_grad:
@@ -92,7 +90,7 @@ class AdamWEMA(torch.optim.AdamW):
 
     @torch.no_grad()
     def gradient_norm(self) -> torch.Tensor:
-        """Norm of all gradients together, over all shards; 0-d fp32 on the device."""
+        """Return the norm of all gradients together, over all shards; 0-d fp32 on the device."""
         by_layout: dict = {}
         for p in self._averages_of:
             if p.grad is not None:
@@ -116,7 +114,7 @@ class AdamWEMA(torch.optim.AdamW):
         grad_scale: torch.Tensor | None = None,
         skip: torch.Tensor | None = None,
     ) -> None:
-        """One step of parameters and averages.
+        """Take one step of parameters and averages.
 
         Args:
             closure: not supported.
@@ -169,28 +167,19 @@ class AdamWEMA(torch.optim.AdamW):
         )
 
     def _step_torch(self, group, params, grad_scale, skip) -> None:
-        weights, grads, exp_avgs, exp_avg_sqs, steps = self._tensors(params)
-        adamw(
-            weights,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            [],
-            steps,
-            fused=True,
+        fused_adamw(
+            *self._tensors(params),
+            skip=skip,
             grad_scale=grad_scale.reciprocal(),  # torch divides
-            found_inf=skip,
-            amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             lr=group["lr"],
             weight_decay=group["weight_decay"],
             eps=group["eps"],
-            maximize=False,
         )
 
     def _move_averages(self, params, skip: torch.Tensor, first: int = 0) -> None:
-        """Averages number `first` and on, in a few launches that do nothing under skip.
+        """Move averages number `first` and on, in a few launches that do nothing under skip.
 
         The step of a fused SGD: with the weight p as the gradient, to be maximised, and a decay of
         1, it takes the average a to a - (1 - decay) (a - p), reads and writes what it must, and has
@@ -216,7 +205,7 @@ class AdamWEMA(torch.optim.AdamW):
                 )
 
     def _tensors(self, params) -> tuple[list[torch.Tensor], ...]:
-        """Local parameters, gradients, moments and step counts."""
+        """Return local parameters, gradients, moments and step counts."""
         states = [self.state[p] for p in params]
         return (
             [_local(p) for p in params],
@@ -239,7 +228,7 @@ class AdamWEMA(torch.optim.AdamW):
             state["exp_avg_sq"] = torch.zeros_like(p)
 
     def _to_device(self) -> None:
-        """Learning rates and step counts, which torch's own state may have on the host."""
+        """Move learning rates and step counts, which torch's own state may have on the host."""
         for group in self.param_groups:
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self.device)
             group["fused"] = True
@@ -250,10 +239,10 @@ class AdamWEMA(torch.optim.AdamW):
 def build_optimizer(
     model: nn.Module,
     emas: Sequence[nn.Module],
-    config: TrainConfig,
+    config: OptimConfig,
     copies: Mapping[torch.Tensor, torch.Tensor],
 ) -> AdamWEMA:
-    """AdamW over all parameters in order, frozen ones included (pos_embed is index 0)."""
+    """Build AdamW over all parameters in order, frozen ones included (pos_embed is index 0)."""
     return AdamWEMA(
         model.parameters(),
         [ema.parameters() for ema in emas],
@@ -267,8 +256,8 @@ def build_optimizer(
     )
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Of the step after `step` steps: a linear warm-up, then constant or half a cosine."""
+def learning_rate(config: OptimConfig, step: int) -> float:
+    """Return that of the step after `step` steps: a linear warm-up, then constant or a cosine."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     if config.lr_schedule == "constant":
@@ -280,29 +269,17 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
-    """What clips a gradient of this norm to `max_norm`, as torch.nn.utils.clip_grad_norm_ does."""
+    """Return what clips a gradient of this norm to `max_norm`, as clip_grad_norm_ of torch does."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
-def record_overflow(
-    scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, bad: torch.Tensor
-) -> None:
-    """Tell the scaler what its unscale_ would have found; it reads every gradient for that."""
-    states = scaler._per_optimizer_states[id(optimizer)]
-    states["found_inf_per_device"] = {bad.device: bad}
-
-
 def _choose(implementation: str, params: Sequence[torch.Tensor]) -> tuple[str, str]:
-    expect_choice("optimizer_impl", implementation, IMPLEMENTATIONS)
-    reason = ops.why_not_cuda(params[0].device)
-    for p in params:
-        if p.dtype != torch.float32:
-            reason = reason or f"a parameter is {p.dtype}, expected torch.float32"
-    if implementation == "cuda" and reason:
-        raise ValueError(f"optimizer_impl is 'cuda', but {reason}")
-    if implementation == "auto":
-        return ("torch", f"since {reason}") if reason else ("cuda", "one pass over memory")
-    return implementation, "asked for"
+    def against_cuda() -> str:
+        foreign = [p.dtype for p in params if p.dtype != torch.float32]
+        reason = f"a parameter is {foreign[0]}, expected torch.float32" if foreign else ""
+        return ops.why_not_cuda(params[0].device) or reason
+
+    return choose("optimizer_impl", implementation, {"cuda": against_cuda, "torch": runs})
 
 
 def _check_averages(params, averages, decays) -> None:
@@ -322,7 +299,7 @@ def _check_averages(params, averages, decays) -> None:
 
 
 def _lr_to_host(optimizer: torch.optim.Optimizer, state: dict) -> dict:
-    """Groups with plain numbers, as torch's own have them."""
+    """Return groups with plain numbers, as torch's own have them."""
     groups = [{**group, "lr": float(group["lr"])} for group in state["param_groups"]]
     return {**state, "param_groups": groups}
 

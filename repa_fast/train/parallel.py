@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
@@ -25,11 +24,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from repa_fast.configs.build import empty_model
 from repa_fast.configs.config import TrainConfig
-from repa_fast.configs.model import model_arguments, model_class
 from repa_fast.data.dataset import Metadata
 from repa_fast.distributed import World
 from repa_fast.models.sit import SiT
+from repa_fast.train.torch_private import set_group_timeout
 
 KEPT = [
     torch.ops.aten.addmm.default,
@@ -43,7 +43,7 @@ KEPT = [
 
 
 def shard_count(config: TrainConfig, processes: int) -> int:
-    """Processes that share a copy of weights and optimizer state; 1 is no sharding.
+    """Return how many processes share a copy of weights and optimizer state; 1 is no sharding.
 
     Raises:
         ValueError: the processes do not divide into groups of that size.
@@ -63,7 +63,7 @@ def shard_count(config: TrainConfig, processes: int) -> int:
 
 
 def device_mesh(config: TrainConfig, world: World) -> DeviceMesh | None:
-    """Where a copy is sharded and where it is replicated; None for ddp and one process alone.
+    """Return where a copy is sharded and where it is replicated; None for ddp or one process.
 
     One axis "shard" where one copy spans all processes; else ("replicate", "shard"), consecutive
     ranks, which torchrun puts on one node, sharing a copy. All processes call it.
@@ -80,7 +80,7 @@ def device_mesh(config: TrainConfig, world: World) -> DeviceMesh | None:
     shape, names = (world.size // size, size), ("replicate", "shard")
     mesh = init_device_mesh(kind, shape, mesh_dim_names=names)
     for name in names:  # which have torch's own timeout otherwise
-        _set_pg_timeout(world.timeout, mesh.get_group(name))
+        set_group_timeout(world.timeout, mesh.get_group(name))
     return mesh
 
 
@@ -90,19 +90,19 @@ def parallelize(
     config: TrainConfig,
     mesh: DeviceMesh | None,
     dtype: torch.dtype | None,
+    teacher_depth: int = 0,
 ) -> None:
     """Checkpoint activations, compile blocks and shard, in place, as far as the config asks for it.
 
     Args:
         model: with whole weights, the same on all processes.
-        averages: its moving averages, whole; the first is SRA's teacher.
+        averages: its EMAs, whole; the first `teacher_depth` blocks of the first run in every step.
         mesh: what to shard on; None shards nothing.
         dtype: of the compute; None is fp32.
     """
     checkpoint_activations(model.blocks, config.activation_checkpointing)
     if config.compile:
-        teacher = averages[0].blocks[: config.block_out_t] if config.align == "sra" else []
-        for block in (*model.blocks, *teacher):
+        for block in (*model.blocks, *averages[0].blocks[:teacher_depth]):
             block.compile(fullgraph=True)
     if mesh is None:
         return
@@ -122,7 +122,7 @@ def shard(
     reshard: bool,
     reshard_last: bool,
 ) -> None:
-    """fully_shard a model: blocks, heads and the final layer are units, the root has the rest.
+    """Shard a model: blocks, heads and the final layer are units, the root has the rest.
 
     `adaLN_modulation` is a unit of its own, as the model calls it outside its block. The position
     table is frozen and added to the fp32 residual stream: it stays whole and fp32.
@@ -147,7 +147,7 @@ def shard(
 
 
 def policy(config: TrainConfig, dtype: torch.dtype | None) -> MixedPrecisionPolicy:
-    """Weights are gathered in `dtype`; inputs are left alone.
+    """Return the policy: weights are gathered in `dtype`, inputs are left alone.
 
     FSDP's default would cast what enters a unit: the residual stream, and t at the root.
     """
@@ -156,7 +156,7 @@ def policy(config: TrainConfig, dtype: torch.dtype | None) -> MixedPrecisionPoli
 
 
 def shard_encoder(encoder: nn.Module, mesh: DeviceMesh, *, compiled: bool) -> None:
-    """fully_shard a frozen encoder, every one of its blocks a unit, and `compiled` one by one.
+    """Shard a frozen encoder, every one of its blocks a unit, and `compiled` one by one.
 
     Weights are gathered as they are, in fp32: its features are those of a whole encoder, bit for
     bit.
@@ -176,7 +176,7 @@ def shard_encoder(encoder: nn.Module, mesh: DeviceMesh, *, compiled: bool) -> No
 
 
 def wrap(model: SiT, config: TrainConfig, world: World) -> nn.Module:
-    """What a training step calls: the model under DDP, or itself where it is sharded or alone.
+    """Return what a step calls: the model under DDP, or itself where it is sharded or alone.
 
     Both average the gradients of the processes' mean losses.
     """
@@ -190,7 +190,7 @@ def wrap(model: SiT, config: TrainConfig, world: World) -> nn.Module:
 
 @contextlib.contextmanager
 def accumulation(wrapped: nn.Module, config: TrainConfig, *, last: bool) -> Iterator[None]:
-    """Around a micro-batch's forward and backward pass: gradients are reduced after the last one.
+    """Reduce gradients after the last micro-batch's forward and backward pass alone.
 
     Between micro-batches sharded weights stay gathered, unless RESHARD_AFTER_FORWARD saves memory.
     """
@@ -231,7 +231,7 @@ def _recomputed(forward: Callable, options: dict) -> Callable:
 def whole_model(
     model: SiT, config: TrainConfig, metadata: Metadata, world: World, *, everywhere: bool
 ) -> SiT | None:
-    """A model with whole weights in fp32, in eval mode: `model` itself if it is not sharded.
+    """Return a model with whole weights in fp32, in eval mode: itself if it is not sharded.
 
     All processes call it. Tensors are gathered one at a time. Without `everywhere` only the first
     process gets a sharded model's copy, the others None.
@@ -249,10 +249,3 @@ def whole_model(
         if kept:
             targets[name].copy_(tensor)
     return copy
-
-
-def empty_model(config: TrainConfig, metadata: Metadata, device: torch.device) -> SiT:
-    """The run's model, its weights not set."""
-    with torch.device("meta"):
-        model = model_class(config.objective)(**model_arguments(config, metadata))
-    return model.to_empty(device=device)

@@ -1,16 +1,105 @@
 """What people see of a run: a progress bar or plain lines, metrics.jsonl, TensorBoard, a plot."""
 
 import json
+import secrets
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
+
+from repa_fast.configs.run import RunConfig
 from repa_fast.train.memory import peak_flops
-from repa_fast.train.track import Tracker
 
+WANDB_PROJECT = "REPA"
 SHOWN_STALL_MS = 1.0
 """Waiting for data per step from which on the log says so."""
+
+
+class Tracker(Protocol):
+    """Takes numbers and uint8 (H, W, 3) pictures by step."""
+
+    def scalars(self, step: int, values: dict[str, float]) -> None: ...
+
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_tracker(config: RunConfig, run: Path, start_step: int) -> Tracker | None:
+    """Open the tracker `--report-to` names; what it holds after `start_step` is superseded."""
+    if config.report_to == "tensorboard":
+        return TensorBoard(run / config.logging_dir, start_step)
+    if config.report_to == "wandb":
+        return WeightsAndBiases(config, run)
+    return None
+
+
+class TensorBoard:
+    """Event files in `folder`."""
+
+    def __init__(self, folder: Path, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        self._writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of the project REPA, its id kept in the run's folder for when it is resumed.
+
+    WANDB_MODE=offline keeps everything in that folder.
+
+    Raises:
+        ValueError: the package wandb is not installed.
+    """
+
+    def __init__(self, config: RunConfig, run: Path) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError(
+                "report_to is wandb, but the package is not installed: pip install wandb"
+            ) from error
+        stored = run / "wandb-id"
+        if not stored.exists():
+            stored.write_text(secrets.token_hex(4))
+        self._image = wandb.Image
+        self._run = wandb.init(
+            project=WANDB_PROJECT,
+            name=config.exp_name,
+            id=stored.read_text(),
+            resume="allow",
+            dir=run,
+            config=config.to_dict(),
+        )
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        self._run.log(values, step=step)
+
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        self._run.log({name: self._image(pixels)}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Mute:
+    """The reporter of a process that has nothing to say."""
+
+    def __getattr__(self, _: str):
+        return lambda *_, **__: None
 
 
 class Reporter:
@@ -60,7 +149,7 @@ class Reporter:
         self.line(f"evaluation at step {step}  {listed}")
 
     def line(self, text: str, *, bar_has_it: bool = False) -> None:
-        """A line for log.txt and the terminal; where the bar shows it already, not again."""
+        """Write a line to log.txt and the terminal; where the bar shows it already, not again."""
         with suppress(OSError):  # a full disk is said on the terminal
             self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
         if self._bar is None:
@@ -69,7 +158,7 @@ class Reporter:
             self._bar.console.print(text, highlight=False)
 
     def image(self, name: str, step: int, pixels) -> None:
-        """A uint8 (H, W, 3) picture for the tracker."""
+        """Give a uint8 (H, W, 3) picture to the tracker."""
         if self._tracker is not None:
             self._tracker.image(step, name, pixels)
 
@@ -84,7 +173,7 @@ class Reporter:
 
 
 def scalars(values: dict) -> dict[str, float]:
-    """The numbers of a reading by name, the loss of each t-bin under its lower edge."""
+    """Return the numbers of a reading by name, the loss of each t-bin under its lower edge."""
     by_t = {f"loss_by_t/{index / 10:.1f}": v for index, v in enumerate(values["loss_by_t"])}
     return {
         name: value for name, value in (values | by_t).items() if isinstance(value, (int, float))
@@ -92,7 +181,7 @@ def scalars(values: dict) -> dict[str, float]:
 
 
 def summary(values: dict) -> str:
-    """One line of the metrics people watch."""
+    """Return one line of the metrics people watch."""
     parts = [f"loss {_number(values['loss'])}", f"denoise {_number(values['denoise'])}"]
     parts += [
         f"{name} {_number(value)}" for name, value in values.items() if name.startswith("align/")
@@ -110,7 +199,7 @@ def summary(values: dict) -> str:
 
 
 def short_summary(values: dict) -> str:
-    """What fits beside a progress bar: loss, mean alignment, rate, ETA."""
+    """Return what fits beside a progress bar: loss, mean alignment, rate, ETA."""
     aligned = [value for name, value in values.items() if name.startswith("align/")]
     parts = [f"loss {_number(values['loss'])}"]
     if aligned and None not in aligned:
@@ -139,7 +228,7 @@ class Clock:
         self._paused += time.perf_counter() - since
 
     def read(self, steps: int, remaining: int) -> dict[str, float | None]:
-        """Rates over `steps` steps since the last reading; resets."""
+        """Return rates over `steps` steps since the last reading; reset."""
         now = time.perf_counter()
         seconds = max(now - self._since - self._paused, 1e-9)
         stalled = 1e3 * self._stalled / max(steps, 1)
@@ -167,7 +256,7 @@ def keep_until(path: Path, step: int) -> None:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The readings of a metrics file; a last line cut off by a crash is left out."""
+    """Read a metrics file; leave out a last line cut off by a crash."""
     lines = path.read_text().splitlines()
     readings = []
     for number, line in enumerate(lines, start=1):
@@ -180,7 +269,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def plot_losses(metrics_path: Path, out: Path) -> None:
-    """Velocity loss and, if there is one, alignment loss against the step, as a PNG."""
+    """Plot velocity loss and, if there is one, alignment loss against the step, as a PNG."""
     from matplotlib.figure import Figure
 
     readings = read_metrics(metrics_path)

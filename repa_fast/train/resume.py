@@ -1,15 +1,29 @@
-"""Where a run goes on from: its own checkpoints, another run's, or an official file."""
+"""Where a run resumes from: its own checkpoints, another run's, or an official file.
 
+One whose loss spikes says how to resume past the data that did it, as PaLM was (arXiv 2204.02311,
+section 5.1). Order of samples and noise are functions of (seed, step): to skip data is to shift
+that step, by an offset that is saved with the checkpoint.
+"""
+
+import dataclasses
+import json
 import logging
+import os
+import shlex
+import statistics
+import sys
 from pathlib import Path
 
 import torch
 
 from repa_fast.checkpoint import formats, writer
 from repa_fast.checkpoint.layout import MARKER, path_of, steps
-from repa_fast.distributed import shard_like
+from repa_fast.configs.flags import flags_of
+from repa_fast.distributed import World, shard_like
 from repa_fast.models.sit import SiT
 from repa_fast.train import checkpoint
+from repa_fast.train.checkpoint import Checkpointer, CheckpointFailed
+from repa_fast.train.spikes import TrainingDiverged, is_spike
 from repa_fast.train.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -19,69 +33,70 @@ def resume(folder: Path, state: TrainState) -> Path | None:
     """Load what the config asks for into `state`; `folder` holds the run's own checkpoints.
 
     `--resume auto` takes the newest checkpoint that is whole; a damaged one is passed over with a
-    warning. Anything else that is asked for by name is loaded or refused.
+    warning. Anything else that is asked for by name is loaded or refused. `--skip-steps` counts
+    once, where the run begins: its own checkpoints carry the offset.
 
     Returns:
-        The checkpoint gone on from, or None at the start of a run.
+        The checkpoint resumed from, or None at the start of a run.
 
     Raises:
         ValueError: the run has checkpoints and the config does not ask to resume; or what it asks
-            for is not there, damaged, or of another model.
+            for is not there, damaged, or of another model; or data shall be skipped after it began.
     """
-    config = state.config
+    config, own = state.config, candidates(folder)
     wanted = str(config.resume_step) if config.resume_step else config.resume
-    own = candidates(folder)
-    if wanted == "never":
-        if own:
-            raise ValueError(
-                f"{folder} has checkpoints (newest: {own[0].name}); go on with --resume auto, "
-                "or choose another --exp-name"
-            )
-        return None
+    source = None
+    if wanted == "never" and own:
+        raise ValueError(
+            f"{folder} has checkpoints (newest: {own[0].name}); go on with --resume auto, "
+            "or choose another --exp-name"
+        )
     if wanted == "auto":
-        source = newest_whole(own, state)
-    else:
+        source = newest_whole(own, state.world)
+        if own and source is None:
+            raise ValueError(f"all checkpoints in {folder} are damaged")
+    elif wanted != "never":
         source = named(folder, wanted)
-        if damaged := damage(source, state):
+        if damaged := state.world.broadcast(damage(source) if state.world.is_main else ""):
             raise ValueError(f"{source} is damaged: {damaged}")
     if source is not None:
-        load(source, state)
+        (checkpoint.load if source.is_dir() else load_official)(source, state)
+    if source is None or source.parent.resolve() != folder.resolve():
+        state.history.skipped += config.skip_steps
+    elif state.history.skipped < config.skip_steps:
+        raise ValueError(
+            f"skip_steps is {config.skip_steps}, expected 0 for a run that began without: go on "
+            f"past the data in a new run (--resume {source} --exp-name NEW)"
+        )
     return source
 
 
 def candidates(folder: Path) -> list[Path]:
-    """Complete native checkpoints and official %07d.pt files in `folder`, newest first."""
+    """Return complete native checkpoints and official %07d.pt files in `folder`, newest first."""
     native = {step: path_of(folder, step) for step in steps(folder)}
     official = {int(p.stem): p for p in folder.glob("*.pt") if p.stem.isdecimal()}
     return [path for _, path in sorted((official | native).items(), reverse=True)]
 
 
-def newest_whole(found: list[Path], state: TrainState) -> Path | None:
-    """The first of `found` that is not damaged; warns of those passed over.
-
-    Raises:
-        ValueError: there are checkpoints and all are damaged.
-    """
-    for path in found:
-        damaged = damage(path, state)
-        if not damaged:
-            return path
+def newest_whole(found: list[Path], world: World) -> Path | None:
+    """Return the first of `found` that is not damaged; the first process warns of those before."""
+    whole = ""
+    for path in found if world.is_main else ():
+        if not (damaged := damage(path)):
+            whole = str(path)
+            break
         log.warning("passing over %s: %s", path, damaged)
-    if found:
-        raise ValueError(f"all checkpoints in {found[0].parent} are damaged")
-    return None
+    whole = world.broadcast(whole)
+    return Path(whole) if whole else None
 
 
-def damage(path: Path, state: TrainState) -> str:
-    """What is wrong with a checkpoint's files, "" if nothing; the first process looks for all."""
-    found = ""
-    if state.world.is_main:
-        found = writer.damage(path) if path.is_dir() else ""
-    return state.world.broadcast(found)
+def damage(path: Path) -> str:
+    """Return what is wrong with a native checkpoint's files; "" if nothing, or if it is a file."""
+    return writer.damage(path) if path.is_dir() else ""
 
 
 def named(folder: Path, wanted: str) -> Path:
-    """The checkpoint of a step, a directory, or a file.
+    """Find the checkpoint of a step, a directory, or a file.
 
     Raises:
         ValueError: there is none.
@@ -101,16 +116,8 @@ def named(folder: Path, wanted: str) -> Path:
     raise ValueError(f"resume is {wanted!r}, expected auto, never, a step, a checkpoint or a run")
 
 
-def load(source: Path, state: TrainState) -> None:
-    """Read a native checkpoint directory or an official file into `state`."""
-    if source.is_dir():
-        checkpoint.load(source, state)
-    else:
-        load_official(source, state)
-
-
 def load_official(source: Path, state: TrainState) -> None:
-    """Go on from an official {model, ema, opt, args, steps} file, mid-run.
+    """Resume from an official {model, ema, opt, args, steps} file, mid-run.
 
     Raises:
         ValueError: it is not such a file, or of another model.
@@ -132,7 +139,7 @@ def load_official(source: Path, state: TrainState) -> None:
 
 
 def _kept(model: SiT) -> dict[str, bool]:
-    """What of a file's weights this model has a place for."""
+    """Return what of a file's weights this model has a place for."""
     return {
         "with_head": model.ap_head is not None,
         "learn_sigma": model.out_channels != model.in_channels,
@@ -142,7 +149,7 @@ def _kept(model: SiT) -> dict[str, bool]:
 def load_optimizer(
     optimizer: torch.optim.Optimizer, names: list[str], saved_names: list[str], saved: dict
 ) -> None:
-    """torch AdamW's state, by position in `saved_names`; hyperparameters stay the config's.
+    """Load torch AdamW's state, by position in `saved_names`; hyperparameters stay the config's.
 
     `names` are the model's parameters in their order, `saved_names` those of the file's weights,
     which are in the order of the parameters of whoever wrote it.
@@ -175,3 +182,73 @@ def start_from(source: Path, origin: str, state: TrainState) -> list[str]:
     for average in (state.ema, *state.more_emas):
         average.load_state_dict(state.model.state_dict())
     return notes
+
+
+def stop_if_diverged(saves: Checkpointer, state: TrainState, values: dict) -> None:
+    """Look at one reading of the metrics; all processes come to the same conclusion.
+
+    A spike is only looked for with `--stop-on-spike`. After non-finite steps, which leave weights
+    and optimizer as they were, a checkpoint is written.
+
+    Raises:
+        TrainingDiverged: with the command that resumes from the last good checkpoint in a new run,
+            past the data that this one has seen since.
+    """
+    config, history, step = state.config, state.history, state.step
+    bad_run, loss = int(state.metrics.bad_run), values["denoise"]
+    spiked = loss is not None and is_spike(loss, history.losses)
+    if bad_run >= config.max_bad_steps:
+        try:
+            saved = f"saved to {saves.save(state, wait=True)}"
+        except CheckpointFailed as error:
+            saved = str(error)
+        what = (
+            f"{bad_run} consecutive steps up to step {step} had a non-finite loss or gradient "
+            f"(--max-bad-steps {config.max_bad_steps}); weights and optimizer were left as before "
+            f"them; {saved}"
+        )
+    elif config.stop_on_spike and state.world.any(spiked):
+        median = statistics.median(history.losses)
+        what = f"the loss of denoising is {loss:.4g} at step {step}, after a median of {median:.4g}"
+    else:
+        if loss is not None and not values["skipped"]:
+            history.add(step, loss)
+        return
+    saves.settle()
+    source = last_good(saves.folder, state)
+    if source is None:
+        raise TrainingDiverged(f"{what}; there is no good checkpoint to go on from")
+    raise TrainingDiverged(
+        f"{what}; the last good checkpoint is {source}, from which a new run goes on past the data "
+        f"since then with\n{command_past(source, state)}"
+    )
+
+
+def last_good(folder: Path, state: TrainState) -> Path | None:
+    """Return the newest whole checkpoint with a good reading after it, if there is one.
+
+    A reading at a checkpoint's own step is of losses before that step's update. There is none
+    before `--align-until` once that is past.
+    """
+    until, end = state.config.align_until, state.history.good_step
+    first = until if state.step > until else 0
+    good = [path_of(folder, step) for step in steps(folder) if first <= step < end]
+    return newest_whole(good[::-1], state.world)
+
+
+def command_past(source: Path, state: TrainState) -> str:
+    """Return the command of a new run that resumes from `source`, past the data seen since."""
+    config, size = state.config, state.world.size
+    counters = json.loads((source / checkpoint.COUNTERS).read_text())
+    seen = counters["step"] + counters.get("history", {}).get("skipped", 0)
+    name = f"{config.exp_name}-from-{counters['step']}"
+    while (Path(config.output_dir) / name).exists():
+        name += "-again"
+    new = dataclasses.replace(
+        config, exp_name=name, resume=str(source), resume_step=0, skip_steps=state.data_step - seen
+    )
+    launcher = [sys.executable]
+    if size > 1:
+        local = os.environ.get("LOCAL_WORLD_SIZE", size)
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={local}"]
+    return shlex.join([*launcher, "-m", "repa_fast", "train", *flags_of(new)])

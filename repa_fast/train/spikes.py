@@ -14,18 +14,20 @@ NORMAL = 1.4826
 """Standard deviation of a normal distribution over its median absolute deviation."""
 
 
+class TrainingDiverged(RuntimeError):
+    """The loss spiked, or too many steps in a row were not finite."""
+
+
 @dataclass
 class History:
     """Plain numbers, saved with every checkpoint.
 
     Attributes:
-        rollbacks: how often the run went back to a checkpoint.
-        skipped: steps' worth of data left out by that: step n takes the data of n + skipped.
+        skipped: steps' worth of data left out so far: step n takes the data of n + skipped.
         good_step: the last reading at which all was well.
         losses: the last readings of the loss of denoising at which it was, oldest first.
     """
 
-    rollbacks: int = 0
     skipped: int = 0
     good_step: int = 0
     losses: list[float] = field(default_factory=list)
@@ -37,7 +39,7 @@ class History:
 
 
 def is_spike(loss: float, losses: list[float]) -> bool:
-    """Whether `loss` stands out above the recent ones, all of them positive.
+    """Return whether `loss` stands out above the recent ones, all of them positive.
 
     As OLMo-core's SkipStepOptimizer, which leaves out a step six standard deviations above the mean
     of the last 128 (SkipStepConfig, sigma_factor), with median and median absolute deviation in the

@@ -1,7 +1,6 @@
 """What a training run consists of, and how it is built from a config."""
 
 import copy
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,17 +9,14 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from repa_fast import encoders
+from repa_fast.configs.build import build_model
 from repa_fast.configs.config import TrainConfig
-from repa_fast.configs.model import build_model
 from repa_fast.data.dataset import Metadata
 from repa_fast.data.features import FeatureColumn
-from repa_fast.data.latents import can_decode
-from repa_fast.data.vae import VAE
-from repa_fast.diffusion.ddpm import trained_path
-from repa_fast.diffusion.path import Path
+from repa_fast.data.latents import VAE, can_decode
 from repa_fast.distributed import World
 from repa_fast.models.sit import SiT
+from repa_fast.objective import Alignment, Objective, build_alignment, build_objective
 from repa_fast.train.compute_copy import JointAdaLN, add_copies
 from repa_fast.train.kernels import choose_kernels
 from repa_fast.train.metrics import Accumulator
@@ -36,14 +32,11 @@ class TrainState:
     """Everything a step reads and writes.
 
     Attributes:
-        aligned: what hidden states are aligned with, a head for each.
-        mesh: what model, averages and optimizer state are sharded on; None where they are whole.
+        objective: what the model learns; alignment: what its hidden states are aligned with.
+        mesh: what model, EMAs and optimizer state are sharded on; None where they are whole.
         model: fp32 master weights; `wrapped` is the same model, under DDP with several processes
             that do not shard it.
         ema: moving average of the weights, in eval mode; more_emas: those of other decays.
-        encoders: frozen modules by name, in the order of the model's projectors; none where batches
-            carry their features.
-        features: the columns of features that batches carry, in that order.
         scaler: active for fp16 only.
         vae: for sample grids, not loaded yet; None where the latents are pixels.
         notes: lines about how the run computes, for the log.
@@ -55,15 +48,13 @@ class TrainState:
     config: TrainConfig
     world: World
     metadata: Metadata
-    path: Path
-    aligned: list[str]
+    objective: Objective
+    alignment: Alignment
     mesh: DeviceMesh | None
     model: SiT
     wrapped: nn.Module
     ema: SiT
     more_emas: list[SiT]
-    encoders: dict[str, nn.Module]
-    features: list[FeatureColumn]
     optimizer: AdamWEMA
     scaler: torch.amp.GradScaler
     metrics: Accumulator
@@ -75,7 +66,7 @@ class TrainState:
     history: History = field(default_factory=History)
 
     def autocast(self) -> torch.autocast:
-        """The precision of forward passes."""
+        """Return the context of forward passes, in their precision."""
         return torch.autocast(
             self.world.device.type,
             dtype=self.autocast_dtype,
@@ -84,21 +75,19 @@ class TrainState:
 
     @property
     def data_step(self) -> int:
-        """The step of order and draws whose data is next: further than `step` after a rollback."""
+        """The step of order and draws whose data is next: `step` and what was skipped."""
         return self.step + self.history.skipped
 
     @property
     def aligns(self) -> bool:
         """Whether the next step aligns hidden states with anything."""
         until = self.config.align_until
-        return bool(self.aligned) and not (until and self.step >= until)
+        return bool(self.alignment.heads) and not (until and self.step >= until)
 
     def load_encoders(self) -> None:
         """Load what the config aligns with, unless batches carry its features."""
-        if self.features:
-            return
-        self.encoders = load_encoders(self.config, self.world)
-        for encoder in self.encoders.values():
+        self.alignment.load(self.world)
+        for encoder in self.alignment.encoders.values():
             if self.config.shard_encoder and self.mesh is not None:
                 shard_encoder(encoder, self.mesh, compiled=self.config.compile)
                 continue
@@ -107,20 +96,16 @@ class TrainState:
             if self.config.compile:
                 encoder.compile()
 
-    def encode(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Patch tokens (B, N, width) of each encoder, of images (B, 3, R, R) uint8."""
-        return [encoder(images) for encoder in self.encoders.values()]
-
     def end_alignment(self) -> None:
         """Drop the encoders; heads get no gradients from here on, and DDP expects none."""
-        self.encoders, self.features = {}, []
+        self.alignment.end()
         for heads in (self.model.projectors, self.model.ap_head):
             if heads is not None:
                 heads.requires_grad_(False)
         self.wrapped = wrap(self.model, self.config, self.world)
 
     def whole_average(self, *, everywhere: bool) -> SiT | None:
-        """The average with whole weights; where it is sharded, as `parallel.whole_model` says."""
+        """Return the EMA with whole weights; as `parallel.whole_model` says where it is sharded."""
         return whole_model(self.ema, self.config, self.metadata, self.world, everywhere=everywhere)
 
     @property
@@ -137,14 +122,14 @@ def build_state(
     *,
     encoders_later: bool = False,
 ) -> TrainState:
-    """Model, average, encoders and optimizer on this process's device, at step 0.
+    """Build model, EMA, encoders and optimizer on this process's device, at step 0.
 
     `columns` are the dataset's columns of features. With `encoders_later` the state's
     `load_encoders` is left to the caller, who may have to find out first whether any are needed.
 
     Raises:
         ValueError: the batch does not divide among the processes, or as for `model_arguments`,
-            `shard_count` and `choose_features`.
+            `shard_count` and the alignment's `choose_features`.
     """
     if config.images_per_step % world.size:
         raise ValueError(
@@ -156,27 +141,24 @@ def build_state(
     model = build_model(config, metadata).to(world.device)
     notes = choose_kernels(config, model, dtype or torch.float32, world)
     emas = [copy.deepcopy(model).eval().requires_grad_(False) for _ in config.ema_decays]
-    specs = encoders.specs(config.enc_type)
-    aligned = ["sra"] if config.align == "sra" else [spec.name for spec in specs]
-    others = ["variational"] * (config.objective == "ddpm") + [f"align/{n}" for n in aligned]
-    features = choose_features(config, specs, columns or {})
+    objective, alignment = build_objective(config), build_alignment(config)
+    alignment.choose_features(columns or {})
+    others = [*objective.others, *(f"align/{name}" for name in alignment.heads)]
     copies = reduce_precision(model, config)
-    parallelize(model, emas, config, mesh, dtype)
+    parallelize(model, emas, config, mesh, dtype, alignment.teacher_depth)
     optimizer = build_optimizer(model, emas, config, copies)
     notes.append(f"optimizer: {optimizer.implementation}, {optimizer.reason}")
     state = TrainState(
         config=config,
         world=world,
         metadata=metadata,
-        path=trained_path(config.objective, config.path_type),
-        aligned=aligned,
+        objective=objective,
+        alignment=alignment,
         mesh=mesh,
         model=model,
         wrapped=wrap(model, config, world),
         ema=emas[0],
         more_emas=emas[1:],
-        encoders={},
-        features=features,
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16),
         metrics=Accumulator(others, world.device),
@@ -191,7 +173,7 @@ def build_state(
 
 
 def reduce_precision(model: SiT, config: TrainConfig) -> dict[nn.Parameter, torch.Tensor]:
-    """Let the model compute with what the config asks for beside autocast; {weight: its copy}."""
+    """Let the model compute with what the config asks for, beside autocast; {weight: copy}."""
     if config.residual_dtype == "bf16":
         model.residual_dtype = torch.bfloat16
     if config.compute_copy == "autocast":
@@ -203,7 +185,7 @@ def reduce_precision(model: SiT, config: TrainConfig) -> dict[nn.Parameter, torc
 
 
 def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
-    """Of forward passes; None is fp32.
+    """Return the dtype of forward passes; None is fp32.
 
     Raises:
         ValueError: copies or residual stream shall be bf16, and that is not what is computed in.
@@ -217,46 +199,6 @@ def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | N
     return AUTOCAST[precision]
 
 
-def choose_features(
-    config: TrainConfig, specs: list[encoders.EncoderSpec], columns: Mapping[str, FeatureColumn]
-) -> list[FeatureColumn]:
-    """The columns that stand for the encoders, in their order; none if the config names none.
-
-    Raises:
-        ValueError: there is no such column, or it does not hold that encoder's features.
-    """
-    names = config.feature_columns
-    if names and len(names) != len(specs):
-        raise ValueError(
-            f"features has {len(names)} columns ({config.features}), expected {len(specs)}, one "
-            f"for each encoder of enc_type {config.enc_type}"
-        )
-    for name, spec in zip(names, specs):
-        if name not in columns:
-            raise ValueError(
-                f"features is {name!r}, expected one of the dataset's columns: "
-                f"{', '.join(columns) or 'none'}; `repa-fast prepare features` adds one"
-            )
-        tokens = spec.num_tokens(config.resolution)
-        columns[name].expect(spec.name, config.resolution, tokens, spec.width)
-    return [columns[name] for name in names]
-
-
-def load_encoders(config: TrainConfig, world: World) -> dict[str, nn.Module]:
-    """The frozen encoders by name; the first process of a machine goes ahead and downloads."""
-    files = encoders.weight_files(config.enc_type, config.enc_weights)
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if not first:
-        world.barrier()
-    frozen = {
-        spec.name: encoders.load(spec.name, config.resolution, world.device, file)
-        for spec, file in zip(encoders.specs(config.enc_type), files)
-    }
-    if first:
-        world.barrier()
-    return frozen
-
-
 def cast_linear(encoder: nn.Module, dtype: torch.dtype) -> None:
     """Cast the linear layers of a frozen encoder once, as autocast would at every call.
 
@@ -268,7 +210,7 @@ def cast_linear(encoder: nn.Module, dtype: torch.dtype) -> None:
 
 
 def configure_backends(config: TrainConfig) -> None:
-    """Precision of matrix products; docs/numerics.md says why."""
+    """Set the precision of matmuls; docs/numerics.md says why."""
     torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
@@ -276,7 +218,7 @@ def configure_backends(config: TrainConfig) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """Name of the device for logs."""
+    """Return the name of the device for logs."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.processor() or platform.machine()

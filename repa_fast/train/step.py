@@ -5,24 +5,23 @@ from torch import nn
 
 from repa_fast.data import latents
 from repa_fast.data.loader import Batch
-from repa_fast.diffusion import ddpm, sra
 from repa_fast.diffusion.draws import Draws, draw
-from repa_fast.diffusion.flow import noise_loss, velocity_loss
-from repa_fast.train.align import alignment_losses, alignment_weight
-from repa_fast.train.optim import clip_factor, learning_rate, record_overflow
+from repa_fast.train.metrics import StepValues
+from repa_fast.train.optim import clip_factor, learning_rate
 from repa_fast.train.parallel import accumulation
 from repa_fast.train.state import TrainState
+from repa_fast.train.torch_private import record_overflow, scale_of
 
 
 def draw_local(state: TrainState) -> Draws:
-    """This process's slice of the draws of the next step, on its device."""
+    """Draw for the next step; return this process's slice, on its device."""
     config = state.config
     draws = draw(
         config.seed,
         state.data_step,
         config.images_per_step,
         state.metadata.latent_shape,
-        path=state.path,
+        path=state.objective.path,
         prediction=config.prediction,
         weighting=config.weighting,
         drop_prob=config.drop_prob,
@@ -33,7 +32,7 @@ def draw_local(state: TrainState) -> Draws:
 
 
 def synthetic_batch(state: TrainState, size: int) -> tuple[Batch, Draws]:
-    """A batch of `size` random images and its draws, of the run's shapes, on its device."""
+    """Return a batch of `size` random images and its draws, of the run's shapes, on its device."""
     metadata, device = state.metadata, state.world.device
     shape = (size, 3, metadata.resolution, metadata.resolution)
     batch: Batch = {
@@ -42,7 +41,7 @@ def synthetic_batch(state: TrainState, size: int) -> tuple[Batch, Draws]:
         "label": torch.arange(size, device=device) % state.config.num_classes,
         "image": torch.randint(0, 256, shape, dtype=torch.uint8, device=device),
     }
-    for column in state.features:
+    for column in state.alignment.features:
         tokens = torch.randn((size, column.tokens, column.width))
         batch |= {name: torch.from_numpy(a).to(device) for name, a in column.pack(tokens).items()}
     draws = draw(
@@ -50,7 +49,7 @@ def synthetic_batch(state: TrainState, size: int) -> tuple[Batch, Draws]:
         0,
         size,
         metadata.latent_shape,
-        path=state.path,
+        path=state.objective.path,
         prediction=state.config.prediction,
         device=device,
     )
@@ -60,91 +59,62 @@ def synthetic_batch(state: TrainState, size: int) -> tuple[Batch, Draws]:
 def losses(
     state: TrainState, model: nn.Module, batch: Batch, draws: Draws
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The loss of denoising and the others of `state.metrics.others`, (B) each, in fp32.
+    """Compute the loss of denoising and the others of `state.metrics.others`, (B) each, in fp32.
 
     Without alignment those of what is aligned are missing.
     """
+    objective, alignment = state.objective, state.alignment
     clean = latents.sample(batch["moments"], draws.posterior_noise, state.metadata)
-    t = state.path.model_times(draws.t)
-    noisy, velocity = state.path.interpolate(clean, draws.noise, t)
+    t = objective.path.model_times(draws.t)
+    noisy, velocity = objective.path.interpolate(clean, draws.noise, t)
+    aligns, targets = state.aligns, []
     with state.autocast():
-        with torch.no_grad():
-            targets = alignment_targets(state, batch, clean, draws) if state.aligns else []
-        output, projections = model(noisy, t, batch["label"], draws.drop, project=bool(targets))
-    config = state.config
-    aligned = alignment_losses(projections, targets, config, state.world)
-    if config.objective == "ddpm":
-        chain = ddpm.chain(state.world.device)
-        found = ddpm.ddpm_losses(chain, output, clean, draws.noise, t)
-        return found.simple, [found.variational, *aligned]
-    if config.prediction == "v":
-        return velocity_loss(output, velocity), aligned
-    of_noise = noise_loss(config.prediction, output, draws.noise, t, state.path, config.loss_weight)
-    return of_noise, aligned
+        if aligns:
+            with torch.no_grad():
+                targets = alignment.targets(batch, clean, draws, objective, state.ema)
+        output, projections = model(noisy, t, batch["label"], draws.drop, project=aligns)
+    aligned = alignment.losses(projections, targets, state.world) if aligns else []
+    denoise, others = objective.losses(output, clean, draws.noise, velocity, t)
+    return denoise, [*others, *aligned]
 
 
-def alignment_targets(
-    state: TrainState, batch: Batch, clean: torch.Tensor, draws: Draws
-) -> list[torch.Tensor]:
-    """What the heads' outputs are aligned with: (B, N, width) of each encoder, or of SRA's teacher.
-
-    The teacher is the average, stopped after its block, at an earlier time, with the same noise and
-    the same dropped labels (SRA, arXiv 2505.02831).
-    """
-    config = state.config
-    if config.align == "sra":
-        if config.objective == "flow":
-            t = sra.teacher_times(draws.t, draws.offset, config.t_max)
-        else:
-            t = sra.teacher_steps(state.path.model_times(draws.t), draws.offset, config.t_max)
-        noisy, _ = state.path.interpolate(clean, draws.noise, t)
-        return [state.ema.hidden(noisy, t, batch["label"], draws.drop, depth=config.block_out_t)]
-    online = state.encode(batch["image"]) if state.encoders else []
-    return online + [column.unpack(batch) for column in state.features]
-
-
-def accumulate(state: TrainState, batch: Batch, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the mean loss over this process's batch, micro-batch by micro-batch.
-
-    Returns:
-        values: mean loss, loss of denoising, a zero in the place of the norm, the other losses.
-        denoise: (local batch), the losses of denoising.
-    """
+def accumulate(state: TrainState, batch: Batch, draws: Draws) -> StepValues:
+    """Leave gradients of the mean loss over this process's batch, micro-batch by micro-batch."""
     size = len(draws.t)
     weights = other_weights(state)
     starts = range(0, size, state.micro_batch)
-    denoise, others = [], []
+    each, others = [], []
     for start in starts:
         stop = min(start + state.micro_batch, size)
         micro = {name: tensor[start:stop] for name, tensor in batch.items()}
         with accumulation(state.wrapped, state.config, last=stop == size):
-            denoise_part, parts = losses(state, state.wrapped, micro, draws.part(start, stop))
-            loss = denoise_part.sum()
+            denoise, parts = losses(state, state.wrapped, micro, draws.part(start, stop))
+            loss = denoise.sum()
             for weight, part in zip(weights, parts):  # fewer parts once alignment has ended
                 loss = loss + weight * part.sum()
             state.scaler.scale(loss / size).backward()
-        denoise.append(denoise_part.detach())
+        each.append(denoise.detach())
         sums = [part.detach().sum() for part in parts]
-        sums += [denoise_part.new_zeros(())] * (len(weights) - len(parts))
-        others.append(torch.stack(sums) if sums else denoise_part.new_zeros(0))
-    denoise = torch.cat(denoise)
-    others = torch.stack(others).sum(0) / size
-    loss = denoise.mean() + sum(weight * other for weight, other in zip(weights, others))
-    return torch.cat([torch.stack([loss, denoise.mean(), loss.new_zeros(())]), others]), denoise
+        sums += [denoise.new_zeros(())] * (len(weights) - len(parts))
+        others.append(torch.stack(sums) if sums else denoise.new_zeros(0))
+    each, others = torch.cat(each), torch.stack(others).sum(0) / size
+    denoise = each.mean()
+    loss = denoise + sum(weight * other for weight, other in zip(weights, others))
+    return StepValues(loss, denoise, others, each)
 
 
 def other_weights(state: TrainState) -> list[float]:
-    """Of each of `state.metrics.others` in the total loss."""
-    aligned = len(state.aligned)
-    weight = alignment_weight(state.config, state.step) / max(aligned, 1)
-    return [1.0] * (len(state.metrics.others) - aligned) + [weight] * aligned
+    """Return the loss weights in the order of `state.metrics.others`."""
+    aligned = len(state.alignment.heads)
+    weight = state.alignment.weight(state.step) / max(aligned, 1)
+    return [1.0] * len(state.objective.others) + [weight] * aligned
 
 
 def train_step(state: TrainState, batch: Batch) -> None:
-    """One optimizer step on this process's share of the global batch; counts it in state.step.
+    """Take one optimizer step on this process's share of the global batch; count it in state.step.
 
     The batch may lie on the host or on the device. A non-finite loss or gradient on any process
-    makes it a no-op on weights, optimizer and average.
+    makes it a no-op on weights, optimizer and EMA.
     """
     state.optimizer.set_lr(learning_rate(state.config, state.step))
     device = state.world.device
@@ -154,17 +124,16 @@ def train_step(state: TrainState, batch: Batch) -> None:
 
 
 def update(state: TrainState, batch: Batch, draws: Draws) -> None:
-    """The part of a step that is the same for every step: work for the device alone."""
+    """Do what is the same in every step: work for the device alone."""
     state.optimizer.zero_grad(set_to_none=True)
-    values, denoise = accumulate(state, batch, draws)
-    unscale = values.new_ones(())
-    if state.scaler.is_enabled():
-        unscale = state.scaler._get_scale_async().reciprocal()
-    values[2] = norm = state.optimizer.gradient_norm() * unscale
-    bad = state.world.max(1 - torch.isfinite(values[0] + norm).float())
+    values = accumulate(state, batch, draws)
+    scaled = state.scaler.is_enabled()
+    unscale = scale_of(state.scaler).reciprocal() if scaled else values.loss.new_ones(())
+    norm = state.optimizer.gradient_norm() * unscale
+    bad = state.world.max(1 - torch.isfinite(values.loss + norm).float())
     factor = clip_factor(norm, state.config.max_grad_norm) * unscale
     state.optimizer.step(grad_scale=factor, skip=bad)
-    if state.scaler.is_enabled():
+    if scaled:
         record_overflow(state.scaler, state.optimizer, bad)
         state.scaler.update()
-    state.metrics.add(values, bad, denoise, draws.t)
+    state.metrics.add(values, norm, bad, draws.t)

@@ -10,8 +10,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from repa_fast.checkpoint import writer
+from repa_fast.data.digits import digits_metadata
 from repa_fast.distributed import World
-from repa_fast.prepare.images import digits_metadata
 from repa_fast.train import checkpoint
 from repa_fast.train.optim import build_optimizer
 from repa_fast.train.state import TrainState, build_state

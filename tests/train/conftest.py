@@ -8,8 +8,8 @@ import torch
 from repa_fast import testing
 from repa_fast.configs.config import TrainConfig
 from repa_fast.configs.presets import digits
+from repa_fast.data.digits import digits_metadata
 from repa_fast.distributed import World
-from repa_fast.prepare.images import digits_metadata
 from repa_fast.train.state import TrainState, build_state
 
 TINY = {
@@ -25,7 +25,8 @@ TINY = {
 
 
 def tiny_config(**overrides) -> TrainConfig:
-    return dataclasses.replace(digits(), **{**TINY, **overrides})
+    encoders = {"enc_type": None} if "align" in overrides else {}  # the digits name one
+    return dataclasses.replace(digits(), **{**TINY, **encoders, **overrides})
 
 
 @pytest.fixture

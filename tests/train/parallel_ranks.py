@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor
 
 from repa_fast.checkpoint import export, formats
 from repa_fast.configs.config import TrainConfig
+from repa_fast.data.digits import digits_metadata
 from repa_fast.distributed import World, session
-from repa_fast.prepare.images import digits_metadata
 from repa_fast.train import checkpoint, memory, parallel, resume
-from repa_fast.train.preview import sample_grid
+from repa_fast.train.evaluate import sample_grid
 from repa_fast.train.state import TrainState, build_state
 from repa_fast.train.step import accumulate, draw_local, synthetic_batch, train_step
 from tests.train.conftest import randomise, tiny_config

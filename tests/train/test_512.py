@@ -10,8 +10,8 @@ from torch.utils.hooks import RemovableHandle
 pytest.importorskip("timm")
 
 from repa_fast import encoders
-from repa_fast.cli import expected_metadata
 from repa_fast.configs import presets
+from repa_fast.configs.build import expected_metadata
 from repa_fast.diffusion import ddpm_samplers, samplers
 from repa_fast.distributed import World
 from repa_fast.testing import random_encoder_weights, seeded
@@ -60,7 +60,7 @@ def make(encoder):
         config = dataclasses.replace(presets.get(preset), **SMALL, **overrides)
         world = World(0, 1, torch.device("cpu"))
         state = build_state(config, expected_metadata(config), world, encoders_later=True)
-        state.encoders = {} if config.enc_type == "none" else {ENCODER: encoder}
+        state.alignment.encoders = {} if config.enc_type == "none" else {ENCODER: encoder}
         state.micro_batch = 1
         randomise(state)
         return state
@@ -110,7 +110,7 @@ def sampled(state: TrainState) -> torch.Tensor:
     options = {"num_steps": 2, "cfg_scale": 2.0, "mode": "ode"}
     if state.config.objective == "ddpm":
         return ddpm_samplers.sample(state.ema, noise, labels, **options)
-    return samplers.sample(state.ema, noise, labels, path=state.path, **options)
+    return samplers.sample(state.ema, noise, labels, path=state.objective.path, **options)
 
 
 def of_all_tokens(name: str, projection: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -134,7 +134,7 @@ def test_once_through(make, heard, name, tmp_path):
     reading = state.metrics.read(state.world)
     assert len(heads) == 1 and reading["skipped"] == 0
     assert not torch.equal(state.model.blocks[0].mlp.fc1.weight, before)
-    if state.encoders:
+    if state.alignment.encoders:
         assert heard["pixels"].shape == (1, 3, 448, 448)
         assert heard["features"].shape == heard["projection"].shape == (1, TOKENS, 384)
         expected = of_all_tokens(name, heard["projection"], heard["features"])

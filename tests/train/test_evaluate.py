@@ -10,14 +10,14 @@ pytest.importorskip("lance")
 pytest.importorskip("timm")
 
 from repa_fast import ops
-from repa_fast.data.digits import digit_images
+from repa_fast.configs.sampler import SamplerConfig
+from repa_fast.data.digits import digit_images, prepare_digits
 from repa_fast.encoders.digits import DigitsJudge
-from repa_fast.eval.fid import frechet_distance, statistics
 from repa_fast.eval.load import load
-from repa_fast.eval.sampling import ImageSampler, SamplerConfig
+from repa_fast.eval.sampling import ImageSampler
+from repa_fast.eval.scores import frechet_distance, statistics
 from repa_fast.kernels.attention import current_backend
-from repa_fast.prepare.images import prepare_digits
-from repa_fast.train import loop
+from repa_fast.train import run as runs
 from repa_fast.train.evaluate import Evaluator
 
 SAMPLES = 70  # more than a batch
@@ -54,7 +54,7 @@ def evaluations(run):
 
 
 def test_the_distance_is_that_of_samples_of_the_checkpoint(run_config):
-    run = loop.train(run_config())
+    run = runs.train(run_config())
     found = evaluations(run)
     assert [line["step"] for line in found] == [2, 4, 5]
     sampler = ImageSampler(
@@ -79,22 +79,22 @@ def test_the_distance_is_that_of_samples_of_the_checkpoint(run_config):
 
 
 def test_training_is_the_same_with_it(run_config):
-    watched = loop.train(run_config())
-    plain = loop.train(run_config(exp_name="plain", eval_every=0))
+    watched = runs.train(run_config())
+    plain = runs.train(run_config(exp_name="plain", eval_every=0))
     assert not (plain / "evals.jsonl").exists()
     weights = [load(run / "checkpoints" / "0000005").digest for run in (watched, plain)]
     assert weights[0] == weights[1]
 
 
 def test_a_resumed_run_s_evaluations_read_as_if_it_had_not_been_cut(run_config):
-    loop.train(run_config(max_train_steps=3))
-    run = loop.train(run_config(resume="auto"))
+    runs.train(run_config(max_train_steps=3))
+    run = runs.train(run_config(resume="auto"))
     assert [line["step"] for line in evaluations(run)] == [2, 3, 4, 5]
 
 
 def test_features_that_are_not_known_stop_the_run_before_it_begins(run_config, tmp_path):
     with pytest.raises(ValueError, match="'other', expected one of"):
-        loop.train(run_config(eval_features="other"))
+        runs.train(run_config(eval_features="other"))
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

@@ -11,10 +11,11 @@ pytest.importorskip("lance")
 from repa_fast import encoders
 from repa_fast.data import dataset as dataset_module
 from repa_fast.data.dataset import LatentDataset
+from repa_fast.data.digits import prepare_digits
 from repa_fast.data.loader import read_batch
 from repa_fast.prepare.features import FeaturesConfig, extract, prepare_features
-from repa_fast.prepare.images import prepare_digits
-from repa_fast.train import loop, step
+from repa_fast.train import run as runs
+from repa_fast.train import step
 from repa_fast.train.report import read_metrics
 from repa_fast.train.state import build_state
 
@@ -42,7 +43,7 @@ def run(config, data_dir, tmp_path):
         values = {"data_dir": data_dir, "output_dir": str(tmp_path), "log_every": 1}
         name = overrides.get("features", "online") or "online"
         values |= {"exp_name": name, "max_train_steps": 4}
-        return read_metrics(loop.train(config(**values | overrides)) / "metrics.jsonl")
+        return read_metrics(runs.train(config(**values | overrides)) / "metrics.jsonl")
 
     return metrics
 
@@ -90,8 +91,8 @@ def test_columns_that_do_not_fit_are_refused(run, overrides, message):
 
 
 def test_an_official_folder_has_no_columns(config, data_dir):
+    from repa_fast.data.digits import digits_metadata
     from repa_fast.distributed import World
-    from repa_fast.prepare.images import digits_metadata
 
     world = World(rank=0, size=1, device=torch.device("cpu"))
     with pytest.raises(ValueError, match="columns: none; `repa-fast prepare features`"):

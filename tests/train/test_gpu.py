@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from repa_fast.configs.presets import digits
+from repa_fast.data.digits import digits_metadata
 from repa_fast.distributed import World
-from repa_fast.prepare.images import digits_metadata
 from repa_fast.train.compute_copy import weight_gradient
 from repa_fast.train.graph import FIRST_STEPS, stepper
 from repa_fast.train.memory import choose_micro_batch

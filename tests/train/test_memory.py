@@ -9,12 +9,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from repa_fast import encoders
-from repa_fast.cli import expected_metadata
 from repa_fast.configs import presets
+from repa_fast.configs.build import build_model, expected_metadata
 from repa_fast.configs.config import TrainConfig
-from repa_fast.configs.model import build_model
+from repa_fast.data.digits import digits_metadata
 from repa_fast.distributed import World
-from repa_fast.prepare.images import digits_metadata
 from repa_fast.train import memory
 from repa_fast.train.memory import budget, choose_micro_batch
 from repa_fast.train.state import TrainState, build_state

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from repa_fast.distributed import World
-from repa_fast.train.metrics import T_BINS, Accumulator
+from repa_fast.train.metrics import T_BINS, Accumulator, StepValues
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 ALONE = World(0, 1, CPU)
@@ -43,7 +43,8 @@ class Run:
         size = len(self.processes)
         for process, part, times in zip(self.processes, denoise.chunk(size), t.chunk(size)):
             mean = part.mean()
-            process.add(torch.stack([2 * mean, mean, mean * 0 + norm, -mean]), bad, part, times)
+            values = StepValues(2 * mean, mean, -mean[None], part)
+            process.add(values, mean * 0 + norm, bad, times)
 
     def state(self) -> dict:
         states = [p.state(world) for p, world in zip(self.processes, self.worlds)]
@@ -83,7 +84,8 @@ def test_a_reading_holds_the_means_over_steps():
     accumulator = Accumulator(["align/a", "align/b"], CPU)
     rows = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0], [3.0, 5.0, 7.0, 9.0, 11.0]])
     for row in rows:
-        accumulator.add(row, GOOD, torch.ones(2), torch.tensor([0.1, 0.2]))
+        values = StepValues(row[0], row[1], row[3:], torch.ones(2))
+        accumulator.add(values, row[2], GOOD, torch.tensor([0.1, 0.2]))
     reading = accumulator.read(ALONE)
     means = {"loss": 2.0, "denoise": 3.5, "grad_norm": 5.0, "align/a": 6.5, "align/b": 8.0}
     assert {name: reading[name] for name in means} == means
@@ -104,7 +106,9 @@ def test_losses_are_binned_by_t():
 
 def test_the_ends_of_t_fall_into_the_first_and_last_bin():
     accumulator = Accumulator([], CPU)
-    accumulator.add(torch.ones(3), GOOD, torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0]))
+    one = torch.tensor(1.0)
+    values = StepValues(one, one, torch.ones(0), torch.tensor([2.0, 3.0]))
+    accumulator.add(values, one, GOOD, torch.tensor([0.0, 1.0]))
     assert accumulator.read(ALONE)["loss_by_t"] == [2.0, *[None] * 8, 3.0]
 
 
@@ -218,10 +222,11 @@ def test_adding_a_step_copies_nothing_from_the_host():
     """Such a copy makes the host wait. The device exists in name only: reading it would raise."""
     with FakeTensorMode():
         accumulator = Accumulator(["align/a"], CUDA)
-        values, losses, bad = (torch.zeros(s, device=CUDA) for s in (4, 12, ()))
+        others, losses, zero = (torch.zeros(s, device=CUDA) for s in (1, 12, ()))
+        values = StepValues(zero, zero, others, losses)
         with Devices() as seen:
-            accumulator.add(values, bad, losses, losses)
+            accumulator.add(values, zero, zero, losses)
         assert seen.copies == []
         with Devices() as seen:
-            values.copy_(torch.ones(4))  # torch 2.11 does the same for values[0] = 1
+            others.copy_(torch.ones(1))  # torch 2.11 does the same for others[0] = 1
         assert seen.copies == ["aten.copy_.default"]

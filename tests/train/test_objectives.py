@@ -11,18 +11,18 @@ pytest.importorskip("timm")
 from repa_fast import encoders
 from repa_fast.checkpoint import formats
 from repa_fast.checkpoint.export import official_contents
+from repa_fast.data.digits import prepare_digits
 from repa_fast.data.latents import to_pixels
+from repa_fast.diffusion.alignment import sra_loss
 from repa_fast.diffusion.ddpm import Diffusion, ddpm_losses
 from repa_fast.diffusion.draws import stream
-from repa_fast.diffusion.sra import sra_loss
 from repa_fast.eval.load import load
 from repa_fast.eval.pictures import arrange
-from repa_fast.prepare.images import prepare_digits
-from repa_fast.train import checkpoint, loop, resume
-from repa_fast.train.preview import sample_grid
+from repa_fast.train import checkpoint, resume
+from repa_fast.train import run as runs
+from repa_fast.train.evaluate import sample_grid
 from repa_fast.train.report import read_metrics
 from repa_fast.train.step import (
-    alignment_targets,
     draw_local,
     losses,
     synthetic_batch,
@@ -74,7 +74,7 @@ def run(config, digits_dir, tmp_path):
     def train(name, **overrides):
         values = {"data_dir": digits_dir, "output_dir": str(tmp_path), "exp_name": name}
         values |= {"max_train_steps": 5, "log_every": 1, "sampling_steps": 5, "num_steps": 2}
-        return loop.train(config(**values | overrides))
+        return runs.train(config(**values | overrides))
 
     return train
 
@@ -111,7 +111,7 @@ def test_the_teacher_is_the_average_s_hidden_state(make_state, block):
     batch, draws = moving(state)
     clean = batch["moments"].chunk(2, 1)[0]
     clean = clean + batch["moments"].chunk(2, 1)[1] * draws.posterior_noise
-    (teacher,) = alignment_targets(state, batch, clean, draws)
+    (teacher,) = state.alignment.targets(batch, clean, draws, state.objective, state.ema)
     heard = {}
 
     def keep(module, inputs, outputs):
@@ -120,7 +120,7 @@ def test_the_teacher_is_the_average_s_hidden_state(make_state, block):
 
     handle = state.ema.blocks[block - 1].register_forward_hook(keep)
     t = (draws.t - 0.3 * draws.offset).clamp(0, 1)
-    noisy, _ = state.path.interpolate(clean, draws.noise, t)
+    noisy, _ = state.objective.path.interpolate(clean, draws.noise, t)
     with torch.no_grad():
         state.ema(noisy, t, batch["label"], draws.drop)
     handle.remove()
@@ -147,8 +147,8 @@ def test_the_loss_is_the_one_that_is_asked_for(make_state, kind):
     _, (aligned,) = losses(state, state.model, batch, draws)
     clean = batch["moments"].chunk(2, 1)[0]
     clean = clean + batch["moments"].chunk(2, 1)[1] * draws.posterior_noise
-    (teacher,) = alignment_targets(state, batch, clean, draws)
-    noisy, _ = state.path.interpolate(clean, draws.noise, draws.t)
+    (teacher,) = state.alignment.targets(batch, clean, draws, state.objective, state.ema)
+    noisy, _ = state.objective.path.interpolate(clean, draws.noise, draws.t)
     student = state.model.ap_head(
         state.model.hidden(noisy, draws.t, batch["label"], draws.drop, depth=1)
     )
@@ -223,7 +223,7 @@ def test_an_official_sra_file_goes_on_whatever_its_order(make_state, tmp_path):
     contents |= {"steps": 4, "epoch": 0}
     torch.save(contents, tmp_path / "step-4.pt")
     other = make_state(**SRA | {"seed": 5})
-    resume.load(tmp_path / "step-4.pt", other)
+    resume.load_official(tmp_path / "step-4.pt", other)
     assert other.step == 4
     for a, b in zip(state.model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -260,7 +260,7 @@ def test_a_teacher_above_the_model_is_refused(make_state):
 
 
 def test_official_flags_of_sra():
-    from repa_fast.cli import parse_config
+    from repa_fast.configs.flags import parse_config
 
     flags = "--exp-name x --align sra --block-out-s 8 --block-out-t 20 --t-max 0.2 --loss-type sml1"
     config = parse_config(flags.split())
@@ -334,7 +334,7 @@ def test_an_official_file_of_a_dit_goes_on(make_state, tmp_path):
     contents = official_contents(checkpoint.save(tmp_path, state))
     torch.save(contents, tmp_path / "x.pt")
     other = make_state(objective="ddpm", seed=5)
-    resume.load(tmp_path / "x.pt", other)
+    resume.load_official(tmp_path / "x.pt", other)
     assert all(map(torch.equal, state.model.parameters(), other.model.parameters()))
 
 
@@ -347,7 +347,7 @@ def test_scores_and_noise_are_trained_on_the_noise(make_state, prediction, path,
     batch, draws = moving(state)
     clean = batch["moments"].chunk(2, 1)[0]
     clean = clean + batch["moments"].chunk(2, 1)[1] * draws.posterior_noise
-    alpha, sigma, d_alpha, d_sigma = (c.view(-1, 1, 1, 1) for c in state.path.coefficients(draws.t))
+    alpha, sigma, d_alpha, d_sigma = (c.view(-1, 1, 1, 1) for c in state.objective.path.coefficients(draws.t))
     noisy = alpha * clean + sigma * draws.noise
     output, _ = state.model(noisy, draws.t, batch["label"], draws.drop)
     noise = -sigma * output if prediction == "score" else output

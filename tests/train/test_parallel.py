@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 pytest.importorskip("lance")
 pytest.importorskip("timm")
 
-from repa_fast.cli import describe, expected_metadata
 from repa_fast.configs import presets
-from repa_fast.train.memory import budget
+from repa_fast.configs.build import expected_metadata
+from repa_fast.train.memory import budget, describe
 from repa_fast.train.parallel import checkpoint_activations, shard_count
 from tests.train import parallel_ranks
 from tests.train.conftest import tiny_config

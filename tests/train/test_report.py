@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 
 from repa_fast.train import report
-from repa_fast.train.report import Clock, Reporter, keep_until, plot_losses, read_metrics, summary
-from repa_fast.train.track import TensorBoard
+from repa_fast.train.report import (
+    Clock,
+    Reporter,
+    TensorBoard,
+    keep_until,
+    plot_losses,
+    read_metrics,
+    summary,
+)
 
 
 def reading(step: int = 1, **changes) -> dict:

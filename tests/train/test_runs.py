@@ -16,9 +16,9 @@ pytest.importorskip("lance")
 pytest.importorskip("tyro")
 
 from repa_fast.checkpoint import layout as weights
+from repa_fast.configs.build import build_model
 from repa_fast.configs.config import from_saved
-from repa_fast.configs.model import build_model
-from repa_fast.prepare.images import digits_metadata, prepare_digits
+from repa_fast.data.digits import digits_metadata, prepare_digits
 from repa_fast.train import checkpoint
 from repa_fast.train.report import read_metrics
 

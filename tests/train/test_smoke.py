@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from repa_fast.cli import expected_metadata
 from repa_fast.configs import presets
+from repa_fast.configs.build import expected_metadata
 from repa_fast.diffusion.samplers import euler
 from repa_fast.distributed import World
 from repa_fast.testing import random_encoder_weights

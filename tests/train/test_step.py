@@ -50,10 +50,11 @@ def test_accumulation_multiplies_the_batch_as_upstream(make_state):
 def test_loss_is_velocity_plus_weighted_mean_of_alignments(make_state):
     state = make_state(proj_coeff=0.25)
     batch, _ = synthetic_batch(state, 12)
-    values, denoise = accumulate(state, batch, draw_local(state))
-    assert values[0].item() == pytest.approx(values[1].item() + 0.25 * values[3].item(), abs=1e-6)
-    assert values[1].item() == pytest.approx(denoise.mean().item(), abs=1e-6)
-    assert -1 <= values[3] <= 1
+    values = accumulate(state, batch, draw_local(state))
+    (aligned,) = values.others.tolist()
+    assert values.loss.item() == pytest.approx(values.denoise.item() + 0.25 * aligned, abs=1e-6)
+    assert values.denoise.item() == pytest.approx(values.each.mean().item(), abs=1e-6)
+    assert -1 <= aligned <= 1
 
 
 def test_baseline_without_encoder_has_no_projector(make_state):
@@ -92,7 +93,7 @@ def test_equals_plain_adamw_clip_and_average(make_state):
         prediction, (projection,) = model(
             (1 - t) * clean + t * draws.noise, draws.t, batch["label"], draws.drop
         )
-        target = state.encoders["digits-vit"](batch["image"])
+        target = state.alignment.encoders["digits-vit"](batch["image"])
         cosine = torch.cosine_similarity(projection, target, dim=-1)
         loss = (prediction - (draws.noise - clean)).square().mean() - 0.5 * cosine.mean()
         optimizer.zero_grad()
@@ -184,8 +185,8 @@ def test_step_reads_nothing_on_the_host(make_state, monkeypatch):
 
 
 def test_images_per_step_must_divide_among_processes(config):
+    from repa_fast.data.digits import digits_metadata
     from repa_fast.distributed import World
-    from repa_fast.prepare.images import digits_metadata
     from repa_fast.train.state import build_state
 
     world = World(rank=0, size=5, device=torch.device("cpu"))
@@ -200,12 +201,12 @@ def test_encoder_and_model_must_have_as_many_tokens(make_state):
 
 def test_the_linear_layers_of_an_encoder_are_cast_once_and_its_tokens_stay_the_same(make_state):
     state = make_state(mixed_precision="bf16")
-    (cast,) = state.encoders.values()
-    (name,) = state.encoders
+    (cast,) = state.alignment.encoders.values()
+    (name,) = state.alignment.encoders
     whole = encoders.load(name, state.config.resolution, "cpu")
     images, _ = synthetic_batch(state, 4)
     with torch.no_grad(), state.autocast():
         assert torch.equal(cast(images["image"]), whole(images["image"]))
     dtypes = {p.dtype for layer in cast.modules() for p in layer.parameters(recurse=False)}
     assert dtypes == {torch.bfloat16, torch.float32}
-    assert all(p.dtype == torch.float32 for p in make_state().encoders[name].parameters())
+    assert all(p.dtype == torch.float32 for p in make_state().alignment.encoders[name].parameters())

@@ -4,7 +4,7 @@ import time
 import numpy as np
 import pytest
 
-from repa_fast.train.track import TensorBoard, WeightsAndBiases, open_tracker
+from repa_fast.train.report import TensorBoard, WeightsAndBiases, open_tracker
 
 
 def test_the_flag_chooses_the_tracker(config, tmp_path):

@@ -1,14 +1,14 @@
 """What a run that hangs or dies leaves behind, and how it is asked to stop."""
 
+import ctypes
 import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,16 +20,17 @@ import torch.distributed as dist
 pytest.importorskip("lance")
 
 from repa_fast.configs.config import TrainConfig
+from repa_fast.data.digits import prepare_digits
 from repa_fast.data.loader import DataTimeout, Loader
 from repa_fast.data.open import open_dataset
 from repa_fast.data.order import SampleOrder
 from repa_fast.distributed import World, meet
-from repa_fast.prepare.images import prepare_digits
-from repa_fast.train import loop, watch
-from repa_fast.train.watch import Watchdog, error_file
+from repa_fast.train import run as runs
+from repa_fast.train import watch
+from repa_fast.train.watch import PATIENCE, error_file, watchdog
 
 ROOT = Path(__file__).parents[2]
-FLOOR = 0.2
+LIMIT = 0.2
 ALONE = World(0, 1, torch.device("cpu"))
 
 
@@ -37,120 +38,79 @@ def hang(seconds: float) -> None:
     time.sleep(seconds)
 
 
-def quick_steps(dog: Watchdog, count: int = watch.FIRST_STEPS + 1) -> None:
-    for step in range(1, count + 1):
-        dog.step(step)
-        time.sleep(0.001)
+def reports(path: Path) -> int:
+    """How often the stacks were written."""
+    return path.read_text().count("Timeout (")
 
 
-class Clock:
-    """Stands in for the module `time`; its wall clock jumps by a day at every look."""
-
-    def __init__(self) -> None:
-        self.now, self.days = 100.0, 0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def time(self) -> float:
-        self.days += 1
-        return 86400.0 * self.days
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(watch, "time", clock)
-    return clock
-
-
-def test_a_stuck_step_leaves_its_stacks_once_and_goes_on(tmp_path, capsys):
+def test_a_stuck_step_leaves_its_stacks_once_and_goes_on(tmp_path):
     path = tmp_path / "logs" / "stacks-rank3.txt"
-    with Watchdog(path, 3, FLOOR) as dog:
-        quick_steps(dog)
-        hang(3 * FLOOR)
-        dog.step(7)
-        time.sleep(FLOOR / 2)
-    written = path.read_text()
-    assert re.search(r"rank 3 on .*: step 6 has taken \d+\.\d s, expected at most 0\.2 s", written)
-    assert f'test_watch.py", line {hang.__code__.co_firstlineno + 1} in hang' in written
-    assert written.count("has taken") == 1
-    line = capsys.readouterr().err.strip()
-    assert line.endswith(f"stacks go to {path}") and "\n" not in line
+    with watchdog(path, LIMIT) as begins:
+        begins(1)
+        hang(3 * LIMIT)
+        begins(1)
+        time.sleep(LIMIT / 2)
+    assert f'test_watch.py", line {hang.__code__.co_firstlineno + 1} in hang' in path.read_text()
+    assert reports(path) == 1
 
 
-def test_every_stuck_step_is_reported(tmp_path):
+def test_every_stuck_step_is_reported_and_later_runs_append(tmp_path):
     path = tmp_path / "stacks.txt"
-    with Watchdog(path, 0, FLOOR) as dog:
-        quick_steps(dog)
-        for step in (7, 8):
-            hang(2 * FLOOR)
-            dog.step(step)
-    assert re.findall(r"step \d", path.read_text()) == ["step 6", "step 7"]
+    for _ in range(2):
+        with watchdog(path, LIMIT) as begins:
+            for _ in range(2):
+                begins(1)
+                hang(2 * LIMIT)
+    assert reports(path) == 4
 
 
-@pytest.mark.parametrize("state", ["start", "first steps", "pause", "compiles", "never"])
+@pytest.mark.parametrize("state", ["start", "pause", "never", "end"])
 def test_what_is_slow_for_a_reason_is_no_hang(tmp_path, state):
     path = tmp_path / "stacks.txt"
-    with Watchdog(path, 0, 0 if state == "never" else FLOOR) as dog:
+    with watchdog(path, 0 if state == "never" else LIMIT) as begins:
         if state != "start":
-            quick_steps(dog, 2 if state == "first steps" else 7)
-        if state == "pause":
-            dog.pause("saving")
-        if state == "compiles":
-            dog.compiles()
-            dog.step(8)
-        hang(2 * FLOOR)
+            begins(PATIENCE if state == "pause" else 1)
+        if state != "end":
+            hang(2 * LIMIT)
+    hang(2 * LIMIT)
     assert not path.exists()
 
 
-@pytest.mark.parametrize("what", ["the start", "saving"])
+@pytest.mark.parametrize("what", ["the start", "a pause"])
 def test_pauses_and_the_start_have_a_limit_of_their_own(tmp_path, what):
     path = tmp_path / "stacks.txt"
-    with Watchdog(path, 0, 0.04) as dog:
-        if what == "saving":
-            quick_steps(dog)
-            dog.pause("saving")
-        hang(1.5 * watch.PATIENCE * 0.04)
-    found = re.findall(rf"{what} has taken \d+\.\d s, expected at most 0\.4 s", path.read_text())
-    assert len(found) == 1
+    with watchdog(path, 0.04) as begins:
+        if what == "a pause":
+            begins(PATIENCE)
+        hang(1.5 * PATIENCE * 0.04)
+    assert reports(path) == 1
 
 
-def test_the_limit_follows_the_median_without_pauses(tmp_path, clock):
-    dog = Watchdog(tmp_path / "stacks.txt", 0, 2.0)
-    assert dog.limit() == 20.0
-    clock.now += 1000.0  # the start is no step
-    for step, seconds in enumerate([5.0, 0.1, 0.5, 0.5, 0.1, 0.5, 0.5], start=1):
-        dog.step(step)
-        clock.now += seconds
-        dog.pause("sampling")
-        clock.now += 300.0
-        assert dog.limit() == 20.0
-        dog.resume()
-    dog.step(8)
-    assert dog.limit() == pytest.approx(20 * 0.5)
-    for step in range(9, 109):
-        clock.now += 0.01
-        dog.step(step)
-    assert dog.limit() == 2.0
+def test_the_first_steps_and_pauses_of_a_run_have_more_time(config, digits_dir, monkeypatch):
+    """Twelve steps, a pause before each; after the alignment's end at 6 they compile again."""
+    allowed = []
+
+    @contextmanager
+    def recorder(path: Path, limit: float):
+        yield allowed.append
+
+    monkeypatch.setattr(runs, "watchdog", recorder)
+    run = {"data_dir": str(digits_dir), "output_dir": str(digits_dir.parent), "exp_name": "run"}
+    runs.train(config(**run, max_train_steps=12, align_until=6))
+    steps = [PATIENCE] * 5 + [1] + [PATIENCE] * 5 + [1]
+    assert allowed == [limits for step in steps for limits in (PATIENCE, step)] + [PATIENCE]
 
 
-def test_a_step_that_holds_the_interpreters_lock_shows_on_stderr(tmp_path):
-    code = f"""
-import ctypes, pathlib
-from repa_fast.train import watch
-watch.LOOK_EVERY = 0.05
-def holds_the_lock():
-    ctypes.PyDLL(None).usleep(1_000_000)
-with watch.Watchdog(pathlib.Path({str(tmp_path / "s.txt")!r}), 0, 0.1) as dog:
-    for step in range(20):
-        dog.step(step)
-        watch.time.sleep(0.01)
-    holds_the_lock()
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "Timeout (" in done.stderr and "in holds_the_lock" in done.stderr
+def test_a_step_that_holds_the_interpreters_lock_shows_too(tmp_path):
+    path = tmp_path / "stacks.txt"
+
+    def holds_the_lock() -> None:
+        ctypes.PyDLL(None).usleep(500_000)
+
+    with watchdog(path, 0.1) as begins:
+        begins(1)
+        holds_the_lock()
+    assert "in holds_the_lock" in path.read_text()
 
 
 def test_no_duration_is_taken_from_a_clock_that_can_jump():
@@ -223,7 +183,7 @@ def ctrl_c_interrupts():
 
 def test_signals_are_noted_twice_but_for_ctrl_c(ctrl_c_interrupts):
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
-    with loop.stop_signals() as received:
+    with runs.stop_signals() as received:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             os.kill(os.getpid(), number)
         assert received == [signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
@@ -235,8 +195,13 @@ def test_signals_are_noted_twice_but_for_ctrl_c(ctrl_c_interrupts):
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    return open_dataset(prepare_digits(tmp_path_factory.mktemp("data") / "digits"))
+def digits_dir(tmp_path_factory):
+    return prepare_digits(tmp_path_factory.mktemp("data") / "digits")
+
+
+@pytest.fixture(scope="module")
+def digits(digits_dir):
+    return open_dataset(digits_dir)
 
 
 def test_a_batch_that_does_not_come_is_an_error(digits, monkeypatch):
@@ -305,18 +270,18 @@ def test_a_restart_goes_on_from_what_its_own_launch_saved(
     that went on from step 4 by name, and has saved nothing since."""
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none" if launch == "none 0" else "job")
-    (tmp_path / loop.LAUNCH).write_text(launch)
+    (tmp_path / runs.LAUNCH).write_text(launch)
     if saved:
         (tmp_path / "checkpoints" / "0000004").mkdir(parents=True)
         (tmp_path / "checkpoints" / "0000004" / "COMPLETE").touch()
     config = TrainConfig(resume="last.pt", resume_step=3)
-    found = loop.after_restart(config, tmp_path, ALONE)
+    found = runs.after_restart(config, tmp_path, ALONE)
     assert (found.resume, found.resume_step) == (("auto", 0) if resumes else ("last.pt", 3))
 
 
 @pytest.mark.parametrize(
     "name, value",
-    [("rollback", -1), ("watchdog", -1.0), ("data_timeout", -1.0), ("collective_timeout", 0.0)],
+    [("skip_steps", -1), ("watchdog", -1.0), ("data_timeout", -1.0), ("collective_timeout", 0.0)],
 )
 def test_limits_are_checked(name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}, expected "):

@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("lance")
 pytest.importorskip("tyro")
 
-from repa_fast.prepare.images import prepare_digits
+from repa_fast.data.digits import prepare_digits
 from repa_fast.train import checkpoint
 from tests.train.test_runs import (
     FLAGS,
@@ -108,6 +108,22 @@ def test_a_killed_process_is_restarted_and_resumes_by_itself(
     assert process.returncode == 0, printed
     assert re.search(r"going on from .*/00000(15|18|21)\n", printed), printed
     assert_bit_identical(tmp_path / "run", undisturbed)
+
+
+def test_data_is_skipped_once_however_often_torchrun_restarts(
+    training, launched, undisturbed, tmp_path
+):
+    """With the same flags each time: a kill before the first checkpoint, and one after it."""
+    source = str(checkpoint.path_of(undisturbed / "checkpoints", 15))
+    more = ["--resume", source, "--skip-steps", "3", "--checkpointing-steps", "15"]
+    finished(launched([*training(STANDALONE, *more), "--exp-name", "whole"]))
+    process = launched(training([*STANDALONE, "--max-restarts=2"], *more))
+    for line in (r"step 16/", r"checkpoint .*/0000030 "):
+        until(process, line)
+        os.kill(workers(process.pid)[1], signal.SIGKILL)
+    printed = finished(process)
+    assert re.search(r"going on from .*/run/.*/0000030, past the data of 3 steps\n", printed)
+    assert_bit_identical(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_refused_start_is_refused_after_a_restart_too(training, launched, undisturbed, tmp_path):

@@ -1,17 +1,16 @@
-"""Two processes: going back together, and who is to blame."""
+"""Two processes: stopping together, and who is to blame."""
 
 import json
+import subprocess
 
 import pytest
-import torch
 
 pytest.importorskip("lance")
 
-from repa_fast.data.order import SampleOrder
-from repa_fast.prepare.images import prepare_digits
-from repa_fast.train.spikes import History
-from tests.train.launching import torchrun
-from tests.train.watch_ranks import TIMEOUT
+from repa_fast.checkpoint.layout import path_of
+from repa_fast.data.digits import prepare_digits
+from tests.train.launching import ROOT, torchrun
+from tests.train.watch_ranks import STEPS, TIMEOUT
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
@@ -26,19 +25,23 @@ def ended(tmp_path_factory):
     return process.stderr, folder
 
 
-def test_both_go_back_together_and_take_their_share_of_later_data(ended):
-    found = [torch.load(ended[1] / f"back.{rank}", weights_only=False) for rank in range(2)]
-    order = SampleOrder(1500, 12, seed=0)
-    for rank, process in enumerate(found):
-        assert process["history"] == found[0]["history"]
-        assert isinstance(process["history"], History)
-        assert (process["history"].rollbacks, process["history"].skipped) == (1, 4)
-        expected = [(s, s) for s in range(19)] + [(s, s + 4) for s in range(15, 24)]
-        assert [seen[:2] for seen in process["seen"]] == expected
-        for _, data, rows in process["seen"]:
-            assert rows == order.rows(data, rank, 2).tolist()
-    for name, value in found[0]["weights"].items():
-        assert torch.equal(value, found[1]["weights"][name]), name
+def test_both_stop_together_and_say_the_same(ended):
+    first, second = (json.loads((ended[1] / f"stopping.{rank}").read_text()) for rank in range(2))
+    assert first == second and first["seen"] == list(range(19))
+    message, command = first["message"].split("\n")
+    assert "checkpoints/0000015" in message
+    assert "-m torch.distributed.run --standalone --nproc-per-node=2 -m repa_fast train" in command
+    assert "--skip-steps=4" in command and "--parallel=fsdp" in command
+
+
+@pytest.mark.slow
+def test_the_command_goes_on_with_both(ended):
+    command = json.loads((ended[1] / "stopping.0").read_text())["message"].split("\n")[1]
+    process = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    folder = ended[1] / "spikes-from-15" / "checkpoints"
+    counters = json.loads((path_of(folder, STEPS) / "counters.json").read_text())
+    assert (counters["world_size"], counters["history"]["skipped"]) == (2, 4)
 
 
 def test_a_process_does_not_wait_for_ever(ended):

@@ -6,10 +6,11 @@ import time
 from pathlib import Path
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from repa_fast.distributed import session
-from repa_fast.train import graph, loop
+from repa_fast.train import graph, watch
+from repa_fast.train import run as runs
+from repa_fast.train.spikes import TrainingDiverged
 from repa_fast.train.state import TrainState
 from repa_fast.train.step import train_step
 from tests.train.conftest import tiny_config
@@ -25,29 +26,29 @@ def train(folder: Path, name: str, step, **overrides) -> None:
     graph.train_step = step
     values = {"data_dir": os.environ["DIGITS"], "output_dir": str(folder), "exp_name": name}
     values |= {"enc_type": "none", "max_train_steps": STEPS, "log_every": 1}
-    loop.train(tiny_config(**values | overrides))
+    runs.train(tiny_config(**values | overrides))
 
 
-def going_back(folder: Path) -> dict:
+def stopping(folder: Path) -> dict:
     """A sharded run that spikes after some data, and saves while it trains."""
-    seen, found = [], {}
+    seen = []
 
     def step(state: TrainState, batch: dict) -> None:
-        found["state"] = state
-        seen.append((state.step, state.data_step, batch["index"].tolist()))
+        seen.append(state.data_step)
         spoilt = state.data_step == POISONED
         train_step(state, batch)
         if spoilt:
             with torch.no_grad():
                 state.model.final_layer.linear.bias.add_(3)
-        if state.step == STEPS:
-            found["weights"] = {
-                name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
-                for name, tensor in state.model.state_dict().items()
-            }
 
-    train(folder, "back", step, rollback=1, checkpointing_steps=5, parallel="fsdp")
-    return {"seen": seen, "history": found["state"].history, "weights": found["weights"]}
+    message, last_word = "", watch.LAST_WORD
+    watch.LAST_WORD = 0.0  # whoever stops second would come late to what follows
+    try:
+        train(folder, "spikes", step, stop_on_spike=True, checkpointing_steps=5, parallel="fsdp")
+    except TrainingDiverged as error:
+        message = str(error)
+    watch.LAST_WORD = last_word
+    return {"seen": seen, "message": message}
 
 
 def waiting(rank: int) -> dict:
@@ -78,7 +79,7 @@ def failing(folder: Path, rank: int) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     folder, rank = Path(os.environ["OUT"]), int(os.environ["RANK"])
-    torch.save(going_back(folder), folder / f"back.{rank}")
+    (folder / f"stopping.{rank}").write_text(json.dumps(stopping(folder)))
     (folder / f"waiting.{rank}").write_text(json.dumps(waiting(rank)))
     failing(folder, rank)
 

@@ -1,0 +1,42 @@
+"""What a step computes in, and with which kernels."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from repa_fast.configs.part import Part
+
+
+@dataclass(kw_only=True)
+class PrecisionConfig(Part):
+    """What a step computes in, and with which kernels."""
+
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    """auto is bf16 on CUDA and fp32 (no) on CPU."""
+    allow_tf32: bool = False
+    """TF32 matrix products for fp32 tensors on CUDA."""
+    compute_copy: Literal["autocast", "optimizer"] = "autocast"
+    """Who makes the bf16 copies of weights: autocast at every forward pass, or the optimizer."""
+    joint_adaln: bool = False
+    """One matrix product for the adaLN layers of all blocks, with COMPUTE_COPY optimizer."""
+    residual_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of the residual stream while training; bf16 halves its traffic and rounds every addition."""
+    compile: bool = False
+    """torch.compile each block (fullgraph)."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Replay the training step as one CUDA graph; auto where it can: on CUDA, in one process, not
+    in fp16 and not with a weight of alignment that changes."""
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    """Triton kernels or plain torch; auto asks REPA_FAST_KERNELS, then takes Triton on CUDA."""
+    attention: str = "auto"
+    """Attention backend; auto times those whose gradients are right, and takes the fastest."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in (("compute_copy", "optimizer"), ("residual_dtype", "bf16")):
+            if getattr(self, name) == value and self.mixed_precision not in ("auto", "bf16"):
+                raise ValueError(
+                    f"{name} is {value!r} with mixed_precision {self.mixed_precision!r}, expected "
+                    "bf16"
+                )
+        if self.joint_adaln and self.compute_copy != "optimizer":
+            raise ValueError("joint_adaln is set, which needs --compute-copy optimizer")

@@ -1,0 +1,271 @@
+"""A training run from its config: set up, handed to the loop, and taken down."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from repa_fast.checkpoint.layout import steps
+from repa_fast.checkpoint.writer import clean
+from repa_fast.configs.config import TrainConfig
+from repa_fast.configs.flags import parse_config
+from repa_fast.data.loader import DataTimeout, Loader
+from repa_fast.data.open import Dataset, open_dataset
+from repa_fast.data.order import SampleOrder
+from repa_fast.data.store import StoreError
+from repa_fast.distributed import World, session
+from repa_fast.train import graph
+from repa_fast.train.checkpoint import Checkpointer, CheckpointFailed
+from repa_fast.train.evaluate import Evaluator
+from repa_fast.train.loop import Run, loop
+from repa_fast.train.memory import budget, choose_micro_batch, describe
+from repa_fast.train.report import Clock, Mute, Reporter, open_tracker, plot_losses
+from repa_fast.train.resume import resume, start_from
+from repa_fast.train.spikes import TrainingDiverged
+from repa_fast.train.state import TrainState, build_state, device_name
+from repa_fast.train.watch import error_file, watchdog
+
+LAUNCH = "torchrun-id"
+"""File in the run's folder: torchrun's id of the launch that trains it, and where that began."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train with the flags of TrainConfig, over a preset's values.
+
+    Raises:
+        SystemExit: of a run that diverged, could not save, or could not read its data, in one line.
+    """
+    config = parse_config(argv)
+    if config.dry_run:
+        print(describe(config))
+        return
+    try:
+        train(config)
+    except (TrainingDiverged, CheckpointFailed, StoreError, OSError) as error:
+        raise SystemExit(f"repa-fast: {error}") from error
+    except DataTimeout as error:
+        print(f"repa-fast: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # leaving as usual would join the threads that hang
+
+
+def train(config: TrainConfig) -> Path:
+    """Run a config to its end, or to a checkpoint when a signal asks for it; return its folder.
+
+    Raises:
+        ValueError: config, dataset or checkpoints do not fit together.
+        TrainingDiverged: after `max_bad_steps` consecutive skipped steps, with a checkpoint; or
+            after a spike of the loss, with `stop_on_spike`.
+        CheckpointFailed: three checkpoints in a row could not be written, or the last one.
+        DataTimeout: a batch has not come within `data_timeout`.
+    """
+    folder = Path(config.output_dir) / config.exp_name
+    logs = folder / config.logging_dir
+    with (
+        session(config.collective_timeout) as world,
+        stop_signals() as stopping,
+        error_file(logs, world.rank, stopping),
+        watchdog(logs / f"stacks-rank{world.rank}.txt", config.watchdog) as begins,
+    ):
+        config = after_restart(config, folder, world)
+        dataset = run_dataset(config.data_dir, world)
+        state = restore(config, dataset, folder, world)
+        with open_run(folder, state, dataset, stopping, begins) as run:
+            loop(run)
+        if world.is_main and run.done:
+            finish(run)
+    return folder
+
+
+def restore(config: TrainConfig, dataset: Dataset, folder: Path, world: World) -> TrainState:
+    """Build the run's state, as it was where it resumes, ready to step.
+
+    Raises:
+        ValueError: as for `build_state` and `begin`.
+    """
+    state = build_state(config, dataset.metadata, world, dataset.features, encoders_later=True)
+    begin(folder, state)
+    if state.aligns:
+        state.load_encoders()
+    elif config.align_until:
+        state.end_alignment()
+    state.optimizer.write_copies()
+    if not state.micro_batch or config.micro_batch != "auto":
+        state.micro_batch = choose_micro_batch(state)
+    return state
+
+
+@contextmanager
+def open_run(
+    folder: Path,
+    state: TrainState,
+    dataset: Dataset,
+    stopping: list[int],
+    begins: Callable[[int], None],
+) -> Iterator[Run]:
+    """Yield a run with everything it needs open; close it all, also after an error."""
+    config, world = state.config, state.world
+    order = SampleOrder(len(dataset), config.images_per_step, config.seed)
+    total = min(config.max_train_steps, config.epochs * order.steps_per_epoch)
+    evaluator = Evaluator(state) if config.eval_every else None
+    flops, name = budget(config, state.metadata).train_flops, device_name(world.device)
+    with ExitStack() as stack:
+        saves = Checkpointer(folder / "checkpoints", world)
+        reporter = open_reporter(folder, state, total) if world.is_main else Mute()
+        stack.callback(reporter.close)
+        saves.announce = reporter.line
+        stack.callback(saves.close)
+        run = Run(
+            folder=folder,
+            state=state,
+            total=total,
+            open_loader=lambda: stack.enter_context(open_loader(state, dataset, order, total)),
+            saves=saves,
+            reporter=reporter,
+            evaluator=evaluator,
+            clock=Clock(config.images_per_step, flops, name, world.size),
+            stopping=stopping,
+            begins=begins,
+        )
+        yield run
+
+
+def open_loader(state: TrainState, dataset: Dataset, order: SampleOrder, total: int) -> Loader:
+    """Open the batches from the next step to the last one, with what the alignment still needs."""
+    config, world = state.config, state.world
+    return Loader(
+        dataset,
+        order,
+        start=state.data_step,
+        stop=total + state.history.skipped,
+        rank=world.rank,
+        world_size=world.size,
+        images=bool(state.alignment.encoders),
+        features=[column.name for column in state.alignment.features],
+        num_workers=config.num_workers,
+        pin_memory=world.device.type == "cuda",
+        skip_bad=config.on_bad_sample == "skip",
+        decode=config.decode,
+        device=world.device,
+        timeout=config.data_timeout,
+    )
+
+
+def run_dataset(path: str, world: World) -> Dataset:
+    """Open the run's dataset; the first process goes ahead and writes what is made on first use."""
+    if not world.is_main:
+        world.barrier()
+    dataset = open_dataset(path)
+    if world.is_main:
+        world.barrier()
+    return dataset
+
+
+def after_restart(config: TrainConfig, folder: Path, world: World) -> TrainConfig:
+    """Return the config to resume with: once torchrun restarts its processes, from what they saved.
+
+    Only checkpoints of the same launch count, which torchrun's id of it tells from others' (without
+    `--rdzv-id` or `--standalone` it has none): a start that was refused is refused again.
+    """
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if not world.any(restarts > 0) or launch == "none":  # each node counts its own
+        return config
+    ours = False
+    if world.is_main and (folder / LAUNCH).exists():
+        known, began = (folder / LAUNCH).read_text().rsplit(maxsplit=1)
+        ours = known == launch and max(steps(folder / "checkpoints"), default=0) > int(began)
+    if world.any(ours):
+        return dataclasses.replace(config, resume="auto", resume_step=0)
+    return config
+
+
+def begin(folder: Path, state: TrainState) -> None:
+    """Resume from a checkpoint, or start anew, from given weights if the config names any.
+
+    Raises:
+        ValueError: as for `resume`, or resuming from an older step than the run's newest: two
+            continuations would share a folder.
+    """
+    config, saved = state.config, folder / "checkpoints"
+    source = resume(saved, state)
+    newer = [step for step in steps(saved) if step > state.step]
+    if newer and (config.resume_step or config.resume not in ("auto", "never")):
+        raise ValueError(
+            f"{saved} has checkpoints up to step {newer[-1]}, later than {source}: go on from the "
+            f"newest (--resume auto), or from this one in a new run (--resume {source} --exp-name "
+            "NEW)"
+        )
+    notes = []
+    if state.world.is_main:
+        notes = [f"removed {half}, which was not complete" for half in clean(saved)]
+    if source is not None:
+        skipped = state.history.skipped
+        ahead = f", past the data of {skipped} steps" if skipped else ""
+        notes.append(f"going on from {source}{ahead}")
+    elif config.init_from:
+        notes += start_from(Path(config.init_from), config.init_origin, state)
+        notes.append(f"starting from the weights in {config.init_from}")
+    if state.world.is_main:
+        for note in notes:
+            print(note, flush=True)
+        launch, file = os.environ.get("TORCHELASTIC_RUN_ID"), folder / LAUNCH
+        if launch and not (file.exists() and file.read_text().startswith(f"{launch} ")):
+            folder.mkdir(parents=True, exist_ok=True)
+            file.write_text(f"{launch} {state.step}")
+
+
+def open_reporter(folder: Path, state: TrainState, total: int) -> Reporter:
+    """Open the run's reporter; also write args.json, the resolved config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = state.config
+    (folder / "args.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    reporter = Reporter(folder, total, state.step, open_tracker(config, folder, state.step))
+    precision = {None: "fp32"}.get(state.autocast_dtype, str(state.autocast_dtype))
+    reporter.line(
+        f"{folder}: {state.world.size} x {device_name(state.world.device)}, {precision}, "
+        f"{config.images_per_step} images per step in micro-batches of {state.micro_batch}, "
+        f"from step {state.step} to {total}"
+    )
+    for note in (*state.notes, graph.describe(state)):
+        reporter.line(note)
+    return reporter
+
+
+def finish(run: Run) -> None:
+    """Write samples.png and loss.png of a finished run and say where they are."""
+    folder = run.folder
+    plot_losses(folder / "metrics.jsonl", folder / "loss.png")
+    print(f"loss curve: {folder / 'loss.png'}")
+    grid = folder / "samples" / f"{run.state.step:07d}.png"
+    if grid.exists():
+        shutil.copyfile(grid, folder / "samples.png")
+        print(f"samples: {folder / 'samples.png'}")
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Yield a list that SIGTERM, SIGUSR1 and SIGINT append to; a second SIGINT interrupts.
+
+    SIGTERM comes twice where Slurm sends it to all processes of a job and torchrun passes its own
+    on; SIGUSR1 is what Slurm can send ahead of a time limit (docs/launch.md).
+    """
+    received: list[int] = []
+    previous = {}
+
+    def note(number: int, _: object) -> None:
+        received.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, previous[number])
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        previous[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,42 @@
+"""What training takes from inside torch, in one place; tests/train/test_torch_private.py holds it.
+
+None of these names is public. Each has a public twin that waits for the device, reads every
+gradient once more, or leaves a process group with another timeout.
+"""
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.optim.adamw import adamw
+
+
+def fused_adamw(*tensors: list[torch.Tensor], skip: torch.Tensor, **options) -> None:
+    """Do torch's fused AdamW step on lists of weights, gradients, moments and step counts.
+
+    Args:
+        tensors: weights, gradients, first moments, second moments, step counts.
+        skip: 0-d fp32; where it is 1, nothing changes.
+        options: lr, beta1, beta2, eps, weight_decay, grad_scale (which divides the gradients).
+    """
+    *rest, steps = tensors
+    adamw(*rest, [], steps, fused=True, found_inf=skip, amsgrad=False, maximize=False, **options)
+
+
+def scale_of(scaler: torch.amp.GradScaler) -> torch.Tensor:
+    """Return the scale, 0-d on the device; `get_scale` would read it."""
+    return scaler._get_scale_async()
+
+
+def record_overflow(
+    scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, bad: torch.Tensor
+) -> None:
+    """Tell the scaler what its unscale_ would have found; it reads every gradient for that."""
+    states = scaler._per_optimizer_states[id(optimizer)]
+    states["found_inf_per_device"] = {bad.device: bad}
+
+
+def set_group_timeout(timeout: timedelta, group: dist.ProcessGroup) -> None:
+    """Give a mesh's group the run's timeout in the place of torch's own."""
+    _set_pg_timeout(timeout, group)

@@ -18,7 +18,7 @@ def adaln(
     out_dtype: torch.dtype | None = None,
     implementation: str | None = None,
 ) -> torch.Tensor:
-    """LayerNorm(x) * (1 + scale) + shift (DiT, arXiv 2212.09748, section 3.2, adaLN).
+    """Compute LayerNorm(x) * (1 + scale) + shift (DiT, arXiv 2212.09748, section 3.2, adaLN).
 
     Args:
         x: (B, N, D), any floating dtype; the residual stream.

@@ -12,7 +12,7 @@ def adaln_reference(
     eps: float,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """LayerNorm(x) * (1 + scale) + shift, computed in at least fp32.
+    """Compute LayerNorm(x) * (1 + scale) + shift in at least fp32.
 
     x (B, N, D), shift and scale (B, D); returns (B, N, D) in `out_dtype`.
     """

@@ -28,7 +28,9 @@ def adamw_ema_cuda(
     weight_decay: float,
     ema_decay: float,
 ) -> None:
-    """As `adamw_ema_reference`; contiguous fp32 tensors, gradients fp32 or bf16, copies bf16.
+    """Do what `adamw_ema_reference` does, to contiguous tensors: fp32, gradients fp32 or bf16.
+
+    Copies are bf16.
 
     Raises:
         RuntimeError: a tensor of another device, dtype, size or layout, by list and position.
@@ -46,7 +48,7 @@ def adamw_ema_cuda(
 
 
 def sum_of_squares_cuda(tensors: Tensors, device: torch.device) -> torch.Tensor:
-    """As `sum_of_squares_reference`; contiguous fp32 or bf16 tensors.
+    """Do what `sum_of_squares_reference` does, on contiguous fp32 or bf16 tensors.
 
     Raises:
         RuntimeError: a tensor of another device, dtype or layout, by position.

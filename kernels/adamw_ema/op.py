@@ -1,16 +1,17 @@
 """Contracts of adamw_ema and sum_of_squares, and their implementations."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
 
 from repa_fast.backend import extension
-from repa_fast.contracts import expect_choice, expect_shape
+from repa_fast.backend.dispatch import choose, runs
+from repa_fast.contracts import expect_shape
 
 from .cuda import adamw_ema_cuda, sum_of_squares_cuda
 from .reference import adamw_ema_reference, sum_of_squares_reference
 
-IMPLEMENTATIONS = ("auto", "cuda", "reference")
 Tensors = Sequence[torch.Tensor]
 
 
@@ -34,7 +35,7 @@ def adamw_ema(
     ema_copies: Tensors = (),
     implementation: str = "auto",
 ) -> None:
-    """AdamW (arXiv 1711.05101) and ema += (1 - ema_decay) (param - ema), in place.
+    """Do AdamW (arXiv 1711.05101) and ema += (1 - ema_decay) (param - ema), in place.
 
     Args:
         params: contiguous tensors of any shape, fp32 (fp64 by the reference).
@@ -45,9 +46,9 @@ def adamw_ema(
         grad_scale: 0-d fp32; the gradients are multiplied by it (clipping, inverse loss scale).
         skip: 0-d fp32; where it is not 0, nothing changes at all.
         betas, eps, weight_decay: AdamW's; the decay is decoupled.
-        emas: averages, like params; empty for none.
-        ema_decay: of the averages.
-        param_copies, ema_copies: bf16 tensors that receive params and averages; empty for none.
+        emas: moving averages, like params; empty for none.
+        ema_decay: of the EMA.
+        param_copies, ema_copies: bf16 tensors that receive params and emas; empty for none.
         implementation: "auto", "cuda" or "reference".
 
     Raises:
@@ -74,29 +75,17 @@ def adamw_ema(
             for param, tensor in zip(params, tensors):
                 expect_shape("adamw_ema", name, tensor, param.shape)
     run(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        steps,
-        emas,
-        param_copies,
-        ema_copies,
-        lr=lr,
-        grad_scale=grad_scale,
-        skip=skip,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
+        params, grads, exp_avgs, exp_avg_sqs, steps, emas, param_copies, ema_copies,
+        lr=lr, grad_scale=grad_scale, skip=skip, betas=betas, eps=eps, weight_decay=weight_decay,
         ema_decay=ema_decay,
-    )
+    )  # fmt: skip
 
 
 @torch.no_grad()
 def sum_of_squares(
     tensors: Tensors, device: torch.device, *, implementation: str = "auto"
 ) -> torch.Tensor:
-    """Sum of the squares of all elements of all tensors, always in the same order.
+    """Sum the squares of all elements of all tensors, always in the same order.
 
     Args:
         tensors: any shapes, fp32 or bf16; may be empty.
@@ -116,17 +105,12 @@ def sum_of_squares(
 
 
 def why_not_cuda(device: torch.device) -> str:
-    """Why the kernels cannot run on `device`, "" if they can."""
+    """Return why the kernels cannot run on `device`, "" if they can."""
     if device.type != "cuda":
         return f"the tensors are on {device.type}"
     return extension.why_not()
 
 
 def _runs_cuda(op: str, implementation: str, device: torch.device) -> bool:
-    expect_choice(f"{op}: implementation", implementation, IMPLEMENTATIONS)
-    if implementation == "reference":
-        return False
-    reason = why_not_cuda(device)
-    if implementation == "cuda" and reason:
-        raise ValueError(f"{op}: implementation is 'cuda', but {reason}")
-    return not reason
+    candidates = {"cuda": functools.partial(why_not_cuda, device), "reference": runs}
+    return choose(f"{op}: implementation", implementation, candidates)[0] == "cuda"

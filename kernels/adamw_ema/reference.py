@@ -25,7 +25,7 @@ def adamw_ema_reference(
     weight_decay: float,
     ema_decay: float,
 ) -> None:
-    """One step of every tensor, in place, in its own dtype; nothing where `skip` is not 0.
+    """Take one step of every tensor, in place, in its own dtype; none where `skip` is not 0.
 
     Lists of equal length, those that are not wanted empty; lr, grad_scale and skip are 0-d.
     """
@@ -59,7 +59,7 @@ def adamw_ema_reference(
 
 
 def sum_of_squares_reference(tensors: Tensors, device: torch.device) -> torch.Tensor:
-    """Sum over all tensors, 0-d fp64 on `device`; over one tensor, in at least fp32."""
+    """Sum the squares of all tensors, 0-d fp64 on `device`; over one tensor, in at least fp32."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     for tensor in tensors:
         work = torch.promote_types(tensor.dtype, torch.float32)

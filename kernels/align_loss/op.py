@@ -16,7 +16,7 @@ def align_loss(
     eps: float = 1e-12,
     implementation: str | None = None,
 ) -> torch.Tensor:
-    """Mean over patches of the negative cosine similarity (REPA, arXiv 2410.06940, eq. 8).
+    """Return the negative cosine similarity, mean over patches (REPA, arXiv 2410.06940, eq. 8).
 
     Args:
         prediction: (B, N, D), projected hidden states, any floating dtype.

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 def align_loss_reference(
     prediction: torch.Tensor, target: torch.Tensor, *, eps: float
 ) -> torch.Tensor:
-    """Mean over patches of -cos(prediction, target), per sample: (B, N, D) x 2 -> (B)."""
+    """Return each sample's mean over patches of -cos(prediction, target): (B, N, D) x 2 -> (B)."""
     work = torch.promote_types(prediction.dtype, torch.float32)
     prediction = F.normalize(prediction.to(work), dim=-1, eps=eps)
     target = F.normalize(target.detach().to(work), dim=-1, eps=eps)

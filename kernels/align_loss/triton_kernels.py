@@ -5,8 +5,7 @@ import triton
 import triton.language as tl
 
 from repa_fast.backend.launch import Launch
-
-from ..adaln.triton_kernels import FORWARD, block_of, load_row, rows_of, store_row
+from repa_fast.backend.rows import FORWARD, load_row, store_row
 
 
 @triton.jit
@@ -67,7 +66,7 @@ def align_loss_backward_kernel(
 
 
 def empty_patches(prediction: torch.Tensor) -> torch.Tensor:
-    """What forward keeps of each patch of `prediction` (B, N, D): (B, N, 4) fp32."""
+    """Return memory for what forward keeps of each patch of `prediction`: (B, N, 4) fp32."""
     return torch.empty(*prediction.shape[:2], 4, dtype=torch.float32, device=prediction.device)
 
 
@@ -90,7 +89,7 @@ def align_loss_backward_launch(
 def _launch(kernel, tile, tensors: dict, scalars: dict) -> Launch:
     batch, tokens, width = tensors["prediction"].shape
     rows = batch * tokens
-    block = block_of(width)
+    block = triton.next_power_of_2(width)
     return Launch(
         kernel,
         grid=triton.cdiv(rows, tile.rows),
@@ -100,25 +99,18 @@ def _launch(kernel, tile, tensors: dict, scalars: dict) -> Launch:
     )
 
 
-def forward(
-    prediction: torch.Tensor, target: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss per sample (B), and four numbers of each patch, (B, N, 4); fp32."""
+def forward(prediction, target, eps):
+    """Return the loss per sample (B), and four numbers of each patch, (B, N, 4); fp32."""
     patches = empty_patches(prediction)
-    align_loss_forward_launch(rows_of(prediction), rows_of(target), patches, eps).run()
+    align_loss_forward_launch(prediction.contiguous(), target.contiguous(), patches, eps).run()
     return -patches[..., 0].mean(-1), patches
 
 
-def backward(
-    dloss: torch.Tensor,
-    prediction: torch.Tensor,
-    target: torch.Tensor,
-    patches: torch.Tensor,
-) -> torch.Tensor:
-    """dprediction (B, N, D) in the dtype of prediction."""
-    prediction = rows_of(prediction)
+def backward(dloss, prediction, target, patches):
+    """Return dprediction (B, N, D) in the dtype of prediction."""
+    prediction = prediction.contiguous()
     dprediction = torch.empty_like(prediction)
     align_loss_backward_launch(
-        dloss.contiguous(), prediction, rows_of(target), patches, dprediction
+        dloss.contiguous(), prediction, target.contiguous(), patches, dprediction
     ).run()
     return dprediction

@@ -2,13 +2,11 @@
 
 from .backends import BACKENDS, Backend
 from .op import attention, current_backend, set_backend, use_backend
-from .selection import Row, Selection, select
+from .selection import select
 
 __all__ = [
     "BACKENDS",
     "Backend",
-    "Row",
-    "Selection",
     "attention",
     "current_backend",
     "select",

@@ -38,7 +38,7 @@ class Backend:
 
 
 def apply(backend: Backend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """attention on `backend`: q, k, v (B, H, N, K) with any strides -> (B, H, N, K).
+    """Run attention on `backend`: q, k, v (B, H, N, K) with any strides -> (B, H, N, K).
 
     Zeros appended to the head dim change neither q k^T nor the columns of the result that are
     kept, and their gradients are cut off; the scale stays that of the true head dim.
@@ -46,14 +46,14 @@ def apply(backend: Backend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -
     head_dim = q.shape[-1]
     scale = head_dim**-0.5
     if not q.numel():
-        return attention_reference(q, k, v, scale=scale)  # kernels reject empty grids
+        return attention_reference(q, k, v, scale)  # kernels reject empty grids
     q, k, v = (_padded(x, backend.multiple) for x in (q, k, v))
     out = backend.run(q, k, v, scale)
     return out if out.shape[-1] == head_dim else out[..., :head_dim]
 
 
 def why_not(backend: Backend, device: str, dtype: torch.dtype) -> str | None:
-    """None, or why `backend` takes no tensors of this dtype on this type of device."""
+    """Return why `backend` takes no tensors of this dtype on this type of device, or None."""
     if backend.takes is None:
         return None
     if device not in backend.takes:
@@ -76,7 +76,7 @@ def expect_runnable(name: str, device: str, dtype: torch.dtype) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """Type and first line of the message of an exception."""
+    """Return type and first line of the message of an exception."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
@@ -89,7 +89,7 @@ def _padded(x: torch.Tensor, multiple: int) -> torch.Tensor:
 
 
 def _swapped(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(B, H, N, K) <-> (B, N, H, K), as views."""
+    """Swap (B, H, N, K) and (B, N, H, K), as views."""
     return tuple(x.transpose(1, 2) for x in tensors)
 
 
@@ -102,10 +102,6 @@ def _sdpa_on(
 ) -> torch.Tensor:
     with sdpa_kernel(kernel):
         return _sdpa(q, k, v, scale)
-
-
-def _reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    return attention_reference(q, k, v, scale=scale)
 
 
 def _probe_flash() -> str | None:
@@ -142,17 +138,21 @@ def _probe_xformers() -> str | None:
 def _fa2(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     from flash_attn.flash_attn_interface import flash_attn_func
 
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    out = flash_attn_func(*_swapped(q, k, v), softmax_scale=scale, deterministic=deterministic)
-    return out.transpose(1, 2)
+    return _flash(flash_attn_func, q, k, v, scale)
 
 
 def _fa3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     from flash_attn_interface import flash_attn_func
 
+    return _flash(flash_attn_func, q, k, v, scale)
+
+
+def _flash(
+    function: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> torch.Tensor:
     deterministic = torch.are_deterministic_algorithms_enabled()
-    out = flash_attn_func(*_swapped(q, k, v), softmax_scale=scale, deterministic=deterministic)
-    if isinstance(out, tuple):  # earlier versions return the log-sum-exp as well
+    out = function(*_swapped(q, k, v), softmax_scale=scale, deterministic=deterministic)
+    if isinstance(out, tuple):  # earlier versions of FA3 return the log-sum-exp as well
         out = out[0]
     return out.transpose(1, 2)
 
@@ -297,7 +297,7 @@ _TABLE = (
         multiple=8,
     ),
     Backend("math", partial(_sdpa_on, SDPBackend.MATH)),
-    Backend("reference", _reference),
+    Backend("reference", attention_reference),
     Backend(
         "fa2",
         _fa2,

@@ -30,13 +30,13 @@ def set_backend(name: str) -> None:
 
 
 def current_backend() -> str:
-    """The backend of calls that name none."""
+    """Return the backend of calls that name none."""
     return _backend
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """`set_backend` for a while: for what computes in another dtype than a run has chosen one for.
+    """Set a backend for a while: for another dtype than the one a run has chosen its backend for.
 
     Raises:
         ValueError, RuntimeError: as for `set_backend`.
@@ -53,7 +53,7 @@ def use_backend(name: str) -> Iterator[None]:
 def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, backend: str | None = None
 ) -> torch.Tensor:
-    """softmax(q k^T / sqrt(K)) v of every head (arXiv 1706.03762, eq. 1), without a mask.
+    """Compute softmax(q k^T / sqrt(K)) v of every head (arXiv 1706.03762, eq. 1), without a mask.
 
     Autocast does not reach inside: what is computed follows from the dtype of the arguments.
 

@@ -4,9 +4,9 @@ import torch
 
 
 def attention_reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """softmax(scale * q k^T) v, computed in at least fp32.
+    """Compute softmax(scale * q k^T) v in at least fp32.
 
     q, k and v (B, H, N, K); returns (B, H, N, K) in the dtype of v.
     """

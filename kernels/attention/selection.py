@@ -107,7 +107,7 @@ def survey(
     device: torch.device,
     clock: Clock | None = None,
 ) -> tuple[Row, ...]:
-    """A row per backend at `shape` (B, H, N, K); those that pass are timed by `clock`, if any."""
+    """Return a row per backend at `shape` (B, H, N, K); `clock`, if any, times those that pass."""
     if dtype not in _DTYPES:
         expected = ", ".join(str(d) for d in _DTYPES)
         raise ValueError(f"attention: the self-test got dtype {dtype}, expected one of {expected}")
@@ -128,7 +128,7 @@ def survey(
 
 
 def fastest(rows: tuple[Row, ...], where: str) -> Selection:
-    """Selection of the row with the least ms among those that are not left out.
+    """Select the row with the least ms among those that are not left out.
 
     Raises:
         RuntimeError: every row is left out, with all reasons.
@@ -154,9 +154,9 @@ def closed_form(
     work: torch.dtype,
     stored: torch.dtype,
 ) -> tuple[torch.Tensor, ...]:
-    """Output, dq, dk and dv by the explicit formulas, (B, H, N, K) in `stored`.
+    """Compute output, dq, dk and dv by the explicit formulas, (B, H, N, K) in `stored`.
 
-    Sums are in `work`; what enters a later product (P, dS, the output) is rounded to `stored`
+    Sums are in `work`; what enters a later matmul (P, dS, the output) is rounded to `stored`
     first, where a kernel on tensor cores has to round as well.
     """
 
@@ -176,7 +176,7 @@ def closed_form(
 def error_and_bound(
     actual: torch.Tensor, oracle: torch.Tensor, working: torch.Tensor
 ) -> tuple[float, float]:
-    """Root mean square of the error of `actual`, and its bound 2 * error(working) + band.
+    """Return the RMS of the error of `actual`, and its bound 2 * error(working) + band.
 
     All have one shape; the oracle is fp64, `working` the same maths in the dtype of `actual`. The
     band is what rounding the oracle once to that dtype can cost: finfo.eps / 2 * max(|oracle|,
@@ -197,7 +197,7 @@ def error_and_bound(
 
 
 def milliseconds(backend: Backend, inputs: Tensors) -> float:
-    """Median time of a forward and a backward on the CUDA device of `inputs`."""
+    """Return the median time of a forward and a backward on the CUDA device of `inputs`."""
     with torch.cuda.device(inputs[0].device):
         for _ in range(_WARM_UP):
             _forward_and_backward(backend, *inputs)
@@ -253,7 +253,7 @@ def _timed(row: Row, backend: Backend, inputs: Tensors, clock: Clock) -> Row:
 def _forward_and_backward(
     backend: Backend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """Output, dq, dk and dv of `backend`, whatever autocast and grad mode are around."""
+    """Return output, dq, dk and dv of `backend`, whatever autocast and grad mode are around."""
     with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         out = apply(backend, *leaves)
@@ -263,7 +263,7 @@ def _forward_and_backward(
 def _as_in_the_model(
     shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
 ) -> Tensors:
-    """Seeded normal q, k, v and dout (B, H, N, K), strided like views of one (B, N, 3, H, K)."""
+    """Draw seeded q, k, v and dout (B, H, N, K), strided like views of one (B, N, 3, H, K)."""
     batch, heads, tokens, head_dim = shape
     generator = torch.Generator(device).manual_seed(0)
 
@@ -276,7 +276,7 @@ def _as_in_the_model(
 
 
 def _excess(entry: tuple[str, float, float]) -> float:
-    """How far an error went towards its bound; NaN counts as infinitely far."""
+    """Return how far an error went towards its bound; NaN counts as infinitely far."""
     _, error, bound = entry
     ratio = error / bound if bound else math.inf
     return math.inf if math.isnan(ratio) else ratio

@@ -16,8 +16,8 @@ STATES = (torch.float32, torch.float64)
 class Path(Protocol):
     """An interpolant, as in repa_fast.diffusion.path."""
 
-    def coefficients(self, t: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """alpha, sigma and their time derivatives."""
+    def at(self, t: float) -> tuple[float, float, float, float]:
+        """Return alpha, sigma and their time derivatives at t, computed in fp64."""
 
 
 def euler_maruyama_step(
@@ -36,7 +36,7 @@ def euler_maruyama_step(
     index: torch.Tensor | None = None,
     implementation: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One step of dx = (v - w s / 2) dt + sqrt(w) dW (REPA, arXiv 2410.06940, eq. 6 and 7).
+    """Step dx = (v - w s / 2) dt + sqrt(w) dW once (REPA, arXiv 2410.06940, eq. 6 and 7).
 
     v = v_uncond + cfg_scale (v_cond - v_uncond), s is the score that v and the path imply, and the
     noise z adds sqrt(w |dt|) z. Without diffusion this is Euler's step of the ODE.
@@ -71,7 +71,7 @@ def euler_maruyama_step(
     if seed is not None and index is None:
         index = torch.arange(len(x), device=x.device)
     index = None if seed is None else index
-    coefficients = _coefficients(path, t) if diffusion else (1.0, 0.0, 0.0, 0.0)
+    coefficients = path.at(t) if diffusion else (1.0, 0.0, 0.0, 0.0)
     state = [x, *(tensor for tensor in (v_cond, v_uncond, noise) if tensor is not None)]
     if runs_triton(op, implementation, *state, dtypes=(*DTYPES, torch.float64)):
         factors = _factors(coefficients, diffusion, dt)
@@ -114,12 +114,8 @@ def _check(op, x, v_cond, v_uncond, noise, index) -> None:
             )
 
 
-def _coefficients(path: Path, t: float) -> tuple[float, ...]:
-    return tuple(c.item() for c in path.coefficients(torch.tensor(t, dtype=torch.float64)))
-
-
 def _factors(coefficients: tuple[float, ...], diffusion: float, dt: float) -> list[float]:
-    """Factors of x, v and z in the next state, which is linear in them."""
+    """Return the factors of x, v and z in the next state, which is linear in them."""
     if not diffusion:
         return [1.0, dt, 0.0]
     alpha, sigma, d_alpha, d_sigma = coefficients

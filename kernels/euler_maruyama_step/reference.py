@@ -20,7 +20,7 @@ def euler_maruyama_step_reference(
     cfg_scale: float,
     noise: torch.Tensor | None,
 ) -> torch.Tensor:
-    """x after one step, computed in the dtype of x.
+    """Return x after one step, computed in the dtype of x.
 
     x, v_cond, v_uncond and noise are (B, ...); coefficients are alpha, sigma and their time
     derivatives at t.
@@ -41,7 +41,7 @@ def euler_maruyama_step_reference(
 
 
 def standard_normal(shape: torch.Size, seed: int, step: int, index: torch.Tensor) -> torch.Tensor:
-    """Normal numbers that are a function of (seed, step, sample number, position in the sample).
+    """Draw normal numbers, a function of (seed, step, sample number, position in the sample).
 
     Philox 4x32 with 10 rounds (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011),
     key seed, counter (position, low word of the sample number, step, its high word); the first two
@@ -63,7 +63,7 @@ def standard_normal(shape: torch.Size, seed: int, step: int, index: torch.Tensor
 
 
 def _philox(counter: tuple[torch.Tensor, ...], key: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-    """Four words of 32 bits, as int64."""
+    """Return four words of 32 bits, as int64."""
     c0, c1, c2, c3 = counter
     for round_ in range(10):
         k0, k1 = ((k + round_ * weyl) & _WORD for k, weyl in zip(key, _WEYL))

@@ -14,7 +14,7 @@ TWO_PI = tl.constexpr(2 * math.pi)
 
 @triton.jit
 def standard_normal(seed, step, sample, position):
-    """The numbers of reference.standard_normal; `sample` is int64, `position` an int32 block."""
+    """Draw as reference.standard_normal does; `sample` is int64, `position` an int32 block."""
     zero = position * 0
     first, second, _, _ = tl.philox(
         seed,
@@ -88,19 +88,8 @@ def euler_maruyama_step_launch(
     )  # fmt: skip
 
 
-def step_(
-    x: torch.Tensor,
-    v_cond: torch.Tensor,
-    v_uncond: torch.Tensor | None,
-    noise: torch.Tensor | None,
-    index: torch.Tensor | None,
-    factors: list[float],
-    cfg_scale: float,
-    seed: int,
-    step: int,
-    copy_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The next state, and its copy in `copy_dtype` (without elements if that is the dtype of x)."""
+def step_(x, v_cond, v_uncond, noise, index, factors, cfg_scale, seed, step, copy_dtype):
+    """Return the next state, and its copy in `copy_dtype` (empty if that is the dtype of x)."""
     x, v_cond, v_uncond, noise, index = (
         None if tensor is None else tensor.contiguous()
         for tensor in (x, v_cond, v_uncond, noise, index)

@@ -18,7 +18,7 @@ def gate_residual(
     *,
     implementation: str | None = None,
 ) -> torch.Tensor:
-    """x + gate * branch, the gated residual of adaLN-zero (DiT, arXiv 2212.09748, section 3.2).
+    """Compute x + gate * branch, adaLN-zero's gated residual (DiT, arXiv 2212.09748, section 3.2).
 
     Args:
         x: (B, N, D), the residual stream; its dtype is kept.
@@ -50,7 +50,7 @@ def gate_residual_adaln(
     out_dtype: torch.dtype | None = None,
     implementation: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gated residual, then LayerNorm * (1 + scale) + shift of the sum.
+    """Compute the gated residual, then LayerNorm * (1 + scale) + shift of the sum.
 
     Args:
         x: (B, N, D), the residual stream; its dtype is kept.

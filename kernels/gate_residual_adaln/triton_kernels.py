@@ -1,7 +1,6 @@
 """Triton kernels of gate_residual and gate_residual_adaln.
 
-As in adaln, a program takes consecutive tokens of one sample, a row of D columns at a time. Every
-(B, N, D) tensor is read once and written once.
+Every (B, N, D) tensor is read once and written once.
 """
 
 import torch
@@ -9,18 +8,15 @@ import triton
 import triton.language as tl
 
 from repa_fast.backend.launch import Launch
-
-from ..adaln.triton_kernels import (
+from repa_fast.backend.rows import (
     BACKWARD,
     FORWARD,
-    backward_chunks,
-    block_of,
     empty_partials,
+    launch_rows,
     load_row,
     load_vector,
     normalise,
     normalise_backward,
-    rows_of,
     store_row,
     sum_chunks,
     vector_of,
@@ -174,42 +170,16 @@ def gate_residual_adaln_backward_kernel(
     store_row(partials, 3 * program + 2, b_dscale, cols, mask, D)
 
 
-def _launch(kernel, tile, tensors: dict, scalars: dict, rows: int | None = None) -> Launch:
-    """A launch over the tokens of `branch`; the row stride of every (B, D) tensor is added."""
-    batch, tokens, width = tensors["branch"].shape
-    block = block_of(width)
-    constants = {"D": width, "BLOCK": block, "STAGES": tile.stages}
-    if rows is None:
-        chunks = triton.cdiv(tokens, tile.rows)
-        constants["ROWS"] = tile.rows
-    else:
-        chunks = triton.cdiv(tokens, rows)
-        scalars = {**scalars, "rows": rows}
-    strides = {
-        f"{name}_stride": tensors[name].stride(0)
-        for name in ("gate", "shift", "scale")
-        if name in tensors
-    }
-    return Launch(
-        kernel,
-        grid=batch * chunks,
-        arguments={**tensors, **strides, "tokens": tokens, "chunks": chunks, **scalars},
-        constants=constants,
-        warps=tile.warps_for(block),
-    )
-
-
 def gate_residual_forward_launch(x, branch, gate, out, tile=FORWARD) -> Launch:
     tensors = {"x": x, "branch": branch, "gate": gate, "out": out}
-    return _launch(gate_residual_forward_kernel, tile, tensors, {})
+    return launch_rows(gate_residual_forward_kernel, tile, tensors)
 
 
 def gate_residual_backward_launch(dout, branch, gate, dbranch, partials, tile=BACKWARD) -> Launch:
     tensors = {
         "dout": dout, "branch": branch, "gate": gate, "dbranch": dbranch, "partials": partials,
     }  # fmt: skip
-    rows = backward_chunks(branch.shape[1])[1]
-    return _launch(gate_residual_backward_kernel, tile, tensors, {}, rows)
+    return launch_rows(gate_residual_backward_kernel, tile, tensors)
 
 
 def gate_residual_adaln_forward_launch(
@@ -219,7 +189,7 @@ def gate_residual_adaln_forward_launch(
         "x": x, "branch": branch, "gate": gate, "shift": shift, "scale": scale,
         "out": out, "y": y, "statistics": statistics,
     }  # fmt: skip
-    return _launch(gate_residual_adaln_forward_kernel, tile, tensors, {"eps": eps})
+    return launch_rows(gate_residual_adaln_forward_kernel, tile, tensors, eps=eps)
 
 
 def gate_residual_adaln_backward_launch(
@@ -229,67 +199,47 @@ def gate_residual_adaln_backward_launch(
         "dy": dy, "dout": dout, "out": out, "branch": branch, "gate": gate, "scale": scale,
         "statistics": statistics, "dx": dx, "dbranch": dbranch, "partials": partials,
     }  # fmt: skip
-    rows = backward_chunks(branch.shape[1])[1]
-    return _launch(gate_residual_adaln_backward_kernel, tile, tensors, {}, rows)
+    return launch_rows(gate_residual_adaln_backward_kernel, tile, tensors)
 
 
-def gate_residual_forward(
-    x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor
-) -> torch.Tensor:
-    """x + gate * branch, (B, N, D) in the dtype of x."""
-    x = rows_of(x)
+def gate_residual_forward(x, branch, gate):
+    """Return x + gate * branch, (B, N, D) in the dtype of x."""
+    x = x.contiguous()
     out = torch.empty_like(x)
-    gate_residual_forward_launch(x, rows_of(branch), vector_of(gate), out).run()
+    gate_residual_forward_launch(x, branch.contiguous(), vector_of(gate), out).run()
     return out
 
 
-def gate_residual_backward(
-    dout: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """dbranch in the dtype of branch, dgate (B, D) in that of gate."""
-    branch = rows_of(branch)
+def gate_residual_backward(dout, branch, gate):
+    """Return dbranch in the dtype of branch, dgate (B, D) in that of gate."""
+    branch = branch.contiguous()
     dbranch = torch.empty_like(branch)
     partials = empty_partials(branch, 1)
-    gate_residual_backward_launch(rows_of(dout), branch, vector_of(gate), dbranch, partials).run()
+    gate_residual_backward_launch(
+        dout.contiguous(), branch, vector_of(gate), dbranch, partials
+    ).run()
     return dbranch, sum_chunks(partials, gate.dtype)[0]
 
 
-def gate_residual_adaln_forward(
-    x: torch.Tensor,
-    branch: torch.Tensor,
-    gate: torch.Tensor,
-    shift: torch.Tensor,
-    scale: torch.Tensor,
-    eps: float,
-    out_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The stream in the dtype of x, its adaLN in `out_dtype`, and (B, N, 2) mean and rstd."""
-    x = rows_of(x)
+def gate_residual_adaln_forward(x, branch, gate, shift, scale, eps, out_dtype):
+    """Return the stream in the dtype of x, its adaLN in `out_dtype`, (B, N, 2) mean and rstd."""
+    x, branch = x.contiguous(), branch.contiguous()
     out = torch.empty_like(x)
     y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     statistics = torch.empty(*x.shape[:2], 2, dtype=torch.float32, device=x.device)
     vectors = [vector_of(vector) for vector in (gate, shift, scale)]
-    gate_residual_adaln_forward_launch(x, rows_of(branch), *vectors, out, y, statistics, eps).run()
+    gate_residual_adaln_forward_launch(x, branch, *vectors, out, y, statistics, eps).run()
     return out, y, statistics
 
 
-def gate_residual_adaln_backward(
-    dy: torch.Tensor,
-    dout: torch.Tensor | None,
-    out: torch.Tensor,
-    branch: torch.Tensor,
-    gate: torch.Tensor,
-    scale: torch.Tensor,
-    statistics: torch.Tensor,
-    vector_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dx, dbranch, and (dgate, dshift, dscale) as one (3, B, D) tensor in `vector_dtype`."""
-    branch = rows_of(branch)
+def gate_residual_adaln_backward(dy, dout, out, branch, gate, scale, statistics, vector_dtype):
+    """Return dx, dbranch, and (dgate, dshift, dscale) as one (3, B, D) in `vector_dtype`."""
+    branch = branch.contiguous()
     dx, dbranch = torch.empty_like(out), torch.empty_like(branch)
     partials = empty_partials(branch, 3)
     gate_residual_adaln_backward_launch(
-        rows_of(dy),
-        None if dout is None else rows_of(dout),
+        dy.contiguous(),
+        None if dout is None else dout.contiguous(),
         out,
         branch,
         vector_of(gate),

@@ -1,8 +1,8 @@
-"""Which implementation of an op runs: its Triton kernels or its plain torch reference.
+"""Which of several implementations runs, and for an op: its Triton kernels or its reference.
 
-Asked for per call (`implementation=`), per process (`use_kernels`, `--kernels` on the command line)
-or in the environment (REPA_FAST_KERNELS), in this order. `triton` and `reference` run or raise;
-`auto` takes the kernels where they can run and says once why it takes what it takes.
+`choose` is how all of them are chosen. An op's implementation is asked for per call
+(`implementation=`), per process (`use_kernels`, `--kernels` on the command line) or in the
+environment (REPA_FAST_KERNELS), in this order.
 """
 
 import functools
@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 import sys
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -21,6 +22,57 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _log = logging.getLogger(__name__)
 _asked_of_process: str | None = None
+
+
+def choose(
+    name: str,
+    asked: str,
+    candidates: Mapping[str, Callable[[], str]],
+    words: Mapping[str, str] | None = None,
+) -> tuple[str, str]:
+    """Return the candidate that runs, and why: it is asked for, the default, or "since ...".
+
+    "auto" takes the first that nothing is against, and logs once what it takes and why. Any other
+    runs or raises.
+
+    Args:
+        name: what is chosen, "option" or "op: option"; the log line begins with what is before the
+            colon.
+        asked: "auto" or one of the candidates.
+        candidates: the preferred one first; each with what returns why it cannot run, "" if it can,
+            which is called only for a candidate that is considered.
+        words: what the log calls candidates whose names do not say it.
+
+    Raises:
+        ValueError: an unknown name; or what is asked for, or under "auto" everything, cannot run,
+            with the reason.
+    """
+    expect_choice(name, asked, ("auto", *candidates))
+    if asked != "auto":
+        reason = candidates[asked]()
+        if reason:
+            raise ValueError(f"{name} is {asked!r}, but {reason}")
+        return asked, "asked for"
+    against: list[str] = []
+    for candidate, why_not in candidates.items():
+        reason = why_not()
+        if not reason:
+            since = f"since {'; '.join(against)}" if against else ""
+            word = (words or {}).get(candidate, candidate)
+            _say_once(name.partition(":")[0], f"{word}, {since}" if since else word)
+            return candidate, since or "by default"
+        against.append(reason)
+    raise ValueError(f"{name} is 'auto', but nothing can run: {'; '.join(against)}")
+
+
+def runs() -> str:
+    """Return "", nothing being against a candidate that runs everywhere."""
+    return ""
+
+
+@functools.cache
+def _say_once(subject: str, what: str) -> None:
+    _log.info("%s: %s", subject, what)
 
 
 def use_kernels(implementation: str | None) -> None:
@@ -38,7 +90,7 @@ def use_kernels(implementation: str | None) -> None:
 
 
 def asked() -> str:
-    """What this process asks for.
+    """Return what this process asks for.
 
     Raises:
         ValueError: the environment asks for something unknown.
@@ -56,7 +108,7 @@ def runs_triton(
     *tensors: torch.Tensor,
     dtypes: tuple[torch.dtype, ...] = DTYPES,
 ) -> bool:
-    """Whether `op` runs its kernels on these tensors, which `dtypes` its kernels can take.
+    """Return whether `op` runs its kernels on these tensors; `dtypes` are what these can take.
 
     Raises:
         ValueError: unknown implementation, or kernels asked for that cannot run, with the reason;
@@ -72,37 +124,31 @@ def runs_triton(
 
 
 def describe(device: str) -> str:
-    """What a call that names no implementation runs on this kind of device, and why.
+    """Return what a call that names no implementation runs on this kind of device, and why.
 
     Raises:
         ValueError: kernels asked for that cannot run, with the reason.
     """
-    implementation = asked()
-    if implementation == "auto":
-        reason = why_not_triton(device)
-        return f"reference, since {reason}" if reason else "Triton"
-    _runs_triton("kernels", implementation, device, "")
-    return f"{implementation}, asked for"
+    return ", ".join(_chosen("kernels", None, device, ""))
 
 
 @torch.compiler.assume_constant_result
 def _runs_triton(op: str, implementation: str | None, device: str, foreign: str) -> bool:
-    if implementation is None:
-        implementation = asked()
-    expect_choice(f"{op}: implementation", implementation, IMPLEMENTATIONS)
-    if implementation == "reference":
-        return False
-    reason = why_not_triton(device) or (foreign and f"the kernels do not take {foreign}")
-    if implementation == "triton" and reason:
-        raise ValueError(f"{op}: implementation is 'triton', but {reason}")
-    if implementation == "auto":
-        _say_once(op, reason)
-    return not reason
+    return _chosen(f"{op}: implementation", implementation, device, foreign)[0] == "triton"
+
+
+def _chosen(name: str, implementation: str | None, device: str, foreign: str) -> tuple[str, str]:
+    def against_triton() -> str:
+        return why_not_triton(device) or (foreign and f"the kernels do not take {foreign}")
+
+    candidates = {"triton": against_triton, "reference": runs}
+    words = {"triton": "Triton kernels"}
+    return choose(name, asked() if implementation is None else implementation, candidates, words)
 
 
 @functools.cache
 def why_not_triton(device: str) -> str:
-    """Why Triton kernels cannot run on tensors of this kind of device; "" if they can."""
+    """Return why Triton kernels cannot run on tensors of this kind of device; "" if they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     import triton
@@ -115,8 +161,3 @@ def why_not_triton(device: str) -> str:
     if capability < (8, 0):
         return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
     return ""
-
-
-@functools.cache
-def _say_once(op: str, reason: str) -> None:
-    _log.info("%s: %s", op, f"reference, since {reason}" if reason else "Triton kernels")

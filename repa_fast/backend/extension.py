@@ -13,7 +13,7 @@ OPERATORS = ("adamw_ema", "sum_of_squares")
 
 @functools.cache
 def why_not() -> str:
-    """Loads the library's operators; why it cannot, or "" if it did."""
+    """Load the library's operators; return why it cannot, or "" if it did."""
     if not LIBRARY.is_file():
         return (
             f"{LIBRARY.name} is not built (python setup.py build_ext --inplace, "

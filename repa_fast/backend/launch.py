@@ -22,7 +22,7 @@ _traced = contextvars.ContextVar("traced", default=False)
 
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
-    """Launches become parts of the graph that torch.compile is tracing."""
+    """Make launches parts of the graph that torch.compile is tracing."""
     token = _traced.set(True)
     try:
         yield
@@ -67,7 +67,7 @@ class Launch:
             self.kernel[(self.grid,)](**self.arguments, **self.constants, **self.options)
 
     def compile(self, capability: int) -> Any:
-        """The kernel compiled for compute capability `capability` (90 for 9.0), without a GPU.
+        """Compile for compute capability `capability` (90 for 9.0), without a GPU.
 
         Arguments are specialised as a launch would: pointers and integers that are multiples of 16
         are declared so, which is what makes 16-byte accesses possible; an integer 1 is a constant.

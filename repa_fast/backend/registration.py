@@ -52,9 +52,9 @@ def _show_kernels(name: str, run: Callable) -> None:
 
 
 def first_derivative_only(backward: Callable) -> Callable:
-    """For the backward of an autograd.Function over operators without autograd.
+    """Let the backward of an autograd.Function over operators without autograd raise when it must.
 
-    Under create_graph it raises: a second derivative would silently lack terms.
+    Under create_graph a second derivative would silently lack terms.
     """
 
     @functools.wraps(backward)
@@ -70,12 +70,8 @@ def first_derivative_only(backward: Callable) -> Callable:
 
 
 def _imported_late(package: str, name: str) -> Callable:
-    function = None
+    @functools.cache
+    def function() -> Callable:
+        return getattr(importlib.import_module(".triton_kernels", package), name)
 
-    def run(*args):
-        nonlocal function
-        if function is None:
-            function = getattr(importlib.import_module(".triton_kernels", package), name)
-        return function(*args)
-
-    return run
+    return lambda *args: function()(*args)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from repa_fast.contracts import expect_shape
-from repa_fast.diffusion.path import Coefficients, Path, get
+from repa_fast.diffusion.path import Coefficients, Path
 
 NUM_STEPS = 1000
 BETA_FIRST, BETA_LAST = 1e-4, 0.02
@@ -53,13 +53,13 @@ class Diffusion(NamedTuple):
 
     @classmethod
     def linear(cls) -> "Diffusion":
-        """DDPM's and DiT's chain: 1000 betas, evenly from 0.0001 to 0.02."""
+        """Return DDPM's and DiT's chain: 1000 betas, evenly from 0.0001 to 0.02."""
         betas = torch.linspace(BETA_FIRST, BETA_LAST, NUM_STEPS, dtype=torch.float64)
         return cls.from_betas(betas, torch.arange(NUM_STEPS))
 
     @classmethod
     def from_betas(cls, betas: torch.Tensor, times: torch.Tensor) -> "Diffusion":
-        """The chain of these betas, (T) fp64 with T at least 2, at these times, (T) int64."""
+        """Return the chain of betas, (T) fp64 with T at least 2, at these times, (T) int64."""
         cumprod = (1 - betas).cumprod(0)
         previous = torch.cat([torch.ones_like(cumprod[:1]), cumprod[:-1]])
         variance = betas * (1 - previous) / (1 - cumprod)
@@ -79,11 +79,11 @@ class Diffusion(NamedTuple):
         return len(self.betas)
 
     def to(self, device: torch.device | str) -> "Diffusion":
-        """The same tables on that device."""
+        """Return the same tables on that device."""
         return Diffusion(*(table.to(device) for table in self))
 
     def respaced(self, num_steps: int) -> "Diffusion":
-        """The chain that visits only num_steps of these steps, the first and the last included.
+        """Return the chain that visits only num_steps of these steps, the first and last included.
 
         They are the multiples of (T - 1) / (num_steps - 1), rounded: the spacing that improved
         DDPM's released code makes of one number. abar is the original one at the steps visited, so
@@ -103,7 +103,7 @@ class Diffusion(NamedTuple):
         return Diffusion.from_betas(1 - ratios, self.times[steps])
 
     def q_sample(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Noisy latents x_t, in fp32 at least.
+        """Return noisy latents x_t, in fp32 at least.
 
         Args:
             x, noise: (B, ...), latents and standard normal noise.
@@ -117,12 +117,12 @@ class Diffusion(NamedTuple):
 
 @functools.cache
 def chain(device: torch.device) -> Diffusion:
-    """DiT's chain on a device, copied there once."""
+    """Return DiT's chain on a device, copied there once."""
     return Diffusion.linear().to(device)
 
 
 def _coefficients(t: torch.Tensor) -> Coefficients:
-    """Of x and of the noise, fp32, at integer steps; there are no derivatives."""
+    """Return the factors of x and of the noise at integer steps, fp32, with zero derivatives."""
     of_chain = chain(t.device).alphas_cumprod
     cumprod = of_chain.index_select(0, t.flatten()).view(t.shape)
     zero = torch.zeros((), device=t.device)
@@ -130,12 +130,12 @@ def _coefficients(t: torch.Tensor) -> Coefficients:
 
 
 def _steps(t: torch.Tensor) -> torch.Tensor:
-    """Uniform t in [0, 1] -> steps, int64."""
+    """Return the steps, int64, of uniform t in [0, 1]."""
     return (t * NUM_STEPS).long().clamp(max=NUM_STEPS - 1)
 
 
 def _time_of_ratio(ratio: torch.Tensor) -> torch.Tensor:
-    """The middle of the first step at which sigma / alpha is at least `ratio`, or of the last."""
+    """Return the middle of the first step with sigma / alpha at least `ratio`, or of the last."""
     cumprod = chain(ratio.device).alphas_cumprod
     steps = torch.searchsorted((1 / cumprod - 1).sqrt().to(ratio.dtype), ratio)
     return (steps.clamp(max=NUM_STEPS - 1) + 0.5) / NUM_STEPS
@@ -143,11 +143,6 @@ def _time_of_ratio(ratio: torch.Tensor) -> torch.Tensor:
 
 path = Path("ddpm", _coefficients, _time_of_ratio, model_times=_steps)
 """The chain as a path: noisy latents at steps; it has no velocity and no flow sampler."""
-
-
-def trained_path(objective: str, path_type: str) -> Path:
-    """What a model of that objective is trained on: the chain, or for flow the named path."""
-    return path if objective == "ddpm" else get(path_type)
 
 
 class DDPMLosses(NamedTuple):
@@ -168,7 +163,7 @@ def ddpm_losses(
     noise: torch.Tensor,
     t: torch.Tensor,
 ) -> DDPMLosses:
-    """The losses of a model's output at `diffusion.q_sample(x, noise, t)`.
+    """Compute the losses of a model's output at `diffusion.q_sample(x, noise, t)`.
 
     The term of the bound is KL(q(x_{t-1} | x_t, x) || p(x_{t-1} | x_t)), at t = 0 the negative log
     likelihood of x: p integrated over the bin of width 2 / 255 around x, open outwards where
@@ -219,7 +214,7 @@ def ddpm_losses(
 
 
 def split_output(output: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise and v, each of the latents' shape (B, C, ...), of a model's output (B, 2 C, ...)."""
+    """Split a model's output (B, 2 C, ...) into noise and v, each of the latents' shape."""
     expect_shape("ddpm", "the model's output", output, (shape[0], 2 * shape[1], *shape[2:]))
     return output.chunk(2, dim=1)
 
@@ -227,10 +222,10 @@ def split_output(output: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor,
 def log_likelihood(
     x: torch.Tensor, difference: torch.Tensor, log_variance: torch.Tensor
 ) -> torch.Tensor:
-    """Log probability, in nats, of the bin around x under N(x - difference, exp(log_variance)).
+    """Return the log probability of the bin around x under N(x - difference, exp(log_variance)).
 
-    All of one shape, as is the result. With the normal distribution function itself; the released
-    code approximates it.
+    In nats; all of one shape, as is the result. With the normal distribution function itself; the
+    released code approximates it.
     """
     inverse = (-log_variance / 2).exp()
     # By symmetry the distance may be taken below the mean, where the logarithms are exact.
@@ -246,11 +241,11 @@ def log_likelihood(
 
 
 def _kl(excess: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """KL(N(0, 1) || N(shift, exp(excess))) in nats."""
+    """Return KL(N(0, 1) || N(shift, exp(excess))) in nats."""
     return (excess + torch.expm1(-excess) + shift.square() * (-excess).exp()) / 2
 
 
 def _broadcast(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(B) fp64 values in the dtype of `like` (B, ...), fp32 at least, broadcastable to it."""
+    """Return (B) fp64 values broadcastable to `like` (B, ...), in its dtype, fp32 at least."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     return values.to(dtype).view(-1, *[1] * (like.ndim - 1))

@@ -15,7 +15,7 @@ import torch
 from repa_fast import ops
 from repa_fast.contracts import expect_choice, expect_shape
 from repa_fast.diffusion.ddpm import Diffusion, split_output
-from repa_fast.diffusion.guidance import check_guidance
+from repa_fast.diffusion.guidance import guided_outputs, mix
 from repa_fast.diffusion.samplers import initial_state
 
 Noise = Callable[[int], torch.Tensor]
@@ -95,7 +95,7 @@ def ddim(
     seed: int = 0,
     index: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """DDIM (arXiv 2010.02502, eq. 12), on the steps that `ancestral` visits.
+    """Draw by DDIM (arXiv 2010.02502, eq. 12), on the steps that `ancestral` visits.
 
     Arguments, result and errors as for `ancestral`, and:
         eta: 0, without noise, to 1: the ancestral step with the variance of the posterior
@@ -122,7 +122,7 @@ def ddim(
 def sample(
     model: torch.nn.Module, latents: torch.Tensor, labels: torch.Tensor, *, mode: str, **options
 ) -> torch.Tensor:
-    """`ddim` for mode "ode", `ancestral` for "sde", as `repa_fast.diffusion.samplers.sample`."""
+    """Draw by `ddim` for mode "ode", by `ancestral` for "sde", as `samplers.sample`."""
     expect_choice("mode", mode, ("ode", "sde"))
     draw = ddim if mode == "ode" else ancestral
     return draw(model, latents, labels, **options)
@@ -137,36 +137,16 @@ def _predictor(
     guidance_channels: int | None,
     clip_denoised: bool,
 ) -> Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(state, step of the chain) -> (clean latents, noise, v), of the state's shape and dtype."""
-    expect_shape("sampler", "labels", labels, latents.shape[:1])
-    num_classes = getattr(model, "num_classes", None)
-    check_guidance(labels, num_classes, cfg_scale, guidance_channels, latents.shape[1])
+    """Return (state, step of the chain) -> (clean latents, noise, v), as the state."""
+    outputs = guided_outputs(model, latents, labels, cfg_scale, guidance_channels)
     times, cumprod = chain.times.tolist(), chain.alphas_cumprod.tolist()
-
-    def evaluate(
-        x: torch.Tensor, step: int, y: torch.Tensor, state_dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        t = torch.full((len(x),), times[step], dtype=torch.int64, device=x.device)
-        output = model(x, t, y)
-        output = output if isinstance(output, torch.Tensor) else output[0]
-        return split_output(output.to(state_dtype), x.shape)
-
-    def noise_and_v(state: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        copy = state.to(latents.dtype)
-        if cfg_scale == 1.0:
-            return evaluate(copy, step, labels, state.dtype)
-        y = torch.cat([labels, torch.full_like(labels, num_classes)])
-        eps, v = evaluate(torch.cat([copy, copy]), step, y, state.dtype)
-        conditional, null = eps.chunk(2)
-        guided = null + cfg_scale * (conditional - null)
-        if guidance_channels is not None:
-            rest = conditional[:, guidance_channels:]
-            guided = torch.cat([guided[:, :guidance_channels], rest], dim=1)
-        return guided, v[: len(labels)]
 
     def predict(state: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         alpha, sigma = math.sqrt(cumprod[step]), math.sqrt(1 - cumprod[step])
-        eps, v = noise_and_v(state, step)
+        conditional, null = outputs(state.to(latents.dtype), times[step])
+        eps, v = split_output(conditional.to(state.dtype), state.shape)
+        if null is not None:
+            eps = mix(eps, split_output(null, state.shape)[0], cfg_scale, state.dtype)
         clean = (state - sigma * eps) / alpha
         if clip_denoised:
             clean = clean.clamp(-1, 1)
@@ -184,7 +164,7 @@ def _normal(
     seed: int,
     index: torch.Tensor | None,
 ) -> Noise:
-    """The given noise, or noise that is a function of (seed, step, sample's number, position)."""
+    """Return the given noise, or noise drawn by (seed, step, sample's number, position)."""
     if noise is not None:
         expect_shape(sampler, "noise", noise, (num_steps - 1, *x.shape))
         return lambda number: noise[number].to(x.dtype)

@@ -32,12 +32,12 @@ class Draws(NamedTuple):
     offset: torch.Tensor
 
     def part(self, start: int, stop: int) -> "Draws":
-        """The draws of batch positions start..stop - 1."""
+        """Return the draws of batch positions start..stop - 1."""
         return Draws(*(field[start:stop] for field in self))
 
 
 def stream(seed: int, *keys: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator whose state is a pure function of (seed, *keys); all are non-negative."""
+    """Return a generator whose state is a pure function of (seed, *keys); all are non-negative."""
     sequence = np.random.SeedSequence(seed, spawn_key=keys)  # (0,) and (0, 0) differ here
     state = sequence.generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state))
@@ -55,7 +55,7 @@ def draw(
     drop_prob: float = 0.0,
     device: torch.device | str = "cpu",
 ) -> Draws:
-    """The draws of the global batch of `step`.
+    """Draw for the global batch of `step`.
 
     Args:
         seed, step: non-negative; with the batch size and the position in it they determine every

@@ -10,7 +10,7 @@ LOSS_WEIGHTS = ("none", "velocity", "likelihood")
 
 
 def velocity_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error over each sample: two (B, C, h, w) tensors -> (B), at least fp32."""
+    """Return each sample's mean squared error: two (B, C, h, w) tensors -> (B), at least fp32."""
     expect_shape("velocity_loss", "target", target, prediction.shape)
     work = torch.promote_types(prediction.dtype, torch.float32)
     return (prediction.to(work) - target.to(work)).square().flatten(1).mean(1)
@@ -24,7 +24,7 @@ def noise_loss(
     path: Path,
     loss_weight: str = "none",
 ) -> torch.Tensor:
-    """Weighted mean squared error of the noise that a score or a noise prediction stands for.
+    """Return the weighted mean squared error of the noise that a score or noise stands for.
 
     The weights are SiT's (arXiv 2401.08740, its released code): none is 1; with the factor
     r = sigma' - sigma alpha' / alpha of the noise in the velocity, velocity is r^2, which makes it

@@ -32,7 +32,7 @@ FORMS = {
 
 
 def diffusion(form: str, t: float, *, path: Path, norm: float = 1.0) -> float:
-    """w_t.
+    """Return w_t.
 
     Args:
         form: one of FORMS.

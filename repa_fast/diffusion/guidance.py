@@ -1,4 +1,4 @@
-"""A model as the velocity field that samplers integrate: classifier-free guidance, prediction."""
+"""A model as samplers call it: classifier-free guidance, and velocities of what it predicts."""
 
 from collections.abc import Callable
 
@@ -15,6 +15,56 @@ Velocities = Callable[
 unconditional velocity or None without guidance)."""
 
 
+def guided_outputs(
+    model: torch.nn.Module,
+    latents: torch.Tensor,
+    labels: torch.Tensor,
+    cfg_scale: float,
+    guidance_channels: int | None,
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    """Return a function that calls a model once, with the labels and under guidance without.
+
+    It takes x (B, C, h, w), t and `guided`, true by default, and returns the output for the labels
+    and that for the null label, None without guidance. Channels beyond `guidance_channels` are in
+    both those for the labels. Integer t are int64, others fp32 at least: bf16 would leave 8 bits.
+
+    Arguments and errors as for `guided_velocities`.
+    """
+    expect_shape("sampler", "labels", labels, latents.shape[:1])
+    num_classes = getattr(model, "num_classes", None)
+    check_guidance(labels, num_classes, cfg_scale, guidance_channels, latents.shape[1])
+
+    def outputs(
+        x: torch.Tensor, t: float, guided: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        guided, y = guided and cfg_scale != 1.0, labels
+        if guided:
+            x, y = torch.cat([x, x]), torch.cat([y, torch.full_like(y, num_classes)])
+        dtype = torch.int64 if isinstance(t, int) else torch.promote_types(x.dtype, torch.float32)
+        output = model(x, torch.full((len(x),), t, dtype=dtype, device=x.device), y)
+        output = output if isinstance(output, torch.Tensor) else output[0]
+        if not guided:
+            return output, None
+        conditional, null = output.chunk(2)
+        if guidance_channels is not None:
+            rest = conditional[:, guidance_channels:]
+            null = torch.cat([null[:, :guidance_channels], rest], dim=1)
+        return conditional, null
+
+    return outputs
+
+
+def mix(
+    conditional: torch.Tensor, null: torch.Tensor | None, cfg_scale: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return null + cfg_scale (conditional - null) in `dtype`; without null, the conditional."""
+    conditional = conditional.to(dtype)
+    if null is None:
+        return conditional
+    null = null.to(dtype)
+    return null + cfg_scale * (conditional - null)
+
+
 def guided_velocities(
     model: torch.nn.Module,
     latents: torch.Tensor,
@@ -25,10 +75,9 @@ def guided_velocities(
     path: Path,
     prediction: str,
 ) -> Velocities:
-    """The velocities of a model, one call of it for both.
+    """Return the velocities of a model, one call of it for both.
 
-    The model is called with its t in fp32 at least: bf16 would leave 8 bits of it. A velocity has
-    the dtype of the model's output; one made of a score or noise has the state's.
+    A velocity has the dtype of the model's output; one made of a score or noise has the state's.
 
     Args:
         model, labels, cfg_scale, guidance_interval, guidance_channels, prediction: as for
@@ -40,14 +89,8 @@ def guided_velocities(
         ValueError: labels out of range or of another batch size, guidance of a model without null
             label, or channels that the latents do not have.
     """
-    expect_shape("sampler", "labels", labels, latents.shape[:1])
-    num_classes = getattr(model, "num_classes", None)
-    check_guidance(labels, num_classes, cfg_scale, guidance_channels, latents.shape[1])
+    outputs = guided_outputs(model, latents, labels, cfg_scale, guidance_channels)
     low_t, high_t = guidance_interval
-
-    def evaluate(x: torch.Tensor, t: float, y: torch.Tensor) -> torch.Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return model(x, torch.full((len(x),), t, dtype=dtype, device=x.device), y)[0]
 
     def velocity(output: torch.Tensor, state: torch.Tensor, t: float) -> torch.Tensor:
         if prediction == "v":
@@ -58,15 +101,9 @@ def guided_velocities(
     def velocities(
         state: torch.Tensor, copy: torch.Tensor, t: float, t_guidance: float
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if cfg_scale == 1.0 or not low_t <= t_guidance <= high_t:
-            return velocity(evaluate(copy, t, labels), state, t), None
-        y = torch.cat([labels, torch.full_like(labels, num_classes)])
-        halves = evaluate(torch.cat([copy, copy]), t, y).chunk(2)
-        conditional, null = (velocity(half, state, t) for half in halves)
-        if guidance_channels is not None:
-            rest = conditional[:, guidance_channels:]
-            null = torch.cat([null[:, :guidance_channels], rest], dim=1)
-        return conditional, null
+        conditional, null = outputs(copy, t, low_t <= t_guidance <= high_t)
+        null = None if null is None else velocity(null, state, t)
+        return velocity(conditional, state, t), null
 
     return velocities
 

@@ -48,14 +48,14 @@ class Path:
     model_times: Callable[[torch.Tensor], torch.Tensor] = lambda t: t
 
     def at(self, t: float) -> Coefficients:
-        """The coefficients at t as Python floats, computed in fp64."""
+        """Return the coefficients at t as Python floats, computed in fp64."""
         values = self.coefficients(torch.tensor(t, dtype=torch.float64))
         return Coefficients(*(value.item() for value in values))
 
     def interpolate(
         self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noisy latents and their velocity (REPA eq. 2 to 4), both of the shape of x.
+        """Return noisy latents and their velocity (REPA eq. 2 to 4), both of the shape of x.
 
         x and noise are (B, ...), t is (B).
         """
@@ -63,7 +63,7 @@ class Path:
         return alpha * x + sigma * noise, d_alpha * x + d_sigma * noise
 
     def score(self, velocity: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Score from velocity (REPA eq. 7), in the form that does not divide by d_alpha.
+        """Return the score that the velocity implies (REPA eq. 7), without dividing by d_alpha.
 
         t must be positive: at t = 0 there is no noise and the score is not defined.
         """
@@ -83,7 +83,10 @@ def _cosine(t: torch.Tensor) -> Coefficients:
 
 
 def _vp(t: torch.Tensor) -> Coefficients:
-    """alpha = exp(l), sigma^2 = 1 - alpha^2, l = -(max - min) t^2 / 4 - min t / 2 (2011.13456)."""
+    """Return the coefficients of VP (arXiv 2011.13456): alpha = exp(l), sigma^2 = 1 - alpha^2.
+
+    l = -(max - min) t^2 / 4 - min t / 2, with the noise rates BETA_MIN and BETA_MAX.
+    """
     log_alpha = -(BETA_MAX - BETA_MIN) / 4 * t**2 - BETA_MIN / 2 * t
     d_log_alpha = -(BETA_MAX - BETA_MIN) / 2 * t - BETA_MIN / 2
     alpha, sigma = log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
@@ -91,7 +94,7 @@ def _vp(t: torch.Tensor) -> Coefficients:
 
 
 def _vp_time_of_ratio(ratio: torch.Tensor) -> torch.Tensor:
-    """The positive root of -l(t) = log(1 + ratio^2) / 2; 1 for ratios above the one at t = 1."""
+    """Return the positive root of -l(t) = log(1 + ratio^2) / 2, at most 1."""
     a, b, c = (BETA_MAX - BETA_MIN) / 4, BETA_MIN / 2, ratio.square().log1p() / 2
     return (2 * c / (b + (b**2 + 4 * a * c).sqrt())).clamp(max=1)
 
@@ -104,6 +107,6 @@ PATHS = {"linear": linear, "cosine": cosine, "GVP": cosine, "VP": vp}
 
 
 def get(name: str) -> Path:
-    """The path of that name; ValueError for an unknown one."""
+    """Return the path of that name; raise ValueError for an unknown one."""
     expect_choice("path type", name, tuple(PATHS))
     return PATHS[name]

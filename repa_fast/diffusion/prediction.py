@@ -1,4 +1,4 @@
-"""What a model predicts, and the velocity that it stands for.
+"""Predictions of a model, and the velocity that each stands for.
 
 With x_t = alpha x + sigma eps, primes for time derivatives and conditional means for x, eps and
 
@@ -29,7 +29,7 @@ TRAIN_EPS = 1e-3
 def to_velocity(
     prediction: str, output: torch.Tensor, x: torch.Tensor, t: torch.Tensor, path: Path
 ) -> torch.Tensor:
-    """The velocity of a model's output.
+    """Return the velocity of a model's output.
 
     Args:
         prediction: "v", "score" or "noise".
@@ -48,31 +48,15 @@ def to_velocity(
     return rate * x + (d_sigma - sigma * rate) * noise
 
 
-def from_velocity(
-    prediction: str, velocity: torch.Tensor, x: torch.Tensor, t: torch.Tensor, path: Path
-) -> torch.Tensor:
-    """What a model of that prediction would say where the velocity is this one.
-
-    Arguments as for `to_velocity`; t must be positive for a score.
-    """
-    expect_choice("prediction", prediction, PREDICTIONS)
-    if prediction == "v":
-        return velocity
-    if prediction == "score":
-        return path.score(velocity, x, t)
-    alpha, sigma, d_alpha, d_sigma = path.coefficients(t)
-    return (alpha * velocity - d_alpha * x) / (alpha * d_sigma - d_alpha * sigma)
-
-
 def clean_factors(t: float, path: Path) -> tuple[float, float]:
-    """(a, b) of the clean latents a x_t + b v, Tweedie's formula (x_t + sigma^2 s) / alpha."""
+    """Return (a, b) of the clean latents a x_t + b v, Tweedie's (x_t + sigma^2 s) / alpha."""
     alpha, sigma, d_alpha, d_sigma = path.at(t)
     determinant = alpha * d_sigma - d_alpha * sigma
     return d_sigma / determinant, -sigma / determinant
 
 
 def training_interval(path: Path, prediction: str) -> tuple[float, float]:
-    """Least and greatest time of training; SiT's.
+    """Return the least and greatest time of training, SiT's.
 
     The whole [0, 1] for velocities, all but 1e-5 of it on the VP path; scores and noise keep away
     from both ends where alpha is 0 at the last.
@@ -86,7 +70,7 @@ def training_interval(path: Path, prediction: str) -> tuple[float, float]:
 def sampling_interval(
     path: Path, prediction: str, diffusion_form: str | None = None
 ) -> tuple[float, float]:
-    """First and last time of a sampler; diffusion_form is None for the ODE.
+    """Return the first and last time of a sampler; diffusion_form is None for the ODE.
 
     The whole [0, 1], but for scores, noise and SBDM diffusion, where alpha or sigma is divided by,
     SAMPLE_EPS away from t = 0 and, if alpha is 0 there, from t = 1; a velocity on the VP path stays

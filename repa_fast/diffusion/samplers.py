@@ -1,11 +1,10 @@
-"""Samplers: Euler (with Heun) on the probability-flow ODE, Euler-Maruyama on the reverse SDE.
+"""Samplers: Euler (with Heun) and dopri5 on the probability-flow ODE, Euler-Maruyama on the SDE.
 
 Time runs from t = 1 (noise) to t = 0 (data). The state is kept in fp64 or fp32; the model is called
 in the dtype of the given latents and returns (prediction, ...). The defaults are REPA's released
 samplers: a uniform grid for the ODE; for the SDE a uniform grid from 1 to 0.04 and one step
 without noise from 0.04 to 0, with diffusion w_t = 2t on every path. The options are those of SiT
 (arXiv 2401.08740). A step of the SDE evaluates the model once, for drift and score together.
-`repa_fast.diffusion.adaptive` has the ODE with adaptive steps.
 """
 
 import functools
@@ -16,7 +15,7 @@ import torch
 from repa_fast import ops
 from repa_fast.contracts import expect_choice, expect_shape
 from repa_fast.diffusion.forms import diffusion
-from repa_fast.diffusion.guidance import guided_velocities
+from repa_fast.diffusion.guidance import guided_velocities, mix
 from repa_fast.diffusion.path import Path, linear
 from repa_fast.diffusion.prediction import clean_factors, sampling_interval
 
@@ -25,14 +24,16 @@ LAST_STEPS = ("mean", "euler", "tweedie", "none")
 
 
 def ode_times(num_steps: int, start: float = 1.0, stop: float = 0.0) -> torch.Tensor:
-    """(num_steps + 1) times from start to stop, fp64."""
-    _expect_steps(num_steps, at_least=1)
+    """Return (num_steps + 1) times from start to stop, fp64."""
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}, expected at least 1")
     return torch.linspace(start, stop, num_steps + 1, dtype=torch.float64)
 
 
 def sde_times(num_steps: int, start: float = 1.0, stop: float = LAST_SDE_TIME) -> torch.Tensor:
-    """(num_steps + 1) times: num_steps - 1 stochastic steps from start to stop, one to 0; fp64."""
-    _expect_steps(num_steps, at_least=2)
+    """Return fp64 times: of num_steps - 1 stochastic steps from start to stop, and one to 0."""
+    if num_steps < 2:
+        raise ValueError(f"num_steps is {num_steps}, expected at least 2")
     grid = torch.linspace(start, stop, num_steps, dtype=torch.float64)
     return torch.cat([grid, torch.zeros(1, dtype=torch.float64)])
 
@@ -139,7 +140,9 @@ def euler_maruyama(
     Raises:
         ValueError: as for `euler`, or noise of another shape.
     """
-    _expect_last_step(last_step, last_step_size)
+    expect_choice("last_step", last_step, LAST_STEPS)
+    if not 0 < last_step_size < 1:
+        raise ValueError(f"last_step_size is {last_step_size}, expected between 0 and 1")
     start, stop = sampling_interval(path, prediction, diffusion_form)
     *grid, _ = sde_times(num_steps, start, stop if last_step == "none" else last_step_size).tolist()
     if noise is not None:
@@ -172,6 +175,66 @@ def euler_maruyama(
     return advance(x, *v, t, -t, diffusion=w(t) if last_step == "mean" else 0.0)[0]
 
 
+@torch.no_grad()
+def dopri5(
+    model: torch.nn.Module,
+    latents: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    rtol: float = 1e-3,
+    atol: float = 1e-6,
+    cfg_scale: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guidance_channels: int | None = None,
+    path: Path = linear,
+    prediction: str = "v",
+    state_dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, int]:
+    """Integrate dx/dt = v(x, t) from noise to data by Dormand and Prince's method (SiT's default).
+
+    Where guidance begins and ends the field jumps; the stretches between are integrated one after
+    the other. The error is estimated over the whole batch, so a sample depends on its batch within
+    the tolerances. Every step synchronises with the device.
+
+    Arguments as for `euler`, and:
+        rtol, atol: bounds of a step's root-mean-square error, relative and absolute.
+
+    Returns:
+        ((B, C, h, w) in the state's dtype, number of model evaluations).
+
+    Raises:
+        ValueError: as for `euler`, or the package torchdiffeq is not installed.
+    """
+    try:
+        from torchdiffeq import odeint
+    except ImportError as error:
+        raise ValueError(
+            "dopri5 needs the package torchdiffeq, which is not installed: pip install torchdiffeq"
+        ) from error
+
+    velocities = guided_velocities(
+        model, latents, labels, cfg_scale, guidance_interval, guidance_channels, path, prediction
+    )
+    start, stop = sampling_interval(path, prediction)
+    jumps = {t for t in guidance_interval if stop < t < start and cfg_scale != 1.0}
+    borders = [start, *sorted(jumps, reverse=True), stop]
+    x = initial_state(latents, state_dtype)
+    evaluations = 0
+    for first, last in zip(borders[:-1], borders[1:], strict=True):
+
+        def velocity(time: torch.Tensor, x: torch.Tensor, first=first, last=last) -> torch.Tensor:
+            nonlocal evaluations
+            evaluations += 1
+            t = min(max(time.item(), last), first)  # the probe for the first step may lie outside
+            both = velocities(x, x.to(latents.dtype), t, (first + last) / 2)
+            return mix(*both, cfg_scale, x.dtype)
+
+        times = torch.tensor([first, last], dtype=torch.float64, device=x.device)
+        options = {"step_t": times[1:]}  # end there, not beyond it with interpolation back
+        x = odeint(velocity, x, times, rtol=rtol, atol=atol, method="dopri5", options=options)[-1]
+    return x, evaluations
+
+
 def sample(
     model: torch.nn.Module,
     latents: torch.Tensor,
@@ -182,7 +245,7 @@ def sample(
     index: torch.Tensor | None = None,
     **options,
 ) -> torch.Tensor:
-    """`euler` for mode "ode", `euler_maruyama` for "sde"; `seed` and `index` serve the latter."""
+    """Draw by `euler` for mode "ode", by `euler_maruyama`, with seed and index, for "sde"."""
     expect_choice("mode", mode, ("ode", "sde"))
     if mode == "ode":
         return euler(model, latents, labels, **options)
@@ -190,28 +253,17 @@ def sample(
 
 
 def initial_state(latents: torch.Tensor, state_dtype: torch.dtype) -> torch.Tensor:
-    """The latents in the dtype in which they are integrated; ValueError unless fp64 or fp32."""
+    """Return the latents in `state_dtype`; raise ValueError unless it is fp64 or fp32."""
     if state_dtype not in (torch.float64, torch.float32):
         raise ValueError(f"state_dtype is {state_dtype}, expected torch.float64 or torch.float32")
     return latents.to(state_dtype)
 
 
 def _stepper(dtype: torch.dtype, path: Path, cfg_scale: float) -> Callable:
-    """ops.euler_maruyama_step whose second result is the next state in `dtype`."""
+    """Return ops.euler_maruyama_step with the next state in `dtype` as its second result."""
 
     def advance(*arguments, **options) -> tuple[torch.Tensor, torch.Tensor]:
         x, copy = ops.euler_maruyama_step(*arguments, path=path, cfg_scale=cfg_scale, **options)
         return x, copy if copy.dtype == dtype else x.to(dtype)
 
     return advance
-
-
-def _expect_steps(num_steps: int, at_least: int) -> None:
-    if num_steps < at_least:
-        raise ValueError(f"num_steps is {num_steps}, expected at least {at_least}")
-
-
-def _expect_last_step(last_step: str, last_step_size: float) -> None:
-    expect_choice("last_step", last_step, LAST_STEPS)
-    if not 0 < last_step_size < 1:
-        raise ValueError(f"last_step_size is {last_step_size}, expected between 0 and 1")

@@ -1,4 +1,4 @@
-"""What a SiT's blocks begin with: patches and their positions, and the condition of time and class.
+"""Input of a SiT's blocks: patches with their positions, and the condition of time and class.
 
 Shapes: B batch, N tokens, D width, C latent channels.
 """
@@ -12,7 +12,7 @@ T_FREQUENCIES = 256
 
 
 def sincos_position_embedding(hidden_size: int, grid: int) -> torch.Tensor:
-    """Fixed 2-D sine-cosine table (1, grid * grid, hidden_size), fp32, computed in fp64.
+    """Return a fixed 2-D sine-cosine table (1, grid * grid, hidden_size), fp32, made in fp64.
 
     The first half of the width encodes the column, the second the row; each is [sin | cos].
     """
@@ -62,12 +62,6 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
 
     def forward(self, y: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
-        self._check(y)
-        if drop is not None:
-            y = torch.where(drop, self.num_classes, y)
-        return self.embedding_table(y)
-
-    def _check(self, y: torch.Tensor) -> None:
         # On a GPU reading the labels would stall the step; there the dataset has checked them.
         if type(y) is torch.Tensor and y.device.type == "cpu" and y.numel():
             low, high = int(y.min()), int(y.max())
@@ -76,3 +70,6 @@ class LabelEmbedder(nn.Module):
                     f"labels lie in [{low}, {high}], expected [0, {self.num_classes}] "
                     f"({self.num_classes} is the null label)"
                 )
+        if drop is not None:
+            y = torch.where(drop, self.num_classes, y)
+        return self.embedding_table(y)

@@ -1,18 +1,18 @@
 """Floating-point operations of the models, counted as 2 per multiply-add.
 
-Only matrix products count; norms, activations and softmax are below one percent.
+Only matmuls count; norms, activations and softmax are below one percent.
 """
 
 
 def transformer_flops(*, tokens: int, width: int, depth: int, mlp_ratio: float = 4.0) -> float:
-    """Forward FLOPs of `depth` pre-norm blocks (qkv, attention, projection, MLP) for one image."""
+    """Count forward FLOPs of pre-norm blocks (qkv, attention, projection, MLP) for one image."""
     linear = (8 + 4 * mlp_ratio) * width**2 * tokens
     attention = 4 * tokens**2 * width
     return depth * (linear + attention)
 
 
 def sit_flops(*, tokens: int, width: int, depth: int, mlp_ratio: float, patch_values: int) -> float:
-    """Forward FLOPs of a SiT for one image; `patch_values` is P * P * C."""
+    """Count forward FLOPs of a SiT for one image; `patch_values` is P * P * C."""
     blocks = transformer_flops(tokens=tokens, width=width, depth=depth, mlp_ratio=mlp_ratio)
     modulation = 2 * width * (6 * width * depth + 2 * width)
     patches = 2 * 2 * patch_values * width * tokens  # into the model and out of it
@@ -21,14 +21,14 @@ def sit_flops(*, tokens: int, width: int, depth: int, mlp_ratio: float, patch_va
 
 
 def projector_flops(*, tokens: int, width: int, projector_dim: int, z_dim: int) -> float:
-    """Forward FLOPs of one projector for one image."""
+    """Count forward FLOPs of one projector for one image."""
     return 2 * tokens * projector_dim * (width + projector_dim + z_dim)
 
 
 def vit_flops(
     *, patches: int, prefix: int, width: int, depth: int, patch_size: int, mlp_ratio: float = 4.0
 ) -> float:
-    """Forward FLOPs of a ViT encoder on an RGB image; `prefix` counts class and register tokens."""
+    """Count forward FLOPs of a ViT on an RGB image; `prefix` is class and register tokens."""
     embed = 2 * 3 * patch_size**2 * width * patches
     tokens = patches + prefix
     return embed + transformer_flops(tokens=tokens, width=width, depth=depth, mlp_ratio=mlp_ratio)

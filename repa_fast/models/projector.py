@@ -22,7 +22,7 @@ class Projector(nn.Sequential):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, N, hidden_size), any floating dtype -> (B, N, z_dim) in the compute dtype."""
+        """Map (B, N, hidden_size), any floating dtype, to (B, N, z_dim) in the compute dtype."""
         return super().forward(x.to(self[0].weight.dtype))
 
 
@@ -43,7 +43,7 @@ class SimpleHead(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, N, hidden_size), any floating dtype -> the same shape in the compute dtype."""
+        """Map (B, N, hidden_size), any floating dtype, to that shape in the compute dtype."""
         return self.linear2(self.act(self.linear1(x.to(self.linear1.weight.dtype))))
 
 
@@ -65,7 +65,7 @@ class ConvProjector(nn.Module):
         self.projection_layer = nn.Conv2d(hidden_size, z_dim, kernel_size=3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, grid^2, hidden_size), any floating dtype -> (B, grid^2, z_dim), compute dtype.
+        """Map (B, grid^2, hidden_size), any floating dtype, to (B, grid^2, z_dim), compute dtype.
 
         Raises:
             ValueError: x does not have that shape.
@@ -78,7 +78,7 @@ class ConvProjector(nn.Module):
 
 
 def spatial_normalize(target: torch.Tensor, *, gamma: float = 0.6) -> torch.Tensor:
-    """iREPA's normalisation of an encoder's patch tokens, per sample and channel over the tokens.
+    """Normalise an encoder's patch tokens as iREPA, per sample and channel over the tokens.
 
     (z - gamma mean(z)) / (std(z) + 1e-6), the standard deviation with N - 1 degrees of freedom:
     what all tokens of an image share is reduced, so that what differs between them counts more.

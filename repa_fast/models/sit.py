@@ -34,7 +34,7 @@ PATCH_SIZES = (2, 4, 8)
 
 
 def size(name: str) -> dict[str, int]:
-    """Constructor arguments (depth, hidden_size, num_heads, patch_size) of, say, "SiT-XL/2".
+    """Return the arguments (depth, hidden_size, num_heads, patch_size) of, say, "SiT-XL/2".
 
     Raises:
         ValueError: the name is not SiT- or DiT-{S,B,L,XL}/{2,4,8}.
@@ -143,7 +143,7 @@ def add_and_norm(
     shift: torch.Tensor,
     scale: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x with the pending branch added, if any; its adaLN)."""
+    """Return (x with the pending branch added, if any; its adaLN)."""
     if branch is None:
         return x, ops.adaln(x, shift, scale)
     return ops.gate_residual_adaln(x, branch, gate, shift, scale)
@@ -158,7 +158,6 @@ class SiT(nn.Module):
         in_channels: C; the velocity has as many.
         hidden_size, depth, num_heads, mlp_ratio: the transformer.
         encoder_depth: 1-based index of the block whose output is projected.
-        class_dropout_prob: kept for the training loop, which draws the drop mask.
         num_classes: real classes; the embedding table always has one more row, the null label.
         z_dims: feature width of each encoder; empty for a model without projectors.
         projector_dim: hidden width of the projectors.
@@ -167,7 +166,14 @@ class SiT(nn.Module):
         self_align: SRA's head `ap_head` on the same hidden state, beside or instead of projectors.
         qk_norm: LayerNorm on queries and keys.
         fused_attn: the process's attention backend instead of the explicit softmax.
-        path_type, use_cfg, decoder_hidden_size: accepted for compatibility, without effect.
+        path_type, use_cfg, decoder_hidden_size, class_dropout_prob: the official constructor's,
+            without effect; labels are dropped by the caller, as `forward` is told.
+
+    Attributes:
+        residual_dtype: of the residual stream; None is fp32 (fp64 for fp64 models).
+        joint_adaln: None, or what computes the modulations of all blocks at once under autocast:
+            c (B, D) -> (B, 6D) of each block. Training sets it where it has its layers' copies in
+            one tensor (repa_fast.train.compute_copy).
 
     Raises:
         ValueError: sizes that do not divide, or an encoder_depth outside 1..depth.
@@ -206,7 +212,6 @@ class SiT(nn.Module):
         self.patch_size = patch_size
         self.num_classes = num_classes
         self.encoder_depth = encoder_depth
-        self.class_dropout_prob = class_dropout_prob
         grid = input_size // patch_size
         self.num_tokens = grid * grid
 
@@ -228,12 +233,12 @@ class SiT(nn.Module):
         )
         self.ap_head = SimpleHead(hidden_size) if self_align else None
         self.joint_adaln: Callable[[torch.Tensor], Iterable[torch.Tensor]] | None = None
-        self.residual_dtype: torch.dtype | None = None  # at least fp32
+        self.residual_dtype: torch.dtype | None = None
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Xavier-uniform linear layers, N(0, 0.02) embeddings, zero adaLN and final layers."""
+        """Draw Xavier-uniform linear layers, N(0, 0.02) embeddings; zero adaLN and final layers."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -258,7 +263,7 @@ class SiT(nn.Module):
         *,
         project: bool | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Velocity of noisy latents and, for training, the projected hidden states.
+        """Compute the velocity of noisy latents and, for training, the projected hidden states.
 
         Args:
             x: (B, C, h, w), noisy latents.
@@ -296,11 +301,9 @@ class SiT(nn.Module):
         *,
         depth: int,
     ) -> torch.Tensor:
-        """The hidden state (B, N, D) after block `depth` (1-based), in the residual stream's dtype.
+        """Compute the hidden state (B, N, D) after block `depth` (1-based), in the residual dtype.
 
-        Later blocks do not run.
-
-        Other arguments and errors as for `forward`.
+        Later blocks do not run. Other arguments and errors as for `forward`.
         """
         residual, c = self._embed(x, t, y, drop)
         branch = gate = None
@@ -309,18 +312,18 @@ class SiT(nn.Module):
         return ops.gate_residual(residual, branch, gate)
 
     def modulations(self, c: torch.Tensor) -> Iterable[torch.Tensor]:
-        """(B, 6D) of each block, from the condition c (B, D); each when its block is next.
+        """Yield (B, 6D) of each block, from the condition c (B, D), each when its block is next.
 
-        `joint_adaln`, where something has set it, computes all of them at once.
+        Where `joint_adaln` is set, all of them are computed at once under autocast.
         """
-        if self.joint_adaln is not None:
+        if self.joint_adaln is not None and torch.is_autocast_enabled(c.device.type):
             return self.joint_adaln(c)
         return (block.adaLN_modulation(c) for block in self.blocks)
 
     def _embed(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, drop: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The residual stream (B, N, D) before the first block, and the condition (B, D)."""
+        """Return the residual stream (B, N, D) before the first block, and the condition (B, D)."""
         self._check_latents(x)
         # a view of (B, D, N) would be the layout of the first residual state alone, and compiled
         # blocks would be two: one for it, and one with symbolic strides
@@ -331,7 +334,7 @@ class SiT(nn.Module):
         return residual, self.t_embedder(t) + self.y_embedder(y, drop)
 
     def unpatchify(self, patches: torch.Tensor) -> torch.Tensor:
-        """(B, N, P * P * C) -> (B, C, h, w), C the output channels."""
+        """Arrange (B, N, P * P * C) as (B, C, h, w), C the output channels."""
         grid = self.input_size // self.patch_size
         return (
             patches.unflatten(1, (grid, grid))

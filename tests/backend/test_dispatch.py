@@ -231,3 +231,42 @@ def test_describe_raises_where_calls_would():
     use_kernels("triton")
     with pytest.raises(ValueError, match="'triton', but the tensors are on the CPU"):
         dispatch.describe("cpu")
+
+
+def never():
+    raise AssertionError("asked about a candidate that is not considered")
+
+
+@pytest.mark.parametrize(
+    "against, expected",
+    (
+        ((), ("a", "by default")),
+        (("a",), ("b", "since a cannot")),
+        (("a", "b"), ("c", "since a cannot; b cannot")),
+    ),
+)
+def test_auto_takes_the_first_that_nothing_is_against(caplog, against, expected):
+    caplog.set_level(logging.INFO)
+    candidates = {
+        name: (lambda name=name: f"{name} cannot") if name in against else dispatch.runs
+        for name in "abc"
+    }
+    candidates["d"] = never
+    assert all(dispatch.choose("what: how", "auto", candidates) == expected for _ in range(2))
+    choice, reason = expected
+    assert messages(caplog) == [f"what: {choice}" + (f", {reason}" if against else "")]
+
+
+def test_what_is_asked_for_runs_or_raises():
+    candidates = {"a": never, "b": dispatch.runs, "c": lambda: "there is none"}
+    assert dispatch.choose("what", "b", candidates) == ("b", "asked for")
+    with pytest.raises(ValueError, match="what is 'c', but there is none"):
+        dispatch.choose("what", "c", candidates)
+    with pytest.raises(ValueError, match="what is 'd', expected one of auto, a, b, c"):
+        dispatch.choose("what", "d", candidates)
+
+
+def test_auto_raises_where_nothing_can_run():
+    candidates = {"a": lambda: "no a", "b": lambda: "no b"}
+    with pytest.raises(ValueError, match="what is 'auto', but nothing can run: no a; no b"):
+        dispatch.choose("what", "auto", candidates)

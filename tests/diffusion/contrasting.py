@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from repa_fast.diffusion.contrastive import nt_xent
+from repa_fast.diffusion.alignment import nt_xent
 from repa_fast.distributed import World, session
 from repa_fast.testing import seeded
 

@@ -6,7 +6,7 @@ import torch
 from scipy.integrate import solve_ivp
 
 from repa_fast.diffusion import path as paths
-from repa_fast.diffusion.adaptive import dopri5
+from repa_fast.diffusion.samplers import dopri5
 from tests.diffusion import gaussians
 from tests.diffusion.gaussians import LABELS, NULL, PATHS, Model, latents
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from repa_fast.diffusion.contrastive import nt_xent
+from repa_fast.diffusion.alignment import nt_xent
 from repa_fast.distributed import World
 from repa_fast.testing import assert_within_budget, seeded
 from tests.diffusion import contrasting

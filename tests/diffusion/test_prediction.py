@@ -6,7 +6,6 @@ from repa_fast.diffusion import path as paths
 from repa_fast.diffusion.prediction import (
     PREDICTIONS,
     clean_factors,
-    from_velocity,
     sampling_interval,
     to_velocity,
     training_interval,
@@ -32,14 +31,11 @@ def at(t):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("t", TIMES)
-def test_each_prediction_of_gaussian_data_gives_its_velocity_and_back(path, prediction, t):
+def test_each_prediction_of_gaussian_data_gives_its_velocity(path, prediction, t):
     values = exact(path, t)
     arguments = latents(), at(t), paths.get(path)
     velocity = to_velocity(prediction, values[prediction], *arguments)
     torch.testing.assert_close(velocity, values["v"], **CLOSE)
-    back = from_velocity(prediction, values["v"], *arguments)
-    scale = values[prediction].abs().max().item()  # a score of 1 / sigma at t near 0
-    torch.testing.assert_close(back, values[prediction], rtol=1e-11, atol=1e-11 * scale)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -48,8 +44,6 @@ def test_each_sample_has_its_own_time(path, prediction):
     x, output = latents(), latents().flip(0)
     t = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     together = to_velocity(prediction, output, x, t.view(-1, 1, 1, 1), paths.get(path))
-    back = from_velocity(prediction, together, x, t.view(-1, 1, 1, 1), paths.get(path))
-    torch.testing.assert_close(back, output, **CLOSE)
     for i in range(3):
         alone = to_velocity(prediction, output[i], x[i], t[i], paths.get(path))
         torch.testing.assert_close(together[i], alone, rtol=1e-14, atol=1e-14)
@@ -119,7 +113,6 @@ def test_an_unknown_prediction_is_named_with_the_known_ones(prediction):
     arguments = latents(), latents(), at(0.5), paths.linear
     for call in (
         lambda: to_velocity(prediction, *arguments),
-        lambda: from_velocity(prediction, *arguments),
         lambda: sampling_interval(paths.linear, prediction),
         lambda: training_interval(paths.linear, prediction),
     ):

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from repa_fast.diffusion.sra import (
+from repa_fast.diffusion.alignment import (
     KINDS,
-    align_weight,
     sra_loss,
     teacher_steps,
     teacher_times,
 )
+from repa_fast.objective.self_alignment import align_weight
 from repa_fast.testing import assert_within_budget, seeded
 
 EPOCH = 1_281_167

@@ -2,8 +2,9 @@
 
 import os
 import secrets
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -35,19 +36,19 @@ class World:
             dist.barrier()
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """In-place sum over processes; returns `tensor`."""
+        """Sum `tensor` over processes, in place, and return it."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def max(self, tensor: torch.Tensor) -> torch.Tensor:
-        """In-place maximum over processes; returns `tensor`."""
+        """Take the maximum of `tensor` over processes, in place, and return it."""
         if self.size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Every process's `tensor`, stacked along a new first axis by rank."""
+        """Stack every process's `tensor` along a new first axis, by rank."""
         if self.size == 1:
             return tensor[None]
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
@@ -55,7 +56,7 @@ class World:
         return torch.stack(parts)
 
     def broadcast(self, text: str) -> str:
-        """The first process's `text`, on every process."""
+        """Return the first process's `text` on every process."""
         if self.size == 1:
             return text
         held = [text]
@@ -63,15 +64,12 @@ class World:
         return held[0]
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set on any process; blocks the host, not the device."""
+        """Return whether `flag` is set on any process; blocks the host, not the device."""
         return bool(self.max(torch.tensor(int(flag))).item()) if self.size > 1 else flag
 
 
 def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A whole `tensor` that every process has, sharded as `like` is; itself if that is whole too.
-
-    Nothing is communicated.
-    """
+    """Shard a whole `tensor` that every process has as `like` is, without communication."""
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
         return tensor
     moved = tensor.to(like.device)
@@ -80,18 +78,12 @@ def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def session(timeout: float = COLLECTIVE_TIMEOUT) -> Iterator[World]:
-    """The world of torchrun's environment variables; gloo on CPU tensors, NCCL on CUDA ones.
+    """Yield the world of torchrun's environment variables: gloo on CPU tensors, NCCL on CUDA.
 
     A collective that takes longer than `timeout` seconds raises (gloo) or ends the process (NCCL,
     with TORCH_NCCL_ASYNC_ERROR_HANDLING as torchrun and torch set it).
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
+    (rank, size), device = rank_and_size(), own_device()
     if size == 1:
         yield World(rank, size, device)
         return
@@ -108,7 +100,7 @@ def session(timeout: float = COLLECTIVE_TIMEOUT) -> Iterator[World]:
 
 
 def meet(store: dist.Store, rank: int, size: int, timeout: float) -> str:
-    """A word that these processes agree on, and that none before them had.
+    """Agree on a word among these processes that none before them had.
 
     torchrun keeps its store when it restarts processes, with the addresses of those that are gone;
     whoever reads before the new one is written connects to nobody (pytorch issue 135712). Its count
@@ -135,3 +127,44 @@ def meet(store: dist.Store, rank: int, size: int, timeout: float) -> str:
             raise TimeoutError(f"processes {sorted(missing)} did not come within {timeout:g} s")
         time.sleep(0.01)
     return own
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Return this process's number and how many there are, by torchrun; (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own_device() -> torch.device:
+    """Return the CPU, or this process's GPU, which becomes the current one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def watched() -> bool:
+    """Return whether someone looks at the output."""
+    return sys.stdout.isatty()
+
+
+@contextmanager
+def progress_bar(description: str, shown: bool) -> Iterator[Callable]:
+    """Yield progress(total) -> advance_to(done): a bar with images/s and the time left."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[rate]}")
+    off = not (shown and watched())
+    with Progress(*columns, TimeRemainingColumn(), disable=off) as bar:
+        task = bar.add_task(description, total=None, rate="")
+
+        def start(total: int | None) -> Callable[[int], None]:
+            bar.update(task, total=total)
+
+            def advance(done: int) -> None:
+                speed = bar.tasks[0].speed
+                bar.update(task, completed=done, rate=f"{speed:.0f} images/s" if speed else "")
+
+            return advance
+
+        yield start

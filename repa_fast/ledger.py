@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 POLL_SECONDS = 0.5
@@ -37,30 +37,54 @@ class Ledger:
             )
 
     def done(self) -> list[int]:
-        """Finished units, in order."""
+        """Return the finished units, in order."""
         return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.json"))
 
     def left(self, units: int, rank: int, world_size: int) -> list[int]:
-        """The unfinished of a process's share of 0..units - 1, which is every WORLD_SIZE-th."""
+        """Return the unfinished units of `rank`: it has every WORLD_SIZE-th of 0..units - 1."""
         done = set(self.done())
         return [unit for unit in range(rank, units, world_size) if unit not in done]
 
+    def work(
+        self,
+        units: Iterable[int],
+        finish: Callable[[int], None],
+        report: Callable[[], None],
+        kept: str,
+    ) -> None:
+        """Call `finish` for each unit, which also writes its record, and `report` after each.
+
+        Raises:
+            RuntimeError: the disk is full; says how many units are `kept`, such as "fragments".
+        """
+        for unit in units:
+            try:
+                finish(unit)
+            except (OSError, RuntimeError) as error:
+                if not is_disk_full(error):
+                    raise
+                raise RuntimeError(
+                    f"the disk of {self.folder.parent} is full; {len(self.done())} {kept} are "
+                    "written and kept: make room and run the same command again"
+                ) from error
+            report()
+
     def wait_for(self, units: int, meanwhile: Callable[[], None]) -> None:
-        """Until so many units are finished, by other processes too, call `meanwhile` and sleep."""
+        """Call `meanwhile` and sleep until so many units are finished, by any process."""
         while len(self.done()) < units:
             meanwhile()
             time.sleep(POLL_SECONDS)
 
     def write(self, unit: int, record: dict) -> None:
-        """Count a unit as finished."""
+        """Write the record of a unit, which is finished with it."""
         write_whole(self._file(unit), json.dumps(record))
 
     def read(self, unit: int) -> dict:
-        """The record of a finished unit."""
+        """Read the record of a finished unit."""
         return json.loads(self._file(unit).read_text())
 
     def remove(self) -> None:
-        """Forget the work: it is committed."""
+        """Remove the folder, once the work is committed."""
         shutil.rmtree(self.folder)
 
     def _file(self, unit: int) -> Path:
@@ -75,17 +99,14 @@ def share(
     world_size: int,
     committed: Callable[[], bool],
 ) -> tuple[Ledger, list[int]] | None:
-    """The ledger, and the unfinished units of a process's share.
+    """Return the ledger and the unfinished units of a process's share, or None if committed.
 
     A process that starts late may find nothing to do and the work committed by the first, which
     commits before it removes the folder; so `committed` is asked again after the records are
     listed. Whether the name was taken before the work began is for the first process to say.
 
     Args:
-        committed: whether what the work makes is there.
-
-    Returns:
-        None where another process has committed the work; never on the first.
+        committed: tells whether what the work makes is there; never asked on the first process.
 
     Raises:
         ValueError: the folder was begun with another recipe.
@@ -115,7 +136,7 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def is_disk_full(error: OSError) -> bool:
-    """Whether the operating system, or Lance in its words, says that no space is left."""
+def is_disk_full(error: Exception) -> bool:
+    """Return whether the operating system, or Lance in its words, says that no space is left."""
     text = str(error).lower()
     return "no space left" in text or "errno 28" in text

@@ -63,7 +63,7 @@ def seeded(
     mean: float = 0.0,
     std: float = 1.0,
 ) -> torch.Tensor:
-    """Normal numbers on the CPU, a function of (shape, seed), rounded to `dtype`."""
+    """Draw normal numbers on the CPU, a function of (shape, seed), rounded to `dtype`."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=generator, dtype=torch.float64)
     return (mean + std * values).to(dtype)
@@ -78,7 +78,7 @@ def modulation_chunks(
     dtype: torch.dtype = torch.float32,
     std: float = 0.5,
 ) -> tuple[torch.Tensor, ...]:
-    """(B, D) vectors as a block gets them: strided chunks of one (B, chunks * D) tensor."""
+    """Draw (B, D) vectors as a block gets them: strided chunks of one (B, chunks * D) tensor."""
     return seeded((batch, chunks * width), seed=seed, dtype=dtype, std=std).chunk(chunks, dim=-1)
 
 
@@ -91,14 +91,10 @@ def _root_mean_square(values: torch.Tensor) -> float:
 
 
 def random_encoder_weights(enc_type: str, resolution: int, folder: Path) -> str:
-    """Files in `folder` with random weights of DINOv2 encoders, as `--enc-weights` takes them."""
-    from repa_fast.encoders.dinov2 import DINOv2
-
+    """Write random weights of DINOv2 encoders into `folder`; return what `--enc-weights` takes."""
     files = []
     for spec in encoders.specs(enc_type):
-        family, _, letter = spec.name.split("-")
-        size = spec.input_size(resolution)
-        module = DINOv2(letter, family == "dinov2reg", size, pretrained=False)
+        module = spec.build(spec.input_size(resolution), pretrained=False)
         files.append(str(folder / f"{spec.name}.pth"))
         torch.save(module.vit.state_dict(), files[-1])
     return ",".join(files)
@@ -106,7 +102,7 @@ def random_encoder_weights(enc_type: str, resolution: int, folder: Path) -> str:
 
 @torch.no_grad()
 def randomise(model: torch.nn.Module) -> None:
-    """adaLN and final weights ~ N(0, 0.02), always the same; at zero most gradients vanish."""
+    """Draw adaLN and final weights from N(0, 0.02), always the same; zeros have few gradients."""
     parameters = dict(model.named_parameters())
     generator = torch.Generator(next(iter(parameters.values())).device).manual_seed(1)
     for name, parameter in parameters.items():

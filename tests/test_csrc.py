@@ -150,7 +150,7 @@ def operators(library):
 def test_it_loads_in_a_fresh_process_without_a_gpu(library):
     script = (
         "import torch\n"
-        "from repa_fast import extension\n"
+        "from repa_fast.backend import extension\n"
         "print(hasattr(torch.ops.repa_fast, 'adamw_ema'), repr(extension.why_not()),\n"
         "      hasattr(torch.ops.repa_fast, 'adamw_ema'), torch.cuda.is_initialized())"
     )

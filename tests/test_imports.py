@@ -51,7 +51,7 @@ names = ["repa_fast"]
 for module in pkgutil.walk_packages(repa_fast.__path__, "repa_fast.", onerror):
     if not module.name.endswith(".__main__"):
         names.append(module.name)
-        if not module.name.endswith(".triton_kernels"):  # the one kind that is Triton
+        if not module.name.endswith((".triton_kernels", ".backend.rows")):  # those are Triton
             attempt(module.name)
 print(json.dumps({
     "names": names,

@@ -7,7 +7,6 @@ runs that are there already are not repeated; report.md and curves.png follow at
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -16,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.harness.environment import RESULTS, ROOT, stamp
+from benchmarks.harness.environment import ROOT, results_folder, stamp
+from benchmarks.harness.rows import WITH_COMMAND, append, facts, grid, read
 from repa_fast.checkpoint.layout import steps
 from repa_fast.configs.presets import PRESETS
 from repa_fast.eval.digits import evaluate
@@ -38,20 +38,13 @@ MEASURES = {
 
 
 def run_variant(folder: Path, variant: str, seed: int, points: int) -> list[dict]:
-    """Train one variant in its own process and judge it at `points` even parts of its steps."""
+    """Train a variant in its own process and evaluate it at `points` even parts of its steps."""
     name = f"{variant.replace(' ', '')}-{seed}"
     preset, *further = VARIANTS[variant]
     every = PRESETS[preset]().max_train_steps // points
-    flags = {
-        "--preset": preset,
-        "--output-dir": str(folder),
-        "--exp-name": name,
-        "--seed": str(seed),
-        "--checkpointing-steps": str(every),
-        "--sampling-steps": "0",
-        "--report-to": "none",
-    }
-    arguments = [part for pair in flags.items() for part in pair] + further
+    flags = {"--preset": preset, "--output-dir": folder, "--exp-name": name, "--seed": seed}
+    flags |= {"--checkpointing-steps": every, "--sampling-steps": 0, "--report-to": "none"}
+    arguments = [*(str(part) for pair in flags.items() for part in pair), *further]
     with open(folder / f"{name}.log", "w") as log:
         command = [sys.executable, "train.py", *arguments]
         subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=log)
@@ -64,12 +57,12 @@ def run_variant(folder: Path, variant: str, seed: int, points: int) -> list[dict
 
 
 def report(rows: list[dict]) -> str:
-    """Markdown: mean and range over seeds, per variant and step."""
-    lines = ["# Digits: the objectives against each other", ""]
-    for name in stamp():
-        lines.append(f"- {name}: {', '.join(dict.fromkeys(str(row[name]) for row in rows))}")
+    """Return Markdown: mean and range over seeds, per variant and step."""
     first = rows[0]
-    lines += [
+    lines = [
+        "# Digits: the objectives against each other",
+        "",
+        *facts(rows, WITH_COMMAND),
         f"- samples per figure: {first['samples']}; seeds: {sorted({r['seed'] for r in rows})}",
         f"- held-out real digits: Frechet distance {first['frechet_distance_held_out']:.2f}, "
         f"nearest training digit {first['nearest_neighbour_held_out']:.4f}; "
@@ -78,40 +71,34 @@ def report(rows: list[dict]) -> str:
         "Mean over seeds (lowest to highest). The vanilla projector keeps its initial weights, so",
         "its cosine is that of a random map; it does not measure what the hidden states hold.",
         "",
-        " | ".join(("| variant", "step", "seeds", *MEASURES.values(), "nearest training digit |")),
-        "|---|---|---|" + "---|" * (len(MEASURES) + 1),
     ]
+    body = []
     for variant in VARIANTS:
         for step in steps_of(rows, variant):
-            cells = [
-                cell(values_of(rows, variant, step, measure))
-                for measure in (*MEASURES, "nearest_neighbour")
-            ]
+            cells = []
+            for measure in (*MEASURES, "nearest_neighbour"):
+                found = values_of(rows, variant, step, measure)
+                spread = found and (statistics.mean(found), min(found), max(found))
+                cells.append("{:.3f} ({:.3f} to {:.3f})".format(*spread) if found else "")
             seeds = len(values_of(rows, variant, step, "step"))
-            lines.append(f"| {variant} | {step} | {seeds} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", "![curves](curves.png)", ""])
-
-
-def cell(values: list[float]) -> str:
-    """Mean, least and greatest; empty without values."""
-    if not values:
-        return ""
-    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+            body.append((variant, step, seeds, *cells))
+    heads = ("variant", "step", "seeds", *MEASURES.values(), "nearest training digit")
+    return "\n".join([*lines, *grid(heads, body), "![curves](curves.png)", ""])
 
 
 def steps_of(rows: list[dict], variant: str) -> list[int]:
-    """The steps at which a variant was judged, ascending."""
+    """Return the steps at which a variant was evaluated, ascending."""
     return sorted({row["step"] for row in rows if row["variant"] == variant})
 
 
 def values_of(rows: list[dict], variant: str, step: int, measure: str) -> list[float]:
-    """One value per seed; none where the variant has no such measure."""
+    """Return one value per seed; none if the variant has no such measure."""
     found = [r[measure] for r in rows if r["variant"] == variant and r["step"] == step]
     return [value for value in found if value is not None]
 
 
 def plot(rows: list[dict], out: Path) -> None:
-    """Each measure against the step: a line per variant, a band from lowest to highest seed."""
+    """Plot each measure over steps: a line per variant, a band from lowest to highest seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.6 * len(MEASURES), 3.6), layout="constrained")
@@ -140,19 +127,15 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=4, help="figures per run")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     arguments = parser.parse_args()
-    out = RESULTS / "cpu" / f"{stamp()['date']}_digits-objectives"
-    out.mkdir(parents=True, exist_ok=True)
-    scores = out / "scores.jsonl"
-    lines = scores.read_text().splitlines() if scores.exists() else []
-    rows = [json.loads(line) for line in lines]
+    out = results_folder("digits-objectives", "cpu")
+    rows = read(out / "scores.jsonl")
     done = {(row["variant"], row["seed"]) for row in rows}
     missing = [(v, s) for s in arguments.seeds for v in VARIANTS if (v, s) not in done]
     with tempfile.TemporaryDirectory() as folder:
 
         def run(variant: str, seed: int) -> None:
             found = run_variant(Path(folder), variant, seed, arguments.points)
-            with open(scores, "a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in found)
+            append(out / "scores.jsonl", *found)
             rows.extend(found)
 
         with ThreadPoolExecutor(arguments.jobs) as pool:

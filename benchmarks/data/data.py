@@ -32,29 +32,20 @@ import torch
 from PIL import Image
 
 from benchmarks.data import readers
-from benchmarks.data.report import markdown, read
+from benchmarks.data.report import markdown
 from benchmarks.data.startup import start_up
-from benchmarks.harness.environment import RESULTS, stamp
+from benchmarks.harness.environment import parser, results_folder, stamp
+from benchmarks.harness.rows import append, read
+from benchmarks.harness.timing import spread
 from repa_fast.data.dali import GPU_MAX, GPU_MEAN, choose
 from repa_fast.data.dataset import LatentDataset, Metadata, Row, write
 from repa_fast.prepare.crop import encode
 
 RESOLUTION = 256
-METADATA = Metadata(
-    resolution=RESOLUTION,
-    latent_shape=(4, RESOLUTION // 8, RESOLUTION // 8),
-    vae="none",
-    scale=1.0,
-    bias=0.0,
-    class_names=("photograph",),
-)
-BOUNDS = {
-    "dali-cpu": (0, 0),
-    "dali-gpu": (GPU_MAX, GPU_MEAN),
-    "official": (0, 0),
-    "dali-cpu-224": (0, 0),
-    "dali-224": (np.inf, 0.01),
-}
+PLAIN = {"vae": "none", "scale": 1.0, "bias": 0.0, "class_names": ("photograph",)}
+METADATA = Metadata(resolution=RESOLUTION, latent_shape=(4, 32, 32), **PLAIN)
+BOUNDS = dict.fromkeys(("dali-cpu", "official", "dali-cpu-224"), (0, 0))
+BOUNDS |= {"dali-gpu": (GPU_MAX, GPU_MEAN), "dali-224": (np.inf, 0.01)}
 """Reader -> bounds on the maximum and mean difference from Pillow's images, in levels of 256, or,
 resized, in standard deviations. DALI resizes with a filter table of its own: 0.0025 on average
 here; a shift by a tenth of a pixel makes 0.017, bilinear 0.027, no antialiasing 0.023."""
@@ -74,7 +65,7 @@ READERS: dict[str, Callable[[readers.Source], readers.Reader]] = {
 
 
 def photographs(count: int, quality: int) -> Iterator[Row]:
-    """Random parts of scikit-learn's two photographs, mirrored half of the time, with moments."""
+    """Cut random parts of scikit-learn's two photographs, half of them mirrored, with moments."""
     from sklearn.datasets import load_sample_images
 
     random = np.random.default_rng(0)
@@ -91,14 +82,14 @@ def photographs(count: int, quality: int) -> Iterator[Row]:
 
 
 def row_bytes(dataset: LatentDataset) -> int:
-    """Mean bytes of a row: its image, its moments in fp32, its label."""
+    """Return the mean bytes of a row: its image, its moments in fp32, its label."""
     images = dataset.rows(np.arange(len(dataset)))["image"]
     moments = 4 * int(np.prod(dataset.metadata.moments_shape))
     return round(sum(map(len, images)) / len(images)) + moments + 8
 
 
 def rate(epoch: readers.Epoch) -> float:
-    """Images per second of an epoch."""
+    """Return the images per second of an epoch."""
     with epoch() as batches:
         started = time.perf_counter()
         images = sum(len(batch) for batch in batches)
@@ -108,13 +99,13 @@ def rate(epoch: readers.Epoch) -> float:
 
 
 def first_images(reader: readers.Reader) -> torch.Tensor:
-    """The first batch of an epoch, which is the order's or the folder's second one."""
+    """Return the first batch of an epoch, which is the order's or the folder's second one."""
     with reader as epoch, epoch() as batches:
         return next(batches).cpu().float()
 
 
 def compared(source: readers.Source, reader: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Some images of a reader, and what they have to be, both float32."""
+    """Return some images of a reader, and what they have to be, both float32."""
     if reader == "official":
         items = readers.OfficialFiles(source.folder)
         rows = source.dataset.fetch(np.arange(source.batch))
@@ -133,19 +124,19 @@ def compared(source: readers.Source, reader: str) -> tuple[torch.Tensor, torch.T
 
 
 def why_wrong(source: readers.Source, reader: str) -> str:
-    """What is wrong with a reader's images, "" if nothing is."""
+    """Return what is wrong with a reader's images, or ""."""
     if reader not in BOUNDS:
         return ""
     got, expected = compared(source, reader)
     error = (got - expected).abs()
     found = (float(error.max()), float(error.mean()))
-    if found[0] > BOUNDS[reader][0] or found[1] > BOUNDS[reader][1]:
+    if any(one > bound for one, bound in zip(found, BOUNDS[reader])):
         return f"differs from Pillow by {found} (maximum, mean), expected at most {BOUNDS[reader]}"
     return ""
 
 
 def why_not(reader: str) -> str:
-    """What this machine lacks for a reader, "" if nothing."""
+    """Return what this machine lacks for a reader, or ""."""
     if reader.startswith("pillow") and find_spec("torchvision") is None:
         return "torchvision is not installed"
     if reader.startswith("dali"):
@@ -158,14 +149,13 @@ def why_not(reader: str) -> str:
 
 
 def measure(source: readers.Source, names: list[str], rounds: int) -> dict[str, dict]:
-    """Reader -> figures of `rounds` epochs, after one that warms up; or why there are none."""
+    """Return reader -> figures of `rounds` epochs after a warm-up, or why there are none."""
     found: dict[str, dict] = {}
     with ExitStack() as stack:
         epochs, rates = {}, {}
         for name in names:
             with failing(found, name):
-                wrong = why_wrong(source, name)
-                if wrong:
+                if wrong := why_wrong(source, name):
                     found[name] = {"status": "failed", "message": wrong}
                     continue
                 epochs[name] = stack.enter_context(READERS[name](source))
@@ -175,37 +165,27 @@ def measure(source: readers.Source, names: list[str], rounds: int) -> dict[str, 
                     with failing(found, name):
                         rates.setdefault(name, []).append(rate(epoch))
     for name in rates.keys() - found.keys():
-        counted = rates[name][1:]
-        low, middle, high = np.percentile(counted, (20, 50, 80)).round(1).tolist()
-        found[name] = {
-            "status": "ok",
-            "images_per_s_p20": low,
-            "images_per_s_p50": middle,
-            "images_per_s_p80": high,
-            "images_per_s": [round(figure, 1) for figure in counted],
-        }
+        counted = [round(figure, 1) for figure in rates[name][1:]]
+        found[name] = {"status": "ok", **spread("images_per_s", counted), "images_per_s": counted}
     return {name: found[name] for name in names}
 
 
 @contextmanager
 def failing(found: dict[str, dict], name: str) -> Iterator[None]:
-    """An error becomes the reader's row."""
+    """Turn an error into the reader's row."""
     try:
         yield
     except Exception as error:  # DALI's are of any kind
-        message = f"{type(error).__name__}: {error}"
-        found[name] = {"status": "failed", "message": message}
+        found[name] = {"status": "failed", "message": f"{type(error).__name__}: {error}"}
 
 
 def compare(options: argparse.Namespace, folder: Path) -> list[dict]:
-    """Rows of the readers that can run here."""
-    names = []
-    for name in options.reader:
-        lacking = why_not(name)
-        if lacking:
-            print(f"{name}: skipped, {lacking}", flush=True)
-        else:
-            names.append(name)
+    """Return rows of the readers that can run here."""
+    lacking = {name: why_not(name) for name in options.reader}
+    for name, reason in lacking.items():
+        if reason:
+            print(f"{name}: skipped, {reason}", flush=True)
+    names = [name for name, reason in lacking.items() if not reason]
     torch.set_num_threads(options.threads)
     rows = readers.also_files(photographs(options.rows, options.quality), folder)
     write(folder / "train.lance", rows, METADATA)
@@ -222,26 +202,22 @@ def compare(options: argparse.Namespace, folder: Path) -> list[dict]:
 
 def main() -> int:
     """Measure every reader that can run here, append the rows and write their report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--reader", nargs="*", choices=READERS, default=list(READERS))
-    parser.add_argument("--rows", type=int, default=2048)
-    parser.add_argument("--quality", type=int, default=75, help="of the JPEG files, 1 to 100")
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5, help="epochs that count")
-    parser.add_argument("--startup", action="store_true", help="time to the first batch instead")
-    parser.add_argument("--out", type=Path, help="file to append the rows to")
-    options = parser.parse_args()
+    flags = parser(__doc__.splitlines()[0], "file to append the rows to", device=False)
+    flags.add_argument("--reader", nargs="*", choices=READERS, default=list(READERS))
+    flags.add_argument("--rows", type=int, default=2048)
+    flags.add_argument("--quality", type=int, default=75, help="of the JPEG files, 1 to 100")
+    flags.add_argument("--batch", type=int, default=256)
+    flags.add_argument("--threads", type=int, default=2)
+    flags.add_argument("--rounds", type=int, default=5, help="epochs that count")
+    flags.add_argument("--startup", action="store_true", help="time to the first batch instead")
+    options = flags.parse_args()
     with tempfile.TemporaryDirectory() as name:
         work = start_up if options.startup else compare
         rows = work(options, Path(name))
-    device = rows[0]["device"].lower().replace(" ", "-") if torch.cuda.is_available() else "cpu"
-    out = options.out or RESULTS / device / f"{rows[0]['date']}_data" / "rows.jsonl"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out, "a") as file:
-        for row in rows:
-            print(json.dumps(row), flush=True)
-            file.write(json.dumps(row) + "\n")
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    out = options.out or results_folder("data", where) / "rows.jsonl"
+    append(out, *rows)
+    print(*map(json.dumps, rows), sep="\n", flush=True)
     out.with_name("report.md").write_text(markdown(read(out)))
     return int(any(row["status"] != "ok" for row in rows))
 

@@ -23,6 +23,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as TorchDataset
 
+from repa_fast import encoders
 from repa_fast.data.dali import Decode
 from repa_fast.data.dataset import LatentDataset, Row
 from repa_fast.data.loader import Loader
@@ -37,19 +38,12 @@ Reader = AbstractContextManager[Epoch]
 
 @dataclass(frozen=True)
 class Source:
-    """Where the readers read, and how.
+    """Where the readers read, and how."""
 
-    Attributes:
-        folder: train.lance; jpeg/ with its image files; images/ and vae-sd/ as REPA has them.
-        dataset: the table.
-        batch: images per batch.
-        threads: threads or processes that decode.
-    """
-
-    folder: Path
-    dataset: LatentDataset
-    batch: int
-    threads: int
+    folder: Path  # train.lance; jpeg/ with its image files; images/ and vae-sd/ as REPA has them
+    dataset: LatentDataset  # the table
+    batch: int  # images per batch
+    threads: int  # threads or processes that decode
 
     @property
     def steps(self) -> int:
@@ -58,7 +52,7 @@ class Source:
 
 
 def also_files(rows: Iterator[Row], folder: Path) -> Iterator[Row]:
-    """The rows; each is also written as a JPEG file, and as REPA's PNG (uncompressed) and .npy."""
+    """Write each row also as a JPEG file, and as REPA's PNG (uncompressed) and .npy."""
     labels = []
     for index, row in enumerate(rows):
         jpeg = folder / "jpeg" / "photograph" / f"{index:08d}.jpg"
@@ -75,7 +69,7 @@ def also_files(rows: Iterator[Row], folder: Path) -> Iterator[Row]:
 
 
 def table_rows(source: Source, cold: bool = False) -> Reader:
-    """The table alone: images as bytes, moments, labels; `cold` drops its pages before an epoch."""
+    """Read the table alone: images as bytes, moments, labels; `cold` drops its pages first."""
     order = SampleOrder(len(source.dataset), source.batch, 0)
     epochs = itertools.count()
 
@@ -91,11 +85,7 @@ def table_rows(source: Source, cold: bool = False) -> Reader:
 
 
 def drop_pages(table: Path) -> None:
-    """Drop a table's files from the page cache.
-
-    Raises:
-        RuntimeError: more than 1 % of them is still there, as on a file system in memory.
-    """
+    """Drop a table from the page cache; raise RuntimeError if 1 % stays, as on a tmpfs."""
     files = [path for path in table.rglob("*") if path.is_file()]
     for path in files:
         with open(path, "rb") as file:
@@ -107,7 +97,7 @@ def drop_pages(table: Path) -> None:
 
 
 def resident_pages(path: Path) -> tuple[int, int]:
-    """How many of a file's pages are in the page cache, and how many it has: mincore(2)."""
+    """Return how many of a file's pages are in the page cache, and how many it has: mincore(2)."""
     size = path.stat().st_size
     if not size:
         return 0, 0
@@ -126,7 +116,7 @@ def resident_pages(path: Path) -> tuple[int, int]:
 def ours(
     source: Source, decode: Decode, prepare: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> Reader:
-    """Batches of the Loader; `prepare` works on the images in the thread that takes them."""
+    """Read batches of the Loader; `prepare` works on the images in the thread that takes them."""
 
     @contextmanager
     def epoch() -> Iterator[Iterator[torch.Tensor]]:
@@ -148,21 +138,11 @@ def ours(
     return nullcontext(epoch)
 
 
-class Identity(torch.nn.Module):
-    """In the place of an encoder's ViT: the tokens are its input."""
-
-    num_prefix_tokens = 0
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-
 def encoder_input() -> Callable[[torch.Tensor], torch.Tensor]:
-    """What DINOv2 does before its ViT: uint8 (B, 3, R, R) -> float32 (B, 3, 224, 224)."""
-    from repa_fast.encoders.dinov2 import DINOv2
-
-    encoder = DINOv2("s", False, INPUT_SIZE, pretrained=False)
-    encoder.vit = Identity()
+    """Return what DINOv2 does before its ViT: uint8 (B, 3, R, R) -> float32 (B, 3, 224, 224)."""
+    encoder = encoders.spec("dinov2-vit-s").build(INPUT_SIZE, pretrained=False)
+    encoder.vit = vit = torch.nn.Identity()  # the tokens are its input
+    vit.num_prefix_tokens, vit.forward_features = 0, vit.forward
     return torch.no_grad()(encoder.forward)
 
 
@@ -173,13 +153,10 @@ class JpegFiles(TorchDataset):
         from torchvision import transforms
 
         self.files = sorted(folder.rglob("*.jpg"))
-        self.transform = transforms.Compose(
-            [
-                transforms.Resize((INPUT_SIZE, INPUT_SIZE), transforms.InterpolationMode.BICUBIC),
-                transforms.ToTensor(),
-                transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-            ]
-        )
+        bicubic, side = transforms.InterpolationMode.BICUBIC, (INPUT_SIZE, INPUT_SIZE)
+        parts = transforms.Resize(side, bicubic), transforms.ToTensor()
+        normalise = transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)
+        self.transform = transforms.Compose([*parts, normalise])
 
     def __len__(self) -> int:
         return len(self.files)
@@ -210,32 +187,25 @@ class OfficialFiles(TorchDataset):
 
 
 def in_processes(source: Source, items: TorchDataset) -> Reader:
-    """torch's DataLoader with `threads` worker processes, which last; default collate."""
-    loader = DataLoader(
-        items,
-        source.batch,
-        shuffle=True,
-        drop_last=True,
-        num_workers=source.threads,
-        persistent_workers=True,
-        multiprocessing_context="spawn",
-    )
+    """Read by torch's DataLoader with `threads` worker processes, which last; default collate."""
+    options = {"num_workers": source.threads, "persistent_workers": True}
+    options["multiprocessing_context"] = "spawn"
+    loader = DataLoader(items, source.batch, shuffle=True, drop_last=True, **options)
 
     @contextmanager
     def epoch() -> Iterator[Iterator[torch.Tensor]]:
-        # a generator: the workers begin with the first batch that is asked for
-        yield (batch[0] if isinstance(batch, list) else batch for batch in _lazily(loader))
+        def batches() -> Iterator[torch.Tensor]:
+            for batch in loader:  # whose workers begin with the first batch that is asked for
+                yield batch[0] if isinstance(batch, list) else batch
+
+        yield batches()
 
     return nullcontext(epoch)
 
 
-def _lazily(loader: DataLoader) -> Iterator:
-    yield from loader
-
-
 @contextmanager
 def in_threads(source: Source, items: TorchDataset) -> Iterator[Epoch]:
-    """Items in `threads` threads, which work one batch ahead of the thread that collates."""
+    """Read items in `threads` threads, which work one batch ahead of the thread that collates."""
 
     @contextmanager
     def epoch() -> Iterator[Iterator[torch.Tensor]]:
@@ -255,7 +225,7 @@ def in_threads(source: Source, items: TorchDataset) -> Iterator[Epoch]:
 
 
 def dali_whole(source: Source, shuffle: bool = True) -> Reader:
-    """A DALI pipeline on the CPU that reads the JPEG files, decodes, resizes and normalises."""
+    """Read by a DALI pipeline on the CPU that reads JPEG files, decodes, resizes, normalises."""
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.plugin.pytorch import feed_ndarray
 

@@ -1,11 +1,9 @@
 """Rows of benchmarks/data/data.py for people."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 
-STAMP = ("date", "commit", "python", "torch", "device", "cores")
+from benchmarks.harness.rows import facts, grid, latest
+
 RATIOS = (
     ("dali-cpu-224", "pillow-224-threads"),
     ("dali-cpu-224", "pillow-224-processes"),
@@ -15,31 +13,25 @@ RATIOS = (
 )
 
 
-def read(path: Path) -> list[dict]:
-    """Rows of a file, the last of each reader, JPEG quality and number of threads."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return list({(row["reader"], run(row)): row for row in rows}.values())
-
-
 def run(row: dict) -> tuple:
-    """What the rows of one table have in common."""
+    """Return what the rows of one table have in common."""
     return row.get("jpeg_quality"), row.get("threads")
 
 
 def markdown(rows: list[dict]) -> str:
-    """A table for each JPEG quality and number of threads, and one for start-up."""
-    parts = ["# Data path\n"]
-    parts += [f"- {name}: {rows[-1][name]}" for name in STAMP]
+    """Return a table of the last rows per JPEG quality and number of threads, and start-up."""
+    rows = latest(rows, lambda row: (row["reader"], run(row)))
+    parts = ["# Data path\n", *facts(rows[-1:]), ""]
     for common in dict.fromkeys(run(row) for row in rows if row["reader"] != "startup"):
-        parts += ["", *table([row for row in rows if run(row) == common])]
+        parts += table([row for row in rows if run(row) == common])
     for row in rows:
         if row["reader"] == "startup":
-            parts += ["", *startup(row)]
-    return "\n".join(parts) + "\n"
+            parts += startup(row)
+    return "\n".join(parts)
 
 
 def table(rows: list[dict]) -> list[str]:
-    """Figures of readers that took turns, and ratios round by round."""
+    """Return figures of readers that took turns, and ratios round by round."""
     first = rows[0]
     lines = [
         f"## JPEG of quality {first['jpeg_quality']}, {first['threads']} threads",
@@ -49,29 +41,26 @@ def table(rows: list[dict]) -> list[str]:
         f"{first['load_average_before']} before, {first['load_average_after']} after. "
         f"`{first['command']}`",
         "",
-        "| reader | images/s p20 | p50 | p80 |",
-        "|---|---|---|---|",
     ]
+    cells = []
     for row in rows:
+        figures = f"{row['status']}: {row.get('message')}", "", ""
         if row["status"] == "ok":
-            figures = " | ".join(f"{row[f'images_per_s_p{p}']:,.0f}" for p in (20, 50, 80))
-            lines.append(f"| {row['reader']} | {figures} |")
-        else:
-            lines.append(f"| {row['reader']} | {row['status']}: {row['message']} | | |")
-    figures = {
-        row["reader"]: np.array(row["images_per_s"]) for row in rows if "images_per_s" in row
-    }
-    lines += ["", "| ratio | p20 | p50 | p80 |", "|---|---|---|---|"]
-    for ours, rival in RATIOS:
-        if ours in figures and rival in figures:
-            ratios = np.percentile(figures[ours] / figures[rival], (20, 50, 80))
-            values = " | ".join(f"{value:.2f}" for value in ratios)
-            lines.append(f"| {ours} to {rival} | {values} |")
-    return lines
+            figures = (f"{row[f'images_per_s_p{p}']:,.0f}" for p in (20, 50, 80))
+        cells.append((row["reader"], *figures))
+    rates = {r["reader"]: np.array(r["images_per_s"]) for r in rows if "images_per_s" in r}
+    ratios = [
+        (f"{ours} to {rival}", *(f"{value:.2f}" for value in quotient))
+        for ours, rival in RATIOS
+        if ours in rates and rival in rates
+        for quotient in [np.percentile(rates[ours] / rates[rival], (20, 50, 80))]
+    ]
+    lines += grid(("reader", "images/s p20", "p50", "p80"), cells)
+    return lines + grid(("ratio", "p20", "p50", "p80"), ratios)
 
 
 def startup(row: dict) -> list[str]:
-    """The start-up figures as a list."""
+    """Return the start-up figures as a list."""
     return [
         "## Start-up",
         "",
@@ -83,4 +72,5 @@ def startup(row: dict) -> list[str]:
         f"{row['since_open_s_p50']:.2f} s",
         f"- from the start of the process, imports included: {row['since_process_s_p50']:.2f} s",
         f"- peak memory of the process: {row['peak_gib_p50']:.2f} GiB",
+        "",
     ]

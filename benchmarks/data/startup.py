@@ -31,8 +31,8 @@ METADATA = Metadata(
 
 
 def tiny(count: int) -> Iterator[Row]:
-    """Rows of a few hundred bytes: one of 64 images, noise after its end, which decoders do not
-    read and Lance cannot compress, and moments."""
+    """Make rows of a few hundred bytes: one of 64 images, moments, and noise after the image's end,
+    which decoders do not read and Lance cannot compress."""
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (IMAGES, 8, 8, 3), np.uint8)
     images = [encode(image) for image in pixels]
@@ -45,7 +45,7 @@ def tiny(count: int) -> Iterator[Row]:
 
 
 def start_up(options: argparse.Namespace, folder: Path) -> list[dict]:
-    """A row: seconds to the first batch and peak memory of each start."""
+    """Return a row: seconds to the first batch and peak memory of each start."""
     started = time.perf_counter()
     write(folder / "train.lance", tiny(ROWS), METADATA, batch_rows=CHUNK)
     built = time.perf_counter() - started
@@ -60,20 +60,16 @@ def start_up(options: argparse.Namespace, folder: Path) -> list[dict]:
         f"{name}_p50": round(float(np.median([start[name] for start in starts])), 3)
         for name in starts[0]
     }
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     row = {"reader": "startup", **stamp(), "rows": ROWS, "batch": options.batch}
-    row |= {"row_bytes": table_bytes(folder) // ROWS, "built_s": round(built, 1)}
+    row |= {"row_bytes": size // ROWS, "built_s": round(built, 1)}
     row |= {"load_average_after": round(os.getloadavg()[0], 2)}
     return [{**row, "status": "ok", **middle, "starts": starts}]
 
 
-def table_bytes(folder: Path) -> int:
-    """Of all files."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 def first_batch(folder: str, batch: int, born: float) -> dict[str, float]:
-    """Seconds since `born` (the process's start, on the wall clock) and since the dataset was
-    opened, GiB of memory at most."""
+    """Return seconds since `born` (the process's start, on the wall clock) and since the dataset
+    was opened, and GiB of memory at the peak."""
     opened = time.perf_counter()
     dataset = open_dataset(folder)
     with Loader(dataset, SampleOrder(len(dataset), batch, 0), start=0, stop=1) as loader:

@@ -9,9 +9,6 @@ checkpoints shows how memory grows.
 
 import argparse
 import contextlib
-import dataclasses
-import datetime
-import json
 import random
 import shlex
 import statistics
@@ -19,15 +16,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from benchmarks.faults.chaos_report import markdown, read
+from benchmarks.faults.chaos_report import markdown
 from benchmarks.faults.chaos_run import Broken, Trainer
-from benchmarks.harness.environment import RESULTS, stamp
+from benchmarks.harness.environment import parser, results_folder, stamp
+from benchmarks.harness.rows import append, read
 from repa_fast.checkpoint.layout import path_of, read_native, steps
-from repa_fast.prepare.images import prepare_digits
+from repa_fast.data.digits import prepare_digits
 from repa_fast.train.report import read_metrics
 
 RANKS = 2
@@ -37,64 +36,47 @@ LOG_EVERY, SAVE_EVERY, KEEP_LAST = 2, 5, 3
 LONGEST = {"training": 0.2, "checkpointing": 0.2}
 """Seconds from the step or the directory that is waited for to the latest kill."""
 
-TIMED = ("_ms", "_seconds", "_per_second", "mfu")
-"""How the names of metrics end that tell of time, and differ from run to run."""
-
+TIMED = ("_ms", "_seconds", "_per_second", "mfu")  # ends of metrics that differ from run to run
 MEMORY_SAVE_EVERY, MEMORY_LOG_EVERY = 200, 20
 TINY = {
-    "--preset": "digits",
-    "--hidden-size": 32,
-    "--depth": 3,
-    "--num-heads": 2,
-    "--projector-dim": 32,
-    "--align": "sra",
-    "--block-out-s": 1,
-    "--block-out-t": 3,
-    "--batch-size": 12,
-    "--report-to": "none",
-    "--sampling-steps": 0,
+    **{"--preset": "digits", "--hidden-size": 32, "--depth": 3, "--num-heads": 2},
+    **{"--projector-dim": 32, "--align": "sra", "--block-out-s": 1, "--block-out-t": 3},
+    **{"--batch-size": 12, "--report-to": "none", "--sampling-steps": 0},
 }
-"""SRA, for a start without an encoder's packages; and a wrong average would show in the loss."""
+"""SRA, for a start without an encoder's packages; and a wrong EMA would show in the loss."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Kill:
-    """When and whom: `after` steps from where the run begins, then `wait` of the longest delay."""
+    """When and whom to kill."""
 
     phase: str
     target: str
-    after: int
-    wait: float
+    after: int  # steps from where the run begins
+    wait: float  # of the longest delay
 
 
 def plan(kills: int, reach: int, seed: int) -> list[Kill]:
-    """Every phase and every target equally often, in random order."""
+    """Draw every phase and every target equally often, in random order."""
     draw = random.Random(seed)
-    phases, targets = _rounds(PHASES, draw), _rounds(TARGETS, draw)
-    return [
-        Kill(next(phases), next(targets), draw.randint(1, reach), draw.random())
-        for _ in range(kills)
-    ]
 
+    def rounds(values: tuple[str, ...]) -> Iterator[str]:
+        while True:
+            yield from draw.sample(values, len(values))
 
-def _rounds(values: tuple[str, ...], draw: random.Random) -> Iterator[str]:
-    while True:
-        yield from draw.sample(values, len(values))
+    pairs = zip(range(kills), rounds(PHASES), rounds(TARGETS))
+    return [Kill(*pair, draw.randint(1, reach), draw.random()) for _, *pair in pairs]
 
 
 def flags(data: Path, steps: int, save_every: int, log_every: int, more: str = "") -> list[str]:
-    """What all runs of a comparison have in common, for train.py."""
-    named = TINY | {
-        "--data-dir": data,
-        "--max-train-steps": steps,
-        "--checkpointing-steps": save_every,
-        "--log-every": log_every,
-    }
+    """Return the flags of train.py that all runs of a comparison have in common."""
+    named = TINY | {"--data-dir": data, "--max-train-steps": steps}
+    named |= {"--checkpointing-steps": save_every, "--log-every": log_every}
     return [str(part) for pair in named.items() for part in pair] + shlex.split(more)
 
 
 def undisturbed(arguments: list[str], run: Path) -> dict:
-    """A run to its end; its seconds, and those from its processes to its first step."""
+    """Run to the end; return the seconds, and those from the processes to the first step."""
     began = time.monotonic()
     with started(arguments, run) as trainer:
         trainer.until(lambda: len(trainer.workers()) == RANKS, "its processes")
@@ -109,10 +91,9 @@ def undisturbed(arguments: list[str], run: Path) -> dict:
 def disturbed(
     arguments: list[str], run: Path, kills: list[Kill], start_seconds: float, whole: Path
 ) -> list[dict]:
-    """Rows of a run that suffers `kills` until they or its steps are used up, and of its end.
+    """Return rows of a run that suffers `kills` until they or its steps are used up.
 
-    Raises:
-        Broken: a promise was not kept, or it does not end as the run in `whole` did.
+    Raise Broken if a promise was not kept, or it does not end as the run in `whole` did.
     """
     began = time.monotonic()
     with started(arguments, run) as trainer:
@@ -121,28 +102,19 @@ def disturbed(
                 break
             trainer.kill(kill.target)
             row = trainer.kills[-1]
-            print(
-                f"{run.name}, kill {number} of {len(kills)}: {row['target']} while "
-                f"{row['phase']}, step {row['reached']}",
-                flush=True,
-            )
+            what = f"{row['target']} while {row['phase']}, step {row['reached']}"
+            print(f"{run.name}, kill {number} of {len(kills)}: {what}", flush=True)
         trainer.finish()
-    differing = differences(run, whole)
-    if differing:
+    if differing := differences(run, whole):
         raise Broken(f"{run} differs from {whole} in {', '.join(differing)}")
-    row = {
-        "kind": "run",
-        "kills": len(trainer.kills),
-        "identical": True,
-        "announced": len(trainer.announced),
-        "seconds": time.monotonic() - began,
-    }
+    row = {"kind": "run", "kills": len(trainer.kills), "announced": len(trainer.announced)}
+    row |= {"identical": True, "seconds": time.monotonic() - began}
     return [*trainer.kills, row]
 
 
 @contextlib.contextmanager
 def started(arguments: list[str], run: Path, ranks: int = RANKS) -> Iterator[Trainer]:
-    """A run that is ended at the latest on leaving."""
+    """Start a run that is ended at the latest on leaving."""
     trainer = Trainer(arguments, run, ranks, KEEP_LAST)
     try:
         trainer.launch()
@@ -152,7 +124,7 @@ def started(arguments: list[str], run: Path, ranks: int = RANKS) -> Iterator[Tra
 
 
 def moment(trainer: Trainer, kill: Kill, start_seconds: float) -> bool:
-    """Let the run go on until it shall be killed; False if it ends before."""
+    """Let the run go on until it shall be killed; return False if it ends before."""
     if kill.phase == "resuming":
         there = trainer.until(lambda: len(trainer.workers()) == RANKS, "its processes")
         if there and trainer.began_at is None:
@@ -170,25 +142,17 @@ def moment(trainer: Trainer, kill: Kill, start_seconds: float) -> bool:
 
 
 def differences(run: Path, whole: Path) -> list[str]:
-    """Tensors of the last checkpoint, and readings of the metrics, that are not bit-equal."""
-    ours, theirs = last_tensors(run), last_tensors(whole)
+    """Return tensors of the last checkpoint, and metrics.jsonl, that are not bit-equal."""
+    folders = run / "checkpoints", whole / "checkpoints"
+    ours, theirs = (read_native(path_of(folder, steps(folder)[-1]), "") for folder in folders)
+    both = ours.keys() & theirs.keys()
     differing = sorted(ours.keys() ^ theirs.keys())
-    differing += [
-        name for name in ours.keys() & theirs.keys() if not torch.equal(ours[name], theirs[name])
-    ]
-    if readings(run) != readings(whole):
-        differing.append("metrics.jsonl")
-    return differing
-
-
-def last_tensors(run: Path) -> dict[str, torch.Tensor]:
-    """Parameters, averages and optimizer state of a run's last checkpoint."""
-    folder = run / "checkpoints"
-    return read_native(path_of(folder, steps(folder)[-1]), "")
+    differing += [name for name in both if not torch.equal(ours[name], theirs[name])]
+    return differing + ["metrics.jsonl"] * (readings(run) != readings(whole))
 
 
 def readings(run: Path) -> list[dict]:
-    """A run's metrics without those that tell of time."""
+    """Return a run's metrics without those that tell of time."""
     return [
         {name: value for name, value in line.items() if not name.endswith(TIMED)}
         for line in read_metrics(run / "metrics.jsonl")
@@ -196,7 +160,7 @@ def readings(run: Path) -> list[dict]:
 
 
 def memory(data: Path, run: Path, count: int, more: str) -> dict:
-    """Resident memory of both processes over `count` steps: readings, and means of two tenths."""
+    """Return both processes' resident memory over `count` steps, and means of two tenths."""
     arguments = flags(data, count, MEMORY_SAVE_EVERY, MEMORY_LOG_EVERY, more)
     with started(arguments, run) as trainer:
         trainer.watch_memory = True
@@ -212,7 +176,7 @@ def memory(data: Path, run: Path, count: int, more: str) -> dict:
 
 
 def chaos(options: argparse.Namespace, work: Path) -> Iterator[dict]:
-    """Rows of the undisturbed run, of kills and their runs, and of memory."""
+    """Return rows of the undisturbed run, of kills and their runs, and of memory."""
     data = prepare_digits(work / "digits")
     common = {**stamp(), "flags": options.flags, "ranks": RANKS}
     if options.kills:
@@ -224,8 +188,7 @@ def chaos(options: argparse.Namespace, work: Path) -> Iterator[dict]:
         number = 0
         while left:
             number += 1
-            share = left[: options.kills_per_run]
-            run = work / f"run{number}"
+            share, run = left[: options.kills_per_run], work / f"run{number}"
             rows = disturbed(arguments, run, share, whole["start_seconds"], work / "undisturbed")
             left = left[rows[-1]["kills"] :]
             yield from ({**common, "run": number, "seed": options.seed, **row} for row in rows)
@@ -233,31 +196,25 @@ def chaos(options: argparse.Namespace, work: Path) -> Iterator[dict]:
         yield common | memory(data, work / "memory", options.memory_steps, options.flags)
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=50, help="0 for none")
-    parser.add_argument("--kills-per-run", type=int, default=13)
-    parser.add_argument("--steps", type=int, default=240, help="of each run")
-    parser.add_argument("--memory-steps", type=int, default=6000, help="0 for no such run")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--flags", default="", help='more flags of train.py: "--parallel fsdp"')
-    parser.add_argument("--work", type=Path, help="folder of the runs, kept; a temporary one")
-    parser.add_argument("--out", type=Path, help="file to append the rows to")
-    return parser.parse_args()
-
-
 def main() -> int:
     """Kill, compare, append the rows, and write their report."""
-    options = parse()
-    name = f"{datetime.date.today().isoformat()}_chaos"
-    out = options.out or RESULTS / "cpu" / name / "rows.jsonl"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack, open(out, "a", buffering=1) as file:
+    arguments = parser(__doc__.splitlines()[0], "file to append the rows to", device=False)
+    arguments.add_argument("--kills", type=int, default=50, help="0 for none")
+    arguments.add_argument("--kills-per-run", type=int, default=13)
+    arguments.add_argument("--steps", type=int, default=240, help="of each run")
+    arguments.add_argument("--memory-steps", type=int, default=6000, help="0 for no such run")
+    arguments.add_argument("--seed", type=int, default=0, help="of the moments")
+    arguments.add_argument("--flags", default="", help='more flags of train.py: "--parallel fsdp"')
+    arguments.add_argument("--work", type=Path, help="folder of the runs, kept; a temporary one")
+    options = arguments.parse_args()
+    out = options.out or results_folder("chaos", "cpu") / "rows.jsonl"
+    with contextlib.ExitStack() as stack:
         work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for row in chaos(options, work):
-            file.write(json.dumps(row) + "\n")
-    out.with_name("report.md").write_text(markdown(read(out)))
-    print(out.with_name("report.md").read_text())
+            append(out, row)
+    text = markdown(read(out))
+    out.with_name("report.md").write_text(text)
+    print(text)
     return 0
 
 

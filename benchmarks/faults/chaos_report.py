@@ -4,42 +4,33 @@
 docs/reliability.md.
 """
 
-import json
 import statistics
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks.harness import rows as harness
 from benchmarks.harness.environment import ROOT
+from benchmarks.harness.rows import STAMP, facts, grid, read
 
 PAGE = ROOT / "docs" / "reliability.md"
-BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
-STAMP = ("date", "commit", "python", "torch", "device", "cores")
 PHASES = ("starting", "resuming", "training", "checkpointing")
 FORMER, NOW = "-m benchmarks.chaos ", "-m benchmarks.faults.chaos "  # what older rows name
 TARGETS = {"rank 0": "rank 0", "rank 1": "rank 1", "both": "both", "all": "torchrun too"}
 
 
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def markdown(rows: list[dict]) -> str:
-    """A report of its own."""
-    parts = ["# Kills", "", *(f"- {name}: {rows[-1][name]}" for name in STAMP), ""]
-    return "\n".join([*parts, *figures(rows)]) + "\n"
+    """Return a report of its own."""
+    return "\n".join(["# Kills", "", *facts(rows[-1:]), "", *figures(rows)]) + "\n"
 
 
 def filled(page: str, rows: list[dict]) -> str:
-    """A page with the figures of `rows` between its marks."""
-    before, rest = page.split(BEGIN)
+    """Return a page with the figures of `rows` between its marks."""
     stamp = ", ".join(f"{name} {rows[-1][name]}" for name in STAMP)
-    inside = "\n".join([BEGIN, *figures(rows), f"On: {stamp}.", END])
-    return before + inside + rest.split(END)[1]
+    return harness.filled(page, "figures", "\n".join([*figures(rows), f"On: {stamp}."]))
 
 
 def figures(rows: list[dict]) -> list[str]:
-    """Kills and memory of each set of flags, and the commands."""
+    """Return kills and memory of each set of flags, and the commands."""
     lines = []
     for flags in dict.fromkeys(row["flags"] for row in rows):
         same = [row for row in rows if row["flags"] == flags]
@@ -48,14 +39,14 @@ def figures(rows: list[dict]) -> list[str]:
             for kind in ("kill", "run", "undisturbed", "memory")
         )
         lines += [f"`train.py {flags}`:" if flags else "With the default flags:", ""]
-        lines += [*killed(kills, runs, whole[-1]), ""] if runs else []
-        lines += [*grown(memory[-1]), ""] if memory else []
+        lines += killed(kills, runs, whole[-1]) if runs else []
+        lines += grown(memory[-1]) if memory else []
     commands = [row["command"].replace(FORMER, NOW) for row in rows]
     return [*lines, *(f"`{command}`" for command in dict.fromkeys(commands)), ""]
 
 
 def killed(kills: list[dict], runs: list[dict], whole: dict) -> list[str]:
-    """A sentence and a table of kills by phase."""
+    """Return a sentence and a table of kills by phase."""
     identical = sum(row["identical"] for row in runs)
     halves = sum(row["half_written"] for row in kills)
     again = sum(row["resumed_at"] is not None for row in kills)
@@ -75,19 +66,19 @@ def killed(kills: list[dict], runs: list[dict], whole: dict) -> list[str]:
     ]
 
 
-def cells(kills: list[dict]) -> list[str]:
-    """Number, of each target, and what was lost."""
+def cells(kills: list[dict]) -> list:
+    """Return the number of kills, that of each target, and what was lost."""
     counts = [sum(row["target"] == target for row in kills) for target in TARGETS]
     halves = sum(row["half_written"] for row in kills)
     lost = [row["lost_steps"] for row in kills]
     seconds = [row["recovery_seconds"] for row in kills if row["recovery_seconds"] is not None]
     spans = [f"{statistics.median(lost):g}", max(lost)]
     spans += [f"{statistics.median(seconds):.1f}", f"{max(seconds):.1f}"] if seconds else ["", ""]
-    return [str(cell) for cell in (len(kills), *counts, halves, *spans)]
+    return [len(kills), *counts, halves, *spans]
 
 
 def grown(row: dict) -> list[str]:
-    """Memory of each process."""
+    """Return the memory of each process."""
     heads = ("process", "second tenth, MiB", "last tenth, MiB", "growth, MiB")
     heads += ("of these in the last third", "most, MiB")
     lines = []
@@ -103,12 +94,6 @@ def grown(row: dict) -> list[str]:
         "",
         *grid(heads, lines),
     ]
-
-
-def grid(heads: Iterable, rows: Iterable[Iterable]) -> list[str]:
-    """A Markdown table."""
-    heads, *rows = (f"| {' | '.join(map(str, cells))} |" for cells in (heads, *rows))
-    return [heads, "|" + "---|" * (heads.count("|") - 1), *rows]
 
 
 if __name__ == "__main__":

@@ -32,32 +32,20 @@ class Broken(RuntimeError):
 
 
 class Trainer:
-    """One run, through all its restarts; `launch` starts it.
+    """One run of `ranks` processes in the folder `run`, through all its restarts.
 
-    Args:
-        flags: of train.py, without those of resuming and of the run's place.
-        run: the run's folder.
-        ranks: processes.
-        keep_last: complete checkpoints that the run keeps.
-
-    Attributes:
-        announced: steps of checkpoints that the run said were written.
-        reached: the last step it reported since it last began, None before.
-        began_at: the step it began at, None while it starts.
-        finished: whether the checkpoint of the last step was announced.
-        kills: a row for each, with what became of it once the run has begun again.
-        rss: resident bytes of each rank at every reported step, where `watch_memory` is set.
+    `flags` are train.py's, without those of resuming and of the run's place.
     """
 
     def __init__(self, flags: list[str], run: Path, ranks: int, keep_last: int) -> None:
         self.run, self.ranks, self.keep_last = run, ranks, keep_last
-        self.announced: set[int] = set()
-        self.reached: int | None = None
-        self.began_at: int | None = None
-        self.finished = False
-        self.kills: list[dict] = []
+        self.announced: set[int] = set()  # steps of checkpoints that the run said were written
+        self.reached: int | None = None  # the last step it reported since it last began
+        self.began_at: int | None = None  # the step it began at, None while it starts
+        self.finished = False  # whether the checkpoint of the last step was announced
+        self.kills: list[dict] = []  # a row for each, complete once the run has begun again
         self.watch_memory = False
-        self.rss: list[dict[int, int]] = []
+        self.rss: list[dict[int, int]] = []  # bytes of each rank at every step, if watched
         self._began_wall = self._killed = 0.0
         self._source: int | None = None
         self._complete: list[int] | None = None
@@ -86,10 +74,9 @@ class Trainer:
         self._rest = b""
 
     def until(self, ready: Callable[[], bool], what: str) -> bool:
-        """Read lines until `ready()`; False if the run's last checkpoint or its end comes first.
+        """Read lines until `ready()`; return False if the last checkpoint or the end comes first.
 
-        Raises:
-            Broken: nothing is heard of the run for PATIENCE, or it ends badly.
+        Raise Broken if nothing is heard of the run for PATIENCE, or it ends badly.
         """
         deadline = time.monotonic() + PATIENCE
         while not ready():
@@ -113,11 +100,7 @@ class Trainer:
             time.sleep(0.002)
 
     def finish(self) -> None:
-        """Wait for a good end.
-
-        Raises:
-            Broken: there is none, or announced checkpoints are gone after it.
-        """
+        """Wait for the end; raise Broken if it is not good or announced checkpoints are gone."""
         self.until(lambda: self.finished, "its end")
         try:
             status = self.process.wait(PATIENCE)
@@ -129,7 +112,7 @@ class Trainer:
         self._expect_announced(steps(self.checkpoints))
 
     def read(self) -> bool:
-        """Take in the lines that are there; whether there were any."""
+        """Take in the lines that are there; say whether there were any."""
         heard = False
         while chunk := self.process.stdout.read(65536):
             *lines, self._rest = (self._rest + chunk).split(b"\n")
@@ -139,14 +122,14 @@ class Trainer:
         return heard
 
     def phase(self) -> str:
-        """What the run is doing: starting, resuming, checkpointing or training."""
+        """Return what the run is doing: starting, resuming, checkpointing or training."""
         complete = steps(self.checkpoints)
         if self.began_at is None:
             return "resuming" if complete else "starting"
         return "checkpointing" if self.saving() else "training"
 
     def saving(self) -> bool:
-        """Whether a directory without the marker was touched since the run last began."""
+        """Say whether a directory without the marker was touched since the run last began."""
         if self.began_at is None or not self.checkpoints.is_dir():
             return False
         for folder in self.checkpoints.iterdir():
@@ -156,7 +139,7 @@ class Trainer:
         return False
 
     def workers(self) -> dict[int, int]:
-        """Process of each rank that runs."""
+        """Return the process of each rank that runs."""
         found = {}
         for pid in descendants(self.process.pid):
             with contextlib.suppress(OSError):
@@ -166,17 +149,12 @@ class Trainer:
         return found
 
     def kill(self, target: str) -> None:
-        """SIGKILL "rank N", "both" ranks or "all", which is torchrun too, and wait for their end.
+        """Kill "rank N", "both" ranks or "all", which is torchrun too, and wait for their end.
 
-        After "all" the run is started again.
-
-        Raises:
-            Broken: the other ranks do not end.
+        After "all" the run is started again. Raise Broken if the other ranks do not end.
         """
         workers = self.workers()
-        victims = list(workers.values())
-        if target.startswith("rank"):
-            victims = [pid for rank, pid in workers.items() if target == f"rank {rank}"]
+        victims = [pid for rank, pid in workers.items() if target in (f"rank {rank}", "both")]
         if target == "all":
             victims = [self.process.pid, *descendants(self.process.pid)]
         phase, self._killed = self.phase(), time.monotonic()
@@ -205,13 +183,11 @@ class Trainer:
             self.process.wait()
 
     def see(self, line: str) -> None:
-        """Take in a line.
-
-        Raises:
-            Broken: what it says is not so, or must not be.
-        """
+        """Take in a line; raise Broken if what it says is not so, or must not be."""
         if match := GOING_ON.search(line):
-            self._check_source(Path(match[1]))
+            self._source = int(Path(match[1]).name)
+            if self._source not in self._complete_when_it_looked():
+                raise Broken(f"went on from {match[1]}, which has no marker")
         elif match := BEGINS.search(line):
             self._begin(int(match[1]))
             self._total = int(match[2])
@@ -220,16 +196,13 @@ class Trainer:
             if self.watch_memory:
                 self.rss.append({rank: resident(pid) for rank, pid in self.workers().items()})
         elif match := ANNOUNCED.match(line):
-            self._announce(int(Path(match[1]).name))
-
-    def _check_source(self, source: Path) -> None:
-        step = int(source.name)
-        if step not in self._complete_when_it_looked():
-            raise Broken(f"went on from {source}, which has no marker")
-        self._source = step
+            step = int(Path(match[1]).name)
+            self.announced.add(step)
+            self._expect_announced(steps(self.checkpoints))
+            self.finished = step >= self._total
 
     def _complete_when_it_looked(self) -> list[int]:
-        """As the last kill left it; without one, what there is now, which nobody has added to."""
+        """Return what the last kill left; without one, what there is now, which nobody added to."""
         return steps(self.checkpoints) if self._complete is None else self._complete
 
     def _begin(self, step: int) -> None:
@@ -248,19 +221,11 @@ class Trainer:
                 row["recovery_seconds"] = time.monotonic() - self._killed if last else None
 
     def _expect_announced(self, complete: list[int]) -> None:
-        """Every announced checkpoint is complete, or was pruned after newer ones."""
-        lost = [
-            step
-            for step in self.announced - set(complete)
-            if sum(other > step for other in complete) < self.keep_last
-        ]
+        """Expect every announced checkpoint to be complete, or pruned after newer ones."""
+        gone = self.announced - set(complete)
+        lost = [one for one in gone if sum(step > one for step in complete) < self.keep_last]
         if lost:
             raise Broken(f"announced checkpoints have no marker: {lost}, complete are {complete}")
-
-    def _announce(self, step: int) -> None:
-        self.announced.add(step)
-        self._expect_announced(steps(self.checkpoints))
-        self.finished = step >= self._total
 
     def _complaint(self) -> str:
         tail = self._errors.read_text(errors="replace").splitlines()[-15:]
@@ -268,7 +233,7 @@ class Trainer:
 
 
 def descendants(pid: int) -> list[int]:
-    """Processes below `pid`, in whatever session."""
+    """Return the processes below `pid`, in whatever session."""
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
@@ -277,14 +242,14 @@ def descendants(pid: int) -> list[int]:
 
 
 def kill(pids: list[int]) -> None:
-    """SIGKILL those that are still there."""
+    """Kill those that are still there."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; a zombie does not."""
+    """Say whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
@@ -292,7 +257,7 @@ def alive(pid: int) -> bool:
 
 
 def resident(pid: int) -> int:
-    """Resident bytes of a process, 0 if it has ended."""
+    """Return the resident bytes of a process, 0 if it has ended."""
     try:
         pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
     except OSError:

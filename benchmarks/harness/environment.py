@@ -1,5 +1,6 @@
-"""What every result row says about where it was measured."""
+"""Where a row is measured, where it is kept, and the flags that all benchmarks have."""
 
+import argparse
 import datetime
 import functools
 import hashlib
@@ -18,7 +19,11 @@ RESULTS = Path(os.environ.get("REPA_FAST_RESULTS") or ROOT / "benchmarks" / "res
 
 
 def stamp() -> dict[str, str | int]:
-    """Date, commit, command, versions and device of this process."""
+    """Return date, commit, command, versions and device of this process."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "none"
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
@@ -26,7 +31,7 @@ def stamp() -> dict[str, str | int]:
         "command": command(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": triton_version(),
+        "triton": triton,
         "device": device(),
         "cores": len(os.sched_getaffinity(0)),
     }
@@ -43,29 +48,28 @@ def sources() -> str:
     return digest.hexdigest()[:12]
 
 
-def triton_version() -> str:
-    """Return the installed version of Triton, or "none"."""
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
-
-
 def results_folder(name: str, where: str = "cuda") -> Path:
-    """Return RESULTS/<card, or cpu>/<date>_<name>, made where it was not there."""
+    """Return RESULTS/<card or cpu>/<date>_<name>, made if it does not exist."""
     card = "cpu" if where == "cpu" else device().lower().replace(" ", "-")
     folder = RESULTS / card / f"{datetime.date.today().isoformat()}_{name}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def commit() -> str:
-    """What REPA_FAST_COMMIT says; else the short hash of HEAD, with a + where tracked files differ.
+def parser(
+    description: str, out: str = "folder for rows, report and picture", device: bool = True
+) -> argparse.ArgumentParser:
+    """Return a parser with --out and, unless there is no choice, --device."""
+    found = argparse.ArgumentParser(description=description)
+    found.add_argument("--out", type=Path, help=out)
+    if device:
+        found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return found
 
-    Without git "unknown".
-    """
-    named = os.environ.get("REPA_FAST_COMMIT")
-    if named:
+
+def commit() -> str:
+    """Return REPA_FAST_COMMIT, or HEAD's short hash (+ if files differ), or "unknown"."""
+    if named := os.environ.get("REPA_FAST_COMMIT"):
         return named
 
     def git(*arguments: str) -> str:
@@ -80,16 +84,16 @@ def commit() -> str:
 
 
 def command() -> str:
-    """The command line, as one would type it in the repository root."""
+    """Return the command line, as one would type it in the repository root."""
     name = getattr(sys.modules["__main__"].__spec__, "name", None)
-    program = ["python", os.path.relpath(sys.argv[0], ROOT)]
-    if name:
-        program = ["python", "-m", name.removesuffix(".__main__")]
-    return shlex.join([*program, *sys.argv[1:]])
+    program = (
+        ["-m", name.removesuffix(".__main__")] if name else [os.path.relpath(sys.argv[0], ROOT)]
+    )
+    return shlex.join(["python", *program, *sys.argv[1:]])
 
 
 def device() -> str:
-    """The GPU's name, or the CPU's."""
+    """Return the GPU's name, or the CPU's."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     for line in Path("/proc/cpuinfo").read_text().splitlines():

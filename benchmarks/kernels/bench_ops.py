@@ -35,15 +35,11 @@ def bench() -> Bench:
 
 @pytest.fixture(scope="module")
 def checked(bench):
-    """checked(problem, provider) -> its function; skips or fails where there is none.
-
-    The one of the call before is kept, since modes follow one another.
-    """
+    """Return (problem, provider) -> its function, or a skip or failure; the last one is kept."""
     latest = {}
 
     def get(problem: Problem, provider: Provider):
-        reason = provider.why_not(DEVICE.type)
-        if reason:
+        if reason := provider.why_not(DEVICE.type):
             pytest.skip(reason)
         if (problem.name, provider.name) not in latest:
             latest.clear()
@@ -66,7 +62,6 @@ def bench_op(benchmark, bench, checked, problem, provider, mode):
 
     def synchronised():
         variant()
-        if CUDA:
-            torch.cuda.synchronize()
+        timing.synchronise(DEVICE)
 
     benchmark.pedantic(synchronised, rounds=10, iterations=1, warmup_rounds=1)

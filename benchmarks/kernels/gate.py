@@ -19,18 +19,16 @@ SAMPLES = 16  # compared; of fewer, the working dtype's own error of a loss woul
 def why_wrong(
     problem: Problem, provider: Provider, call: Callable[..., Any], device: torch.device
 ) -> str | None:
-    """None if `call` is right at `problem`, else why it is not, in one line.
+    """Return None if `call` is right at `problem`, else why it is not, in one line.
 
-    It runs on the whole batch; of its results and gradients some samples, the first and the last
-    among them, are compared with the formula in fp64 and in the working dtype, which is possible
-    where nothing mixes samples; elsewhere all are. Attention's backends take the self-test that
-    chooses among them.
+    It runs on the whole batch; some samples of its results and gradients, the first and the last
+    among them, are compared with the formula in fp64 and in the working dtype. Attention's backends
+    take the self-test that chooses among them.
     """
     try:
         if problem.case.op == "attention" and provider.name in BACKENDS:
-            backend = BACKENDS[provider.name]
-            (row,) = survey([backend], problem.shape, problem.dtype, device)
-            return row.left_out or None
+            found = survey([BACKENDS[provider.name]], problem.shape, problem.dtype, device)
+            return found[0].left_out or None
         inputs, upstream = problem.make_inputs(0, device), problem.make_upstream(0, device)
         got = evaluate(problem, call, inputs, upstream)
         expected(problem, provider.formula or problem.case.reference, device).compare(got)
@@ -54,7 +52,7 @@ class Expected:
 
 
 def expected(problem: Problem, formula: Callable[..., Any], device: torch.device) -> Expected:
-    """By `formula`, for the inputs and upstream gradients of seed 0."""
+    """Evaluate `formula` for some samples of the inputs and upstream gradients of seed 0."""
     last = problem.shape[0] - 1
     rows = sorted({i * last // (SAMPLES - 1) for i in range(SAMPLES)})
     inputs = {name: tensor[rows] for name, tensor in problem.make_inputs(0, device).items()}
@@ -68,7 +66,7 @@ def expected(problem: Problem, formula: Callable[..., Any], device: torch.device
 def evaluate(
     problem: Problem, call: Callable[..., Any], inputs: Tensors, upstream: list[torch.Tensor]
 ) -> Tensors:
-    """Results by name, and the gradient of each argument that has one as "d" + its name."""
+    """Return results by name, and the gradient of each argument that has one as "d" + name."""
     case = problem.case
     leaves = {
         name: tensor.detach().requires_grad_(name in case.gradients)
@@ -86,7 +84,7 @@ def evaluate(
 
 
 def as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
-    """Results of an op as a tuple, also where there is only one."""
+    """Return the results of an op as a tuple, also a single one."""
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 

@@ -29,15 +29,11 @@ class Bench:
         self.copy = functools.cache(lambda n: timing.copy_time(n, device, effort))
 
     def rows(self, problem: Problem, provider: Provider, modes: tuple[str, ...]) -> Iterator[Row]:
-        """A row per mode; one with the reason where the provider is absent, wrong or fails."""
+        """Return a row per mode, or one with the reason if the provider is absent or wrong."""
         head = self._head(problem, provider)
-        reason = provider.why_not(self.device.type)
-        if reason:
-            yield {**head, "mode": "all", "status": "unavailable", "message": reason}
-            return
-        call, wrong = self.checked(problem, provider)
-        if wrong:
-            yield {**head, "mode": "all", "status": "failed", "message": wrong}
+        call, refused = self._accepted(problem, provider)
+        if refused:
+            yield {**head, "mode": "all", **refused}
             return
         for mode in modes:
             try:
@@ -48,36 +44,49 @@ class Bench:
             self.tidy()
 
     def overhead(self, op: str, provider: Provider, first: Problem | None = None) -> Row:
-        """Host time of a forward and a backward (where there is one) at a tiny shape.
+        """Measure the host time of a forward and, if there is one, a backward at a tiny shape.
 
         The provider has to be right at `first`, or else at the op's first problem.
         """
         problem = tiny(op)
         row = {**self._head(problem, provider), "mode": "overhead"}
-        reason = provider.why_not(self.device.type)
-        if reason:
-            return {**row, "status": "unavailable", "message": reason}
-        first = first or problems(op, self.device)[0]
-        if (first.name, provider.name) not in self._verdicts:
-            self.checked(first, provider)
-        wrong = self._verdicts[first.name, provider.name]
-        if wrong:
-            return {**row, "status": "failed", "message": wrong}
+        _, refused = self._accepted(first or problems(op, self.device)[0], provider, known=True)
+        if refused:
+            return {**row, **refused}
         try:
             call = provider.build(problem.case)
             mode = "both" if problem.case.gradients else "forward"
             variant = prepare(problem, call, mode, 0, self.device)
-            batches = {"batches": 20, "calls": 50} if self._cuda else {"batches": 5, "calls": 10}
-            p20, p50, p80 = timing.host_time(variant, self.device, **batches)
+            batches = (
+                {"batches": 20, "calls": 50}
+                if self.device.type == "cuda"
+                else {"batches": 5, "calls": 10}
+            )
+            figures = timing.host_time(variant, self.device, **batches)
         except Exception as error:
             return {**row, "status": "failed", "message": describe(error)}
-        figures = {"host_us_p20": p20, "host_us_p50": p50, "host_us_p80": p80}
-        return {**row, "status": "ok", "call": mode, **figures}
+        names = ("host_us_p20", "host_us_p50", "host_us_p80")
+        return {**row, "status": "ok", "call": mode, **dict(zip(names, figures))}
+
+    def _accepted(
+        self, problem: Problem, provider: Provider, known: bool = False
+    ) -> tuple[Callable[..., Any] | None, Row]:
+        """Return the provider's function, and what a row says if it is absent or wrong.
+
+        If an earlier verdict at this problem is `known`, it counts, and there is no function.
+        """
+        if reason := provider.why_not(self.device.type):
+            return None, {"status": "unavailable", "message": reason}
+        if known and (problem.name, provider.name) in self._verdicts:
+            call, wrong = None, self._verdicts[problem.name, provider.name]
+        else:
+            call, wrong = self.checked(problem, provider)
+        return call, {"status": "failed", "message": wrong} if wrong else {}
 
     def checked(
         self, problem: Problem, provider: Provider
     ) -> tuple[Callable[..., Any] | None, str | None]:
-        """The provider's function, and why it is wrong at this problem, or None."""
+        """Return the provider's function, and why it is wrong at this problem, or None."""
         try:
             call = provider.build(problem.case)
             wrong = gate.why_wrong(problem, provider, call, self.device)
@@ -89,36 +98,24 @@ class Bench:
         return call, reason
 
     def figures(self, problem: Problem, call: Callable[..., Any], mode: str) -> Row:
-        """Time and what follows from it."""
+        """Return the time and what follows from it."""
         time, peak = self.time(problem, call, mode)
         nbytes, flops = problem.necessary_bytes(mode), problem.flops(mode)
         copy = self.copy(nbytes)
-        return {
-            "status": "ok",
-            "ms_p20": time.p20,
-            "ms_p50": time.p50,
-            "ms_p80": time.p80,
-            "method": time.method,
-            "calls": time.calls,
-            "rounds": time.rounds,
-            "sets": timing.sets_needed(nbytes, self.device),
-            "bytes": nbytes,
-            "gb_per_s": nbytes / time.p50 / 1e6,
-            "copy_ms_p50": copy.p50,
-            "copy_gb_per_s": nbytes / copy.p50 / 1e6,
-            "copy_method": copy.method,
-            "share_of_copy": copy.p50 / time.p50,
-            "tflop_per_s": flops / time.p50 / 1e9 if flops else None,
-            "peak_bytes": peak,
-        }
+        row = {"status": "ok", **time.figures, "calls": time.calls, "rounds": time.rounds}
+        row |= {"sets": timing.sets_needed(nbytes, self.device), "bytes": nbytes}
+        row |= {"gb_per_s": nbytes / time.p50 / 1e6, "copy_gb_per_s": nbytes / copy.p50 / 1e6}
+        row |= {"copy_ms_p50": copy.p50, "copy_method": copy.method}
+        row |= {"share_of_copy": copy.p50 / time.p50, "peak_bytes": peak}
+        return row | {"tflop_per_s": flops / time.p50 / 1e9 if flops else None}
 
     def time(
         self, problem: Problem, call: Callable[..., Any], mode: str
     ) -> tuple[Timing, int | None]:
-        """Time, and bytes at the peak of one call above its inputs.
+        """Return the time, and bytes at the peak of one call above its inputs.
 
         A backward pass that cannot be captured alone is the difference of both passes and the
-        forward one, where these can; its method says so.
+        forward one, if these can be; its method says so.
         """
         try:
             time, peak = self._time(problem, call, mode)
@@ -132,23 +129,17 @@ class Bench:
         both, forward = (self._time(problem, call, part)[0] for part in ("both", "forward"))
         if time and (both.method.startswith("events") or forward.method.startswith("events")):
             return time, peak
-        spread = both.p80 - both.p20 + forward.p80 - forward.p20
         p50 = both.p50 - forward.p50
         if p50 <= 0:
             raise RuntimeError(f"both passes take {both.p50} ms, the forward one {forward.p50} ms")
+        half = (both.p80 - both.p20 + forward.p80 - forward.p20) / 2
         method = f"both - forward, {both.method} ({reason})"
-        ends = (p50 - spread / 2, p50, p50 + spread / 2)
-        return Timing(*ends, both.calls, both.rounds, method), peak
+        return Timing(p50 - half, p50, p50 + half, both.calls, both.rounds, method), peak
 
     def tidy(self) -> None:
-        """Give the memory of the last figure back."""
+        """Give back the memory of the last figure."""
         gc.collect()
-        if self._cuda:
-            torch.cuda.empty_cache()
-
-    @property
-    def _cuda(self) -> bool:
-        return self.device.type == "cuda"
+        torch.cuda.empty_cache()  # nothing on a CPU
 
     def _time(
         self, problem: Problem, call: Callable[..., Any], mode: str
@@ -160,32 +151,22 @@ class Bench:
             return time, timing.peak_memory(variants[0], self.device)
 
     def _head(self, problem: Problem, provider: Provider) -> Row:
-        return {
-            "op": problem.case.op,
-            "provider": provider.name,
-            "shape": list(problem.shape),
-            "dtype": short(problem.dtype),
-            "note": provider.note,
-            **self.stamp,
-        }
+        row = {"op": problem.case.op, "provider": provider.name, "note": provider.note}
+        shape = {"shape": list(problem.shape), "dtype": short(problem.dtype)}
+        return {**row, **shape, **self.stamp}
 
 
 def prepare(
     problem: Problem, call: Callable[..., Any], mode: str, seed: int, device: torch.device
 ) -> Callable[[], Any]:
-    """One call of `mode` on inputs of `seed`, which it holds; it returns what it computed.
+    """Return one call of `mode` on inputs of `seed`, which it holds.
 
     forward: without gradients. backward: of a graph that is kept, so that it can run again. both:
-    one after the other, with a new graph each time.
+    one after the other, with a new graph each time. The call returns what it computed.
     """
     inputs, upstream = problem.make_inputs(seed, device), problem.make_upstream(seed, device)
     if mode == "forward":
-
-        def forward() -> Any:
-            with torch.no_grad():
-                return call(**inputs)
-
-        return forward
+        return torch.no_grad()(lambda: call(**inputs))
     leaves = {
         name: tensor.requires_grad_(name in problem.case.gradients)
         for name, tensor in inputs.items()

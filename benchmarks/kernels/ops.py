@@ -30,52 +30,35 @@ Describe = Callable[[Shape, torch.dtype], Tensors]
 
 
 def meta(shape: Shape, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor's shape and dtype, without memory."""
+    """Return a tensor of this shape and dtype, without memory."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One op.
-
-    Attributes:
-        op: its name.
-        call: keyword arguments by name -> output or outputs; takes implementation=, but for
-            attention, which takes backend=.
-        inputs: (shape, dtype) -> its tensor arguments on the meta device.
-        outputs: likewise its results, by name.
-        saved: arguments and results that a backward pass has to read again.
-        gradients: arguments that get a gradient; none: the op has no backward pass.
-        written: those of `gradients` that are memory of their own.
-        shapes, dtypes: measured ones; dtype is that of the residual stream, the state, or q.
-        small: a shape for a CPU.
-        tiny: a shape whose device time does not matter, for the host's.
-        plain: the same function for torch.compile, where `call` is not traceable.
-        options: further arguments.
-        flops: (shape, mode) -> floating-point operations, for ops that are more than memory.
-    """
+    """One op; each function of (shape, dtype) returns tensors on the meta device, by name."""
 
     op: str
-    call: Callable
+    call: Callable  # takes implementation=, but for attention, which takes backend=
     inputs: Describe
     outputs: Describe
-    saved: tuple[str, ...]
-    gradients: tuple[str, ...]
-    written: tuple[str, ...]
-    shapes: tuple[Shape, ...]
-    small: Shape
-    tiny: Shape
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
-    plain: Callable | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    flops: Callable[[Shape, str], int] = lambda shape, mode: 0
+    saved: tuple[str, ...] = ()  # arguments and results that a backward pass has to read again
+    gradients: tuple[str, ...] = ()  # arguments that get one; none: there is no backward pass
+    in_place: tuple[str, ...] = ()  # those of `gradients` that are the upstream gradient itself
+    shapes: tuple[Shape, ...] = ((32, 256, 1152), (256, 256, 1152))  # SiT-XL/2 at 256 x 256
+    small: Shape = (4, 64, 384)  # for a CPU
+    tiny: Shape = (1, 1, 8)  # its device time does not matter, for the host's
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)  # of the stream, state or q
+    plain: Callable | None = None  # the same for torch.compile, if `call` is not traceable
+    options: Mapping[str, Any] = field(default_factory=dict)  # further arguments
+    flops: Callable[[Shape, str], int] = lambda shape, mode: 0  # of ops that are not memory alone
 
     @property
     def modes(self) -> tuple[str, ...]:
         return MODES if self.gradients else ("forward",)
 
     def reference(self, **tensors: torch.Tensor) -> Any:
-        """The specification, at the precision of `tensors`."""
+        """Compute the specification, at the precision of `tensors`."""
         chosen = "backend" if self.op == "attention" else "implementation"
         return self.call(**tensors, **self.options, **{chosen: "reference"})
 
@@ -93,7 +76,7 @@ class Problem:
         return f"{self.case.op} {'x'.join(map(str, self.shape))} {short(self.dtype)}"
 
     def make_inputs(self, seed: int, device: torch.device) -> Tensors:
-        """Normal numbers of `seed`, with the strides that the model gives them."""
+        """Draw normal numbers of `seed`, with the strides that the model gives them."""
         specs = self.case.inputs(self.shape, self.dtype)
         generator = torch.Generator(device).manual_seed(seed)
 
@@ -121,7 +104,7 @@ class Problem:
         return {name: tensors[name].detach() for name in specs}
 
     def make_upstream(self, seed: int, device: torch.device) -> list[torch.Tensor]:
-        """Gradients of the outputs."""
+        """Draw gradients of the outputs."""
         generator = torch.Generator(device).manual_seed(1000 + seed)
         return [
             torch.randn(spec.shape, generator=generator, device=device).to(spec.dtype)
@@ -129,12 +112,11 @@ class Problem:
         ]
 
     def necessary_bytes(self, mode: str) -> int:
-        """Bytes that cannot be avoided: each tensor read once and written once.
+        """Return the bytes that cannot be avoided: each tensor read once and written once.
 
         forward: all arguments and all results. backward: the upstream gradient of each result, the
-        arguments and results that its formula needs, and the gradients; those that are the upstream
-        gradient itself cost nothing. Statistics (mean, rstd, norms, log-sum-exp) and partial sums
-        are an implementation's own affair and are not counted.
+        arguments and results that its formula needs, and the gradients that are not in place.
+        Statistics (mean, rstd, norms, log-sum-exp) and partial sums are not counted.
         """
         inputs = self.case.inputs(self.shape, self.dtype)
         outputs = self.case.outputs(self.shape, self.dtype)
@@ -142,7 +124,8 @@ class Problem:
         forward = sum(tensor.nbytes for tensor in both.values())
         upstream = sum(tensor.nbytes for tensor in outputs.values())
         read = upstream + sum(both[name].nbytes for name in self.case.saved)
-        backward = read + sum(inputs[name].nbytes for name in self.case.written)
+        written = set(self.case.gradients) - set(self.case.in_place)
+        backward = read + sum(inputs[name].nbytes for name in written)
         return {"forward": forward, "backward": backward, "both": forward + backward}[mode]
 
     def flops(self, mode: str) -> int:
@@ -150,33 +133,18 @@ class Problem:
 
 
 def short(dtype: torch.dtype) -> str:
-    """fp32 for torch.float32 and so on."""
+    """Return fp32 for torch.float32 and so on."""
     return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
 
 
-def _vectors(shape: Shape, *names: str) -> Tensors:
-    return {name: meta((shape[0], shape[2]), BRANCH) for name in names}
-
-
-def _stream(shape: Shape, dtype: torch.dtype, *vectors: str) -> Tensors:
-    return {
-        "x": meta(shape, dtype),
-        "branch": meta(shape, BRANCH),
-        **_vectors(shape, *vectors),
-    }
-
-
-def _step_inputs(shape: Shape, dtype: torch.dtype) -> Tensors:
-    return {
-        "x": meta(shape, dtype),
-        "v_cond": meta(shape, BRANCH),
-        "v_uncond": meta(shape, BRANCH),
-        "index": meta(shape[:1], torch.int64),
-    }
+def _rows(shape: Shape, dtype: torch.dtype, *names: str) -> Tensors:
+    """Return x (B, N, D) of `dtype`, branch (B, N, D) and vectors (B, D) in bf16, by name."""
+    whole = {"x": meta(shape, dtype), "branch": meta(shape, BRANCH)}
+    return {name: whole.get(name, meta((shape[0], shape[2]), BRANCH)) for name in names}
 
 
 def _step_plain(x, v_cond, v_uncond, index) -> tuple[torch.Tensor, torch.Tensor]:
-    """euler_maruyama_step with everything but the tensors known, so that it compiles whole."""
+    """Take an euler_maruyama_step of which all but the tensors is known, so that it compiles."""
     out = euler_maruyama_step_reference(
         x,
         v_cond,
@@ -191,7 +159,7 @@ def _step_plain(x, v_cond, v_uncond, index) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def _attention_flops(shape: Shape, mode: str) -> int:
-    """2 products of N x N x K per head forward (2 FLOPs per multiply-add), 5 backward.
+    """Count 2 matmuls of N x N x K per head forward (2 FLOPs per multiply-add), 5 backward.
 
     Backward: the scores again, dv, dp, dq and dk.
     """
@@ -200,70 +168,52 @@ def _attention_flops(shape: Shape, mode: str) -> int:
     return {"forward": 2, "backward": 5, "both": 7}[mode] * product
 
 
-XL = ((32, 256, 1152), (256, 256, 1152))  # SiT-XL/2 at 256 x 256
-SMALL, TINY = (4, 64, 384), (1, 1, 8)
-
 _TABLE = (
     Case(
         op="gate_residual_adaln",
         call=ops.gate_residual_adaln,
-        inputs=lambda shape, dtype: _stream(shape, dtype, "gate", "shift", "scale"),
+        inputs=lambda shape, dtype: _rows(shape, dtype, "x", "branch", "gate", "shift", "scale"),
         outputs=lambda shape, dtype: {"out": meta(shape, dtype), "y": meta(shape, BRANCH)},
         saved=("out", "branch", "gate", "scale"),
         gradients=("x", "branch", "gate", "shift", "scale"),
-        written=("x", "branch", "gate", "shift", "scale"),
-        shapes=XL,
-        small=SMALL,
-        tiny=TINY,
     ),
     Case(
         op="adaln",
         call=ops.adaln,
-        inputs=lambda shape, dtype: {"x": meta(shape, dtype), **_vectors(shape, "shift", "scale")},
+        inputs=lambda shape, dtype: _rows(shape, dtype, "x", "shift", "scale"),
         outputs=lambda shape, dtype: {"y": meta(shape, BRANCH)},
         saved=("x", "scale"),
         gradients=("x", "shift", "scale"),
-        written=("x", "shift", "scale"),
-        shapes=XL,
-        small=SMALL,
-        tiny=TINY,
     ),
     Case(
         op="gate_residual",
         call=ops.gate_residual,
-        inputs=lambda shape, dtype: _stream(shape, dtype, "gate"),
+        inputs=lambda shape, dtype: _rows(shape, dtype, "x", "branch", "gate"),
         outputs=lambda shape, dtype: {"out": meta(shape, dtype)},
         saved=("branch", "gate"),
         gradients=("x", "branch", "gate"),
-        written=("branch", "gate"),  # the gradient of x is that of the result
-        shapes=XL,
-        small=SMALL,
-        tiny=TINY,
+        in_place=("x",),  # its gradient is that of the result
     ),
     Case(
         op="align_loss",
         call=ops.align_loss,
-        inputs=lambda shape, dtype: {
-            "prediction": meta(shape, dtype),
-            "target": meta(shape, BRANCH),
-        },
+        inputs=lambda shape, dtype: {n: meta(shape, dtype) for n in ("prediction", "target")},
         outputs=lambda shape, dtype: {"loss": meta(shape[:1], torch.float32)},
         saved=("prediction", "target"),
         gradients=("prediction",),
-        written=("prediction",),
         shapes=((32, 256, 768), (256, 256, 768)),  # DINOv2-B
         small=(16, 16, 384),
-        tiny=TINY,
         dtypes=(BRANCH,),
     ),
     Case(
         op="euler_maruyama_step",
         call=ops.euler_maruyama_step,
-        inputs=_step_inputs,
+        inputs=lambda shape, dtype: {
+            "x": meta(shape, dtype),
+            **{name: meta(shape, BRANCH) for name in ("v_cond", "v_uncond")},
+            "index": meta(shape[:1], torch.int64),
+        },
         outputs=lambda shape, dtype: {"out": meta(shape, dtype), "copy": meta(shape, BRANCH)},
-        saved=(),
-        gradients=(),
-        written=(),
         shapes=((64, 4, 32, 32),),
         small=(4, 4, 16, 16),
         tiny=(1, 1, 1, 8),
@@ -278,7 +228,6 @@ _TABLE = (
         outputs=lambda shape, dtype: {"out": meta(shape, dtype)},
         saved=("q", "k", "v", "out"),
         gradients=("q", "k", "v"),
-        written=("q", "k", "v"),
         shapes=((32, 16, 256, 72), (256, 16, 256, 72), (32, 12, 257, 64)),  # XL/2, DINOv2-B
         small=(2, 4, 64, 72),
         tiny=(1, 1, 1, 8),
@@ -291,7 +240,7 @@ CASES: Mapping[str, Case] = {case.op: case for case in _TABLE}
 
 
 def problems(op: str, device: torch.device) -> list[Problem]:
-    """What is measured of an op: all its shapes and dtypes on a GPU, one of each on a CPU."""
+    """Return what is measured of an op: all shapes and dtypes on a GPU, one of each on a CPU."""
     case = CASES[op]
     if device.type != "cuda":
         return [Problem(case, case.small, case.dtypes[0])]
@@ -299,6 +248,6 @@ def problems(op: str, device: torch.device) -> list[Problem]:
 
 
 def tiny(op: str) -> Problem:
-    """The problem at which the host's time is measured."""
+    """Return the problem at which the host's time is measured."""
     case = CASES[op]
     return Problem(case, case.tiny, case.dtypes[0])

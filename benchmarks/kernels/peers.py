@@ -12,11 +12,13 @@ from collections.abc import Callable
 
 import torch
 
+from repa_fast.kernels.attention.backends import describe
+
 EPS = 1e-6
 
 
-def why_not(module: str, *names: str) -> str | None:
-    """Why `module` does not import with these names, in one line; None if it does."""
+def why_not(device: str, module: str, *names: str) -> str | None:
+    """Return why `module` does not import with these names or run on `device`, or None."""
     try:
         imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -24,19 +26,14 @@ def why_not(module: str, *names: str) -> str | None:
             return f"{module.partition('.')[0]} is not installed"
         return f"{module} does not import: {error}"
     except Exception as error:  # a broken binary package raises anything
-        return f"{module} does not import: {type(error).__name__}: {error}".splitlines()[0]
-    missing = [name for name in names if not hasattr(imported, name)]
-    return f"{module} has no {', '.join(missing)}" if missing else None
-
-
-def needs_cuda(device: str, module: str, *names: str) -> str | None:
-    """why_not, or that tensors on `device` are not for these kernels."""
-    reason = why_not(module, *names)
-    return reason or (None if device == "cuda" else f"its kernels do not run on {device}")
+        return f"{module} does not import: {describe(error)}"
+    if missing := [name for name in names if not hasattr(imported, name)]:
+        return f"{module} has no {', '.join(missing)}"
+    return None if device == "cuda" else f"its kernels do not run on {device}"
 
 
 def modulated(norm: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """(x, shift, scale) -> norm(x) * (1 + scale) + shift in the dtype of shift.
+    """Return (x, shift, scale) -> norm(x) * (1 + scale) + shift in the dtype of shift.
 
     The modulation is one kernel of torch.compile each way, as a user of `norm` would have it.
     """
@@ -50,7 +47,7 @@ def modulated(norm: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., tor
 
 
 def rms_formula(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """What Liger's computes: x / rms(x) * (1 + scale) + shift, in at least fp32."""
+    """Compute what Liger's does: x / rms(x) * (1 + scale) + shift, in at least fp32."""
     work = torch.promote_types(x.dtype, torch.float32)
     x = x.to(work)
     normed = x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt()
@@ -58,7 +55,7 @@ def rms_formula(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> to
 
 
 def liger() -> Callable[..., torch.Tensor]:
-    """Its function without weight, computed in fp32 throughout, not overwriting dy."""
+    """Return its function without weight, in fp32 throughout, not overwriting dy."""
     from liger_kernel.transformers.modulated_rms_norm import LigerModulatedRMSNorm
 
     module = LigerModulatedRMSNorm(
@@ -68,14 +65,14 @@ def liger() -> Callable[..., torch.Tensor]:
 
 
 def apex() -> Callable[..., torch.Tensor]:
-    """Its fused_layer_norm without affine; FastLayerNorm has no kernel for D = 1152."""
+    """Return its fused_layer_norm without affine; FastLayerNorm has no kernel for D = 1152."""
     from apex.normalization.fused_layer_norm import fused_layer_norm
 
     return modulated(lambda x: fused_layer_norm(x, x.shape[-1:], EPS))
 
 
 def quack() -> Callable[..., torch.Tensor]:
-    """layernorm_fwd and layernorm_bwd with a weight of ones, which they require."""
+    """Return layernorm_fwd and layernorm_bwd with a weight of ones, which they require."""
     return modulated(lambda x: QuackLayerNorm.apply(x.flatten(0, 1)).view_as(x))
 
 
@@ -95,12 +92,8 @@ class QuackLayerNorm(torch.autograd.Function):
     def backward(ctx, dy):
         from quack.rmsnorm import layernorm_bwd
 
-        return layernorm_bwd(*_quack_arguments(ctx, dy), has_bias=False)[0]
-
-
-def _quack_arguments(ctx, dy: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    x, weight, rstd, mean = ctx.saved_tensors
-    return x, weight, dy.contiguous(), rstd, mean
+        x, weight, rstd, mean = ctx.saved_tensors
+        return layernorm_bwd(x, weight, dy.contiguous(), rstd, mean, has_bias=False)[0]
 
 
 @functools.cache
@@ -109,7 +102,7 @@ def _ones(width: int, device: torch.device) -> torch.Tensor:
 
 
 def cudnn() -> Callable[..., torch.Tensor]:
-    """adalayernorm and adalayernorm_backward; cuDNN's scale is the whole factor, so 1 + scale."""
+    """Return adalayernorm and its backward; cuDNN's scale is the whole factor, so 1 + scale."""
 
     def adaln(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         factor = (1 + scale.float())[:, None].contiguous()
@@ -123,21 +116,19 @@ class CudnnAdaLN(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, bias):
-        graph, places = _cudnn_forward(tuple(x.shape), x.dtype, x.device)
         y = torch.empty_like(x)
         mean, rstd = (torch.empty_like(x[..., :1], dtype=torch.float32) for _ in range(2))
         mean, rstd = mean.contiguous(), rstd.contiguous()
         epsilon = torch.full((1, 1, 1), EPS)
-        _cudnn_run(graph, places, (x, scale, bias, epsilon, y, mean, rstd))
+        _cudnn_run("forward", x, x, scale, bias, epsilon, y, mean, rstd)
         ctx.save_for_backward(x, scale, mean, rstd)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, scale, mean, rstd = ctx.saved_tensors
-        graph, places = _cudnn_backward(tuple(x.shape), x.dtype, x.device)
         dx, dscale, dbias = torch.empty_like(x), torch.empty_like(scale), torch.empty_like(scale)
-        _cudnn_run(graph, places, (dy.contiguous(), x, scale, mean, rstd, dx, dscale, dbias))
+        _cudnn_run("backward", x, dy.contiguous(), x, scale, mean, rstd, dx, dscale, dbias)
         return dx, dscale, dbias
 
 
@@ -148,93 +139,57 @@ def _cudnn_handle():
     return cudnn.create_handle()
 
 
-def _cudnn_graph():
+@functools.cache
+def _cudnn_graph(way: str, shape: tuple[int, int, int], dtype: torch.dtype):
+    """Build the graph of a pass; return it, and its inputs and outputs in order."""
     import cudnn
 
-    return cudnn.pygraph(
-        handle=_cudnn_handle(),
-        intermediate_data_type=cudnn.data_type.FLOAT,
-        compute_data_type=cudnn.data_type.FLOAT,
-    )
+    f32, (batch, tokens, width) = cudnn.data_type.FLOAT, shape
+    types = {torch.float32: f32, torch.bfloat16: cudnn.data_type.BFLOAT16}
+    types[torch.float16] = cudnn.data_type.HALF
+    graph = cudnn.pygraph(handle=_cudnn_handle(), intermediate_data_type=f32, compute_data_type=f32)
 
+    def tensor(name: str, tokens: int, width: int, data_type=f32):
+        dim, stride = [batch, tokens, width], [tokens * width, width, 1]
+        return graph.tensor(name=name, dim=dim, stride=stride, data_type=data_type)
 
-def _cudnn_type(dtype: torch.dtype):
-    import cudnn
-
-    return {
-        torch.float32: cudnn.data_type.FLOAT,
-        torch.bfloat16: cudnn.data_type.BFLOAT16,
-        torch.float16: cudnn.data_type.HALF,
-    }[dtype]
-
-
-def _cudnn_places(graph, shape: tuple[int, int, int], dtype: torch.dtype) -> dict:
-    """Makers of the graph's input tensors: of a stream, of a vector per sample, of a statistic."""
-    import cudnn
-
-    batch, tokens, width = shape
-    full = {"dim": [batch, tokens, width], "stride": [tokens * width, width, 1]}
-    vector = {"dim": [batch, 1, width], "stride": [width, width, 1]}
-    statistic = {"dim": [batch, tokens, 1], "stride": [tokens, 1, 1]}
-    single = cudnn.data_type.FLOAT
-    return {
-        "full": lambda name: graph.tensor(name=name, data_type=_cudnn_type(dtype), **full),
-        "vector": lambda name: graph.tensor(name=name, data_type=single, **vector),
-        "statistic": lambda name: graph.tensor(name=name, data_type=single, **statistic),
-    }
-
-
-def _cudnn_finish(graph, outputs: dict) -> None:
-    """Mark the outputs {tensor of the graph: dtype} and build the first plan that is supported."""
-    import cudnn
-
-    for output, dtype in outputs.items():
-        output.set_output(True).set_data_type(_cudnn_type(dtype))
+    x, scale = tensor("x", tokens, width, types[dtype]), tensor("scale", 1, width)
+    if way == "forward":
+        bias = tensor("bias", 1, width)
+        epsilon = graph.tensor_like(torch.full((1, 1, 1), EPS)).set_name("epsilon")
+        inputs = (x, scale, bias, epsilon)
+        outputs = graph.adalayernorm(
+            name="adaln",
+            norm_forward_phase=cudnn.norm_forward_phase.TRAINING,
+            input=x,
+            scale=scale,
+            bias=bias,
+            epsilon=epsilon,
+        )
+    else:
+        dy = tensor("dy", tokens, width, types[dtype])
+        mean, rstd = tensor("mean", tokens, 1), tensor("rstd", tokens, 1)
+        inputs = (dy, x, scale, mean, rstd)
+        outputs = graph.adalayernorm_backward(
+            name="adaln_backward", grad=dy, input=x, scale=scale, mean=mean, inv_variance=rstd
+        )
+    for output, data_type in zip(outputs, (types[dtype], f32, f32)):
+        output.set_output(True).set_data_type(data_type)
     graph.validate()
     graph.build_operation_graph()
     graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
     graph.check_support()
     graph.build_plans()
+    return graph, (*inputs, *outputs)
 
 
-@functools.cache
-def _cudnn_forward(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device):
+def _cudnn_run(way: str, x: torch.Tensor, *tensors: torch.Tensor) -> None:
+    """Run the graph of a pass for tensors like x on its inputs and outputs."""
     import cudnn
 
-    graph = _cudnn_graph()
-    make = _cudnn_places(graph, shape, dtype)
-    x, scale, bias = make["full"]("x"), make["vector"]("scale"), make["vector"]("bias")
-    epsilon = graph.tensor_like(torch.full((1, 1, 1), EPS)).set_name("epsilon")
-    y, mean, rstd = graph.adalayernorm(
-        name="adaln",
-        norm_forward_phase=cudnn.norm_forward_phase.TRAINING,
-        input=x,
-        scale=scale,
-        bias=bias,
-        epsilon=epsilon,
-    )
-    _cudnn_finish(graph, {y: dtype, mean: torch.float32, rstd: torch.float32})
-    return graph, (x, scale, bias, epsilon, y, mean, rstd)
-
-
-@functools.cache
-def _cudnn_backward(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device):
-    graph = _cudnn_graph()
-    make = _cudnn_places(graph, shape, dtype)
-    dy, x, scale = make["full"]("dy"), make["full"]("x"), make["vector"]("scale")
-    mean, rstd = make["statistic"]("mean"), make["statistic"]("rstd")
-    dx, dscale, dbias = graph.adalayernorm_backward(
-        name="adaln_backward", grad=dy, input=x, scale=scale, mean=mean, inv_variance=rstd
-    )
-    _cudnn_finish(graph, {dx: dtype, dscale: torch.float32, dbias: torch.float32})
-    return graph, (dy, x, scale, mean, rstd, dx, dscale, dbias)
-
-
-def _cudnn_run(graph, places: tuple, tensors: tuple[torch.Tensor, ...]) -> None:
-    import cudnn
-
+    graph, places = _cudnn_graph(way, tuple(x.shape), x.dtype)
     handle = _cudnn_handle()
     cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)
     size = max(1, graph.get_workspace_size())
-    workspace = torch.empty(size, dtype=torch.uint8, device=tensors[0].device)
+    workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
     graph.execute(dict(zip(places, tensors)), workspace, handle=handle)

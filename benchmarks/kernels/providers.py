@@ -16,25 +16,17 @@ from repa_fast.kernels.attention.backends import why_not as why_not_backend
 
 @dataclass(frozen=True)
 class Provider:
-    """One implementation of an op.
+    """One implementation of an op."""
 
-    Attributes:
-        name: in rows and reports.
-        build: case -> a function of the case's tensors, by name.
-        why_not: type of device -> why it cannot run there, or None.
-        formula: what it computes, where that is not the op's reference.
-        note: how it differs from the op, "" if it does not.
-    """
-
-    name: str
-    build: Callable[[Case], Callable[..., Any]]
-    why_not: Callable[[str], str | None] = lambda device: None
-    formula: Callable[..., Any] | None = None
-    note: str = ""
+    name: str  # in rows and reports
+    build: Callable[[Case], Callable[..., Any]]  # case -> a function of its tensors, by name
+    why_not: Callable[[str], str | None] = lambda device: None  # why it cannot run there
+    formula: Callable[..., Any] | None = None  # what it computes, if not the op's reference
+    note: str = ""  # how it differs from the op
 
 
 def compiled(case: Case) -> Callable[..., Any]:
-    """torch.compile of the reference, as one graph, for the shapes it is called with."""
+    """Compile the reference, as one graph, for the shapes it is called with."""
     # A backward pass that reuses the memory of what was saved for it cannot run twice.
     torch._functorch.config.donated_buffer = False
     torch.compiler.reset()  # one function at many shapes: not to run out of recompilations
@@ -43,15 +35,12 @@ def compiled(case: Case) -> Callable[..., Any]:
 
 
 def ours(case: Case) -> Callable[..., Any]:
-    """The kernels of this project."""
+    """Return this project's kernels."""
     return partial(case.call, **case.options, implementation="triton")
 
 
-def _why_not_ours(device: str) -> str | None:
-    return why_not_triton(device) or None
-
-
 def _backend(backend: Backend) -> Provider:
+    """Return one of attention's backends."""
     return Provider(
         backend.name,
         lambda case: partial(case.call, backend=backend.name),
@@ -59,45 +48,46 @@ def _backend(backend: Backend) -> Provider:
     )
 
 
+def _peer(
+    build: Callable, module: str, *names: str, formula: Callable | None = None, note: str
+) -> Provider:
+    """Return another package's kernel, which needs these names of one of its modules."""
+    return Provider(
+        build.__name__,
+        lambda case: build(),
+        lambda device: peers.why_not(device, module, *names),
+        formula,
+        note,
+    )
+
+
 EAGER = Provider("eager", lambda case: case.reference)
 COMPILE = Provider("compile", compiled)
-OURS = Provider("ours", ours, _why_not_ours)
+OURS = Provider("ours", ours, lambda device: why_not_triton(device) or None)
 
 _PEERS = (
-    Provider(
-        "liger",
-        lambda case: peers.liger(),
-        lambda device: peers.needs_cuda(
-            device, "liger_kernel.transformers.modulated_rms_norm", "LigerModulatedRMSNorm"
-        ),
-        peers.rms_formula,
+    _peer(
+        *(peers.liger, "liger_kernel.transformers.modulated_rms_norm", "LigerModulatedRMSNorm"),
+        formula=peers.rms_formula,
         note="a neighbour: RMS norm, no mean",
     ),
-    Provider(
-        "quack",
-        lambda case: peers.quack(),
-        lambda device: peers.needs_cuda(device, "quack.rmsnorm", "layernorm_fwd", "layernorm_bwd"),
+    _peer(
+        *(peers.quack, "quack.rmsnorm", "layernorm_fwd", "layernorm_bwd"),
         note="its LayerNorm, modulated by torch",
     ),
-    Provider(
-        "cudnn",
-        lambda case: peers.cudnn(),
-        lambda device: peers.needs_cuda(device, "cudnn", "pygraph", "norm_forward_phase"),
+    _peer(
+        *(peers.cudnn, "cudnn", "pygraph", "norm_forward_phase"),
         note="adalayernorm of cuDNN's frontend",
     ),
-    Provider(
-        "apex",
-        lambda case: peers.apex(),
-        lambda device: peers.needs_cuda(
-            device, "apex.normalization.fused_layer_norm", "fused_layer_norm"
-        ),
+    _peer(
+        *(peers.apex, "apex.normalization.fused_layer_norm", "fused_layer_norm"),
         note="its fused_layer_norm, modulated by torch; FastLayerNorm lacks D = 1152",
     ),
 )
 
 
 def providers(op: str) -> Mapping[str, Provider]:
-    """Providers of an op by name; those of attention are the backends of its table."""
+    """Return an op's providers by name; those of attention are its backends."""
     if op == "attention":
         table = (COMPILE, *map(_backend, BACKENDS.values()))
     else:

@@ -1,11 +1,11 @@
 """Rows of kernel measurements for people: a table, a Markdown report and a picture."""
 
-import json
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
-from rich.table import Table
-
+from benchmarks.harness import rows as files
+from benchmarks.harness.rows import facts, grid, values
 from benchmarks.kernels.measure import Row
 from benchmarks.kernels.ops import CASES, MODES
 
@@ -25,16 +25,12 @@ else.
 
 
 def read(path: Path) -> list[Row]:
-    """Rows of a file, the last of each op, provider, mode, shape and dtype; none without file.
+    """Return the rows of a file, the last of each op, provider, mode, shape and dtype.
 
-    A row of mode "all" says that there are no figures, and takes the place of older ones, as they
-    take its place.
+    A row of mode "all" says that there are no figures. It replaces older ones, as they replace it.
     """
-    if not path.exists():
-        return []
     latest = {}
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
+    for row in files.read(path):
         replaced = MODES if row["mode"] == "all" else ("all",) if row["mode"] in MODES else ()
         for mode in replaced:
             latest.pop(key({**row, "mode": mode}), None)
@@ -47,23 +43,18 @@ def key(row: Row) -> tuple:
 
 
 def timed(rows: Iterable[Row]) -> list[Row]:
-    """Rows with a time, ops and modes in the order of the registry, the fastest provider first."""
-    order = list(CASES)
-    wanted = [row for row in rows if row["status"] == "ok" and "ms_p50" in row]
-    return sorted(
-        wanted,
-        key=lambda row: (
-            order.index(row["op"]),
-            row["shape"],
-            row["dtype"],
-            MODES.index(row["mode"]),
-            row["ms_p50"],
-        ),
-    )
+    """Return rows with a time: ops and modes in the registry's order, fastest provider first."""
+    ops = list(CASES)
+
+    def order(row: Row) -> tuple:
+        place = ops.index(row["op"]), row["shape"], row["dtype"], MODES.index(row["mode"])
+        return *place, row["ms_p50"]
+
+    return sorted((r for r in rows if r["status"] == "ok" and "ms_p50" in r), key=order)
 
 
 def cells(row: Row, rows: list[Row]) -> tuple[str, ...]:
-    """A row under HEADINGS; `rows` are where its rival is looked for."""
+    """Return a row's cells under HEADINGS; `rows` are where its rival is looked for."""
     return (
         row["op"],
         shape_of(row),
@@ -78,29 +69,24 @@ def cells(row: Row, rows: list[Row]) -> tuple[str, ...]:
 
 
 def ratio_to_compile(row: Row, rows: list[Row]) -> str:
-    """Time of torch.compile over that of `row`, or "" where it has none."""
+    """Return the time of torch.compile over that of `row`, or "" without one."""
     rival = (*key(row)[:-1], "compile")
-    for other in rows:
-        if key(other) == rival:
-            return f"{other['ms_p50'] / row['ms_p50']:.2f}"
-    return ""
+    found = (f"{other['ms_p50'] / row['ms_p50']:.2f}" for other in rows if key(other) == rival)
+    return next(found, "")
 
 
 def shape_of(row: Row) -> str:
     return "x".join(map(str, row["shape"]))
 
 
-def table(rows: list[Row]) -> Table:
-    """For the terminal."""
+def table(rows: list[Row]) -> str:
+    """Return the terminal's table."""
     rows = timed(rows)
-    result = Table(*HEADINGS, title="kernels", row_styles=("", "dim"))
-    for row in rows:
-        result.add_row(*cells(row, rows))
-    return result
+    return "\n".join(grid(HEADINGS, [cells(row, rows) for row in rows]))
 
 
 def write(folder: Path, rows: list[Row]) -> None:
-    """report.md and shares.png in `folder`."""
+    """Write report.md and shares.png into `folder`."""
     times = timed(rows)
     if times:
         draw(times, folder / "shares.png")
@@ -108,33 +94,27 @@ def write(folder: Path, rows: list[Row]) -> None:
 
 
 def markdown(rows: list[Row], picture: bool = False) -> str:
-    """The report."""
-    lines = [f"# Kernels on {_all(rows, 'device')}", ""]
-    lines += [
-        f"- {name}: {_all(rows, name)}" for name in ("date", "commit", "torch", "triton", "command")
-    ]
-    lines += ["", ABOUT]
+    """Return the report."""
+    lines = [f"# Kernels on {values(rows, 'device')}", ""]
+    lines += [*facts(rows, ("date", "commit", "torch", "triton", "command")), "", ABOUT]
     if picture:
         lines += ["![share of the copy's bandwidth](shares.png)", ""]
-    times = timed(rows)
-    if times:
-        lines += ["## Time on the device", "", *_grid(HEADINGS, [cells(r, times) for r in times])]
-        notes = {f"{row['provider']}: {row['note']}" for row in times if row["note"]}
-        lines += [f"(*) {note}" for note in sorted(notes)] + [""]
-    hosts = [row for row in rows if "host_us_p50" in row]
-    if hosts:
+    if times := timed(rows):
+        lines += ["## Time on the device", "", *grid(HEADINGS, [cells(r, times) for r in times])]
+        notes = {f"(*) {row['provider']}: {row['note']}" for row in times if row["note"]}
+        lines += [*sorted(notes), ""]
+    if hosts := [row for row in rows if "host_us_p50" in row]:
         heads = ("op", "provider", "passes", "us of host time per call")
         body = [(r["op"], r["provider"], r["call"], f"{r['host_us_p50']:.1f}") for r in hosts]
-        lines += ["## Host time per call, tensors of a few elements", "", *_grid(heads, body)]
-    missing = without_figure(rows)
-    if missing:
+        lines += ["## Host time per call, tensors of a few elements", "", *grid(heads, body)]
+    if missing := without_figure(rows):
         heads = ("op", "provider", "status", "reason", "where")
-        lines += ["## Without a figure", "", *_grid(heads, missing)]
+        lines += ["## Without a figure", "", *grid(heads, missing)]
     return "\n".join(lines)
 
 
 def without_figure(rows: list[Row]) -> list[tuple[str, ...]]:
-    """(op, provider, status, reason, where): failures with their shapes, absences once."""
+    """Return (op, provider, status, reason, where): failures with their shapes, absences once."""
     found = {}
     for row in rows:
         if row["status"] != "ok":
@@ -146,72 +126,54 @@ def without_figure(rows: list[Row]) -> list[tuple[str, ...]]:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Bars: % of the copy's bandwidth by op, mode, shape, dtype and provider."""
+    """Draw bars: % of the copy's bandwidth by op, mode, shape, dtype and provider."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     names = [op for op in CASES if any(row["op"] == op for row in rows)]
     modes = [mode for mode in MODES if any(row["mode"] == mode for row in rows)]
-    cells = {(op, mode): _of(rows, op, mode) for op in names for mode in modes}
+    cells = {
+        (op, mode): [row for row in rows if (row["op"], row["mode"]) == (op, mode)]
+        for op in names
+        for mode in modes
+    }
     heights = [0.7 + 0.17 * max(len(cells[op, mode]) for mode in modes) for op in names]
     figure = Figure(figsize=(5.5 * len(modes), sum(heights) + 0.8), layout="constrained")
     axes = figure.subplots(len(names), len(modes), squeeze=False, height_ratios=heights)
-    colours = _colours(rows)
+    present = {row["provider"] for row in rows}
+    colours = {name: colour for name, colour in COLOURS.items() if name in present}
+    colours |= zip(sorted(present - colours.keys()), itertools.cycle(OTHER_COLOURS))
     for line, op in zip(axes, names):
         for axis, mode in zip(line, modes):
             _bars(axis, f"{op}, {mode}", cells[op, mode], colours)
     handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(8, len(colours)))
-    where = f"{_all(rows, 'device')}, commit {_all(rows, 'commit')}"
+    where = f"{values(rows, 'device')}, commit {values(rows, 'commit')}"
     figure.supxlabel(f"% of the bandwidth of a copy of the necessary bytes; {where}", fontsize=10)
     figure.savefig(path, dpi=110)
 
 
-def _of(rows: list[Row], op: str, mode: str) -> list[Row]:
-    return [row for row in rows if row["op"] == op and row["mode"] == mode]
-
-
 def _bars(axis, title: str, rows: list[Row], colours: dict[str, str]) -> None:
-    """Horizontal bars of one op and mode, grouped by shape and dtype."""
+    """Draw horizontal bars of one op and mode, grouped by shape and dtype."""
     if not rows:
         axis.set_axis_off()
         return
     axis.set_title(title, fontsize=10)
     groups = sorted({(tuple(row["shape"]), row["dtype"]) for row in rows})
     position, ticks = 0.0, []
-    for group in groups:
-        members = [row for row in rows if (tuple(row["shape"]), row["dtype"]) == group]
+    for shape, dtype in groups:
+        members = [r for r in rows if (tuple(r["shape"]), r["dtype"]) == (shape, dtype)]
         members.sort(key=lambda row: list(colours).index(row["provider"]))
         for row in members:
             share = 100 * row["share_of_copy"]
             axis.barh(position, share, color=colours[row["provider"]])
             axis.text(share, position, f" {share:.0f}", va="center", fontsize=7)
             position += 1
-        ticks.append((position - (len(members) + 1) / 2, group))
+        ticks.append(position - (len(members) + 1) / 2)
         position += 1
-    axis.set_yticks([tick for tick, _ in ticks])
-    axis.set_yticklabels([f"{'x'.join(map(str, s))}\n{d}" for _, (s, d) in ticks], fontsize=8)
+    labels = [f"{'x'.join(map(str, shape))}\n{dtype}" for shape, dtype in groups]
+    axis.set_yticks(ticks, labels, fontsize=8)
     axis.invert_yaxis()
     axis.margins(x=0.12)
     axis.set_xlim(left=0)
     axis.spines[["top", "right"]].set_visible(False)
-
-
-def _colours(rows: list[Row]) -> dict[str, str]:
-    """A colour per provider, ours first."""
-    present = {row["provider"] for row in rows}
-    found = {name: colour for name, colour in COLOURS.items() if name in present}
-    others = sorted(present - found.keys())
-    return found | {name: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, name in enumerate(others)}
-
-
-def _grid(heads: tuple[str, ...], body: list[tuple[str, ...]]) -> list[str]:
-    rule = "|".join(["---"] * len(heads))
-    lines = [f"| {' | '.join(heads)} |", f"|{rule}|"]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in body]
-    return [*lines, ""]
-
-
-def _all(rows: list[Row], name: str) -> str:
-    """The values that rows have under a name, mostly one."""
-    return ", ".join(dict.fromkeys(str(row[name]) for row in rows if name in row)) or "unknown"

@@ -6,28 +6,26 @@ they come; report.md and shares.png beside it are made from all rows there.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from benchmarks.harness import timing
-from benchmarks.harness.environment import results_folder
+from benchmarks.harness.environment import parser, results_folder
+from benchmarks.harness.rows import append
 from benchmarks.kernels import report
 from benchmarks.kernels.measure import Bench, Row
 from benchmarks.kernels.ops import CASES, MODES, Problem, problems, short
-from benchmarks.kernels.providers import providers
+from benchmarks.kernels.providers import Provider, providers
 
 OVERHEAD = "overhead"
 DTYPES = ("bf16", "fp32")
 
 
 def listing(where: str) -> str:
-    """Every op with its providers, each available on this type of device or why not."""
+    """List every op with its providers, each available on this type of device or why not."""
     lines = []
     for op in CASES:
         lines.append(op)
@@ -38,31 +36,35 @@ def listing(where: str) -> str:
 
 
 def rows(bench: Bench, arguments: argparse.Namespace) -> Iterator[Row]:
-    """What the arguments ask for: times of all ops, then host times; stops at the time limit."""
+    """Measure what the arguments ask for: times of all ops, then host times, until the limit."""
     end = time.monotonic() + arguments.limit
     modes = arguments.mode or [*MODES, OVERHEAD]
-    for op in arguments.op or CASES:
+    ops = {op: chosen_problems(op, bench.device, arguments) for op in arguments.op or CASES}
+
+    def in_time(op: str, what: str) -> Iterator[Provider]:
+        for name, provider in providers(op).items():
+            if arguments.provider and name not in arguments.provider:
+                continue
+            if time.monotonic() <= end:
+                yield provider
+            else:
+                print(f"time limit: {what.format(name)} left out", flush=True)
+
+    for op, found in ops.items():
         wanted = tuple(mode for mode in CASES[op].modes if mode in modes)
-        found = chosen_problems(op, bench.device, arguments)
         if not found:
             print(f"{op}: no shape of this batch size and dtype", flush=True)
         for problem in found if wanted else ():
-            for provider in chosen(op, arguments):
-                if time.monotonic() > end:
-                    print(f"time limit: {problem.name} {provider.name} left out", flush=True)
-                    continue
+            for provider in in_time(op, f"{problem.name} {{}}"):
                 yield from bench.rows(problem, provider, wanted)
-    for op in arguments.op or CASES:
-        at = chosen_problems(op, bench.device, arguments)[:1] if OVERHEAD in modes else []
-        for provider in chosen(op, arguments) if at else ():
-            if time.monotonic() > end:
-                print(f"time limit: {op} {provider.name} {OVERHEAD} left out", flush=True)
-                continue
-            yield bench.overhead(op, provider, at[0])
+    for op, found in ops.items():
+        for problem in found[:1] if OVERHEAD in modes else ():
+            for provider in in_time(op, f"{op} {{}} {OVERHEAD}"):
+                yield bench.overhead(op, provider, problem)
 
 
 def chosen_problems(op: str, device: torch.device, arguments: argparse.Namespace) -> list[Problem]:
-    """Problems of an op with a batch size and a dtype that the arguments ask for."""
+    """Return the problems of an op with a batch size and a dtype that the arguments ask for."""
     return [
         problem
         for problem in problems(op, device)
@@ -71,14 +73,8 @@ def chosen_problems(op: str, device: torch.device, arguments: argparse.Namespace
     ]
 
 
-def chosen(op: str, arguments: argparse.Namespace) -> list:
-    """Providers of an op that the arguments ask for."""
-    table = providers(op).items()
-    return [provider for name, provider in table if name in (arguments.provider or dict(table))]
-
-
 def line(row: Row) -> str:
-    """A row as it passes."""
+    """Return a row as it passes."""
     head = f"{row['op']} {report.shape_of(row)} {row['dtype']} {row['mode']} {row['provider']}"
     if row["status"] != "ok":
         return f"{head}: {row['status']}, {row['message']}"
@@ -89,7 +85,7 @@ def line(row: Row) -> str:
 
 
 def lost(where: torch.device) -> bool:
-    """Whether the GPU has failed under this process, so that nothing more can run on it."""
+    """Say whether the GPU has failed under this process, so that nothing more can run on it."""
     if where.type != "cuda":
         return False
     try:
@@ -102,22 +98,16 @@ def lost(where: torch.device) -> bool:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     names = sorted({name for op in CASES for name in providers(op)})
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--list", action="store_true", help="ops and providers, then exit")
-    parser.add_argument("--op", action="append", choices=tuple(CASES), help="repeatable; all")
-    parser.add_argument("--provider", action="append", choices=names, help="repeatable; all")
-    parser.add_argument(
-        "--mode", action="append", choices=(*MODES, OVERHEAD), help="repeatable; all"
-    )
-    parser.add_argument(
-        "--batch", type=int, nargs="+", metavar="N", help="shapes of these batch sizes only"
-    )
-    parser.add_argument("--dtype", action="append", choices=DTYPES, help="repeatable; all")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--limit", type=float, default=1e9, help="seconds; begins nothing later")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="folder for rows, report and picture")
-    return parser.parse_args(argv)
+    flags = parser(__doc__)
+    flags.add_argument("--list", action="store_true", help="ops and providers, then exit")
+    choices = {"op": tuple(CASES), "provider": names, "mode": (*MODES, OVERHEAD), "dtype": DTYPES}
+    for name, known in choices.items():
+        flags.add_argument(f"--{name}", action="append", choices=known, help="repeatable; all")
+    text = "shapes of these batch sizes only"
+    flags.add_argument("--batch", type=int, nargs="+", metavar="N", help=text)
+    flags.add_argument("--quick", action="store_true", help="fewer rounds")
+    flags.add_argument("--limit", type=float, default=1e9, help="seconds; begins nothing later")
+    return flags.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -127,26 +117,24 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.list:
         print(listing(where.type))
         return 0
+    effort = timing.ON_CPU
     if where.type == "cuda":
         effort = timing.QUICK if arguments.quick else timing.Effort()
-    else:
-        effort = timing.ON_CPU
     folder = arguments.out or results_folder("kernels", where.type)
-    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "rows.jsonl"
+    append(file)
     status, measured = 0, []
-    with open(folder / "rows.jsonl", "a") as file:
-        for row in rows(Bench(where, effort), arguments):
-            print(line(row), flush=True)
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            measured.append(row)
-            if row["status"] == "failed":
-                status = 1 if row["provider"] == "ours" else status
-                if lost(where):
-                    status = 3
-                    break
-    report.write(folder, report.read(folder / "rows.jsonl"))
-    Console(width=None if sys.stdout.isatty() else 120).print(report.table(measured))
+    for row in rows(Bench(where, effort), arguments):
+        print(line(row), flush=True)
+        append(file, row)
+        measured.append(row)
+        if row["status"] == "failed":
+            status = 1 if row["provider"] == "ours" else status
+            if lost(where):
+                status = 3
+                break
+    report.write(folder, report.read(file))
+    print(report.table(measured))
     print(folder)
     return status
 

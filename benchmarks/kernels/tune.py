@@ -5,208 +5,121 @@ benchmarks.harness.timing. Rows are appended to tune.jsonl as they come; tables,
 printed. Nothing is changed: the constants stand in the kernels' files.
 """
 
-import argparse
+import importlib
+import inspect
 import itertools
-import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.harness import timing
-from benchmarks.harness.environment import results_folder
+from benchmarks.harness.environment import parser, results_folder
+from benchmarks.harness.rows import append, grid
 from benchmarks.kernels import gate
 from benchmarks.kernels.measure import Bench, Row
 from benchmarks.kernels.ops import BRANCH, Problem, Tensors, problems, short
 from benchmarks.kernels.run import lost
 from repa_fast.kernels.attention.backends import describe
 
-EPS = {"adaln": 1e-6, "align_loss": 1e-12}
 WARPS, STAGES, ROWS, CHUNKS = (4, 8, 16), (1, 2, 3), (2, 4, 8), (4, 8, 16)
 HEADINGS = ("kernel", "shape", "dtype", "warps", "stages", "rows", "chunks", "p50 ms", "% of copy")
+KERNELS = {
+    "gate_residual_adaln_backward": (
+        "gate_residual_adaln",
+        ("dx", "dbranch"),
+        ("dgate", "dshift", "dscale"),
+    ),
+    "gate_residual_adaln_forward": ("gate_residual_adaln", ("out", "y"), ()),
+    "adaln_backward": ("adaln", ("dx",), ("dshift", "dscale")),
+    "gate_residual_backward": ("gate_residual", ("dbranch",), ("dgate",)),
+    "adaln_forward": ("adaln", ("y",), ()),
+    "gate_residual_forward": ("gate_residual", ("out",), ()),
+    "align_loss_backward": ("align_loss", ("dprediction",), ()),
+    "align_loss_forward": ("align_loss", ("patches",), ()),
+}
+"""Kernel -> its op, what it writes, and the names of its sums over tokens; by importance."""
+RESULTS = {
+    "gate_residual_adaln": ("out", "y", "statistics"),
+    "adaln": ("y", "statistics"),
+    "gate_residual": ("out",),
+    "align_loss": ("loss", "patches"),
+}
+"""Op -> what the Triton kernel's forward pass returns."""
 
 Bind = Callable[[Any], tuple[Any, torch.Tensor | None, Tensors]]
 """tile -> its launch, its partial sums if it has any, and what it writes, by name."""
 
 
-def gate_residual_adaln_backward(t: Tensors, upstream: list[torch.Tensor]) -> Bind:
-    from repa_fast.kernels.adaln.triton_kernels import empty_partials
-    from repa_fast.kernels.gate_residual_adaln import triton_kernels as kernels
-
-    dout, dy = upstream
-    out, _, statistics = kernels.gate_residual_adaln_forward(
-        **t, eps=EPS["adaln"], out_dtype=BRANCH
-    )
-    dx, dbranch = torch.empty_like(out), torch.empty_like(t["branch"])
-
-    def bind(tile):
-        partials = empty_partials(out, 3)
-        launch = kernels.gate_residual_adaln_backward_launch(
-            dy, dout, out, t["branch"], t["gate"], t["scale"], statistics, dx, dbranch, partials,
-            tile=tile,
-        )  # fmt: skip
-        return launch, partials, {"dx": dx, "dbranch": dbranch}
-
-    return bind
+def sources(op: str) -> ModuleType:
+    """Return the module with an op's kernels, which needs Triton."""
+    folder = "gate_residual_adaln" if op == "gate_residual" else op
+    return importlib.import_module(f"repa_fast.kernels.{folder}.triton_kernels")
 
 
-def gate_residual_adaln_forward(t: Tensors, upstream: list[torch.Tensor]) -> Bind:
-    from repa_fast.kernels.gate_residual_adaln import triton_kernels as kernels
-
-    out, y, statistics = _stream_outputs(t["x"])
-
-    def bind(tile):
-        launch = kernels.gate_residual_adaln_forward_launch(
-            **t, out=out, y=y, statistics=statistics, eps=EPS["adaln"], tile=tile
-        )
-        return launch, None, {"out": out, "y": y}
-
-    return bind
+def constants(op: str) -> dict[str, Any]:
+    """Return the arguments of an op's kernels that are not tensors."""
+    return {"eps": 1e-12 if op == "align_loss" else 1e-6, "out_dtype": BRANCH}
 
 
-def adaln_backward(t: Tensors, upstream: list[torch.Tensor]) -> Bind:
-    from repa_fast.kernels.adaln import triton_kernels as kernels
+def call(function: Callable, known: Mapping[str, Any]) -> Any:
+    """Call a function with those of the known values that it has parameters for."""
+    names = inspect.signature(function).parameters
+    return function(**{name: known[name] for name in names if name in known})
 
-    _, statistics = kernels.forward(**t, eps=EPS["adaln"], out_dtype=BRANCH)
-    dx = torch.empty_like(t["x"])
 
-    def bind(tile):
-        partials = kernels.empty_partials(dx, 2)
-        launch = kernels.adaln_backward_launch(
-            upstream[0], t["x"], t["scale"], statistics, dx, partials, tile=tile
-        )
-        return launch, partials, {"dx": dx}
+def bind_on(kernel: str, problem: Problem, seed: int, device: torch.device) -> Bind:
+    """Prepare launches of a kernel on inputs of `seed`, and on what the forward pass saves."""
+    from repa_fast.backend.rows import empty_partials
+
+    op, written, sums = KERNELS[kernel]
+    tensors, module = problem.make_inputs(seed, device), sources(op)
+    outputs = problem.case.outputs(problem.shape, problem.dtype)
+    upstream = dict(zip((f"d{n}" for n in outputs), problem.make_upstream(seed, device)))
+    known = {**tensors, **upstream, **constants(op)}
+    forward = getattr(module, f"{op}_forward", None) or module.forward
+    known |= zip(RESULTS[op], gate.as_tuple(call(forward, known)))
+    known |= {name: torch.empty_like(known[name[1:]]) for name in written if name not in known}
+    launch = getattr(module, f"{kernel}_launch")
+
+    def bind(tile: Any) -> tuple[Any, torch.Tensor | None, Tensors]:
+        partials = empty_partials(known[written[0]], len(sums)) if sums else None
+        launched = call(launch, {**known, "partials": partials, "tile": tile})
+        return launched, partials, {name: known[name] for name in written}
 
     return bind
-
-
-def adaln_forward(t: Tensors, upstream: list[torch.Tensor]) -> Bind:
-    from repa_fast.kernels.adaln import triton_kernels as kernels
-
-    _, y, statistics = _stream_outputs(t["x"])
-
-    def bind(tile):
-        launch = kernels.adaln_forward_launch(
-            **t, y=y, statistics=statistics, eps=EPS["adaln"], tile=tile
-        )
-        return launch, None, {"y": y}
-
-    return bind
-
-
-def gate_residual_backward(t: Tensors, upstream: list[torch.Tensor]) -> Bind:
-    from repa_fast.kernels.adaln.triton_kernels import empty_partials
-    from repa_fast.kernels.gate_residual_adaln import triton_kernels as kernels
-
-    dbranch = torch.empty_like(t["branch"])
-
-    def bind(tile):
-        partials = empty_partials(dbranch, 1)
-        launch = kernels.gate_residual_backward_launch(
-            upstream[0], t["branch"], t["gate"], dbranch, partials, tile=tile
-        )
-        return launch, partials, {"dbranch": dbranch}
-
-    return bind
-
-
-def gate_residual_forward(t: Tensors, upstream: list[torch.Tensor]) -> Bind:
-    from repa_fast.kernels.gate_residual_adaln import triton_kernels as kernels
-
-    out = torch.empty_like(t["x"])
-
-    def bind(tile):
-        return kernels.gate_residual_forward_launch(**t, out=out, tile=tile), None, {"out": out}
-
-    return bind
-
-
-def align_loss_forward(t: Tensors, upstream: list[torch.Tensor]) -> Bind:
-    from repa_fast.kernels.align_loss import triton_kernels as kernels
-
-    patches = kernels.empty_patches(t["prediction"])
-
-    def bind(tile):
-        launch = kernels.align_loss_forward_launch(
-            **t, patches=patches, eps=EPS["align_loss"], tile=tile
-        )
-        return launch, None, {"patches": patches}
-
-    return bind
-
-
-def align_loss_backward(t: Tensors, upstream: list[torch.Tensor]) -> Bind:
-    from repa_fast.kernels.align_loss import triton_kernels as kernels
-
-    _, patches = kernels.forward(**t, eps=EPS["align_loss"])
-    dprediction = torch.empty_like(t["prediction"])
-
-    def bind(tile):
-        launch = kernels.align_loss_backward_launch(
-            upstream[0], **t, patches=patches, dprediction=dprediction,
-            tile=tile,
-        )  # fmt: skip
-        return launch, None, {"dprediction": dprediction}
-
-    return bind
-
-
-def _stream_outputs(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Memory for out, y and the statistics of a forward pass over x."""
-    statistics = torch.empty(*x.shape[:2], 2, device=x.device)
-    return torch.empty_like(x), torch.empty_like(x, dtype=BRANCH), statistics
-
-
-KERNELS = {
-    "gate_residual_adaln_backward": (
-        "gate_residual_adaln",
-        gate_residual_adaln_backward,
-        ("dgate", "dshift", "dscale"),
-    ),
-    "gate_residual_adaln_forward": ("gate_residual_adaln", gate_residual_adaln_forward, ()),
-    "adaln_backward": ("adaln", adaln_backward, ("dshift", "dscale")),
-    "gate_residual_backward": ("gate_residual", gate_residual_backward, ("dgate",)),
-    "adaln_forward": ("adaln", adaln_forward, ()),
-    "gate_residual_forward": ("gate_residual", gate_residual_forward, ()),
-    "align_loss_backward": ("align_loss", align_loss_backward, ()),
-    "align_loss_forward": ("align_loss", align_loss_forward, ()),
-}
-"""Kernel -> its op, its setup, and the names of its sums over tokens; in order of importance."""
 
 
 def points(kernel: str) -> list[tuple[Any, int | None]]:
-    """(tile, programs per sample) to try; only sums over tokens have programs per sample.
+    """Return (tile, programs per sample) to try; the latter only for sums over tokens.
 
     A loop over fewer rows than stages has nothing to fill them with.
     """
-    from repa_fast.kernels.adaln.triton_kernels import Tile
+    from repa_fast.backend.rows import Tile
 
     if KERNELS[kernel][2]:
-        grid = itertools.product(WARPS, STAGES, CHUNKS)
-        return [(Tile(warps, stages), chunks) for warps, stages, chunks in grid]
-    grid = itertools.product(WARPS, STAGES, ROWS)
-    return [(Tile(warps, stages, rows), None) for warps, stages, rows in grid if stages <= rows]
+        found = itertools.product(WARPS, STAGES, CHUNKS)
+        return [(Tile(warps, stages), chunks) for warps, stages, chunks in found]
+    found = itertools.product(WARPS, STAGES, ROWS)
+    return [(Tile(warps, stages, rows), None) for warps, stages, rows in found if stages <= rows]
 
 
 def sweep(bench: Bench, kernel: str, problem: Problem, end: float) -> Iterator[Row]:
-    """A row per point, until time.monotonic() is `end`."""
-    op, setup, sums = KERNELS[kernel]
+    """Return a row per point, until time.monotonic() is `end`."""
+    op, _, sums = KERNELS[kernel]
     device = bench.device
     expected = gate.expected(problem, problem.case.reference, device)
     mode = "backward" if kernel.endswith("backward") else "forward"
     nbytes = problem.necessary_bytes(mode)
     copy = bench.copy(nbytes)
     with timing.own_stream(device):
-        binds = [
-            setup(problem.make_inputs(seed, device), problem.make_upstream(seed, device))
-            for seed in range(timing.sets_needed(nbytes, device))
-        ]
+        sets = range(timing.sets_needed(nbytes, device))
+        binds = [bind_on(kernel, problem, seed, device) for seed in sets]
         for tile, chunks in points(kernel):
             if time.monotonic() > end:
                 print(f"time limit: the rest of {kernel} at {problem.name} left out", flush=True)
@@ -228,13 +141,13 @@ def _point(
     bench: Bench, binds: list[Bind], tile: Any, chunks: int | None, sums: tuple[str, ...], expected
 ) -> Row:
     """Check and time one tile."""
-    from repa_fast.kernels.adaln import triton_kernels
+    from repa_fast.backend import rows
 
     # The number of programs per sample is a constant of the module, not of a tile.
-    chosen = triton_kernels.CHUNKS if chunks is None else chunks
-    with mock.patch.object(triton_kernels, "CHUNKS", chosen):
+    chosen = rows.CHUNKS if chunks is None else chunks
+    with mock.patch.object(rows, "CHUNKS", chosen):
         bound = [bind(tile) for bind in binds]
-    calls = [_call(launch, partials) for launch, partials, _ in bound]
+    calls = [partial(_call, launch, partials) for launch, partials, _ in bound]
     written = bound[0][2]
     for tensor in written.values():
         tensor.fill_(float("nan"))  # not what another tile has written
@@ -243,90 +156,62 @@ def _point(
     if "patches" in got:  # of cosines; their mean is torch's
         got = {"loss": -got["patches"][..., 0].mean(-1)}
     expected.compare(got)
-    figure = timing.measure(calls, bench.device, bench.effort)
-    return {
-        "status": "ok",
-        "ms_p20": figure.p20,
-        "ms_p50": figure.p50,
-        "ms_p80": figure.p80,
-        "method": figure.method,
-    }
+    return {"status": "ok", **timing.measure(calls, bench.device, bench.effort).figures}
 
 
-def _call(launch: Any, partials: torch.Tensor | None) -> Callable[[], torch.Tensor | None]:
-    """The launch, and the second stage of its sums where it has any."""
-    from repa_fast.kernels.adaln.triton_kernels import sum_chunks
+def _call(launch: Any, partials: torch.Tensor | None) -> torch.Tensor | None:
+    """Run the launch and, if it has sums, their second stage."""
+    from repa_fast.backend.rows import sum_chunks
 
-    def call() -> torch.Tensor | None:
-        launch.run()
-        return None if partials is None else sum_chunks(partials, BRANCH)
-
-    return call
+    launch.run()
+    return None if partials is None else sum_chunks(partials, BRANCH)
 
 
-def table(rows: list[Row]) -> Table:
-    """Of one kernel and problem, fastest first, what failed last."""
-    result = Table(*HEADINGS)
+def table(rows: list[Row]) -> str:
+    """Return the table of one kernel and problem, fastest first, failures last."""
+    body = []
     for row in sorted(rows, key=lambda row: row.get("ms_p50", float("inf"))):
-        head = [str(row[name]) for name in ("warps", "stages", "rows", "chunks")]
+        figures = [row.get("message"), ""]
+        if row["status"] == "ok":
+            figures = [f"{row['ms_p50']:.4f}", f"{100 * row['share_of_copy']:.0f}"]
         shape = "x".join(map(str, row["shape"]))
-        failed = row["status"] != "ok"
-        figures = (
-            [row["message"], ""]
-            if failed
-            else [f"{row['ms_p50']:.4f}", f"{100 * row['share_of_copy']:.0f}"]
-        )
-        result.add_row(row["kernel"], shape, row["dtype"], *head, *figures)
-    return result
-
-
-def work(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, Problem]]:
-    """(kernel, problem): one dtype at a time, and of it the kernels in order of importance."""
-    for dtype in (torch.float32, torch.bfloat16):
-        for kernel in arguments.kernel or KERNELS:
-            for problem in problems(KERNELS[kernel][0], device):
-                if problem.dtype == dtype:
-                    yield kernel, problem
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kernel", action="append", choices=tuple(KERNELS), help="repeatable; all")
-    parser.add_argument("--limit", type=float, default=150, help="seconds; begins nothing later")
-    parser.add_argument("--out", type=Path, help="folder for tune.jsonl")
-    return parser.parse_args(argv)
-
-
-def run(bench: Bench, arguments: argparse.Namespace) -> int:
-    """Sweep until the limit; 3 if the GPU was lost."""
-    end = time.monotonic() + arguments.limit
-    folder = arguments.out or results_folder("kernels")
-    folder.mkdir(parents=True, exist_ok=True)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    with open(folder / "tune.jsonl", "a") as file:
-        for kernel, problem in work(arguments, bench.device):
-            if time.monotonic() > end:
-                print(f"time limit: {kernel} at {problem.name} left out", flush=True)
-                continue
-            rows = []
-            for row in sweep(bench, kernel, problem, end):
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                rows.append(row)
-                if row["status"] != "ok" and lost(bench.device):
-                    return 3
-            console.print(table(rows))
-            bench.tidy()
-    print(folder / "tune.jsonl")
-    return 0
+        body.append((row["kernel"], shape, *(row[name] for name in HEADINGS[2:7]), *figures))
+    return "\n".join(grid(HEADINGS, body))
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parse(argv)
+    """Sweep until the limit; return 3 if the GPU was lost."""
+    flags = parser(__doc__, "folder for tune.jsonl", device=False)
+    flags.add_argument("--kernel", action="append", choices=tuple(KERNELS), help="repeatable; all")
+    flags.add_argument("--limit", type=float, default=150, help="seconds; begins nothing later")
+    arguments = flags.parse_args(argv)
     if not torch.cuda.is_available():
         print("tuning needs a GPU: no CUDA device")
         return 0
-    return run(Bench(torch.device("cuda"), timing.QUICK), arguments)
+    bench = Bench(torch.device("cuda"), timing.QUICK)
+    end = time.monotonic() + arguments.limit
+    file = (arguments.out or results_folder("kernels")) / "tune.jsonl"
+    wanted = [
+        (kernel, problem)  # one dtype at a time, and its kernels by importance
+        for dtype in (torch.float32, torch.bfloat16)
+        for kernel in arguments.kernel or KERNELS
+        for problem in problems(KERNELS[kernel][0], bench.device)
+        if problem.dtype == dtype
+    ]
+    for kernel, problem in wanted:
+        if time.monotonic() > end:
+            print(f"time limit: {kernel} at {problem.name} left out", flush=True)
+            continue
+        rows = []
+        for row in sweep(bench, kernel, problem, end):
+            append(file, row)
+            rows.append(row)
+            if row["status"] != "ok" and lost(bench.device):
+                return 3
+        print(table(rows), flush=True)
+        bench.tidy()
+    print(file)
+    return 0
 
 
 if __name__ == "__main__":

@@ -7,20 +7,18 @@ docs/performance.md; `--check` fails where the page has others.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.harness.environment import RESULTS, ROOT
+from benchmarks.harness.rows import filled, from_gpus, grid, is_current
 from benchmarks.kernels.ops import CASES, Problem, short
-from benchmarks.paper.scaling import grid
 from benchmarks.paper.scaling_model import Machine, Work, work
 from benchmarks.step.optim import BYTES as OPTIMIZER_BYTES
 from repa_fast.configs import presets
 
 PAGE = ROOT / "docs" / "performance.md"
-BEGIN, END = "<!-- roofline: begin -->", "<!-- roofline: end -->"
 PRESET, BATCHES = "sit-xl2-repa", (32, 256)
 CAST_BYTES = 6  # per parameter: its gradient is a matmul's in bf16, read and written as fp32
 PARTS_RUNG, STEP_RUNGS = "e", ("g", "e", "")
@@ -38,28 +36,19 @@ CATEGORIES = {
 """Parts of a step -> categories of benchmarks.step.profile."""
 
 
-def gpu_rows(results: Path) -> list[dict]:
-    """All rows that were measured on GPUs, oldest folder first."""
-    rows = []
-    for path in sorted(results.glob("**/rows.jsonl")):
-        if path.relative_to(results).parts[0] != "cpu":
-            rows += [json.loads(line) for line in path.read_text().splitlines()]
-    return [row for row in rows if row.get("status", "ok") == "ok"]
-
-
 def latest(rows: Iterable[dict], **wanted) -> dict | None:
-    """The last row with these values."""
+    """Return the last row with these values."""
     found = [row for row in rows if all(row.get(name) == wanted[name] for name in wanted)]
     return found[-1] if found else None
 
 
 def floor(flops: float, nbytes: float, machine: Machine) -> float:
-    """Milliseconds of an op whose arithmetic and traffic run side by side."""
+    """Return the milliseconds of an op whose arithmetic and traffic overlap."""
     return 1e3 * max(flops / machine.matmul, nbytes / machine.memory)
 
 
 def compared(least: float, row: dict | None) -> tuple[str, str, str]:
-    """Measured milliseconds, how many times the floor they are, and where they come from."""
+    """Return measured milliseconds, their ratio to the floor, and where they come from."""
     if row is None:
         return NOT_YET, "", ""
     ratio = f"{row['ms_p50'] / least:.2f}" if least else ""
@@ -67,27 +56,31 @@ def compared(least: float, row: dict | None) -> tuple[str, str, str]:
 
 
 def ops_table(machine: Machine, rows: Sequence[dict]) -> list[str]:
-    """Each op at its first shape and dtype, the one of SiT-XL/2's step with 32 images."""
+    """Return each op at its first shape and dtype, those of SiT-XL/2's step with 32 images."""
     lines = []
+
+    def add(named: tuple[str, ...], flops: float, nbytes: float, row: dict | None) -> None:
+        least = floor(flops, nbytes, machine)
+        counted = f"{flops / 1e9:,.4g}" if flops else "", f"{nbytes / 1e6:,.1f}"
+        lines.append((*named, *counted, f"{least:.4g}", *compared(least, row)))
+
     for op, case in CASES.items():
         problem = Problem(case, case.shapes[0], case.dtypes[0])
         shape, dtype = list(problem.shape), short(problem.dtype)
         for mode in (mode for mode in ("forward", "backward") if mode in case.modes):
             named = (op, "x".join(map(str, shape)), dtype, mode)
-            work_of = problem.flops(mode), problem.necessary_bytes(mode)
             row = best(rows, op=op, shape=shape, dtype=dtype, mode=mode)
-            lines.append(op_line(named, *work_of, machine, row))
+            add(named, problem.flops(mode), problem.necessary_bytes(mode), row)
     parameters = work(presets.get(PRESET)).parameters
-    nbytes = sum(OPTIMIZER_BYTES.values()) * parameters
     row = latest((row for row in rows if "tensors" in row), provider="cuda")
     named = ("adamw_ema", f"{parameters:,}", "fp32", "step")
-    lines.append(op_line(named, 0, nbytes, machine, row))
+    add(named, 0, sum(OPTIMIZER_BYTES.values()) * parameters, row)
     heads = ("op", "shape", "dtype", "pass", "GFLOP", "MB", "floor, ms", "measured, ms", "ratio")
     return grid((*heads, "of"), lines)
 
 
 def best(rows: Sequence[dict], **wanted) -> dict | None:
-    """Our kernel's last row; of attention, which has none of ours, the fastest backend's."""
+    """Return our kernel's last row; for attention, which has none, the fastest backend's."""
     if wanted["op"] != "attention":
         return latest(rows, **wanted, provider="ours")
     providers = {row["provider"] for row in rows if row.get("op") == "attention"}
@@ -95,26 +88,16 @@ def best(rows: Sequence[dict], **wanted) -> dict | None:
     return min((row for row in found if row), key=lambda row: row["ms_p50"], default=None)
 
 
-def op_line(
-    named: tuple[str, ...], flops: float, nbytes: float, machine: Machine, row: dict | None
-) -> tuple[str, ...]:
-    """A line of the ops' table."""
-    least = floor(flops, nbytes, machine)
-    counted = f"{flops / 1e9:,.4g}" if flops else "", f"{nbytes / 1e6:,.1f}"
-    return (*named, *counted, f"{least:.4g}", *compared(least, row))
-
-
 def step_parts(found: Work, batch: int) -> dict[str, tuple[float, float]]:
-    """FLOPs and bytes of each part of a step with `batch` images."""
-    model = found.forward, found.backward
-    optimizer = sum(OPTIMIZER_BYTES.values()) * found.parameters
+    """Return FLOPs and bytes of each part of a step with `batch` images."""
     attention = tuple(batch * each for each in found.attention)
-    casts = CAST_BYTES * found.parameters
+    flops = batch * (found.forward.flops + found.backward.flops) - attention[0]
+    nbytes = batch * (found.forward.nbytes + found.backward.nbytes)
     return {
-        "matmuls": (batch * sum(each.flops for each in model) - attention[0], 0.0),
+        "matmuls": (flops, 0.0),
         "attention": attention,
-        "elementwise": (0.0, batch * sum(each.nbytes for each in model) + casts),
-        "optimizer and average": (0.0, optimizer),
+        "elementwise": (0.0, nbytes + CAST_BYTES * found.parameters),
+        "optimizer and average": (0.0, sum(OPTIMIZER_BYTES.values()) * found.parameters),
         "encoder": (batch * found.frozen.flops, batch * found.frozen.nbytes),
     }
 
@@ -125,8 +108,12 @@ def step_table(batch: int, machine: Machine, rows: Sequence[dict]) -> list[str]:
     wanted = {"preset": PRESET, "batch": batch, "data": "made up"}
     found = {rung: latest(ours, rung=rung, **wanted) for rung in STEP_RUNGS}
     parts = found[PARTS_RUNG]
-    step = next((found[rung] for rung in STEP_RUNGS if found[rung]), None)
-    lines, total, kernels = [], [0.0, 0.0, 0.0], 0.0
+    lines, total, kernels = [], (0.0, 0.0, 0.0), 0.0
+
+    def add(name: str, flops: float, nbytes: float, least: float, row: dict | None) -> None:
+        counted = f"{flops / 1e12:.2f}" if flops else "", f"{nbytes / 1e9:.1f}" if nbytes else ""
+        lines.append((name, *counted, f"{least:.1f}", *compared(least, row)))
+
     for part, (flops, nbytes) in step_parts(work(presets.get(PRESET)), batch).items():
         least = 1e3 * (flops / machine.matmul + nbytes / machine.memory)
         if part == "attention":  # one kernel computes while it moves
@@ -135,23 +122,16 @@ def step_table(batch: int, machine: Machine, rows: Sequence[dict]) -> list[str]:
         if parts is not None:
             milliseconds = sum(parts["ms_by_category"][name] for name in CATEGORIES[part])
             row, kernels = {**parts, "ms_p50": milliseconds}, kernels + milliseconds
-        lines.append((part, *amounts(flops, nbytes), f"{least:.1f}", *compared(least, row)))
-        total = [a + b for a, b in zip(total, (flops, nbytes, least))]
-    flops, nbytes, least = total
-    together = None if parts is None else {**parts, "ms_p50": kernels}
-    for name, row in (("sum", together), ("the step", step)):
-        lines.append((name, *amounts(flops, nbytes), f"{least:.1f}", *compared(least, row)))
+        add(part, flops, nbytes, least, row)
+        total = tuple(a + b for a, b in zip(total, (flops, nbytes, least)))
+    add("sum", *total, parts and {**parts, "ms_p50": kernels})
+    add("the step", *total, next((found[rung] for rung in STEP_RUNGS if found[rung]), None))
     heads = (f"{PRESET}, {batch} images", "TFLOP", "GB", "floor, ms", "measured, ms", "ratio", "of")
     return grid(heads, lines)
 
 
-def amounts(flops: float, nbytes: float) -> tuple[str, str]:
-    """TFLOP and GB."""
-    return f"{flops / 1e12:.2f}" if flops else "", f"{nbytes / 1e9:.1f}" if nbytes else ""
-
-
 def rates(rows: Sequence[dict]) -> tuple[Machine, str]:
-    """The machine that floors are counted for, and a line that names its rates and the card."""
+    """Return the machine that floors are counted for, and a line about its rates and the card."""
     machine, where = Machine(), "an H200 as reported"
     card = latest(rows, item="card")
     if card is not None:
@@ -165,19 +145,13 @@ def rates(rows: Sequence[dict]) -> tuple[Machine, str]:
 
 
 def tables(results: Path) -> str:
-    """What stands between the marks."""
-    rows = gpu_rows(results)
+    """Return what stands between the marks of the page."""
+    rows = [r for r in from_gpus(results) if r.get("status", "ok") == "ok"]
     machine, where = rates(rows)
     lines = [f"Rates: {where}.", "", *ops_table(machine, rows)]
     for batch in BATCHES:
         lines += step_table(batch, machine, rows)
     return "\n".join(lines).rstrip()
-
-
-def filled(page: str, text: str) -> str:
-    """The page with `text` between its marks."""
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -186,12 +160,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="into docs/performance.md")
     parser.add_argument("--check", action="store_true", help="fail where the page is not current")
     arguments = parser.parse_args(argv)
-    text = tables(RESULTS)
-    old = PAGE.read_text()
-    new = filled(old, text)
+    text, old = tables(RESULTS), PAGE.read_text()
+    new = filled(old, "roofline", text)
     if arguments.check:
-        print(f"{PAGE} is {'current' if old == new else 'not what this command would write'}")
-        return int(old != new)
+        return int(not is_current(PAGE, old, new))
     if arguments.write:
         PAGE.write_text(new)
     else:

@@ -6,63 +6,36 @@ marks and come from benchmarks/paper/scaling_model.py. `--check` fails where the
 
 import argparse
 import dataclasses
-import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.harness.environment import ROOT
-from benchmarks.paper.scaling_model import (
-    MODES,
-    Machine,
-    Step,
-    Work,
-    communication,
-    copies,
-    expected_maximum,
-    step,
-    usual,
-    volume,
-    work,
-)
+from benchmarks.harness.environment import RESULTS, ROOT
+from benchmarks.harness.rows import filled, from_gpus, grid, is_current, percent
+from benchmarks.paper import scaling_model as model
+from benchmarks.paper.scaling_model import MODES, Machine, Step, Work
 from benchmarks.paper.scaling_picture import PARTS, draw
 from benchmarks.step.optim import BYTES as OPTIMIZER_BYTES
 from repa_fast.configs import presets
 
 PAGE = ROOT / "docs" / "scaling.md"
-RESULTS = ROOT / "benchmarks" / "results"
 GPUS = tuple(2**i for i in range(11))
 SHOWN = (8, 64, 512)  # GPUs of the shorter tables
 PAYS = 1.5  # strong scaling ends where twice the GPUs are less than this many times as fast
 
 
 def measured(preset: str, results: Path) -> list[dict]:
-    """Rows of the step for a preset from GPUs; `batch` is of all `gpus`, one if not said.
+    """Return a preset's rows of the step from GPUs; `batch` is of all `gpus`, one if not said.
 
-    Of benchmarks.step.ladder only rung g, the project's own step.
+    Of benchmarks.step.ladder only configuration g, the project's own step.
     """
-    rows = []
-    for path in sorted(results.glob("**/rows.jsonl")):
-        if path.relative_to(results).parts[0] != "cpu":
-            rows += [json.loads(line) for line in path.read_text().splitlines()]
-    rows = [row for row in rows if "stall_ms" in row and row["preset"] == preset]
-    rows = [row for row in rows if row.get("rung", "") in ("", "g")]
-    return [{"gpus": 1, "parallel": "ddp", **row} for row in rows]
-
-
-def grid(heads: Sequence, rows: Iterable[Iterable]) -> list[str]:
-    """A Markdown table."""
-    table = [f"| {' | '.join(map(str, cells))} |" for cells in (heads, *rows)]
-    return [table[0], "|" + "---|" * len(heads), *table[1:], ""]
+    rows = [row for row in from_gpus(results) if "stall_ms" in row and row["preset"] == preset]
+    return [{"gpus": 1, "parallel": "ddp", **r} for r in rows if r.get("rung", "") in ("", "g")]
 
 
 def ms(seconds: float) -> str:
     return f"{1e3 * seconds:.2f}"
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
 
 
 @dataclass(frozen=True)
@@ -76,51 +49,46 @@ class Page:
     work: Work
     rows: list[dict]
 
-    @classmethod
-    def of(cls, preset: str, machine: Machine, batches: tuple[int, ...], whole: int) -> "Page":
-        """With the preset's work and the committed measurements."""
-        return cls(
-            preset, machine, batches, whole, work(presets.get(preset)), measured(preset, RESULTS)
-        )
-
     @property
     def divided(self) -> tuple[int, ...]:
         """Numbers of GPUs among which the whole batch can be divided."""
         return tuple(gpus for gpus in GPUS if self.whole % gpus == 0)
 
     def steps(self, gpus: int, batch: float, **changes: float) -> dict[str, Step]:
-        """The step in every mode, with constants of the machine changed."""
+        """Return the step in every mode, with constants of the machine changed."""
         machine = dataclasses.replace(self.machine, **changes)
-        return {name: step(self.work, machine, mode, gpus, batch) for name, mode in MODES.items()}
+        return {
+            name: model.step(self.work, machine, mode, gpus, batch) for name, mode in MODES.items()
+        }
 
     def fastest(self, gpus: int, batch: float, **changes: float) -> tuple[str, Step]:
-        """Mode and step, the first of equal ones."""
+        """Return the fastest mode and its step, the first of equal ones."""
         return min(self.steps(gpus, batch, **changes).items(), key=lambda pair: pair[1].seconds)
 
 
 def subject(page: Page) -> list[str]:
-    """What the figures are of."""
+    """Say what the figures are of."""
     each = " or ".join(map(str, page.batches))
     return [f"Preset `{page.preset}`, {each} images per GPU, or {page.whole} in all."]
 
 
 def measurements(page: Page) -> list[str]:
-    """Rows of the step benchmark, each beside the model at the same point."""
+    """Show rows of the step benchmark, each beside the model at the same point."""
     if not page.rows:
         return ["No measured point exists yet."]
     heads = ("device", "GPUs", "mode", "images each", "compile", "ms p20", "p50", "p80", "commit")
     lines = []
     for row in page.rows:
         gpus, batch = row["gpus"], row["batch"] / row["gpus"]
-        model = step(page.work, page.machine, MODES[row["parallel"]], gpus, batch)
+        point = page.steps(gpus, batch)[row["parallel"]]
         times = (f"{row[f'ms_p{p}']:.2f}" for p in (20, 50, 80))
         named = (row["device"], gpus, row["parallel"], f"{batch:g}", row["compile"])
-        lines.append((*named, *times, row["commit"], ms(model.seconds)))
+        lines.append((*named, *times, row["commit"], ms(point.seconds)))
     return grid((*heads, "the model's ms"), lines)
 
 
 def sharding(page: Page) -> list[str]:
-    """When sharding wins."""
+    """Say when sharding wins."""
     lines, node = [], page.machine.node
     for batch in page.batches:
         at = {gpus: page.steps(gpus, batch) for gpus in GPUS}
@@ -138,7 +106,7 @@ def sharding(page: Page) -> list[str]:
 
 
 def ending(page: Page) -> list[str]:
-    """Where strong scaling ends."""
+    """Say where strong scaling ends."""
     best = {gpus: page.fastest(gpus, page.whole / gpus) for gpus in page.divided}
     times = {gpus: found.seconds for gpus, (_, found) in best.items()}
     ends = [gpus for gpus in page.divided[1:] if times[gpus // 2] / times[gpus] < PAYS]
@@ -158,7 +126,7 @@ def ending(page: Page) -> list[str]:
         f"makes the step less than {PAYS:g} times as fast is {end}.",
         f"- The shortest step is {ms(times[least])} ms, on {least} GPUs ({best[least][0]}): "
         f"{times[1] / times[least]:.0f} times as fast as one GPU, an efficiency of "
-        f"{percent(times[1] / times[least] / least)}.",
+        f"{percent(times[1] / times[least] / least, 0)}.",
         f"- With gradients reduced in fp32: {ms(seconds)} ms, on {gpus} GPUs ({name}).",
         f"- If launches cost nothing: {ms(graph[quick][1].seconds)} ms, on {quick} GPUs "
         f"({graph[quick][0]}).",
@@ -166,7 +134,7 @@ def ending(page: Page) -> list[str]:
 
 
 def limits(page: Page) -> list[str]:
-    """The largest parts at each scale."""
+    """Name the largest parts at each scale."""
     rows = []
     for gpus in GPUS:
         row = [gpus]
@@ -176,7 +144,7 @@ def limits(page: Page) -> list[str]:
                 continue
             mode, found = page.fastest(gpus, batch)
             parts = sorted(dataclasses.asdict(found).items(), key=lambda part: -part[1])[:3]
-            shares = (f"{PARTS[name][0]} {percent(s / found.seconds)}" for name, s in parts)
+            shares = (f"{PARTS[name][0]} {percent(s / found.seconds, 0)}" for name, s in parts)
             row += ["" if gpus == 1 else mode, ", ".join(shares)]
         rows.append(row)
     heads = ("GPUs", f"{page.batches[0]} each", "largest parts", f"{page.whole} in all")
@@ -184,10 +152,9 @@ def limits(page: Page) -> list[str]:
 
 
 def sensitivity(page: Page) -> list[str]:
-    """The fastest step with one assumption changed."""
-    points = [(SHOWN[-1], page.batches[0])]
+    """Show the fastest step with one assumption changed."""
     some = page.divided[2 * len(page.divided) // 3], page.divided[-1]
-    points += [(gpus, page.whole / gpus) for gpus in some]
+    points = [(SHOWN[-1], page.batches[0]), *((gpus, page.whole / gpus) for gpus in some)]
     now = page.machine
     hops = ("ring_nvlink", "ring_network", "tree_nvlink", "tree_network")
     changes = {
@@ -208,7 +175,7 @@ def sensitivity(page: Page) -> list[str]:
 
 
 def constants(page: Page) -> list[str]:
-    """Every constant and where it is from."""
+    """List every constant and its source."""
     rows = []
     for each in dataclasses.fields(Machine):
         value = getattr(page.machine, each.name) / each.metadata["scale"]
@@ -217,37 +184,35 @@ def constants(page: Page) -> list[str]:
 
 
 def amounts(page: Page) -> list[str]:
-    """FLOPs and bytes of a step, and the floor that follows from them."""
+    """Count FLOPs and bytes of a step, and the floor that follows from them."""
     w, gpus = page.work, SHOWN[1]
     passes = {"encoder or teacher": w.frozen, "forward": w.forward, "backward": w.backward}
     rows = [(n, f"{p.flops / 1e9:.1f}", f"{p.nbytes / 1e6:.1f}") for n, p in passes.items()]
     shards = [mode.shards(page.machine, gpus) for mode in MODES.values()]
     moved = [f"{sum(OPTIMIZER_BYTES.values()) / n:.3g}" for n in shards]
-    copied = [f"{sum(copies(m, n, gpus)):.3g}" for m, n in zip(MODES.values(), shards)]
+    copied = [f"{sum(model.copies(m, n, gpus)):.3g}" for m, n in zip(MODES.values(), shards)]
     ideal = dataclasses.replace(page.machine, reached=1.0)
-    ones = [step(w, ideal, MODES["ddp"], 1, batch) for batch in page.batches]
+    ones = [model.step(w, ideal, MODES["ddp"], 1, batch) for batch in page.batches]
     floors = [ms(one.matmul + one.elementwise + one.optimizer) for one in ones]
     memory = [f"{(batch * w.activation_bytes + w.state_bytes) / 1e9:.0f}" for batch in page.batches]
     parameters = f"bytes for each of {w.parameters / 1e6:.1f} M parameters, {gpus} GPUs"
+    ways = ("optimizer, average, norm", *moved), ("casts and copies of weights", *copied)
     one = ("both rates reached in full, no copies, no launches: ms", *floors)
     two = ("state and activations: GB", *memory)
     return [
         *grid(("per image", "GFLOP of matrix products", "MB of elementwise kernels"), rows),
-        *grid(
-            (parameters, *MODES),
-            (("optimizer, average, norm", *moved), ("casts and copies of weights", *copied)),
-        ),
+        *grid((parameters, *MODES), ways),
         *grid(("images on one GPU", *page.batches), (one, two)),
     ]
 
 
 def sent(page: Page) -> list[str]:
-    """Volumes and times of collectives, and what shows of them."""
+    """Show volumes and times of collectives, and what is exposed of them."""
     rows = []
     for gpus in SHOWN:
         for name, mode in MODES.items():
-            found = communication(page.work, page.machine, mode, gpus)
-            steps = [step(page.work, page.machine, mode, gpus, batch) for batch in page.batches]
+            found = model.communication(page.work, page.machine, mode, gpus)
+            steps = [page.steps(gpus, batch)[name] for batch in page.batches]
             nbytes = (f"{each / 1e9:.2f}" for each in volumes(page, name, gpus))
             times = (found.forward, found.backward, *(each.communication for each in steps))
             rows.append((gpus, name, *nbytes, *map(ms, times)))
@@ -256,22 +221,22 @@ def sent(page: Page) -> list[str]:
 
 
 def volumes(page: Page, name: str, gpus: int) -> tuple[float, float]:
-    """Bytes that a GPU sends in a step, and that leave its node."""
+    """Return the bytes that a GPU sends in a step, and that leave its node."""
     mode, nodes = MODES[name], page.machine.nodes(gpus)
     gradients = mode.reduce_bytes * page.work.parameters
     if mode.sharded == "no":
-        ring = volume("all-reduce", gpus) * gradients
+        ring = model.volume("all-reduce", gpus) * gradients
     else:
         ranks = mode.shards(page.machine, gpus)
-        ring = volume("all-gather", ranks) * (2 * page.work.parameters + gradients)
+        ring = model.volume("all-gather", ranks) * (2 * page.work.parameters + gradients)
     if nodes == 1 or mode.sharded != "node":
         return ring, ring if nodes > 1 else 0.0
-    across = volume("all-reduce", nodes) * gradients
+    across = model.volume("all-reduce", nodes) * gradients
     return ring + across / page.machine.node, across
 
 
 def table(page: Page, points: Iterable[tuple[int, float]]) -> list[str]:
-    """Milliseconds in every mode, and the fastest one's rate."""
+    """Show milliseconds in every mode, and the fastest one's rate."""
     rows, alone = [], None
     for gpus, batch in points:
         found = [each.seconds for each in page.steps(gpus, batch).values()]
@@ -279,35 +244,36 @@ def table(page: Page, points: Iterable[tuple[int, float]]) -> list[str]:
         alone = alone or rate
         least = ms(min(found)) if gpus > 1 else ""
         cells = (f"**{ms(t)}**" if ms(t) == least else ms(t) for t in found)
-        rows.append((gpus, f"{batch:g}", *cells, f"{rate:,.0f}", percent(rate / gpus / alone)))
+        rows.append((gpus, f"{batch:g}", *cells, f"{rate:,.0f}", percent(rate / gpus / alone, 0)))
     return grid(("GPUs", "images each", *MODES, "images/s", "efficiency"), rows)
 
 
 def weak(page: Page) -> list[str]:
-    """Images per GPU fixed."""
-    tables = (table(page, [(gpus, batch) for gpus in GPUS]) for batch in page.batches)
-    return [line for lines in tables for line in lines]
+    """Show weak scaling: images per GPU fixed."""
+    return [
+        line for batch in page.batches for line in table(page, [(gpus, batch) for gpus in GPUS])
+    ]
 
 
 def strong(page: Page) -> list[str]:
-    """Images in all fixed."""
+    """Show strong scaling: images in all fixed."""
     return table(page, [(gpus, page.whole / gpus) for gpus in page.divided])
 
 
 def stragglers(page: Page) -> list[str]:
-    """What waiting for the slowest GPU costs."""
-    expected = [expected_maximum(gpus) for gpus in GPUS]
+    """Show what waiting for the slowest GPU costs."""
+    expected = [model.expected_maximum(gpus) for gpus in GPUS]
     longer = [f"{100 * page.machine.noise * each:.1f} %" for each in expected]
     rows = (("expected maximum", *(f"{each:.2f}" for each in expected)), ("longer", *longer))
     return grid(("GPUs", *GPUS), rows)
 
 
 def checkpoints(page: Page) -> list[str]:
-    """The pause of a checkpoint and its writing."""
+    """Show the pause of a checkpoint and its writing."""
     w, now, batch, rows = page.work, page.machine, page.batches[0], []
     for name in ("ddp", "fsdp", "hsdp"):
         for gpus in SHOWN:
-            seconds = step(w, now, MODES[name], gpus, batch).seconds
+            seconds = page.steps(gpus, batch)[name].seconds
             pause = w.checkpoint_bytes / MODES[name].shards(now, gpus) / now.host_copy
             write = w.checkpoint_bytes / now.file_rate(gpus)
             period = w.checkpoint_steps * seconds
@@ -320,7 +286,7 @@ def checkpoints(page: Page) -> list[str]:
 
 
 def data(page: Page) -> list[str]:
-    """Bytes per second that training reads."""
+    """Show the bytes per second that training reads."""
     batch, rows = page.batches[0], []
     scales = (*SHOWN, GPUS[-1])
     for name, nbytes in page.work.image_bytes.items():
@@ -331,7 +297,7 @@ def data(page: Page) -> list[str]:
             text = f"{need / 1e9:.2f}"
             cells.append(f"**{text}**" if need > page.machine.file_rate(gpus) else text)
         rows.append((name, f"{nbytes / 1e3:.1f}", *cells))
-    text = f"GB/s, {batch} images per GPU. The other tables read {usual(page.work)}."
+    text = f"GB/s, {batch} images per GPU. The other tables read {model.usual(page.work)}."
     return [text, "", *grid(("a row holds", "kB", *(f"{gpus} GPUs" for gpus in scales)), rows)]
 
 
@@ -341,13 +307,10 @@ SECTIONS = (
 )  # fmt: skip
 
 
-def filled(text: str, page: Page) -> str:
-    """The page's text with every section between its marks written anew."""
+def written(text: str, page: Page) -> str:
+    """Return the page's text with every section between its marks written anew."""
     for section in SECTIONS:
-        begin, end = (f"<!-- {section.__name__}: {edge} -->" for edge in ("begin", "end"))
-        before, rest = text.split(begin)
-        body = "\n".join(section(page)).rstrip()
-        text = f"{before}{begin}\n{body}\n{end}{rest.split(end)[1]}"
+        text = filled(text, section.__name__, "\n".join(section(page)).rstrip())
     return text
 
 
@@ -364,15 +327,14 @@ def main() -> int:
         help_text = text.replace("%", "%%")
         parser.add_argument(f"--{name}", type=each.type, default=each.default, help=help_text)
     given = parser.parse_args()
-    values = {each.name: getattr(given, each.name) for each in dataclasses.fields(Machine)}
-    machine = Machine(**values)
-    page = Page.of(given.preset, machine, tuple(given.batch), given.global_batch)
+    machine = Machine(**{e.name: getattr(given, e.name) for e in dataclasses.fields(Machine)})
+    counted, rows = model.work(presets.get(given.preset)), measured(given.preset, RESULTS)
+    page = Page(given.preset, machine, tuple(given.batch), given.global_batch, counted, rows)
     out = given.out
     old = (out if out.exists() else PAGE).read_text()
-    new = filled(old, page)
+    new = written(old, page)
     if given.check:
-        print(f"{out} is {'current' if old == new else 'not what this command would write'}")
-        return int(old != new)
+        return int(not is_current(out, old, new))
     out.write_text(new)
     picture = out.parent / "images" / "scaling.png"
     picture.parent.mkdir(exist_ok=True)

@@ -15,10 +15,10 @@ import torch
 from benchmarks.kernels.ops import CASES, Problem
 from benchmarks.step.optim import BYTES as OPTIMIZER_BYTES
 from repa_fast import encoders
-from repa_fast.cli import expected_metadata
+from repa_fast.configs.build import expected_metadata, model_arguments
 from repa_fast.configs.config import TrainConfig
-from repa_fast.configs.model import model_arguments
 from repa_fast.data.dataset import Metadata
+from repa_fast.objective import build_alignment
 from repa_fast.train.memory import budget
 
 BUCKET_BYTES = 25 * 2**20  # DistributedDataParallel's default
@@ -26,7 +26,7 @@ JPEG_BYTES_PER_PIXEL = 0.25  # 16 kB at 256 x 256, benchmarks/results/cpu/2026-1
 
 
 def constant(default: float, scale: float, unit: str, source: str) -> float:
-    """A field of Machine, with what the page says of it."""
+    """Return a field of Machine, with what the page says of it."""
     return field(default=default, metadata={"scale": scale, "unit": unit, "source": source})
 
 
@@ -55,24 +55,19 @@ class Machine:
         return -(-gpus // self.node)
 
     def file_rate(self, gpus: int) -> float:
-        """Bytes per second that so many GPUs read or write together."""
+        """Return the bytes per second that so many GPUs read or write together."""
         return min(self.files, self.nodes(gpus) * self.files_node)
 
 
 @dataclass(frozen=True)
 class Mode:
-    """How parameters are spread. The all-gather is in bf16 and happens once a step.
+    """How parameters are spread. The all-gather is in bf16 and happens once a step."""
 
-    Attributes:
-        sharded: "no", over "all" GPUs, or inside each "node", replicated across nodes.
-        reduce_bytes: of a gradient on the way.
-    """
-
-    sharded: str
-    reduce_bytes: int
+    sharded: str  # "no", over "all" GPUs, or inside each "node", replicated across nodes
+    reduce_bytes: int  # of a gradient on the way
 
     def shards(self, machine: Machine, gpus: int) -> int:
-        """Parts into which optimizer state is cut."""
+        """Return the number of parts into which optimizer state is cut."""
         return {"no": 1, "all": gpus, "node": min(gpus, machine.node)}[self.sharded]
 
 
@@ -87,47 +82,32 @@ MODES = {
 
 @dataclass(frozen=True)
 class Pass:
-    """FLOPs of matrix products and bytes of elementwise kernels, per image.
-
-    `launches` are counted in those of a block's forward pass.
-    """
+    """FLOPs of matmuls and bytes of elementwise kernels, per image."""
 
     flops: float
     nbytes: float
-    launches: int
+    launches: int  # counted in those of a block's forward pass
 
     def seconds(self, batch: float, machine: Machine) -> tuple[float, float]:
-        """Of the matrix products and of the elementwise kernels, one after the other."""
+        """Return the seconds of the matmuls and of the elementwise kernels."""
         rates = machine.matmul * machine.reached, machine.memory * machine.reached
         return batch * self.flops / rates[0], batch * self.nbytes / rates[1]
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a preset's step has to do.
+    """What a preset's step has to do."""
 
-    Attributes:
-        parameters: trained ones, projectors included.
-        groups: of parameters that are gathered and reduced together: the blocks, and the rest.
-        frozen, forward, backward: the encoder (or SRA's teacher), then the model; attention's
-            backward pass computes the scores again.
-        activation_bytes: saved for backward, per image.
-        state_bytes: fp32 weights, gradients, two moments and averages, unsharded.
-        checkpoint_steps: between checkpoints, which hold the state without gradients.
-        image_bytes: read per image, by how images are stored.
-        attention: FLOPs (part of those of forward and backward) and bytes, per image.
-    """
-
-    parameters: int
-    groups: int
-    frozen: Pass
+    parameters: int  # trained ones, projectors included
+    groups: int  # of parameters gathered and reduced together: the blocks, and the rest
+    frozen: Pass  # of the encoder, or of SRA's teacher
     forward: Pass
-    backward: Pass
-    activation_bytes: float
-    state_bytes: float
-    checkpoint_steps: int
-    image_bytes: dict[str, float]
-    attention: tuple[float, float]
+    backward: Pass  # with attention's scores computed again
+    activation_bytes: float  # saved for backward, per image
+    state_bytes: float  # fp32 weights, gradients, two moments and EMAs, unsharded
+    checkpoint_steps: int  # between checkpoints, which hold the state without gradients
+    image_bytes: dict[str, float]  # read per image, by how images are stored
+    attention: tuple[float, float]  # FLOPs (of those of both passes) and bytes, per image
 
     @property
     def checkpoint_bytes(self) -> float:
@@ -135,7 +115,7 @@ class Work:
 
 
 def block_bytes(tokens: int, width: int, mlp_ratio: float, dtype: torch.dtype) -> tuple[float, ...]:
-    """Necessary bytes of a block's elementwise kernels, forward and backward, per image.
+    """Return necessary bytes of a block's elementwise kernels, forward and backward, per image.
 
     Two gate_residual_adaln with a residual stream of `dtype`; in bf16 GELU, its backward pass with
     the sum for the gradient of fc1's bias, and the sums for the gradients of three more biases: qkv
@@ -150,7 +130,7 @@ def block_bytes(tokens: int, width: int, mlp_ratio: float, dtype: torch.dtype) -
 
 
 def attention_work(tokens: int, width: int) -> tuple[float, float]:
-    """FLOPs and necessary bytes of a block's attention, forward and backward, per image, in bf16.
+    """Return FLOPs and necessary bytes of a block's attention, both passes, per image, in bf16.
 
     2 matmuls of N x N x D forward and 5 backward; q, k, v, their gradients, the output (written,
     then read) and its gradient.
@@ -159,7 +139,7 @@ def attention_work(tokens: int, width: int) -> tuple[float, float]:
 
 
 def work(config: TrainConfig) -> Work:
-    """Counted from the config."""
+    """Count a step's work from its config."""
     metadata = expected_metadata(config)
     counted = budget(config, metadata)
     arguments = model_arguments(config, metadata)
@@ -168,8 +148,8 @@ def work(config: TrainConfig) -> Work:
     resolution = config.resolution
     specs = encoders.specs("none" if config.features else config.enc_type)
     frozen = [(s.depth, s.num_tokens(resolution) + s.prefix, s.width, s.mlp_ratio) for s in specs]
-    if config.align == "sra":
-        frozen = [(config.block_out_t, tokens, width, 4.0)]
+    if teacher_depth := build_alignment(config).teacher_depth:
+        frozen = [(teacher_depth, tokens, width, 4.0)]
     scores = 2 * tokens**2 * width * depth
     forward_flops = (counted.train_flops - counted.encoder_flops) / 3
     forward, backward = block_bytes(tokens, width, 4.0, torch.float32)
@@ -189,7 +169,7 @@ def work(config: TrainConfig) -> Work:
 
 
 def stored_bytes(metadata: Metadata, features: list[tuple[int, int]]) -> dict[str, float]:
-    """Bytes of a row by what it holds; `features` are (tokens, width) per encoder."""
+    """Return the bytes of a row by what it holds; `features` are (tokens, width) per encoder."""
     moments = 4 * 2 * math.prod(metadata.latent_shape)
     found = {"moments": moments}
     if features:
@@ -201,7 +181,7 @@ def stored_bytes(metadata: Metadata, features: list[tuple[int, int]]) -> dict[st
 
 
 def volume(kind: str, ranks: int) -> float:
-    """Bytes that each rank sends in a ring, per byte of the whole tensor.
+    """Return the bytes that each rank sends in a ring, per byte of the whole tensor.
 
     n - 1 steps of 1/n each; all-reduce is a reduce-scatter and an all-gather.
     """
@@ -209,7 +189,7 @@ def volume(kind: str, ranks: int) -> float:
 
 
 def latency(kind: str, ranks: int, nodes: int, machine: Machine) -> float:
-    """Seconds of a collective without data: hops of a ring, for all-reduce at most those of a tree.
+    """Return seconds of a collective without data: hops of a ring, or of a tree in an all-reduce.
 
     As NCCL's tuning counts them: a ring's data crosses every link, a tree goes up and down.
     """
@@ -223,7 +203,7 @@ def latency(kind: str, ranks: int, nodes: int, machine: Machine) -> float:
 def collective(
     kind: str, nbytes: float, calls: int, ranks: int, nodes: int, machine: Machine
 ) -> float:
-    """Seconds of `calls` collectives of together `nbytes`, rings spread over all of a node's NICs.
+    """Return seconds of `calls` collectives of together `nbytes`, rings over all of a node's NICs.
 
     For groups of one GPU per node, side by side, `nbytes` are those of all groups of a node.
     """
@@ -242,7 +222,7 @@ class Communication:
 
 
 def communication(work: Work, machine: Machine, mode: Mode, gpus: int) -> Communication:
-    """What a step of `gpus` sends."""
+    """Return the communication of a step of `gpus`."""
     if gpus == 1:
         return Communication(0, 0, 1, 0)
     nodes = machine.nodes(gpus)
@@ -265,7 +245,7 @@ def communication(work: Work, machine: Machine, mode: Mode, gpus: int) -> Commun
 
 
 def exposed(window: float, seconds: float, pieces: int) -> float:
-    """What equal pieces of communication add to a pass of `window` seconds that brings them about.
+    """Return what equal pieces of communication add to a pass of `window` seconds.
 
     A piece starts when its part of the pass is there and the piece before it is through, and
     likewise, run backwards, for gathers that a pass waits for.
@@ -275,7 +255,7 @@ def exposed(window: float, seconds: float, pieces: int) -> float:
 
 @functools.cache
 def expected_maximum(count: int) -> float:
-    """Of `count` independent standard normals, by integrating the distribution of the maximum.
+    """Return that of `count` independent standard normals, from the maximum's distribution.
 
     E = b - integral from -b to b of F(x)^n dx, with nothing to speak of beyond b = 12; the midpoint
     rule is exact to rounding for so smooth a function that is flat at both ends.
@@ -306,7 +286,7 @@ class Step:
 
 
 def copies(mode: Mode, shards: int, gpus: int) -> tuple[float, float]:
-    """Bytes per parameter of casting and copying weights and gradients: forward, backward.
+    """Return bytes per parameter of casting and copying weights and gradients: forward, backward.
 
     Autocast reads fp32 and writes bf16, and the other way round for gradients. FSDP2 casts a shard,
     copies weights out of the gathered buffer and gradients, cast, into the one to be reduced.
@@ -317,7 +297,7 @@ def copies(mode: Mode, shards: int, gpus: int) -> tuple[float, float]:
 
 
 def step(work: Work, machine: Machine, mode: Mode, gpus: int, batch: float) -> Step:
-    """A step of `gpus` with `batch` images on each, the images read as moments and JPEG."""
+    """Return a step of `gpus` with `batch` images on each, read as moments and JPEG."""
     bandwidth = machine.memory * machine.reached
     shards = mode.shards(machine, gpus)
     passes = (work.frozen, work.forward, work.backward)
@@ -328,26 +308,17 @@ def step(work: Work, machine: Machine, mode: Mode, gpus: int, batch: float) -> S
     lasting = [max(time, host * each.launches) for time, each in zip(device, passes)]
     optimizer = sum(OPTIMIZER_BYTES.values()) * work.parameters / shards / bandwidth
     sent = communication(work, machine, mode, gpus)
-    communicated = (
-        exposed(lasting[1], sent.forward, sent.pieces)
-        + exposed(lasting[2], sent.backward, sent.pieces)
-        + sent.end
-    )
+    windows = zip(lasting[1:], (sent.forward, sent.backward))
+    communicated = sum(exposed(*window, sent.pieces) for window in windows) + sent.end
     own = sum(lasting) + optimizer
     stragglers = machine.noise * own * expected_maximum(gpus)
     read = gpus * batch * work.image_bytes[usual(work)] / machine.file_rate(gpus)
-    return Step(
-        matmul=sum(matmul),
-        elementwise=sum(elementwise),
-        copies=sum(copied),
-        optimizer=optimizer,
-        launches=sum(lasting) - sum(device),
-        communication=communicated,
-        stragglers=stragglers,
-        files=max(0.0, read - own - communicated - stragglers),
-    )
+    found = {"matmul": sum(matmul), "elementwise": sum(elementwise), "copies": sum(copied)}
+    found |= {"optimizer": optimizer, "launches": sum(lasting) - sum(device)}
+    found |= {"communication": communicated, "stragglers": stragglers}
+    return Step(**found, files=max(0.0, read - own - communicated - stragglers))
 
 
 def usual(work: Work) -> str:
-    """How images are stored unless said otherwise: with JPEG where the step reads pixels."""
+    """Return how images are stored by default: with JPEG if the step reads pixels."""
     return next((name for name in work.image_bytes if "JPEG" in name), "moments")

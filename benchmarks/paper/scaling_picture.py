@@ -23,7 +23,7 @@ Steps = dict[int, dict[str, Step]]  # GPUs -> mode -> step
 def draw(
     path: Path, weak: Steps, strong: Steps, batch: int, whole: int, rows: list[dict], title: str
 ) -> None:
-    """Every mode above, what a step of STACKED is made of below; measured `rows` as stars."""
+    """Draw every mode above, the parts of a step of STACKED below; measured `rows` as stars."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -67,7 +67,7 @@ def _measured(axis, points: list[tuple[int, float]]) -> None:
 
 
 def _stack(axis, steps: Steps) -> None:
-    """Shares of the step's time by part."""
+    """Draw shares of the step's time by part."""
     names = [f"{gpus:,}" for gpus in steps]
     found = [each[STACKED] for each in steps.values()]
     below = [0.0] * len(found)

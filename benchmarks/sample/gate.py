@@ -24,14 +24,8 @@ AGREEMENT = 1e-9
 class Gate:
     """Latents in fp64, and by the rival with plain kernels in each precision.
 
-    Args:
-        model: not compiled.
-        noise, labels, index: (B, C, h, w) fp32, (B), (B): where a sampling starts.
-        seed: of the increments.
-        guidance: cfg_scale, guidance_low, guidance_high.
-
-    Raises:
-        RuntimeError: the rival's loop and ours do not agree in fp64.
+    A sampling starts from noise (B, C, h, w) fp32, labels (B) and index (B); `model` is not
+    compiled, `seed` is of the increments. Raises RuntimeError if our loop and the rival differ.
     """
 
     def __init__(
@@ -50,17 +44,11 @@ class Gate:
         dispatch.use_kernels("reference")
         exact = copy.deepcopy(model).double()
         self.oracle = self._rival(exact, noise.double())
-        ours = samplers.euler_maruyama(
-            exact,
-            noise.double(),
-            labels,
-            num_steps=STEPS,
-            cfg_scale=guidance["cfg_scale"],
-            guidance_interval=(guidance["guidance_low"], guidance["guidance_high"]),
-            noise=self.increments.double(),
-        )
-        difference = self._relative(ours)
-        if not difference <= AGREEMENT:
+        interval = (guidance["guidance_low"], guidance["guidance_high"])
+        given = {"cfg_scale": guidance["cfg_scale"], "guidance_interval": interval}
+        given |= {"num_steps": STEPS, "noise": self.increments.double()}
+        ours = samplers.euler_maruyama(exact, noise.double(), labels, **given)
+        if not (difference := self._relative(ours)) <= AGREEMENT:
             raise RuntimeError(f"the samplers differ by {difference:.1e} in fp64, no figure")
         self._working = {"no": self._rival(model, noise)}
         with torch.autocast(noise.device.type, dtype=torch.bfloat16):
@@ -68,7 +56,7 @@ class Gate:
         dispatch.use_kernels(None)
 
     def why_wrong(self, latents: torch.Tensor, precision: str, *, official: bool) -> str:
-        """What is wrong with latents after STEPS steps, "" if nothing is.
+        """Return what is wrong with latents after STEPS steps, or "".
 
         Latents of ours have to be within twice the error of the rival's loop with plain kernels in
         the same precision ("bf16" or "no"); and all within ROUNDINGS units of roundoff.
@@ -87,14 +75,8 @@ class Gate:
         return ""
 
     def _rival(self, model: SiT, noise: torch.Tensor) -> torch.Tensor:
-        return sample_rival.sample(
-            model,
-            noise,
-            self._labels,
-            num_steps=STEPS,
-            increments=self.increments,
-            **self._guidance,
-        )
+        given = {"num_steps": STEPS, "increments": self.increments, **self._guidance}
+        return sample_rival.sample(model, noise, self._labels, **given)
 
     def _relative(self, latents: torch.Tensor) -> float:
         square = (latents - self.oracle).square().mean() / self.oracle.square().mean()

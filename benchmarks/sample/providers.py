@@ -7,16 +7,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.harness.timing import Marks
 from benchmarks.sample import rival as sample_rival
 from repa_fast.configs import presets
-from repa_fast.configs.model import model_arguments
+from repa_fast.configs.build import model_arguments
+from repa_fast.configs.objective import ObjectiveConfig
+from repa_fast.configs.sampler import SamplerConfig
 from repa_fast.data.dataset import Metadata
+from repa_fast.data.digits import digits_metadata
 from repa_fast.data.official import SD_VAE_SCALE
 from repa_fast.diffusion.samplers import sde_times
 from repa_fast.eval.load import Loaded
-from repa_fast.eval.sampling import ImageSampler, SamplerConfig, labels_of
+from repa_fast.eval.sampling import ImageSampler, labels_of
 from repa_fast.models.sit import SiT, size
-from repa_fast.prepare.images import digits_metadata
+from repa_fast.objective import build_objective
 
 SEED = 0
 GUIDANCES = {
@@ -37,18 +41,12 @@ TOY_PROVIDERS = ("official", "ours-eager-tf32", "ours-compile-tf32")
 
 
 def build(model: str, toy: bool, device: torch.device) -> Loaded:
-    """A model with random weights, the same at every call, that predicts something of unit size."""
+    """Build a model with random weights, always the same, that predicts something of unit size."""
     torch.manual_seed(SEED)
     arguments = size("SiT-S/2" if toy else model)
     # "none" as autoencoder: latents alone are sampled, decoding is measured apart
-    metadata = Metadata(
-        resolution=256,
-        latent_shape=(4, 32, 32),
-        vae="none",
-        scale=SD_VAE_SCALE,
-        bias=0.0,
-        class_names=tuple(map(str, range(1000))),
-    )
+    given = {"scale": SD_VAE_SCALE, "bias": 0.0, "class_names": tuple(map(str, range(1000)))}
+    metadata = Metadata(resolution=256, latent_shape=(4, 32, 32), vae="none", **given)
     if toy:
         metadata = digits_metadata()
         arguments = model_arguments(presets.get("digits"), metadata)
@@ -62,8 +60,7 @@ def build(model: str, toy: bool, device: torch.device) -> Loaded:
     return Loaded(
         model=sit.eval().requires_grad_(False),
         metadata=metadata,
-        path_type="linear",
-        prediction="v",
+        objective=build_objective(ObjectiveConfig()),
         name="digits" if toy else model,
         step=None,
         digest="random",
@@ -75,30 +72,19 @@ class Marked:
     """A model that notes when it is called, and with how many samples."""
 
     def __init__(self, model: SiT, device: torch.device) -> None:
-        self.model, self.device = model, device
-        self.num_classes = model.num_classes
-        self.marks: list[tuple[float | torch.cuda.Event, int]] = []
+        self.model, self.num_classes = model, model.num_classes
+        self.marks, self.samples = Marks(device), []
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor):
-        self.mark(len(x))
+        self.marks.mark()
+        self.samples.append(len(x))
         return self.model(x, t, y)
 
-    def mark(self, samples: int = 0) -> None:
-        """Note the time on the device."""
-        if self.device.type == "cuda":
-            now = torch.cuda.Event(enable_timing=True)
-            now.record()
-        else:
-            now = time.perf_counter()
-        self.marks.append((now, samples))
-
     def steps(self) -> list[tuple[float, int]]:
-        """(milliseconds, samples) of every call until the next mark; forgets them."""
-        marks, self.marks = self.marks, []
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            return [(a.elapsed_time(b), n) for (a, n), (b, _) in zip(marks, marks[1:])]
-        return [(1e3 * (b - a), n) for (a, n), (b, _) in zip(marks, marks[1:])]
+        """Return (milliseconds, samples) of every call, the last one until now; forget them."""
+        self.marks.mark()
+        samples, self.samples = self.samples, []
+        return list(zip(self.marks.milliseconds(), samples))
 
 
 class Provider:
@@ -116,7 +102,7 @@ class Provider:
         self.labels = labels_of(self.index, loaded.model.num_classes, SEED, "random")
 
     def latents(self, num_steps: int, increments: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, C, h, w), fp64; only the rival needs to be told the increments that ours draws."""
+        """Sample (B, C, h, w), fp64; only the rival has to be given the increments."""
         if not self.official:
             config = dataclasses.replace(self.sampler.config, num_steps=num_steps, **MEASURED)
             self.sampler.config = config
@@ -128,11 +114,10 @@ class Provider:
         )
 
     def run(self, num_steps: int) -> tuple[dict[bool, list[float]], float]:
-        """({with guidance: milliseconds of each such step}, wall clock over their sum)."""
-        self.model.marks = []
+        """Return ({with guidance: milliseconds of each such step}, wall clock over their sum)."""
+        self.model.steps()  # of runs that failed
         started = time.perf_counter()
         self.latents(num_steps)
-        self.model.mark()
         steps = self.model.steps()
         wall = 1e3 * (time.perf_counter() - started)
         times = {
@@ -143,7 +128,7 @@ class Provider:
 
 
 def evaluations(num_steps: int, guidance: dict[str, float]) -> tuple[int, int]:
-    """How many of a sampling's evaluations are without and with guidance."""
+    """Return how many of a sampling's evaluations are without and with guidance."""
     times = sde_times(num_steps).tolist()[:-1]
     low, high = guidance["guidance_low"], guidance["guidance_high"]
     guided = sum(low <= t <= high for t in times) if guidance["cfg_scale"] > 1 else 0

@@ -10,14 +10,9 @@ import torch
 LAST_TIME = 0.04
 
 
-def linear_path(t: float) -> tuple[float, float, float, float]:
-    """alpha, sigma and their time derivatives."""
-    return 1 - t, t, -1.0, 1.0
-
-
 def score(velocity: torch.Tensor, x: torch.Tensor, t: float) -> torch.Tensor:
-    """The score that a velocity (B, ...) at x and t implies."""
-    alpha, sigma, d_alpha, d_sigma = linear_path(t)
+    """Return the score that a velocity (B, ...) at x and t implies on the linear path."""
+    alpha, sigma, d_alpha, d_sigma = 1 - t, t, -1.0, 1.0
     ratio = alpha / d_alpha
     return (ratio * velocity - x) / (sigma**2 - ratio * d_sigma * sigma)
 
@@ -37,17 +32,13 @@ def sample(
     """Integrate the reverse SDE with diffusion 2t from t = 1 to 0.04, and to 0 without noise.
 
     Args:
-        model: model(x, t, y) -> (velocity, ...), called in the dtype of the latents; has
-            `num_classes`, the null label.
-        latents: (B, C, h, w), standard normal noise.
-        labels: (B), int64.
+        model: (x, t, y) -> (velocity, ...), in the dtype of the latents; num_classes is null.
+        latents, labels: (B, C, h, w), standard normal noise; (B), int64.
         num_steps: model evaluations.
-        cfg_scale: guidance scale; 1 is none.
-        guidance_low, guidance_high: guidance acts from one t to the other.
+        cfg_scale: guidance scale; 1 is none. It acts from guidance_low to guidance_high.
         increments: (num_steps - 1, B, C, h, w), standard normal; drawn in fp64 if None.
 
-    Returns:
-        (B, C, h, w), fp64.
+    Returns (B, C, h, w), fp64.
     """
     null = torch.full_like(labels, model.num_classes)
     times = torch.linspace(1.0, LAST_TIME, num_steps, dtype=torch.float64).tolist()

@@ -2,48 +2,42 @@
 
 `Baseline` is what a user of the released trainer gets, from its measured properties and in code of
 our own: fp16 autocast with a loss scaler, no compilation, a cosine loss sample by sample, foreach
-AdamW, a moving average parameter by parameter, three numbers read by the host in every step.
+AdamW, an EMA parameter by parameter, three numbers read by the host in every step.
 `tuned=True` is the same step as someone who knows PyTorch writes it: bf16, one expression for the
-loss, fused AdamW, a foreach average, nothing read by the host.
+loss, fused AdamW, a foreach EMA, nothing read by the host.
 
 The model has the parameter names and shapes of repa_fast.models.sit.SiT, with LayerNorm,
 modulation, gates and additions as separate operations. Shapes: B batch, N tokens, D width.
 """
 
 import copy
+import importlib.util
 import math
+from collections import OrderedDict
+from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.profiler import record_function
 
-from repa_fast.configs.config import TrainConfig
-from repa_fast.configs.model import model_arguments
+from repa_fast.configs.build import model_arguments
 from repa_fast.data.loader import Batch
 from repa_fast.diffusion.draws import Draws
 from repa_fast.train.state import TrainState
 
 FREQUENCIES = 256
 PLAIN = {
-    "objective": "flow",
-    "prediction": "v",
-    "path_type": "linear",
-    "weighting": "uniform",
-    "align": "repa",
-    "loss_type": "cos",
-    "projector": "mlp",
-    "features": "",
-    "spatial_norm": False,
-    "qk_norm": False,
-    "align_decay": "constant",
-    "align_until": 0,
+    **{"objective": "flow", "prediction": "v", "path_type": "linear", "weighting": "uniform"},
+    **{"align": "repa", "loss_type": "cos", "projector": "mlp", "align_decay": "constant"},
+    **{"features": "", "spatial_norm": False, "qk_norm": False, "align_until": 0},
 }
 """What the recipe does, by field of TrainConfig."""
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x (B, N, D) times 1 + scale (B, D), plus shift (B, D)."""
+    """Return x (B, N, D) times 1 + scale (B, D), plus shift (B, D)."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
@@ -78,18 +72,6 @@ class SelfAttention(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(batch, tokens, width))
 
 
-class FeedForward(nn.Module):
-    """Two linear layers and a tanh GELU."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class Block(nn.Module):
     """adaLN-zero as in DiT's paper (arXiv 2212.09748), operation by operation."""
 
@@ -98,7 +80,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attn = SelfAttention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.mlp = FeedForward(width)
+        layers = {"fc1": nn.Linear(width, 4 * width), "act": nn.GELU("tanh")}
+        self.mlp = nn.Sequential(OrderedDict(layers, fc2=nn.Linear(4 * width, width)))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
@@ -151,7 +134,7 @@ class PlainSiT(nn.Module):
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, drop: torch.Tensor
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Velocity (B, C, h, w) and projected hidden states, (B, N, features) of each encoder."""
+        """Return velocity (B, C, h, w) and hidden states (B, N, features) for each encoder."""
         # contiguous, as in repa_fast.models.sit: compiled, all blocks are one graph
         tokens = self.x_embedder.proj(x).flatten(2).transpose(1, 2).contiguous()
         hidden = tokens + self.pos_embed
@@ -168,55 +151,50 @@ class PlainSiT(nn.Module):
 
 
 def sample_by_sample(projections: list, targets: list) -> torch.Tensor:
-    """Mean negative cosine of patches, in a Python loop over encoders and samples; 0-d."""
+    """Return the mean negative cosine of patches, looping over encoders and samples; 0-d."""
     total, count = 0.0, 0
     for projection, target in zip(projections, targets):
         for projected, wanted in zip(projection, target):
-            projected = F.normalize(projected, dim=-1)
-            wanted = F.normalize(wanted, dim=-1)
+            projected, wanted = F.normalize(projected, dim=-1), F.normalize(wanted, dim=-1)
             total = total + (-(projected * wanted).sum(dim=-1)).mean()
             count += 1
     return total / count
 
 
 def at_once(projections: list, targets: list) -> torch.Tensor:
-    """The same of whole batches; 0-d."""
-    cosines = [
-        F.cosine_similarity(projection, target, dim=-1, eps=1e-12).mean()
-        for projection, target in zip(projections, targets)
-    ]
-    return -torch.stack(cosines).mean()
+    """Return the same from whole batches; 0-d."""
+    pairs = zip(projections, targets)
+    return -torch.stack([F.cosine_similarity(*pair, -1, 1e-12).mean() for pair in pairs]).mean()
 
 
 class Baseline:
     """A training step that begins with the weights of `state`, in its precision.
 
-    Attributes:
-        tuned: whether the step is as someone who knows PyTorch writes it.
-        loss: of the last step; 0-d on the device.
-
-    Args:
-        compiled: blocks are compiled one by one; encoders as they are in `state`.
-
-    Raises:
-        ValueError: a setting that is not in the recipe.
+    `tuned` as someone who knows PyTorch writes it; `compiled` block by block, encoders as they are
+    in `state`. Raises ValueError for a setting that is not in the recipe.
     """
 
     def __init__(self, state: TrainState, *, tuned: bool, compiled: bool) -> None:
-        check(state.config)
+        config = state.config
+        for name, value in PLAIN.items():
+            if getattr(config, name) != value:
+                raise ValueError(
+                    f"{name} is {getattr(config, name)!r}, expected {value!r}: the plain recipe "
+                    "does nothing else"
+                )
         if not tuned:  # torch's default, which the release leaves as it is
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = True
-        self.config, self.metadata, self.world = state.config, state.metadata, state.world
-        self.encoders, self.micro_batch, self.tuned = state.encoders, state.local_batch, tuned
+        self.config, self.metadata, self.world = config, state.metadata, state.world
+        self.encoders, self.tuned = state.alignment.encoders, tuned
+        self.micro_batch = state.local_batch
         self.precision = self.encoder_precision = state.autocast_dtype
         with state.world.device:  # where drawing the initial weights takes no time
-            self.model = self.new_model(model_arguments(state.config, state.metadata))
+            self.model = self.new_model(model_arguments(config, state.metadata))
         self.model.load_state_dict(state.model.state_dict())
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         if compiled:
             for block in self.model.blocks:
                 block.compile(fullgraph=True)
-        config = state.config
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=config.learning_rate,
@@ -227,14 +205,14 @@ class Baseline:
         )
         scales = self.precision == torch.float16
         self.scaler = torch.amp.GradScaler(state.world.device.type, enabled=scales)
-        self.loss = torch.zeros(())
+        self.loss = torch.zeros(())  # of the last step; 0-d on the device
 
     def new_model(self, arguments: dict) -> nn.Module:
-        """The model, from the arguments of repa_fast.models.sit.SiT."""
+        """Return the model, from the arguments of repa_fast.models.sit.SiT."""
         return PlainSiT(arguments)
 
     def draw(self, size: int) -> Draws:
-        """The randomness of a step on the device; the recipe's times on the host."""
+        """Draw the randomness of a step on the device; the recipe's times on the host."""
         device = self.world.device
         t = torch.rand(size, device=device if self.tuned else None).to(device)
         noise, posterior_noise = (
@@ -244,22 +222,22 @@ class Baseline:
         return Draws(t, noise, posterior_noise, drop, offset=t)
 
     def autocast(self, precision: torch.dtype | None) -> torch.autocast:
-        """Computation in this precision; None is fp32."""
+        """Compute in this precision; None is fp32."""
         return torch.autocast(self.world.device.type, precision, enabled=precision is not None)
 
     def clean(self, batch: Batch, noise: torch.Tensor) -> torch.Tensor:
-        """Latents (B, C, h, w) drawn from the posterior that the batch describes."""
+        """Draw latents (B, C, h, w) from the posterior that the batch describes."""
         mean, std = batch["moments"].chunk(2, dim=1)
         return (mean + std * noise) * self.metadata.scale + self.metadata.bias
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> list[torch.Tensor]:
-        """Patch tokens (B, N, features) of each encoder."""
+        """Return patch tokens (B, N, features) of each encoder."""
         with self.autocast(self.encoder_precision), record_function("encoder"):
             return [encoder(batch["image"]) for encoder in self.encoders.values()]
 
     def losses(self, batch: Batch, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean losses of velocity and alignment, 0-d."""
+        """Return the mean losses of velocity and alignment, 0-d."""
         clean = self.clean(batch, draws.posterior_noise)
         t = draws.t.view(-1, 1, 1, 1)
         noisy, velocity = (1 - t) * clean + t * draws.noise, draws.noise - clean
@@ -275,11 +253,11 @@ class Baseline:
         return denoise, aligned(projections, targets)
 
     def drawn_losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same of a step's own draws."""
+        """Return the same of a step's own draws."""
         return self.losses(batch, self.draw(len(batch["label"])))
 
     def step(self, batch: Batch) -> None:
-        """One optimizer step."""
+        """Take one optimizer step."""
         batch = {n: tensor.to(self.world.device, non_blocking=True) for n, tensor in batch.items()}
         denoise, aligned = self.drawn_losses(batch)
         loss = denoise + self.config.proj_coeff * aligned
@@ -290,43 +268,89 @@ class Baseline:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
-            self.average()
+            decay = self.config.ema_decays[0]
+            averages = list(self.ema.parameters())
+            weights = [parameter.detach() for parameter in self.model.parameters()]
+            if self.tuned:
+                torch._foreach_lerp_(averages, weights, 1 - decay)
+            else:
+                for average, weight in zip(averages, weights):
+                    average.mul_(decay).add_(weight, alpha=1 - decay)
         self.loss = loss.detach()
         if not self.tuned:
             for number in (loss, aligned, norm):
                 number.item()
 
-    @torch.no_grad()
-    def average(self) -> None:
-        """Move the average of the weights."""
-        decay = self.config.ema_decays[0]
-        if self.tuned:
-            torch._foreach_lerp_(
-                list(self.ema.parameters()), list(self.model.parameters()), 1 - decay
-            )
-            return
-        for average, parameter in zip(self.ema.parameters(), self.model.parameters()):
-            average.mul_(decay).add_(parameter, alpha=1 - decay)
-
     def loss_of(self, batch: Batch, draws: Draws) -> float:
-        """The loss of these draws, without a step."""
+        """Return the loss of these draws, without a step."""
         denoise, aligned = self.losses(batch, draws)
         return (denoise + self.config.proj_coeff * aligned).item()
 
     def check(self) -> None:
-        """RuntimeError unless the last loss is finite."""
+        """Raise RuntimeError unless the last loss is finite."""
         if not torch.isfinite(self.loss):
             raise RuntimeError(f"the last loss is {self.loss.item()}; no figure")
 
     def name_ranges(self) -> None:
-        """Nothing to do: the step names its parts for the profiler itself."""
+        """Do nothing: the step names its parts for the profiler itself."""
 
 
-def check(config: TrainConfig) -> None:
-    """ValueError where the recipe does not do what the config asks for."""
-    for name, value in PLAIN.items():
-        if getattr(config, name) != value:
-            raise ValueError(
-                f"{name} is {getattr(config, name)!r}, expected {value!r}: the plain recipe does "
-                "nothing else"
-            )
+class Official(Baseline):
+    """A training step with the model and loss of a folder with REPA's code: o of the ladder.
+
+    The folder's own models/sit.py and loss.py, which this project does not contain; the step around
+    them, its optimizer and its encoders are `Baseline`'s. Shows whether Baseline is fair to them.
+    Raises ValueError if the folder does not hold it.
+    """
+
+    def __init__(self, state: TrainState, folder: Path) -> None:
+        self.folder = folder
+        self.loss_function = load(folder, "loss.py").SILoss()
+        super().__init__(state, tuned=False, compiled=False)
+        self.model.train()
+
+    def new_model(self, arguments: dict) -> nn.Module:
+        """Return its model, from the arguments of repa_fast.models.sit.SiT."""
+        names = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads")
+        names += ("encoder_depth", "num_classes", "class_dropout_prob", "z_dims", "projector_dim")
+        given = {name: arguments[name] for name in names}
+        given |= {"decoder_hidden_size": arguments["hidden_size"], "use_cfg": True}
+        released = load(self.folder, "models/sit.py").SiT
+        return released(**given, fused_attn=True, qk_norm=False)
+
+    def drawn_losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the mean losses by its own loss function, which draws for itself."""
+        targets = self.targets(batch)
+        clean = self.clean(batch, torch.randn_like(batch["moments"].chunk(2, dim=1)[0]))
+        labels = {"y": batch["label"]}
+        denoise, aligned = self.loss_function(self.single, clean, labels, zs=targets)
+        return denoise.mean(), aligned.mean()
+
+    def single(
+        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Call its model in the precision of training; return fp32, as accelerate does."""
+        with self.autocast(self.precision):
+            prediction, projections = self.model(x, t, y)
+        return prediction.float(), [projection.float() for projection in projections]
+
+    def loss_of(self, batch: Batch, draws: Draws) -> float:
+        """Return the loss of these draws, without a step."""
+        plain, null = self.model, self.model.num_classes
+
+        self.model = lambda x, t, y, drop: plain.eval()(x, t, torch.where(drop, null, y))
+        try:
+            return super().loss_of(batch, draws)
+        finally:
+            self.model = plain.train()
+
+
+def load(folder: Path, name: str) -> ModuleType:
+    """Import a file of the released code; raise ValueError if it does not exist."""
+    file = folder / name
+    if not file.is_file():
+        raise ValueError(f"{folder} has no {name}, expected a folder with REPA's released code")
+    spec = importlib.util.spec_from_file_location(f"released_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

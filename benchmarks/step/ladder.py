@@ -1,7 +1,7 @@
 """The training step, one change at a time: `python -m benchmarks.step.ladder`.
 
     a  the paper's recipe in plain PyTorch (benchmarks/step/baseline.py): fp16, eager, foreach AdamW
-    b  + bf16, loss of whole batches, fused AdamW, foreach average, nothing read by the host
+    b  + bf16, loss of whole batches, fused AdamW, foreach EMA, nothing read by the host
     c  + torch.compile of each block and of the encoder
     d  + our kernels: the project's own step, with torch's optimizer
     e  + optimizer in one pass over memory, which also writes the bf16 compute copy
@@ -11,9 +11,9 @@
     h  rung g with features from the dataset instead of the encoder
     o  the released code's own model and loss, from `--official FOLDER`: what rung a stands for
 
-Rungs run one after another in one process, each with its own warm-up, on the same weights and the
-same batch; a rung whose loss differs from that of plain fp32 gets no figure (h has features of its
-own, its loss is not compared). Rows are appended as they come, so that several commands can share
+Configurations run one after another in one process, each with its own warm-up, on the same weights
+and batch; one whose loss differs from that of plain fp32 gets no figure (h has features of its own,
+its loss is not compared). Rows are appended as they come, so that several commands can share
 one report. On a CPU rung a computes in fp32, and bf16 may be slower than that.
 """
 
@@ -32,26 +32,16 @@ import torch
 
 from benchmarks.harness.environment import results_folder, stamp
 from benchmarks.step import report as step_report
-from benchmarks.step.baseline import Baseline
-from benchmarks.step.official import Official
-from benchmarks.step.step import (
-    Feed,
-    Ours,
-    Stepper,
-    append,
-    build,
-    figures,
-    first_step,
-    parser,
-    repeated,
-    settings,
-)
+from benchmarks.step import step
+from benchmarks.step.baseline import Baseline, Official
+from benchmarks.step.step import Feed, Ours
 from repa_fast import encoders, ops
 from repa_fast.backend import dispatch
 from repa_fast.configs import presets
 from repa_fast.data.features import FeatureColumn
 from repa_fast.data.loader import Batch
 from repa_fast.diffusion.draws import Draws
+from repa_fast.kernels.attention.backends import describe
 from repa_fast.testing import randomise
 from repa_fast.train.state import TrainState
 from repa_fast.train.step import synthetic_batch
@@ -63,31 +53,21 @@ missing term moves it by more."""
 
 @dataclass(frozen=True)
 class Rung:
-    """A step of the ladder.
+    """A configuration of the ladder."""
 
-    Attributes:
-        what: it changes.
-        base: the rung that it changes.
-        plain: the rival's recipe: "", "recipe" as released, "tuned"; "official" is the release.
-        compiled: torch.compile.
-        cached: features come with the batch.
-        cuda: there is no such rung on a CPU.
-        config: of the run.
-    """
-
-    what: str
-    base: str = ""
-    plain: str = ""
-    compiled: bool = True
-    cached: bool = False
-    cuda: bool = False
-    config: Mapping[str, Any] = field(default_factory=dict)
+    what: str  # it changes
+    base: str = ""  # the configuration that it changes
+    plain: str = ""  # the rival's "recipe" as released or "tuned", or the "official" release
+    compiled: bool = True  # by torch.compile
+    cached: bool = False  # features come with the batch
+    cuda: bool = False  # it does not exist on a CPU
+    config: Mapping[str, Any] = field(default_factory=dict)  # of the run
 
 
 STOCK = {"optimizer_impl": "torch", "compute_copy": "autocast", "cuda_graph": "off"}
 ONE_PASS = {"optimizer_impl": "cuda", "compute_copy": "optimizer", "cuda_graph": "off"}
 ON_CPU = {"optimizer_impl": "torch", "cuda_graph": "off"}
-"""What there is none of on a CPU is replaced there; on a GPU a rung has what it names, or fails."""
+"""What a CPU lacks is replaced there; on a GPU a configuration has what it names, or fails."""
 MOST_IMAGES = 128
 """Of one forward pass, unless --micro-batch says otherwise: 256 need more than 80 GB."""
 GRAPH = ONE_PASS | {"cuda_graph": "on"}
@@ -105,35 +85,23 @@ RUNGS = {
 }
 
 
-def precision(rung: Rung, device: str) -> str:
-    """Of a rung: the recipe's is fp16, on a CPU fp32."""
-    if rung.plain in ("recipe", "official"):
-        return "no" if device == "cpu" else "fp16"
-    return "bf16"
-
-
-def feature_columns(preset: str) -> list[FeatureColumn]:
-    """A column for each of the preset's encoders."""
-    config = presets.get(preset)
-    return [
-        FeatureColumn(
-            name=f"features{number}",
-            encoder=spec.name,
-            resolution=config.resolution,
-            tokens=spec.num_tokens(config.resolution),
-            width=spec.width,
-            storage="fp16",
-            precision="bf16",
-        )
-        for number, spec in enumerate(encoders.specs(config.enc_type))
-    ]
+def feature_columns(preset: str) -> dict[str, FeatureColumn]:
+    """Return a column for each of the preset's encoders, by name."""
+    config, columns = presets.get(preset), {}
+    kind = {"resolution": config.resolution, "storage": "fp16", "precision": "bf16"}
+    for number, spec in enumerate(encoders.specs(config.enc_type)):
+        shape = {"tokens": spec.num_tokens(config.resolution), "width": spec.width}
+        name = f"features{number}"
+        columns[name] = FeatureColumn(name=name, encoder=spec.name, **kind, **shape)
+    return columns
 
 
 def prepare(rung: Rung, arguments: argparse.Namespace, folder: Path) -> TrainState:
-    """What a rung begins with: the same weights for all, none of them zero."""
+    """Return a configuration's state: the same weights for all, none of them zero."""
+    released = "no" if arguments.device == "cpu" else "fp16"
     changes = {
         "compile": rung.compiled and not arguments.eager,
-        "mixed_precision": precision(rung, arguments.device),
+        "mixed_precision": released if rung.plain in ("recipe", "official") else "bf16",
         "attention": "sdpa" if rung.plain else "auto",
         **rung.config,
     }
@@ -143,10 +111,9 @@ def prepare(rung: Rung, arguments: argparse.Namespace, folder: Path) -> TrainSta
         changes["kernels"] = "triton"
     if rung.cached:
         columns = feature_columns(arguments.preset)
-        changes["features"] = ",".join(column.name for column in columns)
-        changes["columns"] = {column.name: column for column in columns}
+        changes |= {"columns": columns, "features": ",".join(columns)}
     torch.manual_seed(0)
-    state = build(arguments, folder, **changes)
+    state = step.build(arguments, folder, **changes)
     randomise(state.model)
     state.ema.load_state_dict(state.model.state_dict())
     state.optimizer.write_copies()
@@ -154,7 +121,7 @@ def prepare(rung: Rung, arguments: argparse.Namespace, folder: Path) -> TrainSta
 
 
 def expected_loss(state: TrainState, size: int) -> float:
-    """The plain fp32 loss of a rung's weights on `size` images."""
+    """Return the plain fp32 loss of a state's weights on `size` images."""
     batch, draws = probe(state, size)
     plain = Baseline(state, tuned=False, compiled=False)
     plain.precision = None
@@ -163,44 +130,36 @@ def expected_loss(state: TrainState, size: int) -> float:
 
 
 def probe(state: TrainState, size: int) -> tuple[Batch, Draws]:
-    """A batch of `size` images and its draws, the same for every rung."""
+    """Return a batch of `size` images and its draws, the same for all."""
     torch.manual_seed(2)
     return synthetic_batch(state, size)
 
 
 def measure(rung: Rung, arguments: argparse.Namespace) -> dict:
-    """The figures of a rung.
-
-    Raises:
-        RuntimeError: its loss is not that of plain fp32.
-    """
+    """Return a configuration's figures; raise RuntimeError if its loss is not plain fp32's."""
     with tempfile.TemporaryDirectory() as folder:
         state = prepare(rung, arguments, Path(folder))
         size = state.local_batch if rung.plain else state.micro_batch
         batch, draws = probe(state, size)
         expected = None if rung.cached else expected_loss(state, size)
-        stepper = new_stepper(rung, state, arguments)
+        if rung.plain == "official":
+            stepper = Official(state, arguments.official)
+        elif rung.plain:
+            stepper = Baseline(state, tuned=rung.plain == "tuned", compiled=state.config.compile)
+        else:
+            stepper = Ours(state)
         before = time.perf_counter()
         loss = stepper.loss_of(batch, draws)
         if expected and abs(loss / expected - 1) > LOSS_TOLERANCE:
             raise RuntimeError(f"loss {loss:.4f} where plain fp32 has {expected:.4f}")
         notes = [] if rung.plain else state.notes
-        feed = Feed(repeated(probe(state, state.local_batch)[0]))
+        feed = Feed(step.repeated(probe(state, state.local_batch)[0]))
         del state, batch, draws
         free()  # what the rival does not need of the state
-        first_step(stepper, feed)
+        step.first_step(stepper, feed)
         start = {"first_step_seconds": time.perf_counter() - before}
-        found = figures(stepper, feed, arguments, Path(folder) / "trace.json")
-    return {**settings(stepper, arguments), **start, **found, "loss": loss, "notes": notes}
-
-
-def new_stepper(rung: Rung, state: TrainState, arguments: argparse.Namespace) -> Stepper:
-    """What takes a rung's steps."""
-    if rung.plain == "official":
-        return Official(state, arguments.official)
-    if rung.plain:
-        return Baseline(state, tuned=rung.plain == "tuned", compiled=state.config.compile)
-    return Ours(state)
+        found = step.figures(stepper, feed, arguments, Path(folder) / "trace.json")
+    return {**step.settings(stepper, arguments), **start, **found, "loss": loss, "notes": notes}
 
 
 def free() -> None:
@@ -211,29 +170,28 @@ def free() -> None:
 
 
 def climb(arguments: argparse.Namespace, folder: Path) -> list[dict]:
-    """A row for each rung that was asked for, as it comes."""
+    """Return a row for each configuration that was asked for."""
     end = time.monotonic() + arguments.limit
     rows = []
     for name in arguments.rung:
-        if time.monotonic() > end:
+        rung, before = RUNGS[name], time.monotonic()
+        if before > end:
             print(f"time limit: rung {name} left out", flush=True)
             continue
-        rung, before = RUNGS[name], time.monotonic()
         if rung.cuda and arguments.device == "cpu":
             continue
         if rung.plain == "official" and not arguments.official:
             print(f"rung {name} left out: --official names no folder", flush=True)
             continue
         skipped = " (not compiled)" if rung.compiled and arguments.eager else ""
-        head = {"rung": name, "bases": bases(rung), "what": rung.what + skipped, **stamp()}
+        row = {"rung": name, "bases": bases(rung), "what": rung.what + skipped, **stamp()}
         try:
-            row = {**head, "status": "ok", **measure(rung, arguments)}
-        except Exception as error:  # compilers raise anything; the next rung may run
-            why = f"{type(error).__name__}: {error}".splitlines()[0]
-            row = {**head, "preset": arguments.preset, "batch": arguments.batch}
-            row |= {"status": "failed", "message": why}
+            row |= {"status": "ok", **measure(rung, arguments)}
+        except Exception as error:  # compilers raise anything; the next one may run
+            row |= {"preset": arguments.preset, "batch": arguments.batch}
+            row |= {"status": "failed", "message": describe(error)}
         row["seconds"] = time.monotonic() - before
-        append(folder, row)
+        step.append(folder, row)
         print(line(row), flush=True)
         rows.append(row)
         torch.compiler.reset()
@@ -244,7 +202,7 @@ def climb(arguments: argparse.Namespace, folder: Path) -> list[dict]:
 
 
 def bases(rung: Rung) -> list[str]:
-    """The rung that a rung changes, the one that that changes, and so on."""
+    """Return what a configuration changes, what that changes, and so on."""
     found = []
     while rung.base:
         found.append(rung.base)
@@ -253,7 +211,7 @@ def bases(rung: Rung) -> list[str]:
 
 
 def line(row: dict) -> str:
-    """A row as it passes."""
+    """Return a row as it passes."""
     head = f"({row['rung']}) {row['what']}"
     if row["status"] != "ok":
         return f"{head}: no figure, {row['message']}"
@@ -262,15 +220,15 @@ def line(row: dict) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure the rungs; 1 if one has no figure."""
-    flags = parser(__doc__.splitlines()[0], "sit-xl2-repa")
+    """Measure the configurations; return 1 if one has no figure."""
+    flags = step.parser(__doc__.splitlines()[0], "sit-xl2-repa")
     flags.add_argument("--rung", nargs="+", choices=RUNGS, default=list(RUNGS))
     flags.add_argument("--eager", action="store_true", help="compile nothing, for a quick look")
     text = "images of a forward pass of ours; 128 at most by default"
     flags.add_argument("--micro-batch", type=int, default=0, help=text)
-    released = os.environ.get("REPA_OFFICIAL")
     text = "folder of the released code, for rung o; else that of REPA_OFFICIAL"
-    flags.add_argument("--official", type=Path, default=released and Path(released), help=text)
+    released = os.environ.get("REPA_OFFICIAL")  # argparse makes a Path of it
+    flags.add_argument("--official", type=Path, default=released, help=text)
     flags.add_argument("--limit", type=float, default=1e9, help="seconds; begins nothing later")
     flags.set_defaults(data="")
     arguments = flags.parse_args(argv)

@@ -1,46 +1,46 @@
 """The optimizer's step on SiT-XL/2's tensors: `python -m benchmarks.step.optim`.
 
-A step is the gradient norm, clipping, AdamW and the moving average. Ours is first compared with
+A step is the gradient norm, clipping, AdamW and the EMA. Ours is first compared with
 the reference on the same tensors, and gets no figure where it is wrong.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
 from benchmarks.harness import timing
-from benchmarks.harness.environment import results_folder, stamp
+from benchmarks.harness.environment import parser, results_folder, stamp
+from benchmarks.harness.rows import append
 from repa_fast.kernels.adamw_ema.reference import adamw_ema_reference, sum_of_squares_reference
 from repa_fast.models.sit import SiT, size
 from repa_fast.testing import assert_within_budget
 from repa_fast.train.optim import AdamWEMA, clip_factor
 
-LR, BETAS, EPS, DECAY, MAX_NORM, EMA = 1e-3, (0.9, 0.999), 1e-8, 0.01, 1.0, 0.9
+ADAMW = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+MAX_NORM, EMA = 1.0, 0.9
 SMALL = ((3,), (0,), (8192,), (8193,), (72, 72), (5, 1001))
 BYTES = {  # per parameter in fp32: what one pass and a reading for the norm have to move
-    "read": 4 + 5 * 4,  # norm: gradient; then gradient, parameter, two moments, average
-    "written": 4 * 4,  # parameter, two moments, average
+    "read": 4 + 5 * 4,  # norm: gradient; then gradient, parameter, two moments, EMA
+    "written": 4 * 4,  # parameter, two moments, EMA
 }
 GATE_STEPS = 3
 GATED = ("cuda",)  # the others are torch's and apex's code, rounded in their own way
 
-Step = Callable[[], None]
-
 
 def shapes() -> list[tuple[int, ...]]:
-    """Of SiT-XL/2's trained parameters, with a projector to 768 columns."""
+    """Return those of SiT-XL/2's trained parameters, with a projector to 768 columns."""
     with torch.device("meta"):
         model = SiT(**size("SiT-XL/2"))
     return [tuple(p.shape) for p in model.parameters() if p.requires_grad]
 
 
 def parameters(sizes: Sequence[tuple[int, ...]], device: torch.device) -> list[nn.Parameter]:
-    """Random parameters with random gradients, whose norm is far above MAX_NORM."""
+    """Draw parameters and gradients, whose norm is far above MAX_NORM."""
     generator = torch.Generator(device).manual_seed(0)
     found = [
         nn.Parameter(torch.randn(shape, generator=generator, device=device)) for shape in sizes
@@ -50,85 +50,68 @@ def parameters(sizes: Sequence[tuple[int, ...]], device: torch.device) -> list[n
     return found
 
 
+@dataclass(frozen=True)
 class Trained:
-    """Parameters, their average, and a step that a provider makes of them."""
+    """A step that a provider makes, the optimizer's state by parameter, and the EMA."""
 
-    def __init__(self, params: list[nn.Parameter], step: Step, moments: Callable, average):
-        self.params, self.step, self.moments, self.average = params, step, moments, average
+    step: Callable[[], None]
+    moments: Callable[[nn.Parameter], dict[str, torch.Tensor]]
+    average: list[torch.Tensor]
 
 
 def ours(params: list[nn.Parameter], implementation: str) -> Trained:
-    """AdamWEMA."""
+    """Take steps of AdamWEMA."""
     average = [p.detach().clone() for p in params]
-    optimizer = AdamWEMA(
-        params, [average], [EMA], lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY,
-        implementation=implementation,
-    )  # fmt: skip
+    optimizer = AdamWEMA(params, [average], [EMA], **ADAMW, implementation=implementation)
 
     def step() -> None:
         optimizer.step(grad_scale=clip_factor(optimizer.gradient_norm(), MAX_NORM))
 
-    return Trained(params, step, lambda p: optimizer.state[p], average)
+    return Trained(step, lambda p: optimizer.state[p], average)
 
 
-def stock(params: list[nn.Parameter]) -> Trained:
-    """The best sequence of torch's own: fused AdamW, foreach clipping, foreach average."""
-    average = [p.detach().clone() for p in params]
-    weights = [p.detach() for p in params]
-    lr = torch.tensor(LR, device=params[0].device)
-    optimizer = torch.optim.AdamW(
-        params, lr=lr, betas=BETAS, eps=EPS, weight_decay=DECAY, fused=True, capturable=True
-    )
+def others(
+    params: list[nn.Parameter], optimizer: torch.optim.Optimizer, one_by_one: bool = False
+) -> Trained:
+    """Take steps of another optimizer, with torch's clipping and a foreach or one-by-one EMA."""
+    average, weights = [p.detach().clone() for p in params], [p.detach() for p in params]
 
     def step() -> None:
-        nn.utils.clip_grad_norm_(params, MAX_NORM, foreach=True)
+        nn.utils.clip_grad_norm_(params, MAX_NORM)
         optimizer.step()
-        torch._foreach_lerp_(average, weights, 1 - EMA)
+        if not one_by_one:
+            torch._foreach_lerp_(average, weights, 1 - EMA)
+            return
+        for a, w in zip(average, weights):
+            a.mul_(EMA).add_(w, alpha=1 - EMA)
 
-    return Trained(params, step, lambda p: optimizer.state[p], average)
+    return Trained(step, lambda p: optimizer.state[p], average)
 
 
 def official(params: list[nn.Parameter]) -> Trained:
-    """What REPA's trainer does: foreach AdamW, clip_grad_norm_, an average tensor by tensor."""
-    average = [p.detach().clone() for p in params]
-    optimizer = torch.optim.AdamW(params, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
+    """Do what REPA's trainer does: foreach AdamW, clip_grad_norm_, an EMA tensor by tensor."""
+    return others(params, torch.optim.AdamW(params, **ADAMW), one_by_one=True)
 
-    def step() -> None:
-        nn.utils.clip_grad_norm_(params, MAX_NORM)
-        optimizer.step()
-        with torch.no_grad():
-            for a, p in zip(average, params):
-                a.mul_(EMA).add_(p, alpha=1 - EMA)
 
-    return Trained(params, step, lambda p: optimizer.state[p], average)
+def stock(params: list[nn.Parameter]) -> Trained:
+    """Take the best sequence of torch's own: fused AdamW, foreach clipping, foreach EMA."""
+    options = ADAMW | {"lr": torch.tensor(ADAMW["lr"], device=params[0].device)}
+    return others(params, torch.optim.AdamW(params, **options, fused=True, capturable=True))
 
 
 def apex(params: list[nn.Parameter]) -> Trained:
-    """apex FusedAdam with torch's clipping and foreach average."""
+    """Take steps of apex FusedAdam."""
     from apex.optimizers import FusedAdam
 
-    average = [p.detach().clone() for p in params]
-    optimizer = FusedAdam(params, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
-
-    def step() -> None:
-        nn.utils.clip_grad_norm_(params, MAX_NORM)
-        optimizer.step()
-        torch._foreach_lerp_(average, [p.detach() for p in params], 1 - EMA)
-
-    return Trained(params, step, lambda p: optimizer.state[p], average)
+    return others(params, FusedAdam(params, **ADAMW))
 
 
-PROVIDERS = {
-    "cuda": lambda params: ours(params, "cuda"),
-    "torch": lambda params: ours(params, "torch"),
-    "stock": stock,
-    "official": official,
-    "apex": apex,
-}
+PROVIDERS = {name: partial(ours, implementation=name) for name in ("cuda", "torch")}
+PROVIDERS |= {"stock": stock, "official": official, "apex": apex}
 
 
 def plain(params: Sequence[torch.Tensor], dtype: torch.dtype) -> list[list[torch.Tensor]]:
-    """Parameters, moments and average after GATE_STEPS steps of the reference in `dtype`."""
+    """Return parameters, moments and EMA after GATE_STEPS steps of the reference in `dtype`."""
     weights = [p.detach().to(dtype) for p in params]
     grads = [p.grad.to(dtype) for p in params]
     device = weights[0].device
@@ -140,14 +123,14 @@ def plain(params: Sequence[torch.Tensor], dtype: torch.dtype) -> list[list[torch
     zero = torch.zeros((), dtype=dtype, device=device)
     for _ in range(GATE_STEPS):
         adamw_ema_reference(
-            weights, grads, first, second, steps, average, (), (), lr=zero + LR, grad_scale=scale,
-            skip=zero, betas=BETAS, eps=EPS, weight_decay=DECAY, ema_decay=EMA,
+            weights, grads, first, second, steps, average, (), (), grad_scale=scale, skip=zero,
+            **ADAMW | {"lr": zero + ADAMW["lr"]}, ema_decay=EMA,
         )  # fmt: skip
     return [weights, first, second, average]
 
 
 def why_wrong(build: Callable, sizes: Sequence[tuple[int, ...]], device: torch.device) -> str:
-    """What is outside the error budget after a few steps, "" if nothing is."""
+    """Return what is outside the error budget after a few steps, or ""."""
     params = parameters(sizes, device)
     grads = [p.grad.clone() for p in params]
     trained = build(params)
@@ -170,7 +153,7 @@ def why_wrong(build: Callable, sizes: Sequence[tuple[int, ...]], device: torch.d
 
 
 def measure(name: str, sizes: Sequence[tuple[int, ...]], device: torch.device) -> dict:
-    """A row: the figures of a provider, or why there are none."""
+    """Return a row: a provider's figures, or why there are none."""
     count = sum(torch.Size(shape).numel() for shape in sizes)
     row = {"provider": name, "tensors": len(sizes), "parameters": count, **stamp()}
     try:
@@ -185,42 +168,28 @@ def measure(name: str, sizes: Sequence[tuple[int, ...]], device: torch.device) -
         return {**row, "status": "failed", "message": f"{type(error).__name__}: {error}"}
     nbytes = count * sum(BYTES.values())
     yardstick = timing.copy_time(nbytes, device, timing.QUICK)
-    return {
-        **row,
-        "status": "ok",
-        "ms_p20": time.p20,
-        "ms_p50": time.p50,
-        "ms_p80": time.p80,
-        "method": time.method,
-        "bytes": nbytes,
-        "gb_per_s": nbytes / time.p50 / 1e6,
-        "copy_ms_p50": yardstick.p50,
-        "share_of_copy": yardstick.p50 / time.p50,
-    }
+    row |= {"status": "ok", **time.figures, "bytes": nbytes}
+    row |= {"gb_per_s": nbytes / time.p50 / 1e6, "copy_ms_p50": yardstick.p50}
+    return row | {"share_of_copy": yardstick.p50 / time.p50}
 
 
 def main() -> None:
     """Measure every provider and append the rows."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--provider", nargs="*", choices=PROVIDERS, default=list(PROVIDERS))
-    parser.add_argument(
-        "--gate-only", action="store_true", help="a few odd tensors, no figures: for a sanitizer"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="file to append the rows to")
-    arguments = parser.parse_args()
+    flags = parser(__doc__.splitlines()[0], "file to append the rows to")
+    flags.add_argument("--provider", nargs="*", choices=PROVIDERS, default=list(PROVIDERS))
+    text = "a few odd tensors, no figures: for a sanitizer"
+    flags.add_argument("--gate-only", action="store_true", help=text)
+    arguments = flags.parse_args()
     device = torch.device(arguments.device)
     if arguments.gate_only:
         wrong = {name: why_wrong(PROVIDERS[name], SMALL, device) for name in arguments.provider}
         print(wrong)
         sys.exit(any(wrong.values()))
+    out = arguments.out or results_folder("optim", device.type) / "rows.jsonl"
     for name in arguments.provider:
         row = measure(name, shapes(), device)
         print(json.dumps(row), flush=True)
-        out = arguments.out or results_folder("optim", device.type) / "rows.jsonl"
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with open(out, "a") as rows:
-            rows.write(json.dumps(row) + "\n")
+        append(out, row)
         if device.type == "cuda":
             torch.cuda.empty_cache()
 

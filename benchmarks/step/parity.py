@@ -1,18 +1,16 @@
 """What speed costs in exactness: `python -m benchmarks.step.parity --preset sit-s2-repa`.
 
-A rung of the ladder, and plain eager bf16, against plain eager fp32, on the same weights (adaLN and
-final layer ~ N(0, 0.02), where most gradients would be zero), batches and draws:
+A configuration of the ladder, and plain eager bf16, against plain eager fp32, on the same weights
+(adaLN and final layer ~ N(0, 0.02), where most gradients would be zero), batches and draws:
 
 - the gradient of every parameter, by its cosine and its norm;
 - the losses of some hundred steps.
 
-Rows, a report and a picture go to a folder; the exit status is 1 where a rung does not hold what
+Rows, a report and a picture go to a folder; the exit status is 1 if one does not hold what
 GRADIENT_COSINE, NORM_RATIO and LOSS_RATIO ask for.
 """
 
 import argparse
-import gc
-import json
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness.environment import results_folder, stamp
+from benchmarks.harness.rows import WITH_COMMAND, append, facts, grid
 from benchmarks.step import ladder
 from benchmarks.step.ladder import RUNGS, Rung
 from benchmarks.step.step import parser
@@ -34,44 +33,27 @@ from repa_fast.train.step import accumulate, draw_local, synthetic_batch
 GRADIENT_COSINE = 0.999
 NORM_RATIO = 0.01
 LOSS_RATIO = 2.0
-"""Of a rung: the least cosine of a gradient with fp32's, how far the ratio of their norms may be
-from 1, and how many times plain bf16's distance of losses from fp32's its own may be."""
+"""The least cosine of a gradient with fp32's; how far the ratio of norms may be from 1; how many
+times as far from fp32's as plain bf16's the losses may be."""
 
 PLAIN = {"kernels": "reference", "attention": "sdpa", "optimizer_impl": "torch"}
 EXACT = Rung("plain fp32", compiled=False, config=PLAIN | {"mixed_precision": "no"})
 USUAL = Rung("plain bf16", compiled=False, config=PLAIN | {"mixed_precision": "bf16"})
 OURS = [name for name, rung in RUNGS.items() if not rung.plain and not rung.cached]
-BATCHES = 8
-"""Batches that the steps take in turn: few enough for the loss to fall."""
-
-
-def prepare(rung: Rung, arguments: argparse.Namespace, folder: Path) -> TrainState:
-    """A rung's state, without what the one before left."""
-    torch.compiler.reset()
-    gc.collect()
-    return ladder.prepare(rung, arguments, folder)
-
-
-def batches(state: TrainState) -> list[Batch]:
-    """The same for every rung."""
-    torch.manual_seed(3)
-    return [synthetic_batch(state, state.local_batch)[0] for _ in range(BATCHES)]
+BATCHES = 8  # that the steps take in turn: few enough for the loss to fall
 
 
 def gradients(state: TrainState, batch: Batch) -> dict[str, torch.Tensor]:
-    """Of every parameter at the first step, on the host in fp64."""
+    """Return every parameter's gradient at the first step, on the host in fp64."""
     accumulate(state, batch, draw_local(state))
-    found = {
-        name: parameter.grad.double().cpu()
-        for name, parameter in state.model.named_parameters()
-        if parameter.grad is not None
-    }
+    named = state.model.named_parameters()
+    found = {name: p.grad.double().cpu() for name, p in named if p.grad is not None}
     state.optimizer.zero_grad(set_to_none=True)
     return found
 
 
 def losses(state: TrainState, given: list[Batch], steps: int) -> list[float]:
-    """The loss of each step; read after the last one, so that the host is ahead as in a run."""
+    """Return the loss of each step, read after the last one: the host is ahead as in a run."""
     take_step, sums = stepper(state), [state.metrics.sums.clone()]
     for step in range(steps):
         take_step(given[step % len(given)])
@@ -82,31 +64,24 @@ def losses(state: TrainState, given: list[Batch], steps: int) -> list[float]:
 
 
 def compare(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> dict:
-    """The least cosine of a gradient with the exact one, and the norm that is furthest off."""
+    """Find the least cosine of a gradient with the exact one, and the norm furthest off."""
     if found.keys() != exact.keys():
         raise RuntimeError(f"gradients of {found.keys() ^ exact.keys()} in one of two runs only")
-    spoilt = [name for name, gradient in found.items() if not gradient.isfinite().all()]
-    if spoilt:
+    if spoilt := [name for name, gradient in found.items() if not gradient.isfinite().all()]:
         raise RuntimeError(f"gradients that are not finite: {', '.join(spoilt)}")
     cosines, ratios = {}, {}
     for name, expected in exact.items():
-        gradient = found[name]
-        product = gradient.norm() * expected.norm()
-        cosines[name] = ((gradient * expected).sum() / product).item()
-        ratios[name] = (gradient.norm() / expected.norm()).item()
+        norms = found[name].norm(), expected.norm()
+        cosines[name] = ((found[name] * expected).sum() / (norms[0] * norms[1])).item()
+        ratios[name] = (norms[0] / norms[1]).item()
     least = min(cosines, key=cosines.get)
     furthest = max(ratios, key=lambda name: abs(ratios[name] - 1))
-    return {
-        "gradients": len(exact),
-        "least_cosine": cosines[least],
-        "least_cosine_of": least,
-        "norm_ratio": ratios[furthest],
-        "norm_ratio_of": furthest,
-    }
+    row = {"gradients": len(exact), "least_cosine": cosines[least], "least_cosine_of": least}
+    return row | {"norm_ratio": ratios[furthest], "norm_ratio_of": furthest}
 
 
 def distance(found: list[float], exact: list[float]) -> float | None:
-    """Mean difference of the losses over the mean size of the exact ones."""
+    """Return the mean difference of the losses over the mean size of the exact ones."""
     if not exact:
         return None
     size = sum(map(abs, exact))
@@ -114,16 +89,19 @@ def distance(found: list[float], exact: list[float]) -> float | None:
 
 
 def measure(rung: Rung, arguments: argparse.Namespace) -> tuple[dict, list[float], list[str]]:
-    """Gradients and losses of a rung, and notes about how it computes."""
+    """Return gradients and losses of a configuration, and notes about how it computes."""
     with tempfile.TemporaryDirectory() as folder:
-        state = prepare(rung, arguments, Path(folder))
-        given = batches(state)
+        torch.compiler.reset()
+        ladder.free()  # what the configuration before left
+        state = ladder.prepare(rung, arguments, Path(folder))
+        torch.manual_seed(3)  # the same batches for all
+        given = [synthetic_batch(state, state.local_batch)[0] for _ in range(BATCHES)]
         first = gradients(state, given[0])
         return first, losses(state, given, arguments.train), state.notes
 
 
 def parity(arguments: argparse.Namespace) -> Iterator[dict]:
-    """A row for plain bf16 and one for each rung that was asked for, as they come."""
+    """Return a row for plain bf16 and one for each configuration that was asked for."""
     exact, exact_losses, _ = measure(EXACT, arguments)
     for name, rung in [("bf16", USUAL), *((name, RUNGS[name]) for name in arguments.rung)]:
         if rung.cuda and arguments.device == "cpu":
@@ -140,16 +118,15 @@ def parity(arguments: argparse.Namespace) -> Iterator[dict]:
 
 
 def line(row: dict) -> str:
-    """A row as it passes."""
-    text = f"({row['rung']}) {row['what']}: least cosine {row['least_cosine']:.6f}"
-    text += f", norm ratio {row['norm_ratio']:.4f}"
-    if row["loss_distance"] is not None:
-        text += f", losses {row['loss_distance']:.2e} from fp32"
-    return text
+    """Return a row as it passes."""
+    losses = row["loss_distance"]
+    apart = "" if losses is None else f", losses {losses:.2e} from fp32"
+    figures = f"least cosine {row['least_cosine']:.6f}, norm ratio {row['norm_ratio']:.4f}"
+    return f"({row['rung']}) {row['what']}: {figures}{apart}"
 
 
 def misses(row: dict, usual: dict) -> list[str]:
-    """What a rung does not hold, beside the row of plain bf16."""
+    """Return what a configuration does not hold, beside the row of plain bf16."""
     missed = []
     if not row["least_cosine"] >= GRADIENT_COSINE:
         missed.append(f"cosine of {row['least_cosine_of']} below {GRADIENT_COSINE}")
@@ -161,30 +138,31 @@ def misses(row: dict, usual: dict) -> list[str]:
 
 
 def markdown(rows: list[dict]) -> str:
-    """The report of the rows of one command."""
-    first, names = rows[0], ("date", "commit", "command", "python", "torch", "device", "cores")
-    lines = [f"# Parity: {first['preset']}, batch {first['batch']}", ""]
-    lines += [*(f"- {name}: {first[name]}" for name in names), ""]
-    lines += [
+    """Return the report of the rows of one command."""
+    first, body = rows[0], []
+    for row in rows:
+        loss = "" if row["loss_distance"] is None else f"{row['loss_distance']:.2e}"
+        cosine = f"{row['least_cosine']:.6f}", row["least_cosine_of"]
+        norm = f"{row['norm_ratio']:.4f}", row["norm_ratio_of"]
+        holds = "; ".join(misses(row, first)) or "yes"
+        body.append((f"({row['rung']}) {row['what']}", *cosine, *norm, loss, holds))
+    heads = ("rung", "least cosine", "of", "norm ratio furthest from 1", "of", "losses", "holds")
+    lines = [
+        f"# Parity: {first['preset']}, batch {first['batch']}",
+        "",
+        *facts(rows[:1], WITH_COMMAND),
+        "",
         f"Against plain eager fp32: {first['gradients']} gradients of the first step, and the "
         f"losses of {first['steps']} steps (mean difference over mean size).",
         "",
-        "| rung | least cosine | of | norm ratio furthest from 1 | of | losses | holds |",
-        "|---|---|---|---|---|---|---|",
+        *grid(heads, body)[:-1],
     ]
-    for row in rows:
-        loss = "" if row["loss_distance"] is None else f"{row['loss_distance']:.2e}"
-        lines.append(
-            f"| ({row['rung']}) {row['what']} | {row['least_cosine']:.6f} | "
-            f"{row['least_cosine_of']} | {row['norm_ratio']:.4f} | {row['norm_ratio_of']} | "
-            f"{loss} | {'; '.join(misses(row, first)) or 'yes'} |"
-        )
     lines += [f"- ({row['rung']}): {'; '.join(row['notes'])}" for row in rows if row["notes"]]
     return "\n".join([*lines, "", *(["![losses](losses.png)", ""] if first["steps"] else [])])
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """The loss of fp32, and how far the others are from it, by step."""
+    """Draw the loss of fp32, and how far the others are from it, by step."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.6), layout="constrained")
@@ -203,7 +181,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compare; 1 if a rung does not hold what is asked of it."""
+    """Compare; return 1 if a configuration does not hold what is asked of it."""
     flags = parser(__doc__.splitlines()[0], "sit-s2-repa")
     flags.add_argument("--rung", nargs="+", choices=OURS, default=["e"], help="of the ladder")
     flags.add_argument("--train", type=int, default=300, help="steps whose losses are compared")
@@ -211,12 +189,10 @@ def main(argv: list[str] | None = None) -> int:
     flags.set_defaults(micro_batch=0)
     arguments = flags.parse_args(argv)
     folder = arguments.out or results_folder("parity", arguments.device)
-    folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for row in parity(arguments):
         rows.append(row)
-        with open(folder / "rows.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        append(folder / "rows.jsonl", row)
         if arguments.train:
             draw(rows, folder / "losses.png")
         (folder / "report.md").write_text(markdown(rows))

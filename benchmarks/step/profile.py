@@ -17,15 +17,10 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-CATEGORIES = (
-    "GEMM",
-    "attention",
-    "our kernels",
-    "other elementwise",
-    "optimizer",
-    "encoder",
-    "idle",
-)
+from benchmarks.harness.timing import synchronise
+
+CATEGORIES = ("GEMM", "attention", "our kernels", "other elementwise", "optimizer", "encoder")
+CATEGORIES += ("idle",)
 WINDOW = "profiled steps"
 SHOWN_KERNELS, SHOWN_GAPS = 40, 5
 NAME_LENGTH = 96
@@ -58,51 +53,38 @@ class Interval:
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Of one step, on average.
+    """One step on average."""
 
-    Attributes:
-        busy_ms: milliseconds by category, all but idle.
-        window_ms: wall clock under the profiler.
-        launches: kernels, copies and fills that the host started, a CUDA graph once; None on a CPU.
-        kernels: those that take most time: name, category, ms and calls of a step.
-        gaps: the longest times in which nothing ran: us, and the kernels before and after.
-    """
-
-    busy_ms: dict[str, float]
-    window_ms: float
-    launches: float | None
-    kernels: list[dict] = field(default_factory=list)
-    gaps: list[dict] = field(default_factory=list)
+    busy_ms: dict[str, float]  # by category, all but idle
+    window_ms: float  # wall clock under the profiler
+    launches: float | None  # of kernels, copies, fills; a CUDA graph is one; None on a CPU
+    kernels: list[dict] = field(default_factory=list)  # the slowest: name, category, ms, calls
+    gaps: list[dict] = field(default_factory=list)  # the longest: us, the kernels around them
 
     def milliseconds(self, step_ms: float) -> dict[str, float]:
-        """By category, of a step that takes `step_ms`; idle is what nothing accounts for.
-
-        Their sum is `step_ms`, or the busy time where that is more.
-        """
+        """Return ms by category that add up to `step_ms` or the busy time; the rest is idle."""
         idle = max(0.0, step_ms - sum(self.busy_ms.values()))
         return {name: {**self.busy_ms, "idle": idle}[name] for name in CATEGORIES}
 
 
 def category_of(name: str) -> str:
-    """Of a kernel or operator outside the encoder and the optimizer."""
+    """Return the category of a kernel or operator outside the encoder and the optimizer."""
     if GENERATED.search(name):
         return "other elementwise"
-    named = (("our kernels", OURS), ("optimizer", OPTIMIZER), ("attention", ATTENTION))
-    for category, pattern in (*named, ("GEMM", GEMM)):
-        if pattern.search(name):
-            return category
-    return "other elementwise"
+    patterns = {"our kernels": OURS, "optimizer": OPTIMIZER, "attention": ATTENTION, "GEMM": GEMM}
+    found = (category for category, pattern in patterns.items() if pattern.search(name))
+    return next(found, "other elementwise")
 
 
 def range_of(name: str) -> str | None:
-    """The category that a range of the profiler stands for, if any."""
+    """Return the category that a range of the profiler stands for, if any."""
     if name in ("encoder", "optimizer"):
         return name
     return "optimizer" if name.startswith("Optimizer.") else None
 
 
 def named(category: str, function: Callable) -> Callable:
-    """`function`, whose calls the profiler shows as a range of that category."""
+    """Return `function`, whose calls the profiler shows as a range of that category."""
 
     def call(*arguments, **options):
         with record_function(category):
@@ -112,47 +94,37 @@ def named(category: str, function: Callable) -> Callable:
 
 
 def run(step: Callable[[], None], steps: int, device: torch.device, trace: Path) -> Breakdown:
-    """Profile `steps` calls; the Chrome trace is written to `trace`."""
-    activities = [ProfilerActivity.CPU]
+    """Profile `steps` calls; write the Chrome trace to `trace`."""
     cuda = device.type == "cuda"
-    if cuda:
-        activities.append(ProfilerActivity.CUDA)
-        torch.cuda.synchronize()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    synchronise(device)
     with profile(activities=activities) as profiler:
         if cuda:
             step()  # the profiler's own first use of the device
-            torch.cuda.synchronize()
+            synchronise(device)
         with record_function(WINDOW):
             for _ in range(steps):
                 step()
-            if cuda:
-                torch.cuda.synchronize()
+            synchronise(device)
     profiler.export_chrome_trace(str(trace))
     events = json.loads(trace.read_text(), strict=False)["traceEvents"]
     return breakdown(events, steps, cuda)
 
 
 def breakdown(events: Sequence[dict], steps: int, cuda: bool) -> Breakdown:
-    """Of the events of a Chrome trace with `steps` steps in the range WINDOW."""
+    """Break down a Chrome trace's events, with `steps` steps in the range WINDOW."""
     complete = [event for event in events if event.get("ph") == "X"]
-    window = next(
-        event
-        for event in complete
-        if event["name"] == WINDOW and event.get("cat") == "user_annotation"
-    )
+    named = (event for event in complete if event["name"] == WINDOW)
+    window = next(event for event in named if event.get("cat") == "user_annotation")
     start, end = window["ts"], window["ts"] + window["dur"]
     inside = [event for event in complete if start <= event["ts"] < end]
-    launches = None
-    if cuda:
-        intervals, launches = on_device(inside)
-        launches /= steps
-    else:
-        intervals = list(on_host(inside))
+    intervals, launches = on_device(inside) if cuda else (list(on_host(inside)), 0)
     busy = {name: us / 1e3 / steps for name, us in exclusive(intervals, end).items()}
     window = (end - start) / 1e3 / steps
     if not cuda:
-        return Breakdown(busy, window, launches)
-    return Breakdown(busy, window, launches, by_kernel(intervals, steps), gaps(intervals))
+        return Breakdown(busy, window, None)
+    kernels = by_kernel(intervals, steps)
+    return Breakdown(busy, window, launches / steps, kernels, gaps(intervals))
 
 
 def by_kernel(intervals: Sequence[Interval], steps: int) -> list[dict]:
@@ -163,15 +135,11 @@ def by_kernel(intervals: Sequence[Interval], steps: int) -> list[dict]:
         entry[0] += interval.end - interval.start
         entry[1] += 1
     ordered = sorted(total.items(), key=lambda item: -item[1][0])[:SHOWN_KERNELS]
-    return [
-        {
-            "name": name[:NAME_LENGTH],
-            "category": category,
-            "ms": round(us / 1e3 / steps, 4),
-            "calls": round(calls / steps, 2),
-        }
-        for (name, category), (us, calls) in ordered
-    ]
+    rows = []
+    for (name, category), (us, calls) in ordered:
+        figures = {"ms": round(us / 1e3 / steps, 4), "calls": round(calls / steps, 2)}
+        rows.append({"name": name[:NAME_LENGTH], "category": category, **figures})
+    return rows
 
 
 def gaps(intervals: Sequence[Interval]) -> list[dict]:
@@ -187,36 +155,28 @@ def gaps(intervals: Sequence[Interval]) -> list[dict]:
 
 
 def on_device(events: Sequence[dict]) -> tuple[list[Interval], int]:
-    """What ran on the GPU, and how often the host started something."""
-    started = {
-        event["args"]["correlation"]: event
-        for event in events
-        if event.get("cat") in HOST and "correlation" in event.get("args", {})
-    }
-    ranges = [
-        (event["tid"], event["ts"], event["ts"] + event["dur"], range_of(event["name"]))
-        for event in events
-        if event.get("cat") == "user_annotation" and range_of(event["name"])
-    ]
+    """Return what ran on the GPU, and how often the host started something."""
+    hosts = [e for e in events if e.get("cat") in HOST and "correlation" in e.get("args", {})]
+    ranges = [e for e in events if e.get("cat") == "user_annotation" and range_of(e["name"])]
     by_launch = {
-        number: category
-        for number, launch in started.items()
-        for thread, first, last, category in ranges
-        if launch["tid"] == thread and first <= launch["ts"] < last
+        launch["args"]["correlation"]: range_of(around["name"])
+        for launch in hosts
+        for around in ranges
+        if launch["tid"] == around["tid"]
+        if around["ts"] <= launch["ts"] < around["ts"] + around["dur"]
     }
     intervals, launches = [], set()
     for event in events:
         if event.get("cat") in DEVICE:
-            number = event["args"].get("correlation")
+            number, end = event["args"].get("correlation"), event["ts"] + event["dur"]
             category = by_launch.get(number) or category_of(event["name"])
-            end = event["ts"] + event["dur"]
             intervals.append(Interval(event["ts"], end, category, event["name"]))
             launches.add(number)
     return intervals, len(launches)
 
 
 def on_host(events: Sequence[dict]) -> Iterator[Interval]:
-    """The operators of each thread, cut up so that every moment is the innermost one's."""
+    """Cut up the operators of each thread so that every moment is the innermost one's."""
     threads = defaultdict(list)
     for event in events:
         if event.get("cat") in ("cpu_op", "user_annotation"):
@@ -226,7 +186,7 @@ def on_host(events: Sequence[dict]) -> Iterator[Interval]:
 
 
 def innermost(events: Sequence[dict]) -> Iterator[Interval]:
-    """Of nested events in the order of their beginnings; nothing for ranges of the profiler."""
+    """Do so for nested events, ordered by beginning; the profiler's ranges give nothing."""
     stack: list[tuple[float, str | None, str | None]] = []  # end, own category, range's category
     clock = 0.0
 
@@ -253,7 +213,7 @@ def innermost(events: Sequence[dict]) -> Iterator[Interval]:
 
 
 def exclusive(intervals: Sequence[Interval], end: float) -> dict[str, float]:
-    """Microseconds of each category up to `end`, every moment counted once."""
+    """Return microseconds of each category up to `end`, every moment counted once."""
     total = dict.fromkeys((name for name in CATEGORIES if name != "idle"), 0.0)
     covered = 0.0
     for interval in sorted(intervals, key=lambda one: one.start):

@@ -8,38 +8,43 @@ teacher alone. Writes a row and a report.
 
 import argparse
 import dataclasses
-import json
-import statistics
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from benchmarks.harness.environment import results_folder, stamp
+from benchmarks.harness.environment import parser, results_folder, stamp
+from benchmarks.harness.rows import WITH_COMMAND, append, facts, grid, read
+from benchmarks.harness.timing import Marks, spread, synchronise
 from repa_fast import ops
-from repa_fast.cli import expected_metadata
 from repa_fast.configs import presets
+from repa_fast.configs.build import expected_metadata
 from repa_fast.configs.config import TrainConfig
 from repa_fast.data.loader import Batch
 from repa_fast.diffusion.draws import Draws
-from repa_fast.diffusion.sra import teacher_times
 from repa_fast.distributed import World
 from repa_fast.models.flops import transformer_flops
-from repa_fast.models.sit import SIZES
+from repa_fast.models.sit import SIZES, SiT
+from repa_fast.objective import Objective
+from repa_fast.objective.self_alignment import SelfAlignment
 from repa_fast.train import step
 from repa_fast.train.memory import budget
-from repa_fast.train.state import TrainState, build_state
+from repa_fast.train.state import build_state
 
 VARIANTS = ("vanilla", "SRA", "SRA, whole fp32 teacher")
 PAPER_DEPTH = 28
 
 
 def whole_teacher(
-    state: TrainState, batch: Batch, clean: torch.Tensor, draws: Draws
+    alignment: SelfAlignment,
+    batch: Batch,
+    clean: torch.Tensor,
+    draws: Draws,
+    objective: Objective,
+    teacher: SiT,
 ) -> list[torch.Tensor]:
-    """The teacher's hidden state, read from a pass through all of the model in fp32.
+    """Read the teacher's hidden state from a pass through all of the model in fp32.
 
     Attention is torch's own: the run's backend was chosen for another dtype.
     """
@@ -49,17 +54,17 @@ def whole_teacher(
         x, branch, gate = outputs
         heard.append(x + gate[:, None] * branch)
 
-    t = teacher_times(draws.t, draws.offset, state.config.t_max)
-    noisy, _ = state.path.interpolate(clean, draws.noise, t)
-    block = state.ema.blocks[state.config.block_out_t - 1]
+    t = objective.earlier(draws.t, draws.offset, alignment.config.t_max)
+    noisy, _ = objective.path.interpolate(clean, draws.noise, t)
+    block = teacher.blocks[alignment.teacher_depth - 1]
     handle = block.register_forward_hook(keep)
     try:
         with (
             torch.compiler.set_stance("force_eager"),
-            torch.autocast(state.world.device.type, enabled=False),
+            torch.autocast(clean.device.type, enabled=False),
             ops.use_attention_backend("sdpa"),
         ):
-            state.ema(noisy, t, batch["label"], draws.drop)
+            teacher(noisy, t, batch["label"], draws.drop)
     finally:
         handle.remove()
     return heard
@@ -67,18 +72,18 @@ def whole_teacher(
 
 @contextmanager
 def targets_of(variant: str) -> Iterator[None]:
-    """The training step with the variant's teacher."""
-    ours = step.alignment_targets
+    """Train with the variant's teacher."""
+    ours = SelfAlignment.targets
     if variant == VARIANTS[2]:
-        step.alignment_targets = whole_teacher
+        SelfAlignment.targets = whole_teacher
     try:
         yield
     finally:
-        step.alignment_targets = ours
+        SelfAlignment.targets = ours
 
 
 def configs(arguments: argparse.Namespace) -> dict[str, TrainConfig]:
-    """Vanilla, and SRA at the asked size, its blocks at the same share of the depth as SiT-XL's."""
+    """Return vanilla, and SRA at the asked size with its blocks at SiT-XL's shares of the depth."""
     depth = SIZES[arguments.model.removeprefix("SiT-").split("/")[0]]["depth"]
     sra = dataclasses.replace(
         presets.get("sit-xl2-sra-cos"),
@@ -93,37 +98,29 @@ def configs(arguments: argparse.Namespace) -> dict[str, TrainConfig]:
     return dict(zip(VARIANTS, (vanilla, sra, sra), strict=True))
 
 
-def build(config: TrainConfig, device: torch.device) -> TrainState:
-    """A state ready to step."""
-    state = build_state(config, expected_metadata(config), World(0, 1, device))
-    state.micro_batch = state.local_batch
-    return state
-
-
 def measure(arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Milliseconds of every measured step; the variants take turns."""
+    """Return the milliseconds of every measured step; the variants take turns."""
     device = torch.device(arguments.device)
-    states = {name: build(c, device) for name, c in configs(arguments).items()}
+    states, times = {}, {name: [] for name in VARIANTS}
+    for name, config in configs(arguments).items():
+        states[name] = build_state(config, expected_metadata(config), World(0, 1, device))
+        states[name].micro_batch = states[name].local_batch
     batches = {name: step.synthetic_batch(s, s.local_batch)[0] for name, s in states.items()}
-    times: dict[str, list[float]] = {name: [] for name in states}
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     for number in range(arguments.warmup + arguments.steps):
         for name, state in states.items():
-            before = now()
+            marks = Marks(device)
+            synchronise(device)
+            marks.mark()
             with targets_of(name):
                 step.train_step(state, batches[name])
+            marks.mark()
             if number >= arguments.warmup:
-                times[name].append(1e3 * (now() - before))
+                times[name] += marks.milliseconds()
     return times
 
 
 def flops(arguments: argparse.Namespace) -> dict[str, float]:
-    """Training FLOPs per image of each variant."""
+    """Return the training FLOPs per image of each variant."""
     counted = {}
     for name, config in configs(arguments).items():
         estimate = budget(config, expected_metadata(config))
@@ -137,58 +134,44 @@ def flops(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def report(row: dict) -> str:
-    """Markdown of one row."""
-    lines = ["# What SRA adds to a training step", ""]
-    lines += [f"- {name}: {row[name]}" for name in (*stamp(), "model", "batch", "steps")]
-    lines += [
-        "",
-        "| step | GFLOP per image | to vanilla | ms p20 | p50 | p80 | to vanilla (p50) |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    base = row["variants"][VARIANTS[0]]
+    """Return Markdown of one row."""
+    base, body = row["variants"][VARIANTS[0]], []
     for name, figures in row["variants"].items():
-        work = figures["gflop_per_image"]
-        lines.append(
-            f"| {name} | {work:.1f} | {work / base['gflop_per_image']:.3f} | "
-            f"{figures['ms_p20']:.1f} | {figures['ms_p50']:.1f} | {figures['ms_p80']:.1f} | "
-            f"{figures['ms_p50'] / base['ms_p50']:.3f} |"
-        )
-    return "\n".join(lines) + "\n"
+        work, times = figures["gflop_per_image"], [figures[f"ms_p{p}"] for p in (20, 50, 80)]
+        ratios = work / base["gflop_per_image"], figures["ms_p50"] / base["ms_p50"]
+        cells = (f"{work:.1f}", f"{ratios[0]:.3f}", *(f"{ms:.1f}" for ms in times))
+        body.append((name, *cells, f"{ratios[1]:.3f}"))
+    names = (*WITH_COMMAND, "model", "batch", "steps")
+    lines = ["# What SRA adds to a training step", "", *facts([row], names), ""]
+    heads = ("step", "GFLOP per image", "to vanilla", "ms p20", "p50", "p80", "to vanilla (p50)")
+    return "\n".join([*lines, *grid(heads, body)])
 
 
 def main() -> None:
     """Measure one model."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="SiT-XL/2", help="SiT-{S,B,L,XL}/2")
-    parser.add_argument("--batch", type=int, default=32, help="images per step")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
+    flags = parser(__doc__)
+    flags.add_argument("--model", default="SiT-XL/2", help="SiT-{S,B,L,XL}/2")
+    flags.add_argument("--batch", type=int, default=32, help="images per step")
+    flags.add_argument("--steps", type=int, default=50)
+    flags.add_argument("--warmup", type=int, default=5)
+    flags.add_argument("--compile", action="store_true")
+    arguments = flags.parse_args()
     work = flops(arguments)
-    figures = {}
-    for name, times in measure(arguments).items():
-        cuts = statistics.quantiles(times, n=10, method="inclusive")
-        figures[name] = {
-            "gflop_per_image": work[name] / 1e9,
-            "ms_p20": cuts[1],
-            "ms_p50": statistics.median(times),
-            "ms_p80": cuts[7],
-        }
+    figures = {
+        name: {"gflop_per_image": work[name] / 1e9, **spread("ms", times)}
+        for name, times in measure(arguments).items()
+    }
     options = {key: getattr(arguments, key) for key in ("model", "batch", "steps", "compile")}
     row = {**options, "variants": figures, **stamp()}
     print(report(row))
-    out = results_folder("sra", arguments.device)
-    with open(out / "rows.jsonl", "a") as rows:
-        rows.write(json.dumps(row) + "\n")
-    rewrite(out)
+    folder = arguments.out or results_folder("sra", arguments.device)
+    append(folder / "rows.jsonl", row)
+    rewrite(folder)
 
 
 def rewrite(folder: Path) -> None:
     """Write report.md of the last row in `folder`."""
-    row = json.loads((folder / "rows.jsonl").read_text().splitlines()[-1])
-    (folder / "report.md").write_text(report(row))
+    (folder / "report.md").write_text(report(read(folder / "rows.jsonl")[-1]))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The real training step: `python -m benchmarks.step.step --preset sit-xl2-repa --compile`.
 
 Encoder online with random weights (its speed does not depend on them), forward, losses, backward,
-clip, optimizer, average. The batch is made up and lies in the host's memory, or batches come from
+clip, optimizer, EMA. The batch is synthetic and lies in the host's memory, or batches come from
 the real pipeline (`--data photographs`, or a dataset's folder), with the time a step waits for one.
 Prints a report, appends a JSON row and writes report.md and shares.png beside it.
 `python -m benchmarks.step.ladder` measures the same step one change at a time, from a rival up.
@@ -10,7 +10,6 @@ Prints a report, appends a JSON row and writes report.md and shares.png beside i
 import argparse
 import dataclasses
 import itertools
-import json
 import resource
 import statistics
 import sys
@@ -19,20 +18,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from benchmarks.data.data import METADATA as PHOTOGRAPHS
 from benchmarks.data.data import photographs
+from benchmarks.harness import environment, rows
 from benchmarks.harness.environment import results_folder, stamp
-from benchmarks.harness.timing import matmul_rate, percentiles
+from benchmarks.harness.timing import Marks, matmul_rate, spread, synchronise
 from benchmarks.step import profile as step_profile
 from benchmarks.step import report as step_report
-from repa_fast.cli import expected_metadata
+from benchmarks.step.baseline import Baseline
 from repa_fast.configs import presets
-from repa_fast.configs.config import TrainConfig
-from repa_fast.data.dataset import Metadata, write
+from repa_fast.configs.build import expected_metadata
+from repa_fast.data.dataset import write
 from repa_fast.data.loader import Batch, Loader
 from repa_fast.data.open import open_dataset
 from repa_fast.data.order import SampleOrder
@@ -45,30 +44,7 @@ from repa_fast.train.state import TrainState, build_state, device_name
 from repa_fast.train.step import losses, other_weights, synthetic_batch
 
 PHOTOGRAPH_ROWS, QUALITY = 4096, 95
-PROFILED, HOST_STEPS = 3, 10
-"""Steps under the profiler, and steps whose host time is taken, at most."""
-
-
-class Stepper(Protocol):
-    """What is measured: a training step with all that it needs."""
-
-    config: TrainConfig
-    metadata: Metadata
-    world: World
-    micro_batch: int
-    precision: torch.dtype | None
-
-    def step(self, batch: Batch) -> None:
-        """One optimizer step."""
-
-    def loss_of(self, batch: Batch, draws: Draws) -> float:
-        """The loss of these draws, without a step; with gradients, so that it compiles the same."""
-
-    def check(self) -> None:
-        """RuntimeError if a step was skipped or its loss is not finite."""
-
-    def name_ranges(self) -> None:
-        """Let the profiler see the encoder and the optimizer, in the steps that follow."""
+PROFILED, HOST_STEPS = 3, 10  # steps under the profiler, and those whose host time is taken
 
 
 class Ours:
@@ -76,25 +52,21 @@ class Ours:
 
     def __init__(self, state: TrainState) -> None:
         self.state, self.config, self.metadata = state, state.config, state.metadata
-        self.world, self.micro_batch, self.precision = (
-            state.world,
-            state.micro_batch,
-            state.autocast_dtype,
-        )
-        self.take_step = stepper(state)
+        self.world, self.micro_batch = state.world, state.micro_batch
+        self.precision, self.take_step = state.autocast_dtype, stepper(state)
 
     def step(self, batch: Batch) -> None:
-        """One optimizer step."""
+        """Take one optimizer step."""
         self.take_step(batch)
 
     def loss_of(self, batch: Batch, draws: Draws) -> float:
-        """The loss of these draws, without a step."""
+        """Return the loss of these draws, without a step but with gradients, as it compiles."""
         denoise, others = losses(self.state, self.state.model, batch, draws)
         weighted = zip(other_weights(self.state), others)
         return (denoise.mean() + sum(weight * other.mean() for weight, other in weighted)).item()
 
     def check(self) -> None:
-        """RuntimeError if a step since the last check was skipped."""
+        """Raise RuntimeError if a step since the last check was skipped."""
         reading = self.state.metrics.read(self.world)
         if reading["loss"] is None or reading["skipped"]:
             raise RuntimeError(f"{reading['skipped']} steps were skipped; no figure")
@@ -102,14 +74,18 @@ class Ours:
     def name_ranges(self) -> None:
         """Let the profiler see encoders (or SRA's teacher) and the gradients' norm as ranges."""
         state, named = self.state, step_profile.named
-        state.encoders = {name: named("encoder", one) for name, one in state.encoders.items()}
+        alignment = state.alignment
+        alignment.encoders = {n: named("encoder", one) for n, one in alignment.encoders.items()}
         state.optimizer.gradient_norm = named("optimizer", state.optimizer.gradient_norm)
-        if self.config.align == "sra":
+        if alignment.teacher_depth:
             state.ema.hidden = named("encoder", state.ema.hidden)
 
 
+Stepper = Ours | Baseline
+
+
 def build(arguments: argparse.Namespace, folder: Path, **changes) -> TrainState:
-    """The state of a preset at the asked batch, ready to step; `changes` are of the config."""
+    """Return the state of a preset with `changes` of its config, ready to step."""
     columns = changes.pop("columns", None)
     config = dataclasses.replace(
         presets.get(arguments.preset), batch_size=arguments.batch, report_to="none", **changes
@@ -130,7 +106,7 @@ def build(arguments: argparse.Namespace, folder: Path, **changes) -> TrainState:
 def open_batches(
     state: TrainState, arguments: argparse.Namespace, folder: Path
 ) -> Iterator[Iterator[Batch]]:
-    """The batches of all steps."""
+    """Open the batches of all steps."""
     if not arguments.data:
         batch, _ = synthetic_batch(state, state.local_batch)
         yield repeated(batch)
@@ -140,16 +116,11 @@ def open_batches(
         where = folder / "train.lance"
         write(where, photographs(max(PHOTOGRAPH_ROWS, arguments.batch), QUALITY), PHOTOGRAPHS)
     dataset = open_dataset(where)
-    with Loader(
-        dataset,
-        SampleOrder(len(dataset), arguments.batch, 0),
-        start=0,
-        stop=1 + arguments.warmup + arguments.steps + HOST_STEPS + PROFILED + 1,
-        images=bool(state.encoders),
-        num_workers=arguments.threads,
-        pin_memory=state.world.device.type == "cuda",
-        device=state.world.device,
-    ) as loader:
+    stop = 1 + arguments.warmup + arguments.steps + HOST_STEPS + PROFILED + 1
+    options = {"images": bool(state.alignment.encoders), "num_workers": arguments.threads}
+    options |= {"pin_memory": state.world.device.type == "cuda", "device": state.world.device}
+    order = SampleOrder(len(dataset), arguments.batch, 0)
+    with Loader(dataset, order, start=0, stop=stop, **options) as loader:
         yield iter(loader)
 
 
@@ -167,7 +138,7 @@ class Feed:
 
 
 def repeated(batch: Batch) -> Iterator[Batch]:
-    """The same batch for ever, where a loader would leave it: on the host."""
+    """Repeat a batch for ever, where a loader would leave it: on the host."""
     host = {name: tensor.cpu() for name, tensor in batch.items()}
     if torch.cuda.is_available():
         host = {name: tensor.pin_memory() for name, tensor in host.items()}
@@ -175,43 +146,32 @@ def repeated(batch: Batch) -> Iterator[Batch]:
 
 
 def first_step(stepper: Stepper, feed: Feed) -> float:
-    """Seconds of a step that compiles what is not compiled yet."""
+    """Return the seconds of a step that compiles what is not compiled yet."""
     before = time.perf_counter()
     stepper.step(feed())
-    if stepper.world.device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronise(stepper.world.device)
     return time.perf_counter() - before
 
 
 def step_times(
     stepper: Stepper, feed: Feed, warmup: int, steps: int
 ) -> tuple[list[float], float, float]:
-    """Milliseconds of each step after the warm-up, their wall-clock mean, and the mean waiting."""
-    cuda = stepper.world.device.type == "cuda"
+    """Return ms of each step after the warm-up, their wall-clock mean, and the mean waiting."""
     for _ in range(warmup):
         stepper.step(feed())
-    times = []
-    if cuda:
-        torch.cuda.synchronize()
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-        marks[0].record()
-    feed.waited = 0.0
-    started = time.perf_counter()
-    for step in range(steps):
-        before = time.perf_counter()
+    synchronise(stepper.world.device)
+    marks = Marks(stepper.world.device)
+    marks.mark()
+    feed.waited, started = 0.0, time.perf_counter()
+    for _ in range(steps):
         stepper.step(feed())
-        if cuda:
-            marks[step + 1].record()
-        else:
-            times.append(1e3 * (time.perf_counter() - before))
-    if cuda:
-        torch.cuda.synchronize()
-        times = [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+        marks.mark()
+    times = marks.milliseconds()
     return times, 1e3 * (time.perf_counter() - started) / steps, 1e3 * feed.waited / steps
 
 
 def host_time(stepper: Stepper, feed: Feed, steps: int) -> float:
-    """Median milliseconds until a step returns to the host, the device idle when it begins."""
+    """Return the median ms until a step returns to the host, the device idle before."""
     times = []
     for _ in range(steps):
         batch = feed()
@@ -224,52 +184,38 @@ def host_time(stepper: Stepper, feed: Feed, steps: int) -> float:
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB: allocated on the GPU since the last reset, or of this process since it began."""
+    """Return GiB allocated on the GPU since the last reset, or of this process since it began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def figures(stepper: Stepper, feed: Feed, arguments: argparse.Namespace, trace: Path) -> dict:
-    """What a row says about a step; the step's Chrome trace is written to `trace`."""
-    where, batch = stepper.world.device, arguments.batch
-    if where.type == "cuda":
+    """Return what a row says about a step; its Chrome trace is written to `trace`."""
+    where, cuda = stepper.world.device, stepper.world.device.type == "cuda"
+    if cuda:
         torch.cuda.reset_peak_memory_stats()
     times, wall, waited = step_times(stepper, feed, arguments.warmup, arguments.steps)
     stepper.check()
-    memory = peak_memory(where)
-    low, middle, high = percentiles(times)
-    host = middle  # where the host computes
-    if where.type == "cuda":
-        host = host_time(stepper, feed, min(HOST_STEPS, arguments.steps))
+    memory, middle = peak_memory(where), statistics.median(times)
+    # on a CPU the host computes
+    host = host_time(stepper, feed, min(HOST_STEPS, arguments.steps)) if cuda else middle
     stepper.name_ranges()
     profiled = min(PROFILED, arguments.steps)
     parts = step_profile.run(lambda: stepper.step(feed()), profiled, where, trace)
-    whole = middle if where.type == "cuda" else parts.window_ms
-    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
-    rate = 1e3 * batch / middle
+    dtype = torch.bfloat16 if cuda else torch.float32
+    rate = 1e3 * arguments.batch / middle
     flops = budget(stepper.config, stepper.metadata).train_flops
-    return {
-        "ms_p20": low,
-        "ms_p50": middle,
-        "ms_p80": high,
-        "ms_wall": wall,
-        "stall_ms": waited,
-        "images_per_second": rate,
-        "gflop_per_image": flops / 1e9,
-        **utilisation(rate * flops, peak_flops(device_name(where)), matmul_rate(dtype, where)),
-        "peak_memory_gib": memory,
-        "host_ms": host,
-        "launches": parts.launches,
-        "profiled_ms": parts.window_ms,
-        "ms_by_category": parts.milliseconds(whole),
-        "kernels": parts.kernels,
-        "gaps": parts.gaps,
-    }
+    row = {**spread("ms", times), "ms_wall": wall, "stall_ms": waited}
+    row |= {"images_per_second": rate, "gflop_per_image": flops / 1e9}
+    row |= utilisation(rate * flops, peak_flops(device_name(where)), matmul_rate(dtype, where))
+    row |= {"peak_memory_gib": memory, "host_ms": host, "launches": parts.launches}
+    row |= {"profiled_ms": parts.window_ms, "kernels": parts.kernels, "gaps": parts.gaps}
+    return row | {"ms_by_category": parts.milliseconds(middle if cuda else parts.window_ms)}
 
 
 def utilisation(rate: float, peak: float | None, matmul: float) -> dict:
-    """FLOP/s of the model as shares of the datasheet's peak and of a large product's rate."""
+    """Return the model's FLOP/s as shares of the datasheet's peak and of a large matmul's."""
     return {
         "mfu": rate / peak if peak else None,
         "matmul_tflop_per_s": matmul / 1e12,
@@ -278,24 +224,18 @@ def utilisation(rate: float, peak: float | None, matmul: float) -> dict:
 
 
 def settings(stepper: Stepper, arguments: argparse.Namespace) -> dict:
-    """What a row says about how the step was run."""
-    return {
-        "preset": arguments.preset,
-        "batch": arguments.batch,
-        "micro_batch": stepper.micro_batch,
-        "compile": stepper.config.compile,
-        "precision": str(stepper.precision or torch.float32).removeprefix("torch."),
-        "steps": arguments.steps,
-        "warmup": arguments.warmup,
-        "data": arguments.data or "made up",
-    }
+    """Return what a row says about how the step was run."""
+    precision = str(stepper.precision or torch.float32).removeprefix("torch.")
+    row = {name: getattr(arguments, name) for name in ("preset", "batch", "steps", "warmup")}
+    row |= {"micro_batch": stepper.micro_batch, "compile": stepper.config.compile}
+    return row | {"precision": precision, "data": arguments.data or "made up"}
 
 
 def measure(arguments: argparse.Namespace) -> dict:
-    """One result row."""
+    """Return one result row."""
     with tempfile.TemporaryDirectory() as folder:
-        changes = {"compile": arguments.compile, "mixed_precision": arguments.precision}
-        state = build(arguments, Path(folder), **changes)
+        precision = arguments.precision
+        state = build(arguments, Path(folder), compile=arguments.compile, mixed_precision=precision)
         stepper = Ours(state)
         with open_batches(state, arguments, Path(folder)) as batches:
             trace = arguments.trace or Path(folder) / "trace.json"
@@ -307,24 +247,19 @@ def measure(arguments: argparse.Namespace) -> dict:
 
 
 def append(folder: Path, row: dict) -> None:
-    """Write the row, and the report of all rows there, into a folder that need not be there yet."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "rows.jsonl", "a") as rows:
-        rows.write(json.dumps(row) + "\n")
+    """Append a row, and write the report of all rows there."""
+    rows.append(folder / "rows.jsonl", row)
     step_report.write(folder)
 
 
 def parser(description: str, preset: str) -> argparse.ArgumentParser:
-    """The flags that a single step and the ladder have in common."""
-    found = argparse.ArgumentParser(description=description)
+    """Return the flags that a single step and the ladder have in common."""
+    found = environment.parser(description)
     found.add_argument("--preset", default=preset, choices=presets.PRESETS)
     found.add_argument("--batch", type=int, default=32, help="images per step")
     found.add_argument("--steps", type=int, default=50, help="steps that are measured")
-    cuda = torch.cuda.is_available()
-    warmup = 10 if cuda else 2
+    warmup = 10 if torch.cuda.is_available() else 2
     found.add_argument("--warmup", type=int, default=warmup, help="steps before them")
-    found.add_argument("--device", default="cuda" if cuda else "cpu")
-    found.add_argument("--out", type=Path, help="folder for rows, report and picture")
     return found
 
 

@@ -39,7 +39,7 @@ def cknna(
     normalize: bool | None = None,
     chunk: int = CHUNK,
 ) -> float:
-    """Align(K, L) / sqrt(Align(K, K) Align(L, L)), K_ij = <a_i, a_j>, L_ij = <b_i, b_j>.
+    """Compute Align(K, L) / sqrt(Align(K, K) Align(L, L)), K_ij = <a_i, a_j>, L_ij = <b_i, b_j>.
 
     m(i, j) = 1 iff j != i is among the k nearest of i, the largest K_ij, and also among the k
     largest L_ij. In Align(K, K) and Align(L, L) that is one kernel's own neighbours.
@@ -57,10 +57,8 @@ def cknna(
     m need not be symmetric, and then this one is not symmetric in a and b.
 
     Args:
-        a: (N, F), any floating dtype.
-        b: (N, G), on the same device.
+        a, b: (N, F) and (N, G), any floating dtype, on one device.
         k: neighbours of a row. Among equal kernel values the earlier rows are nearer.
-        definition: "paper" or "platonic".
         normalize: scale rows to length 1 first; as the definition says if None.
         chunk: rows of a kernel matrix computed at once; without effect on the result.
 
@@ -82,10 +80,7 @@ def cknna(
 
 
 def alignment(a: Neighbourhood, b: Neighbourhood, definition: str) -> float:
-    """`cknna` of neighbourhoods, which many comparisons can share; both have the same N and k.
-
-    Whether rows are normalised was decided when they were made.
-    """
+    """Compute `cknna` of neighbourhoods, which many comparisons can share, of the same N and k."""
     expect_choice("definition", definition, tuple(NORMALIZES))
     if a.near.shape != b.near.shape:
         raise ValueError(
@@ -101,7 +96,7 @@ def alignment(a: Neighbourhood, b: Neighbourhood, definition: str) -> float:
 def neighbourhood(
     name: str, features: torch.Tensor, k: int = 10, *, normalize: bool, chunk: int = CHUNK
 ) -> Neighbourhood:
-    """The k nearest rows of every row, by inner product; arguments and errors as for `cknna`.
+    """Find the k nearest rows of every row, by inner product; arguments and errors as for `cknna`.
 
     `name` is what messages call the features.
     """
@@ -121,15 +116,14 @@ def neighbourhood(
 
 
 def cka(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Linear CKA (arXiv 1905.00414, section 3): HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)).
+    """Compute linear CKA (arXiv 1905.00414, section 3), HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)).
 
     HSIC(K, L) = tr(K H L H) / (N - 1)^2, H = I - 11'/N, the biased estimator: rows and columns of
     the kernels lose their means. With the columns of a and b centred, tr(K H L H) = |a'b|_F^2, so
     no N x N matrix is needed.
 
     Args:
-        a: (N, F), any floating dtype.
-        b: (N, G), on the same device.
+        a, b: (N, F) and (N, G), any floating dtype, on one device.
 
     Returns:
         From 0 to 1; 1 for features that differ by a rotation, a scale and a shift.
@@ -145,7 +139,7 @@ def cka(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _checked(name: str, features: torch.Tensor) -> torch.Tensor:
-    """The features in fp64."""
+    """Return the features in fp64, or raise ValueError if they are no good ones."""
     if features.ndim != 2:
         raise ValueError(f"{name} has shape {tuple(features.shape)}, expected (rows, width)")
     expect_floating("features", name, features)
@@ -157,7 +151,7 @@ def _checked(name: str, features: torch.Tensor) -> torch.Tensor:
 
 
 def _nearest(features: torch.Tensor, k: int, start: int, stop: int) -> torch.Tensor:
-    """(stop - start, k), the nearest rows of rows start..stop - 1, ascending."""
+    """Return (stop - start, k), the nearest rows of rows start..stop - 1, ascending."""
     kernel = features[start:stop] @ features.T  # (chunk, N)
     kernel.diagonal(start).fill_(-math.inf)
     last = kernel.topk(k, dim=1).values[:, -1:]
@@ -169,7 +163,7 @@ def _nearest(features: torch.Tensor, k: int, start: int, stop: int) -> torch.Ten
 
 
 def _pairs(a: Neighbourhood, b: Neighbourhood) -> tuple[torch.Tensor, torch.Tensor]:
-    """i and j of the pairs with m(i, j) = 1, int64 (E) each, at most N * k."""
+    """Return i and j of the pairs with m(i, j) = 1, int64 (E) each, at most N * k."""
     rows = torch.arange(len(a.near), device=a.near.device)[:, None] * len(a.near)
     numbers = (rows + a.near).flatten()
     numbers = numbers[torch.isin(numbers, (rows + b.near).flatten())]
@@ -177,7 +171,7 @@ def _pairs(a: Neighbourhood, b: Neighbourhood) -> tuple[torch.Tensor, torch.Tens
 
 
 def _inner_products(features: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-    """The kernel at the pairs, (E)."""
+    """Return the kernel at the pairs, (E)."""
     parts = zip(i.split(PAIRS), j.split(PAIRS), strict=True)
     return torch.cat([(features[rows] * features[columns]).sum(1) for rows, columns in parts])
 
@@ -192,7 +186,7 @@ def _centred_products(a: Neighbourhood, b: Neighbourhood) -> torch.Tensor:
 
 
 def _unbiased_hsic(a: Neighbourhood, b: Neighbourhood) -> torch.Tensor:
-    """Times N (N - 3), which every term of the quotient has."""
+    """Compute it times N (N - 3), which every term of the quotient has."""
     i, j = _pairs(a, b)
     n = len(a.near)
     k, l = _inner_products(a.features, i, j), _inner_products(b.features, i, j)

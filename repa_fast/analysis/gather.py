@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,15 +15,16 @@ import numpy as np
 import torch
 
 from repa_fast import encoders
-from repa_fast.analysis.hidden import collect, encoder_features
+from repa_fast.analysis.hidden import Features, collect
+from repa_fast.checkpoint.layout import read_settings
 from repa_fast.data.loader import Loader
 from repa_fast.data.official import OfficialFolder
 from repa_fast.data.open import Dataset, open_dataset
 from repa_fast.data.order import Consecutive
-from repa_fast.data.processes import progress_bar
 from repa_fast.data.store import is_url
+from repa_fast.distributed import progress_bar
+from repa_fast.eval.inception import mean_patch_tokens
 from repa_fast.eval.load import Loaded
-from repa_fast.prepare.images import ensure_digits
 
 CACHE = Path.home() / ".cache" / "repa-fast" / "features"
 HELD_OUT = 0.1
@@ -63,40 +63,49 @@ class AnalysisConfig:
     """Whose weights CKPT holds: REPA's or ours, or the original SiT's or DiT's."""
 
 
-@dataclass(frozen=True)
-class Gathered:
-    """Features of N images.
+def run_defaults(config: AnalysisConfig, loaded: Loaded) -> tuple[str, list[str]]:
+    """Return dataset and encoders: those asked for, or the run's.
 
-    Attributes:
-        hidden: fp32 (times, layers, N, D), patch averages for the null label.
-        tokens: fp32 (N, width) by encoder, patch averages.
-        label: int64 (N).
+    Raises:
+        ValueError: no dataset is asked for and the weights are no run's.
     """
+    run = read_settings(loaded.source).config if loaded.source.is_dir() else None
+    data_dir = config.data_dir or (run.data_dir if run else "")
+    if not data_dir:
+        raise ValueError(f"{loaded.source} does not say its dataset, expected --data-dir")
+    wanted = config.encoders or (run.enc_type if run else "none")
+    return data_dir, [spec.name for spec in encoders.specs(wanted)]
 
-    hidden: torch.Tensor
-    tokens: dict[str, torch.Tensor]
-    label: torch.Tensor
+
+def output_folder(config: AnalysisConfig, loaded: Loaded, name: str) -> Path:
+    """Make the folder of the results: as asked for, or one beside the checkpoints."""
+    parent = loaded.source.parent
+    run = parent.parent if parent.name == "checkpoints" else parent
+    step = "" if loaded.step is None else f"-{loaded.step:07d}"
+    out = Path(config.out) if config.out else run / f"{name}{step}"
+    out.mkdir(parents=True, exist_ok=True)
+    return out
 
 
 def open_splits(data_dir: str) -> tuple[Dataset, Dataset, bool]:
-    """The tables to learn from and to judge on, and whether they are two.
+    """Return the train and validation datasets, and whether a separate validation split exists.
 
     A table without val split, at a URL, or an official folder, is both.
     """
-    root = ensure_digits() if data_dir == "digits" else data_dir
-    train = open_dataset(root)
-    if isinstance(train, OfficialFolder) or not (Path(root) / "val.lance").exists():
+    train = open_dataset(data_dir)
+    is_alone = isinstance(train, OfficialFolder) or Path(train.uri) == Path(data_dir)
+    if is_alone or not Path(train.uri).with_name("val.lance").exists():
         return train, train, False
-    return train, open_dataset(root, "val"), True
+    return train, open_dataset(data_dir, "val"), True
 
 
 def layers_of(config: AnalysisConfig, loaded: Loaded) -> list[int]:
-    """The blocks asked for, or all, counted from 1."""
+    """Return the blocks asked for, or all, counted from 1."""
     return list(config.layers or range(1, len(loaded.model.blocks) + 1))
 
 
 def chosen_rows(rows: int, count: int, seed: int) -> np.ndarray:
-    """`count` of `rows` row numbers, all if 0 or too many, a function of the seed; ascending."""
+    """Choose `count` of `rows` row numbers by the seed, all if 0 or too many; ascending."""
     order = np.random.default_rng(seed).permutation(rows)
     return np.sort(order[: count or rows])
 
@@ -104,7 +113,7 @@ def chosen_rows(rows: int, count: int, seed: int) -> np.ndarray:
 def split_rows(
     rows: int, train_count: int, val_count: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers to learn from and held out, of a table that is both; counts as `chosen_rows`."""
+    """Choose rows to train on and to hold out of a table that is both; counts as `chosen_rows`."""
     order = np.random.default_rng(seed).permutation(rows)
     held_out, rest = np.split(order, [max(1, round(HELD_OUT * rows))])
     return np.sort(rest[: train_count or None]), np.sort(held_out[: val_count or None])
@@ -117,8 +126,8 @@ def gather(
     names: Sequence[str],
     config: AnalysisConfig,
     device: torch.device,
-) -> Gathered:
-    """Features of the rows, from the cache where they are in it.
+) -> Features:
+    """Return the features of the rows, from the cache where they are in it.
 
     Args:
         names: of encoders.
@@ -126,13 +135,12 @@ def gather(
     Raises:
         ValueError: a layer or encoder that is not there, or a bad image.
     """
-    from safetensors import safe_open
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
 
     files = encoders.weight_files(",".join(names) or "none", config.enc_weights)
     described = {
         "model": loaded.digest,
-        "path": [loaded.objective, loaded.path_type],
+        "path": [loaded.objective.name, loaded.objective.path_type],
         "data": [*_identity(dataset), len(dataset), hashlib.sha256(rows.tobytes()).hexdigest()],
         "encoders": [list(names), files],
         "times": list(config.times),
@@ -143,8 +151,7 @@ def gather(
     key = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
     cached = Path(config.cache) / f"{key}.safetensors" if config.cache else None
     if cached is not None and cached.exists():
-        with safe_open(cached, "pt") as stored:
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        tensors = load_file(cached)
     else:
         tensors = _compute(loaded, dataset, rows, dict(zip(names, files)), config, device)
         if cached is not None:
@@ -152,15 +159,12 @@ def gather(
             partial = cached.with_suffix(f".{os.getpid()}")
             save_file(tensors, partial)
             partial.replace(cached)
-    return Gathered(
-        hidden=tensors["hidden"],
-        tokens={name: tensors[f"tokens/{name}"] for name in names},
-        label=tensors["label"],
-    )
+    tokens = {name: tensors[f"tokens/{name}"] for name in names}
+    return Features(tensors["hidden"], tensors["label"], tokens)
 
 
 def _identity(dataset: Dataset) -> list[str]:
-    """Where the dataset is, and what changes when it is written again in the same place."""
+    """Return where the dataset is, and what changes when it is written again there."""
     if isinstance(dataset, OfficialFolder):
         changed = [file.stat().st_mtime_ns for file in dataset.root.glob("*/dataset.json")]
         return [str(dataset.root.resolve()), str(max(changed))]
@@ -190,7 +194,7 @@ def _compute(
             images=bool(frozen),
             num_workers=config.num_workers,
         ) as loader,
-        _precision(config, device),
+        torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"),
     ):
         advance = progress(len(rows))
 
@@ -199,7 +203,7 @@ def _compute(
             for batch in loader:
                 for name, encoder in frozen.items():
                     with torch.autocast(device.type, enabled=False):
-                        found = encoder_features(encoder, batch["image"].to(device))
+                        found = mean_patch_tokens(encoder, batch["image"].to(device))
                     tokens[name].append(found.cpu())
                 yield batch
                 done += len(batch["index"])
@@ -211,7 +215,7 @@ def _compute(
             config.times,
             count=len(rows),
             metadata=dataset.metadata,
-            path=loaded.path,
+            path=loaded.objective.path,
             seed=config.seed,
             blocks=config.layers or None,
         )
@@ -220,9 +224,3 @@ def _compute(
         "label": found.label,
         **{f"tokens/{name}": torch.cat(parts) for name, parts in tokens.items()},
     }
-
-
-def _precision(config: AnalysisConfig, device: torch.device):
-    if config.mixed_precision == "no":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)

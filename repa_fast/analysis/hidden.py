@@ -1,4 +1,4 @@
-"""What a frozen SiT makes of noisy images, and an encoder of clean ones, averaged over patches.
+"""What a frozen SiT makes of noisy images, averaged over patches.
 
 As in REPA's analysis (arXiv 2410.06940, appendix C): the model gets the null label, since a class
 label would be found again in its hidden states, and the projectors take no part.
@@ -6,8 +6,9 @@ label would be found again in its hidden states, and the projectors take no part
 Shapes: B batch, N rows, L blocks, D width, C latent channels.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -18,15 +19,16 @@ from repa_fast.data.dataset import Metadata
 from repa_fast.data.loader import Batch
 from repa_fast.diffusion.draws import stream
 from repa_fast.diffusion.path import Path, linear
-from repa_fast.encoders.registry import Encoder
 from repa_fast.models.sit import SiT
 
 
 class Features(NamedTuple):
-    """hidden (times, L, N, D), fp32 or fp16, and label (N) int64, both on the CPU."""
+    """Features of N images, on the CPU: hidden states (times, L, N, D), fp32 or fp16, label (N)
+    int64, and mean patch tokens, fp32 (N, width), by encoder."""
 
     hidden: torch.Tensor
     label: torch.Tensor
+    tokens: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
 @torch.no_grad()
@@ -39,16 +41,14 @@ def hidden_states(
     path: Path = linear,
     average: bool = True,
 ) -> torch.Tensor:
-    """Mean over patches of the hidden state after every block, for the null label.
+    """Return the mean over patches of the hidden state after every block, for the null label.
 
     A block hands its MLP branch on as pending; its hidden state is the one with the branch added.
 
     Args:
         model: on the device of the latents; computes in the precision of the caller's autocast.
-        clean: (B, C, h, w), latents as the model was trained on.
-        noise: (B, C, h, w), standard normal.
+        clean, noise: (B, C, h, w), latents as the model was trained on, and standard normal.
         t: time in [0, 1], the same for all; 0 is data, 1 is noise.
-        path: the model's.
         average: over patches; otherwise every patch's state.
 
     Returns:
@@ -88,19 +88,15 @@ def collect(
     blocks: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Features:
-    """Hidden states of `count` images at each of the times, in the order of the batches.
+    """Collect hidden states of `count` images at each of the times, in the order of the batches.
 
     The posterior sample and the noise of an image are functions of (seed, its index), the same at
     every time and in every batch.
 
     Args:
-        model: on any device; batches are moved to it.
-        batches: with index, moments and label.
+        batches: with index, moments and label; moved to the model's device.
         times: in [0, 1].
-        count: rows of all batches.
         metadata: of the dataset.
-        path: the model's.
-        seed: non-negative.
         blocks: which to keep, counted from 1; all L if None.
         dtype: of the result; fp16 halves its 4 * times * L * count * D bytes.
 
@@ -142,15 +138,9 @@ def collect(
 
 
 def sample_noise(seed: int, index: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """(B, 2, C, h, w) fp32 on the CPU: the posterior noise and the noise of images `index` (B).
+    """Draw (B, 2, C, h, w) fp32 on the CPU: posterior noise and noise of images `index` (B).
 
     Each image's is a function of (seed, its index); three keys keep it apart from training's draws.
     """
     streams = (stream(seed, number, 0, 0) for number in index.tolist())
     return torch.stack([torch.randn((2, *shape), generator=one) for one in streams])
-
-
-@torch.no_grad()
-def encoder_features(encoder: Encoder, images: torch.Tensor) -> torch.Tensor:
-    """Mean of the patch tokens, fp32 (B, width), of uint8 images (B, 3, R, R) on its device."""
-    return encoder(images).float().mean(1)

@@ -1,7 +1,7 @@
 """Linear probing: how well a linear layer on frozen features tells the classes apart.
 
 REPA (arXiv 2410.06940, appendix C.1) trains it on BatchNorm without parameters, with Adam and
-cosine decay. Many probes, say one per block of a model, are trained as one batched product; they
+cosine decay. Many probes, say one per block of a model, are trained as one batched matmul; they
 share the order of the rows and nothing else.
 
 Shapes: L probes, N training rows, M validation rows, F width, B batch, C classes.
@@ -59,8 +59,8 @@ class Accuracy:
 class BatchNorm:
     """nn.BatchNorm1d without parameters, one for each of L probes (arXiv 1502.03167).
 
-    Batch statistics in training; at evaluation their running averages, where the variance is the
-    unbiased one.
+    It takes batch statistics in training, at evaluation their moving averages, where the variance
+    is the unbiased one.
     """
 
     eps = 1e-5
@@ -93,7 +93,7 @@ def fit_probes(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Accuracy:
-    """Train a linear layer on each of L sets of features and judge it on held-out rows.
+    """Train a linear layer on each of L sets of features and evaluate it on held-out rows.
 
     Weights start at zero: the loss is convex. The last, incomplete batch of an epoch is left out;
     each epoch has its own order, so no row is left out for good.
@@ -102,12 +102,8 @@ def fit_probes(
         train_features: (L, N, F), any floating dtype, computed with in fp32 (fp64 if they are); on
             any device, from where batches go to `device`.
         train_labels: (N) int64, in 0..num_classes - 1.
-        val_features: (L, M, F).
-        val_labels: (M) int64.
-        num_classes: C.
-        recipe: PAPER, SMALL or another.
+        val_features, val_labels: (L, M, F) and (M).
         seed: of the order of rows; the only randomness.
-        device: where the probes are trained.
 
     Raises:
         ValueError: shapes that do not fit, fewer than two training rows or no validation row,
@@ -145,7 +141,7 @@ def _train(
     recipe: Recipe,
     seed: int,
 ) -> torch.Tensor:
-    """Train weight (L, F, C), bias (L, 1, C) and statistics in place; mean losses (L, epochs)."""
+    """Train weight (L, F, C), bias (L, 1, C) and statistics; return mean losses (L, epochs)."""
     optimizer = torch.optim.Adam((weight.requires_grad_(), bias.requires_grad_()))
     batch = min(recipe.batch, len(labels))
     steps = len(labels) // batch
@@ -183,12 +179,11 @@ def _check(
             f"train_features have shape {tuple(train_features.shape)}, expected (L, N, F), N >= 2"
         )
     probes, rows, width = train_features.shape
-    held_out = len(val_labels)
-    if not held_out:
+    if not len(val_labels):
         raise ValueError("val_labels is empty, expected at least one validation row")
     expect_shape("fit_probes", "train_labels", train_labels, (rows,))
-    expect_shape("fit_probes", "val_features", val_features, (probes, held_out, width))
-    expect_shape("fit_probes", "val_labels", val_labels, (held_out,))
+    expect_shape("fit_probes", "val_features", val_features, (probes, len(val_labels), width))
+    expect_shape("fit_probes", "val_labels", val_labels, (len(val_labels),))
     for name, features in (("train_features", train_features), ("val_features", val_features)):
         expect_floating("fit_probes", name, features)
         for probe, of_probe in enumerate(features):

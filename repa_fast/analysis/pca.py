@@ -5,16 +5,22 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from repa_fast.analysis.gather import AnalysisConfig, open_splits
+from repa_fast.analysis.gather import (
+    AnalysisConfig,
+    layers_of,
+    open_splits,
+    output_folder,
+    run_defaults,
+)
 from repa_fast.analysis.hidden import hidden_states, sample_noise
-from repa_fast.analysis.probe import output_folder, run_defaults
 from repa_fast.data import latents
 from repa_fast.data.loader import read_batch
-from repa_fast.data.processes import own_device
+from repa_fast.distributed import own_device
 from repa_fast.eval.load import load
 from repa_fast.eval.pictures import arrange, save_png
 
 SHOWN_SIDE = 96
+"""About how many pixels a side is shown with."""
 
 
 @dataclass(kw_only=True)
@@ -26,7 +32,7 @@ class PcaConfig(AnalysisConfig):
 
 
 def pca(config: PcaConfig) -> str:
-    """Write pca-ROW.png, and the image itself as image-ROW.png; returns the names of the former.
+    """Write pca-ROW.png, and the image itself as image-ROW.png; return the names of the former.
 
     The directions of a layer at a time are those of the patches of all the images together, so
     that equal colours mean the same in all pictures.
@@ -44,25 +50,27 @@ def pca(config: PcaConfig) -> str:
     batch = read_batch(dataset, np.array(config.rows))
     draws = sample_noise(config.seed, batch["index"], dataset.metadata.latent_shape).to(device)
     clean = latents.sample(batch["moments"].to(device), draws[:, 0], dataset.metadata)
-    layers = list(config.layers or range(1, len(loaded.model.blocks) + 1))
+    layers = layers_of(config, loaded)
     maps = []
     for t in config.times:
-        states = hidden_states(loaded.model, clean, draws[:, 1], t, path=loaded.path, average=False)
+        states = hidden_states(
+            loaded.model, clean, draws[:, 1], t, path=loaded.objective.path, average=False
+        )
         maps.append(torch.stack([colours(states[layer - 1]) for layer in layers]))
     pictures = torch.stack(maps, dim=1)  # layers, times, B, 3, side, side
     out = output_folder(config, loaded, "pca")
     titles = [f"block {layer}, t={t:g}" for layer in layers for t in config.times]
     files = []
     for number, row in enumerate(config.rows):
-        tiles = enlarged(pictures[:, :, number].flatten(0, 1))
+        tiles = pictures[:, :, number].flatten(0, 1)
         files.append(out / f"pca-{row}.png")
-        save_png(arrange(tiles, len(config.times), titles), files[-1])
+        save_png(arrange(tiles, len(config.times), titles, SHOWN_SIDE), files[-1])
         save_png(arrange(batch["image"][number : number + 1], 1), out / f"image-{row}.png")
     return "\n".join(map(str, files))
 
 
 def colours(states: torch.Tensor) -> torch.Tensor:
-    """Hidden states (B, N, D) -> uint8 (B, 3, side, side), the three main directions as colours.
+    """Turn hidden states (B, N, D) into uint8 (B, 3, side, side): three main directions as colours.
 
     Each direction is scaled so that the middle 96 % of all patches span the range; its sign makes
     the largest weight positive.
@@ -78,9 +86,3 @@ def colours(states: torch.Tensor) -> torch.Tensor:
     low, high = torch.quantile(projected, projected.new_tensor([0.02, 0.98]), dim=0)
     levels = ((projected - low) / (high - low).clamp(min=1e-12)).clamp(0, 1) * 255
     return levels.round().to(torch.uint8).view(batch, side, side, 3).permute(0, 3, 1, 2).cpu()
-
-
-def enlarged(images: torch.Tensor) -> torch.Tensor:
-    """uint8 (B, 3, r, r) with every pixel repeated, so that a side has about SHOWN_SIDE pixels."""
-    factor = max(1, SHOWN_SIDE // images.shape[-1])
-    return images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)

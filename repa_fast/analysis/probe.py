@@ -8,18 +8,20 @@ from typing import Literal
 import numpy as np
 import torch
 
-from repa_fast import encoders
 from repa_fast.analysis.gather import (
     AnalysisConfig,
     chosen_rows,
     gather,
     layers_of,
     open_splits,
+    output_folder,
+    run_defaults,
     split_rows,
 )
 from repa_fast.analysis.linear import PAPER, SMALL, Accuracy, fit_probes
-from repa_fast.data.processes import own_device
-from repa_fast.eval.load import Loaded, load, run_config
+from repa_fast.distributed import own_device
+from repa_fast.eval.load import load
+from repa_fast.eval.pictures import by_layer_and_time, layer_table
 from repa_fast.ledger import write_whole
 
 RECIPES = {"paper": PAPER, "small": SMALL}
@@ -34,11 +36,11 @@ class ProbeConfig(AnalysisConfig):
     train_rows: int = 0
     """Rows to learn from, chosen by SEED; all if 0."""
     val_rows: int = 0
-    """Rows to judge on; all if 0."""
+    """Rows to evaluate on; all if 0."""
 
 
 def probe(config: ProbeConfig) -> str:
-    """Fit the probes, write probe.json and probe.png; returns a table.
+    """Fit the probes, write probe.json and probe.png; return a table.
 
     Raises:
         ValueError: weights, dataset or layers that do not fit.
@@ -54,18 +56,16 @@ def probe(config: ProbeConfig) -> str:
         counts = config.train_rows, config.val_rows
         rows, held_out = split_rows(len(train), *counts, config.seed)
     learnt = gather(loaded, train, rows, names, config, device)
-    judged = gather(loaded, val, held_out, names, config, device)
-    labels = (learnt.label, judged.label)
-    classes = len(train.metadata.class_names)
-    of_times = [
-        _fit((learnt.hidden[t], judged.hidden[t]), labels, classes, config, device)
-        for t in range(len(config.times))
-    ]
+    unseen = gather(loaded, val, held_out, names, config, device)
+    recipe, classes = RECIPES[config.recipe], len(train.metadata.class_names)
+
+    def fit(features: torch.Tensor, of_unseen: torch.Tensor) -> Accuracy:
+        data = (features, learnt.label, of_unseen, unseen.label)  # features (L, N, D)
+        return fit_probes(*data, classes, recipe, seed=config.seed, device=device)
+
+    of_times = [fit(*features) for features in zip(learnt.hidden, unseen.hidden, strict=True)]
     of_encoders = {
-        name: _fit(
-            (learnt.tokens[name][None], judged.tokens[name][None]), labels, classes, config, device
-        )
-        for name in names
+        name: fit(learnt.tokens[name][None], unseen.tokens[name][None]) for name in names
     }
     results = {
         "model": {"source": str(loaded.source), "step": loaded.step, "digest": loaded.digest},
@@ -86,65 +86,14 @@ def probe(config: ProbeConfig) -> str:
     return f"{table(results)}\n\n{out / 'probe.png'}"
 
 
-def run_defaults(config: AnalysisConfig, loaded: Loaded) -> tuple[str, list[str]]:
-    """Dataset and encoders: those asked for, or the run's.
-
-    Raises:
-        ValueError: no dataset is asked for and the weights are no run's.
-    """
-    run = run_config(loaded.source) if loaded.source.is_dir() else None
-    data_dir = config.data_dir or (run.data_dir if run else "")
-    if not data_dir:
-        raise ValueError(f"{loaded.source} does not say its dataset, expected --data-dir")
-    wanted = config.encoders or (run.enc_type if run else "none")
-    return data_dir, [spec.name for spec in encoders.specs(wanted)]
-
-
-def output_folder(config: AnalysisConfig, loaded: Loaded, name: str) -> Path:
-    """Where results go: as asked for, or into a folder beside the checkpoints; made here."""
-    parent = loaded.source.parent
-    run = parent.parent if parent.name == "checkpoints" else parent
-    step = "" if loaded.step is None else f"-{loaded.step:07d}"
-    out = Path(config.out) if config.out else run / f"{name}{step}"
-    out.mkdir(parents=True, exist_ok=True)
-    return out
-
-
-def _fit(
-    features: tuple[torch.Tensor, torch.Tensor],
-    labels: tuple[torch.Tensor, torch.Tensor],
-    classes: int,
-    config: ProbeConfig,
-    device: torch.device,
-) -> Accuracy:
-    """Probes of features (L, N, D), learnt from the first set and judged on the second."""
-    return fit_probes(
-        features[0],
-        labels[0],
-        features[1],
-        labels[1],
-        classes,
-        RECIPES[config.recipe],
-        seed=config.seed,
-        device=device,
-    )
-
-
 def _listed(values: torch.Tensor | None) -> list[float] | None:
     return None if values is None else values.tolist()
 
 
 def table(results: dict) -> str:
-    """Top-1 accuracy in percent, a row for each layer, as Markdown."""
-    times = results["times"]
-    lines = [
-        f"| layer | {' | '.join(f't = {t:g}' for t in times)} |",
-        "|---" * (len(times) + 1) + "|",
-    ]
-    for number, layer in enumerate(results["layers"]):
-        cells = (f"{100 * of_time[number]:.1f}" for of_time in results["top1"])
-        lines.append(f"| {layer} | {' | '.join(cells)} |")
-    empty = " |" * (len(times) - 1)
+    """Return top-1 accuracy in percent, a row for each layer, as Markdown."""
+    lines = layer_table(results, 100 * np.array(results["top1"]), ".1f")
+    empty = " |" * (len(results["times"]) - 1)
     lines += [f"| {n} | {100 * e['top1']:.1f} |{empty}" for n, e in results["encoders"].items()]
     rows = results["rows"]
     lines += ["", f"top-1, %; learnt from {rows['train']} rows, judged on {rows['val']}"]
@@ -152,11 +101,8 @@ def table(results: dict) -> str:
 
 
 def plot(results: dict, out: Path) -> None:
-    """Accuracy over layers, a line for each time, and over times at the best layer."""
-    from repa_fast.eval.plots import by_layer_and_time
-
+    """Plot accuracy over layers, a line for each time, and over times at the best layer."""
     percent = 100 * np.array(results["top1"])
     baselines = {name: 100 * e["top1"] for name, e in results["encoders"].items()}
-    by_layer_and_time(
-        percent, results["layers"], results["times"], "top-1 accuracy, %", baselines, out
-    )
+    layers, times = results["layers"], results["times"]
+    by_layer_and_time(percent, layers, times, "top-1 accuracy, %", baselines, out)

@@ -19,7 +19,6 @@ where DALI refuses what Pillow takes (a PNG without its last bytes); the last tw
 
 import functools
 import io
-import logging
 import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Literal
@@ -27,7 +26,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from repa_fast.contracts import expect_choice
+from repa_fast.backend import dispatch
 from repa_fast.data.dataset import Sample
 from repa_fast.data.official import OfficialFolder
 from repa_fast.data.open import Dataset
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from nvidia.dali.tensors import TensorListCPU, TensorListGPU
 
 Decode = Literal["auto", "dali-gpu", "dali-cpu", "torch"]
-DECODERS = ("auto", "dali-gpu", "dali-cpu", "torch")
 
 GPU_MAX, GPU_MEAN = 6, 1.0
 """Bounds for JPEG by nvJPEG: Y off by 1 and Cb or Cr by 2 (the DCT, and interpolated chroma) make
@@ -55,36 +53,30 @@ BETWEEN_SCANS = (0xC4, 0xDA, 0xDB, 0xDD)  # tables and further scans of a progre
 
 REFUSAL = re.compile(r"Failed to decode sample #\d+|nvImageCodec failure: '#\d+'")
 
-log = logging.getLogger(__name__)
-
 
 def choose(decode: Decode, device: torch.device) -> Decode:
-    """Who decodes for a run on `device`: never "auto", which logs once what it takes and why.
+    """Return who decodes for a run on `device`; for "auto" it is logged once, with the reason.
 
     Raises:
         ValueError: DALI is asked for and cannot be loaded, or asked for on a GPU without one.
     """
-    expect_choice("decode", decode, DECODERS)
-    if decode == "torch":
-        return decode
     on_gpu = device.type == "cuda"
-    if decode == "auto":
-        reason = why_not(gpu=True) if on_gpu else f"the run is on {device.type}"
-        _say_once(f"Pillow, since {reason}" if reason else "DALI on the GPU")
-        return "torch" if reason else "dali-gpu"
     if decode == "dali-gpu" and not on_gpu:
         raise ValueError(
             f"decode is 'dali-gpu' in a run on {device.type}, expected one on CUDA; dali-cpu needs "
             "no GPU"
         )
-    reason = why_not(gpu=decode == "dali-gpu")
-    if reason:
-        raise ValueError(f"decode is {decode!r}, but {reason}")
-    return decode
+    candidates = {
+        "dali-gpu": lambda: why_not(gpu=True) if on_gpu else f"the run is on {device.type}",
+        "torch": dispatch.runs,
+        "dali-cpu": lambda: why_not(gpu=False),
+    }
+    words = {"dali-gpu": "DALI on the GPU", "torch": "Pillow"}
+    return dispatch.choose("decode", decode, candidates, words)[0]
 
 
 def why_not(*, gpu: bool) -> str:
-    """Why DALI cannot be used, with the package to install; "" if it can."""
+    """Return why DALI cannot be used, with the package to install; "" if it can."""
     cuda = (torch.version.cuda or "13").partition(".")[0]
     package = f"nvidia-dali-cuda{cuda}0"
     try:
@@ -96,11 +88,6 @@ def why_not(*, gpu: bool) -> str:
     if gpu and built != cuda:
         return f"DALI is built for CUDA {built} and torch for CUDA {cuda}: install {package}"
     return ""
-
-
-@functools.cache
-def _say_once(text: str) -> None:
-    log.info("images are decoded by %s", text)
 
 
 class DaliDecoder:
@@ -135,7 +122,7 @@ class DaliDecoder:
     def decode(
         self, dataset: Dataset, fetched: Iterable[tuple], run: Callable
     ) -> tuple[list[Sample], torch.Tensor]:
-        """What `dataset.fetch` gave -> samples without images, and images uint8 (B, 3, R, R).
+        """Decode what `dataset.fetch` gave: samples without images, and images uint8 (B, 3, R, R).
 
         In memory the images are B, R, R, 3, as Pillow's are. `run` is a map that may use threads:
         for the files of a folder, since headers alone are read faster in one.
@@ -151,7 +138,7 @@ class DaliDecoder:
         return samples, self.pixels([encoded for _, encoded in parts], name)
 
     def pixels(self, encoded: list[bytes], name: str = "images") -> torch.Tensor:
-        """JPEG and PNG files -> uint8 (B, 3, R, R), B not above the first batch's.
+        """Decode JPEG and PNG files to uint8 (B, 3, R, R), B not above the first batch's.
 
         Raises:
             ValueError: one is refused by DALI or has another size; `name` is in the message.
@@ -205,7 +192,7 @@ class DaliDecoder:
         return pipeline
 
     def _tensor(self, output: "TensorListCPU | TensorListGPU") -> torch.Tensor:
-        """A copy on the device: DALI's own memory is the next batch's."""
+        """Copy the output, on its device: DALI's own memory is the next batch's."""
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
         dense = output.as_tensor()
@@ -220,7 +207,7 @@ class DaliDecoder:
 
 
 def _parts(dataset: Dataset, resolution: int, fetched: tuple) -> tuple[Sample, bytes]:
-    """A row, checked, without its image; and the image's file."""
+    """Return a row, checked, without its image, and the image's file."""
     name = f"{dataset.uri} row {fetched[0]}"
     if isinstance(dataset, OfficialFolder):
         sample = dataset.decode((fetched[0], False))
@@ -259,7 +246,7 @@ def expect_usual(data: bytes, resolution: int, name: str) -> None:
 
 
 def well_formed(data: bytes) -> bool:
-    """Whether a JPEG's markers stand where they may, up to one end of image, at the end.
+    """Return whether a JPEG's markers stand where they may, up to one end of image, at the end.
 
     A damaged scan may hold a marker: Pillow refuses it, libjpeg, and with it DALI, paints the
     rest grey.

@@ -1,6 +1,7 @@
 """The native dataset: one Lance table of image bytes, latent moments and labels."""
 
 import functools
+import io
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,11 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple, NotRequired, TypedDict
 import numpy as np
 
 from repa_fast.data.features import METADATA_KEY, FeatureColumn, feature_columns
-from repa_fast.data.images import decode
 from repa_fast.data.store import open_table, take
 
 if TYPE_CHECKING:
-    import lance
     import pyarrow as pa
 
 ROWS_PER_FILE = 4096
@@ -43,7 +42,7 @@ class Metadata:
 
     @classmethod
     def from_dict(cls, fields: dict) -> "Metadata":
-        """From what `asdict` and JSON make of one, where tuples are lists."""
+        """Return the metadata that `asdict` and JSON wrote, where tuples are lists."""
         return cls(
             **fields | {name: tuple(fields[name]) for name in ("latent_shape", "class_names")}
         )
@@ -95,7 +94,7 @@ class Sample(TypedDict):
 
 
 def schema(metadata: Metadata) -> "pa.Schema":
-    """The table's Arrow schema, with the metadata in it."""
+    """Return the table's Arrow schema, with the metadata in it."""
     import pyarrow as pa
 
     values = int(np.prod(metadata.moments_shape))
@@ -121,17 +120,15 @@ def write(uri: str | Path, rows: Iterable[Row], metadata: Metadata, batch_rows: 
     refused: list[ValueError] = []  # Lance wraps what the generator raises
 
     def batches() -> Iterator[pa.RecordBatch]:
+        numbered = iter(enumerate(rows))
         try:
-            for pending in _batched(checked(rows), batch_rows):
-                yield record_batch(pending, table_schema)
+            while pending := list(itertools.islice(numbered, batch_rows)):
+                for index, row in pending:
+                    check_sample(f"row {index}", row, metadata)
+                yield record_batch([row for _, row in pending], table_schema)
         except ValueError as error:
             refused.append(error)
             raise
-
-    def checked(rows: Iterable[Row]) -> Iterator[Row]:
-        for index, row in enumerate(rows):
-            check_sample(f"row {index}", row, metadata)
-            yield row
 
     try:
         lance.write_dataset(
@@ -163,15 +160,8 @@ def check_sample(name: str, row: Row | Sample, metadata: Metadata) -> None:
         )
 
 
-def _batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    """Lists of `size` rows, the last one shorter."""
-    rows = iter(rows)
-    while batch := list(itertools.islice(rows, size)):
-        yield batch
-
-
 def record_batch(rows: Sequence[Row], table_schema: "pa.Schema") -> "pa.RecordBatch":
-    """Rows as Arrow columns of `schema`."""
+    """Return rows as Arrow columns of `schema`."""
     import pyarrow as pa
 
     moments = np.stack([row["moments"] for row in rows]).astype(np.float32)
@@ -183,8 +173,36 @@ def record_batch(rows: Sequence[Row], table_schema: "pa.Schema") -> "pa.RecordBa
     return pa.record_batch(columns, schema=table_schema)
 
 
+def decode(data: bytes, resolution: int, name: str = "image") -> np.ndarray:
+    """Decode PNG or JPEG bytes to uint8 RGB (3, resolution, resolution).
+
+    Raises:
+        ValueError: the bytes cannot be decoded or have another size; `name` is in the message.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            pixels = np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{name}: cannot be decoded ({error})") from error
+    if pixels.shape[:2] != (resolution, resolution):
+        height, width = pixels.shape[:2]
+        raise ValueError(f"{name}: is {width}x{height}, expected {resolution}x{resolution}")
+    return pixels.transpose(2, 0, 1)
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Encode uint8 RGB (R, R, 3) as PNG."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 class LatentDataset:
-    """Random access to a table.
+    """Random access to a table; `table` is Lance's own, of the version that was opened.
 
     Args:
         uri: path or object-store URL of the table, or a folder that holds SPLIT.lance.
@@ -195,35 +213,29 @@ class LatentDataset:
     """
 
     def __init__(self, uri: str | Path, split: str = "train") -> None:
-        self._table, self.uri = open_table(uri, split)
-        stored = (self._table.schema.metadata or {}).get(METADATA_KEY)
+        self.table, self.uri = open_table(uri, split)
+        stored = (self.table.schema.metadata or {}).get(METADATA_KEY)
         if stored is None:
             raise ValueError(f"{self.uri} is a Lance table without repa-fast's metadata")
-        fields = json.loads(stored)
-        self.metadata = Metadata.from_dict(fields)
-        self._length = self._table.count_rows()
+        self.metadata = Metadata.from_dict(json.loads(stored))
+        self._length = self.table.count_rows()
 
     def __len__(self) -> int:
         return self._length
 
-    @property
-    def table(self) -> "lance.LanceDataset":
-        """The Lance table itself, of the version that was opened."""
-        return self._table
-
     @functools.cached_property
     def features(self) -> dict[str, FeatureColumn]:
-        """The columns of features that `repa-fast prepare features` has added, by name."""
-        return feature_columns(self._table.schema)
+        """Columns of features that `repa-fast prepare features` has added, by name."""
+        return feature_columns(self.table.schema)
 
     def rows(self, indices: np.ndarray, *, images: bool = True) -> Rows:
-        """The rows at `indices` (B), in that order; `image` is empty where not asked for."""
-        return self._rows(self._take(indices, images, ()), indices, images)
+        """Return the rows at `indices` (B), in order; `image` is empty where not asked for."""
+        return self._read(indices, images, ())[0]
 
     def fetch(
         self, indices: np.ndarray, *, images: bool = True, features: Sequence[str] = ()
     ) -> list[Fetched]:
-        """What `decode` needs for each row; `features` are names of columns of features.
+        """Return what `decode` needs for each row; `features` are names of columns of features.
 
         Raises:
             ValueError: there is no such column.
@@ -231,10 +243,8 @@ class LatentDataset:
         """
         columns = self._feature_columns(features)
         order = np.argsort(indices)  # Lance sorts too, and then copies everything back in order
-        table = self._take(indices[order], images, columns)
-        rows = self._rows(table, indices[order], images)
+        rows, stored = self._read(indices[order], images, columns)
         encoded = rows["image"] if images else [None] * len(indices)
-        stored = {name: array for c in columns for name, array in c.read(table).items()}
         fetched = [
             Fetched(*row, {name: array[i] for name, array in stored.items()})
             for i, row in enumerate(
@@ -244,11 +254,10 @@ class LatentDataset:
         return [fetched[place] for place in np.argsort(order)]
 
     def decode(self, fetched: Fetched) -> Sample:
-        """One row as arrays.
+        """Decode one row to arrays.
 
         Raises:
-            ValueError: its image cannot be decoded, or moments, label or features do not fit; names
-                it.
+            ValueError: its image cannot be decoded, or the rest does not fit; names the row.
         """
         index, moments, label, encoded, features = fetched
         name = f"{self.uri} row {index}"
@@ -263,21 +272,20 @@ class LatentDataset:
                 raise ValueError(f"{name}: {column} is not finite")
         return sample
 
-    def _take(
+    def _read(
         self, indices: np.ndarray, images: bool, features: Sequence[FeatureColumn]
-    ) -> "pa.Table":
-        columns = ["moments", "label", *(["image"] if images else [])]
-        columns += [name for column in features for name in column.columns]
-        return take(self._table, self.uri, indices.tolist(), columns)
-
-    def _rows(self, table: "pa.Table", indices: np.ndarray, images: bool) -> Rows:
+    ) -> tuple[Rows, dict[str, np.ndarray]]:
+        names = ["moments", "label", *(["image"] if images else [])]
+        names += [name for column in features for name in column.columns]
+        table = take(self.table, self.uri, indices.tolist(), names)
         moments = table["moments"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        return {
+        rows: Rows = {
             "index": np.asarray(indices, dtype=np.int64),
             "image": table["image"].to_pylist() if images else [],
             "moments": moments.reshape(len(indices), *self.metadata.moments_shape),
             "label": table["label"].to_numpy(),
         }
+        return rows, {name: a for column in features for name, a in column.read(table).items()}
 
     def _feature_columns(self, names: Sequence[str]) -> list[FeatureColumn]:
         known = self.features if names else {}

@@ -1,11 +1,19 @@
 """scikit-learn's bundled handwritten digits as small RGB images: real data, no download."""
 
-from __future__ import annotations
-
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from repa_fast.data import dataset
+from repa_fast.data.dataset import Metadata, Row, encode_png
+
+DIGITS_DIR = Path("data/digits")
 RESOLUTION = 16
 NUM_CLASSES = 10
 SPLIT_SEED = 0
@@ -16,9 +24,6 @@ def digit_images(split: Literal["train", "val"]) -> tuple[np.ndarray, np.ndarray
     """Return one split of the 1,797 digit scans (8x8, 17 grey levels), upscaled to 16x16 RGB.
 
     The split is stratified by class with seed `SPLIT_SEED`: 1,500 images train, 297 held out.
-
-    Args:
-        split: "train" or "val".
 
     Returns:
         images: uint8 (N, 16, 16, 3), 0 = paper, 255 = ink; the three channels are equal.
@@ -43,3 +48,74 @@ def digit_images(split: Literal["train", "val"]) -> tuple[np.ndarray, np.ndarray
     grey = np.stack([np.asarray(Image.fromarray(g).resize(size, Image.BICUBIC)) for g in grey8])
     images = np.repeat(grey[..., None], 3, axis=-1)  # (N, 16, 16, 3)
     return images, labels[chosen].astype(np.int64)
+
+
+def digits_metadata() -> Metadata:
+    """Return the metadata of the digits: 16x16 pixel latents, ten classes."""
+    return pixel_metadata(RESOLUTION, tuple(str(digit) for digit in range(NUM_CLASSES)))
+
+
+def pixel_metadata(resolution: int, class_names: tuple[str, ...]) -> Metadata:
+    """Return the metadata of a dataset whose latents are its pixels, x / 127.5 - 1."""
+    return Metadata(
+        resolution=resolution,
+        latent_shape=(3, resolution, resolution),
+        vae="none",
+        scale=1.0,
+        bias=0.0,
+        class_names=class_names,
+    )
+
+
+def pixel_moments(pixels: np.ndarray) -> np.ndarray:
+    """Map uint8 (N, R, R, 3) to float32 (N, 6, R, R): mean x / 127.5 - 1, standard deviation 0."""
+    mean = pixels.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+    return np.concatenate([mean, np.zeros_like(mean)], axis=1)
+
+
+def prepare_digits(out: str | Path = DIGITS_DIR) -> Path:
+    """Write the digits with pixel latents to OUT/{train,val}.lance, whole or not at all.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: `out` exists already.
+    """
+    with whole_or_not(Path(out)) as partial:
+        for split in ("train", "val"):
+            pixels, labels = digit_images(split)
+            columns = zip(pixels, pixel_moments(pixels), labels, strict=True)
+            rows: Iterator[Row] = (
+                {"image": encode_png(image), "moments": moments, "label": int(label)}
+                for image, moments, label in columns
+            )
+            dataset.write(partial / f"{split}.lance", rows, digits_metadata())
+    return Path(out)
+
+
+def ensure_digits(out: Path = DIGITS_DIR) -> Path:
+    """Call `prepare_digits` unless `out` is there; of several processes the first wins."""
+    if not out.exists():
+        try:
+            prepare_digits(out)
+        except (OSError, ValueError):
+            if not out.exists():
+                raise
+    return out
+
+
+@contextmanager
+def whole_or_not(out: Path) -> Iterator[Path]:
+    """Yield a folder to write into that takes the name `out` at the end, or vanishes."""
+    if out.exists():
+        raise ValueError(f"{out} exists already; remove it first, or train from it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        os.rename(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

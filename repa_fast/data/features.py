@@ -47,12 +47,12 @@ class FeatureColumn:
 
     @property
     def scale_name(self) -> str:
-        """Of the column of scales, for int8."""
+        """Name of the column of scales, for int8."""
         return f"{self.name}_scale"
 
     @property
     def columns(self) -> list[str]:
-        """The table's columns that hold it."""
+        """Columns of the table that hold it."""
         return [self.name] if self.storage == "fp16" else [self.name, self.scale_name]
 
     @property
@@ -62,7 +62,7 @@ class FeatureColumn:
         return self.tokens * (self.width + 4)
 
     def fields(self) -> list["pa.Field"]:
-        """Arrow's fields; the first one's metadata is this description."""
+        """Return Arrow's fields; the first one's metadata is this description."""
         import pyarrow as pa
 
         kind = pa.float16() if self.storage == "fp16" else pa.int8()
@@ -73,7 +73,7 @@ class FeatureColumn:
         return [values, pa.field(self.scale_name, pa.list_(pa.float32(), self.tokens))]
 
     def pack(self, features: torch.Tensor) -> dict[str, np.ndarray]:
-        """Features (B, N, D) -> stored arrays by column: values (B, N, D), scales (B, N).
+        """Convert features (B, N, D) to arrays by column: values (B, N, D), scales (B, N).
 
         Raises:
             ValueError: another shape, or values that are not finite or beyond fp16.
@@ -101,7 +101,7 @@ class FeatureColumn:
         }
 
     def read(self, table: "pa.Table") -> dict[str, np.ndarray]:
-        """Stored arrays by column, as `pack` makes them, of rows of the table."""
+        """Return the arrays that `pack` made, by column, of rows of the table."""
         shapes = {self.name: (self.tokens, self.width), self.scale_name: (self.tokens,)}
         return {
             name: table[name]
@@ -113,7 +113,7 @@ class FeatureColumn:
         }
 
     def unpack(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Features (B, N, D) of a batch, on its device: fp16, or fp32 from int8."""
+        """Return the features (B, N, D) of a batch, on its device: fp16, or fp32 from int8."""
         values = batch[self.name]
         if self.storage == "fp16":
             return values
@@ -131,7 +131,7 @@ class FeatureColumn:
 
 
 def feature_columns(schema: "pa.Schema") -> dict[str, FeatureColumn]:
-    """The columns of features of a table, by name."""
+    """Return the columns of features of a table, by name."""
     stored = [(field.metadata or {}).get(METADATA_KEY) for field in schema]
     columns = [FeatureColumn(**json.loads(text)) for text in stored if text is not None]
     return {column.name: column for column in columns}

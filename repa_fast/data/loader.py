@@ -148,7 +148,7 @@ class Loader:
 
 
 def _received(batch: Batch) -> Batch:
-    """The batch; its memory on a GPU is reused only after the current stream is done with it."""
+    """Keep a batch's memory on a GPU until the current stream is done with it; return it."""
     for tensor in batch.values():
         if tensor.is_cuda:
             tensor.record_stream(torch.cuda.current_stream(tensor.device))
@@ -166,7 +166,7 @@ def read_batch(
     skipped: list[str] | None = None,
     decoder: DaliDecoder | None = None,
 ) -> Batch:
-    """Rows as tensors; `decoder` decodes their images, without one Pillow, in `pool` or here.
+    """Read rows as tensors; images are decoded by `decoder`, or by Pillow, in `pool` or here.
 
     A bad row raises ValueError; or, given a list `skipped`, is described there and the next good
     row takes its place, which is a function of the row alone.
@@ -207,7 +207,7 @@ def _decode_whole(
     fetched: list[tuple],
     decode: Callable[[tuple], Sample],
 ) -> tuple[list[Sample], torch.Tensor]:
-    """Samples and images by `decoder`, or row by row by Pillow where a row is bad or unusual."""
+    """Decode by `decoder`, or row by row by Pillow where a row is bad or unusual."""
     try:
         return decoder.decode(dataset, fetched, run)
     except ValueError as error:
@@ -243,7 +243,7 @@ def _prefetch(
     num_workers: int,
     decoder: AbstractContextManager,
 ) -> None:
-    """Thread body: every batch, then None; or the exception that ended it."""
+    """Put every batch, then None, or the exception that ended the thread."""
     try:
         with (
             ThreadPoolExecutor(num_workers, thread_name_prefix="repa-fast-decode") as pool,

@@ -13,14 +13,13 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from repa_fast.data.dataset import Metadata, Sample, check_sample
+from repa_fast.data.dataset import Metadata, Sample, check_sample, decode, encode_png
 from repa_fast.data.features import FeatureColumn
-from repa_fast.data.images import decode, encode_png
 
 SD_VAE_FACTOR = 8
 SD_VAE_SCALE = 0.18215
@@ -39,6 +38,8 @@ class OfficialFolder:
     Raises:
         ValueError: no labels, a latent without label or image, or the other way round; names some.
     """
+
+    features: Mapping[str, FeatureColumn] = {}  # there are none
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
@@ -61,7 +62,7 @@ class OfficialFolder:
     def fetch(
         self, indices: np.ndarray, *, images: bool = True, features: Sequence[str] = ()
     ) -> list[tuple[int, bool]]:
-        """What `decode` needs for each row; nothing is read yet.
+        """Return what `decode` needs for each row; nothing is read yet.
 
         Raises:
             ValueError: images or features are asked for and there are none.
@@ -96,22 +97,16 @@ class OfficialFolder:
         return sample
 
     @property
-    def features(self) -> dict[str, FeatureColumn]:
-        """Columns of features: an official folder has none."""
-        return {}
-
-    @property
     def has_images(self) -> bool:
         """Whether there are images beside the latents."""
         return len(self._images) > 0
 
     def image_bytes(self, index: int) -> bytes:
-        """The image file of a row as it is; a .npy image as PNG."""
+        """Return the image file of a row as it is; a .npy image as PNG."""
         path = self._image_path(index)
-        data = _read(path)
         if path.suffix != ".npy":
-            return data
-        return encode_png(_npy(data, path).transpose(1, 2, 0))
+            return read_bytes(path)
+        return encode_png(_npy(path).transpose(1, 2, 0))
 
     def _latent_path(self, index: int) -> Path:
         return self.root / "vae-sd" / self._latents[index].decode()
@@ -121,7 +116,7 @@ class OfficialFolder:
 
     def _read_moments(self, index: int) -> np.ndarray:
         path = self._latent_path(index)
-        moments = _npy(_read(path), path)
+        moments = _npy(path)
         if moments.ndim == 4 and len(moments) == 1:
             moments = moments[0]
         if moments.ndim != 3 or len(moments) % 2:
@@ -131,8 +126,8 @@ class OfficialFolder:
     def _read_image(self, index: int) -> np.ndarray:
         path, side = self._image_path(index), self.metadata.resolution
         if path.suffix != ".npy":
-            return decode(_read(path), side, str(path))
-        pixels = _npy(_read(path), path)
+            return decode(read_bytes(path), side, str(path))
+        pixels = _npy(path)
         if pixels.shape != (3, side, side) or pixels.dtype != np.uint8:
             raise ValueError(
                 f"{path}: {pixels.dtype} {pixels.shape}, expected uint8 {(3, side, side)}"
@@ -141,9 +136,9 @@ class OfficialFolder:
 
 
 def load_index(root: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Names of latents, names of images (empty without images/) and labels, row by row.
+    """Return the names of latents and of images (empty without images/) and the labels, by row.
 
-    From the cache where it belongs to this dataset.json; otherwise paired, checked and cached.
+    They come from the cache where it belongs to this dataset.json; else they are paired and cached.
     """
     listing = _listing(root)
     status = listing.stat()
@@ -211,7 +206,7 @@ def _labels(listing: Path) -> dict[str, int]:
 
 
 def _walk(folder: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """(key, name relative to `folder`) of every file with one of the suffixes."""
+    """Yield (key, name relative to `folder`) of every file with one of the suffixes."""
     with os.scandir(folder) as entries:
         subfolders = sorted(entry.name for entry in entries if entry.is_dir())
     for subfolder in subfolders:
@@ -223,7 +218,7 @@ def _walk(folder: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, str]]:
 
 
 def _key(name: str, where: Path) -> str:
-    """Folder and number, by which files pair: 00000/img00000007.png -> 00000/00000007."""
+    """Return folder and number, by which files pair: 00000/img00000007.png -> 00000/00000007."""
     number = NUMBER.search(name)
     if number is None:
         raise ValueError(f"{where}: {name!r} has no number, expected a name like img00000000.png")
@@ -235,8 +230,7 @@ def _expect_same(ours: dict, theirs: dict, our_name: str, their_name: str) -> No
     for here, there, name, other in sides:
         lone = [key for key in here if key not in there]
         if lone:
-            some = ", ".join(lone[:SHOWN]) + (", ..." if len(lone) > SHOWN else "")
-            raise ValueError(f"{len(lone)} {name} have no counterpart among {other}: {some}")
+            raise ValueError(f"{len(lone)} {name} have no counterpart among {other}: {some(lone)}")
 
 
 def _home_cache(root: Path) -> Path:
@@ -244,14 +238,22 @@ def _home_cache(root: Path) -> Path:
     return Path.home() / ".cache" / "repa-fast" / f"{name}.npz"
 
 
-def _read(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """Read a file, or raise ValueError that names it."""
     try:
         return path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _npy(data: bytes, path: Path) -> np.ndarray:
+def some(names: Iterable[object]) -> str:
+    """Return the first few names, for an error."""
+    names = list(names)
+    return ", ".join(map(str, names[:SHOWN])) + (", ..." if len(names) > SHOWN else "")
+
+
+def _npy(path: Path) -> np.ndarray:
+    data = read_bytes(path)
     try:
         return np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:

@@ -4,10 +4,7 @@ import numpy as np
 
 
 class Consecutive:
-    """Given rows in their order, `batch` at a time; the last batch may be shorter.
-
-    For one process, and for a single pass; otherwise as SampleOrder.
-    """
+    """Given rows in order, `batch` at a time, the last fewer: one pass, by one process."""
 
     def __init__(self, rows: np.ndarray, batch: int) -> None:
         self._rows = rows
@@ -15,7 +12,7 @@ class Consecutive:
         self.steps = -(-len(rows) // batch)
 
     def rows(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
-        """Row numbers of `step`, counted from 0, int64."""
+        """Return the row numbers of `step`, counted from 0, int64."""
         return self._rows[step * self.batch : (step + 1) * self.batch]
 
 
@@ -42,7 +39,7 @@ class SampleOrder:
         self._permutation = np.empty(0, dtype=np.int64)
 
     def rows(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
-        """Row numbers (batch / world_size) of `rank` at `step`, counted from 0, int64.
+        """Return the row numbers (batch / world_size) of `rank` at `step`, from 0, int64.
 
         Ranks take consecutive slices of the global batch, so the union over ranks depends on
         (seed, step) alone.

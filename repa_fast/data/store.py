@@ -28,11 +28,12 @@ class StoreError(RuntimeError):
 
 
 def is_url(uri: str | Path) -> bool:
+    """Return whether `uri` is an object store's, not a path."""
     return "://" in str(uri)
 
 
 def open_table(uri: str | Path, split: str) -> "tuple[lance.LanceDataset, str]":
-    """The table URI/SPLIT.lance, else the table `uri`, and where it was found.
+    """Open the table URI/SPLIT.lance, else the table `uri`; also return where it was found.
 
     Raises:
         ValueError: there is no such table, or its store cannot be reached or refuses.
@@ -70,7 +71,7 @@ def _open_remote(url: str, split: str) -> "tuple[lance.LanceDataset, str]":
 def take(
     table: "lance.LanceDataset", uri: str, indices: list[int], columns: list[str]
 ) -> "pa.Table":
-    """The rows at `indices`, in that order.
+    """Return the rows at `indices`, in that order.
 
     Raises:
         StoreError: a store failed, and all its retries too.
@@ -93,6 +94,6 @@ def _no_dataset(uri: str | Path, inside: str | Path) -> ValueError:
 
 
 def _failure(uri: str, what: str, start: float, error: Exception) -> str:
-    """`start` is when the first try began; Lance's own text says what the last request met."""
+    """Describe a failure since `start`; Lance's own text says what the last request met."""
     reason = re.sub(r"(, /\S+\.rs:\d+:\d+)+$", "", str(error))  # lines of Lance's source
     return f"{uri}: {what}, given up after {time.monotonic() - start:.1f} s: {reason}; {ADVICE}"

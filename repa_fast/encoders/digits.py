@@ -1,7 +1,7 @@
-"""Two tiny frozen ViTs for the digits data set: a teacher for alignment and a judge for evaluation.
+"""Two tiny frozen ViTs for the digits: a teacher for alignment, and a classifier for evaluation.
 
 They stand in for DINOv2 and Inception where nothing can be downloaded: `DigitsViT` learned without
-labels, `DigitsJudge` with labels, so that the judge is not the network that was aligned with.
+labels, `DigitsJudge` with labels, so that evaluation is not by the network that was aligned with.
 `repa_fast.prepare.digits_encoders` makes both weight files.
 
 Shapes: B batch, N = 16 tokens (4x4 patches of 4x4 pixels, row-major), D = 96 width.
@@ -24,12 +24,8 @@ PIXEL_MEAN, PIXEL_STD = 0.30, 0.37  # pixels in [0, 1]; about those of the train
 def build_vit(num_classes: int) -> nn.Module:
     """Return the architecture both nets share, randomly initialised (timm VisionTransformer).
 
-    Args:
-        num_classes: outputs of the linear head; 0 for none.
-
-    Returns:
-        A module whose `forward_features` maps float (B, 3, 16, 16), normalised, to the patch tokens
-        after the final norm, float (B, 16, 96), and whose `head` acts on their mean.
+    Its `forward_features` maps float (B, 3, 16, 16), normalised, to the patch tokens after the
+    final norm, float (B, 16, 96); its `head`, of `num_classes` outputs or none, acts on their mean.
     """
     from timm.models.vision_transformer import VisionTransformer
 
@@ -52,40 +48,52 @@ def normalize(images: Tensor) -> Tensor:
     return (images.float() / 255 - PIXEL_MEAN) / PIXEL_STD
 
 
-def _check_images(images: Tensor) -> None:
-    expected = (3, RESOLUTION, RESOLUTION)
-    if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != expected:
-        raise ValueError(
-            f"images: expected uint8 (B, 3, {RESOLUTION}, {RESOLUTION}), "
-            f"got {images.dtype} {tuple(images.shape)}"
-        )
-
-
-def _load_weights(vit: nn.Module, name: str) -> None:
-    from safetensors.torch import load
-
-    file = resources.files("repa_fast").joinpath("encoders", "weights", f"{name}.safetensors")
-    vit.load_state_dict({key: value.float() for key, value in load(file.read_bytes()).items()})
-
-
-class DigitsViT(nn.Module):
-    """Self-supervised teacher whose patch tokens are alignment targets for 16x16 digits.
-
-    Always frozen: eval mode, no gradients. Its tokens have zero mean over the train split.
+class _DigitsNet(nn.Module):
+    """A frozen net: eval mode, no gradients.
 
     Args:
         pretrained: load the packaged weights (needs safetensors); else random initialisation.
     """
 
-    name = "digits-vit"
+    name: str
+    num_classes: int
     width = WIDTH
 
     def __init__(self, pretrained: bool = True) -> None:
         super().__init__()
-        self.vit = build_vit(num_classes=0)
+        self.vit = build_vit(self.num_classes)
         if pretrained:
-            _load_weights(self.vit, self.name)
+            from safetensors.torch import load
+
+            file = (
+                resources.files("repa_fast") / "encoders" / "weights" / f"{self.name}.safetensors"
+            )
+            state = load(file.read_bytes())
+            self.vit.load_state_dict({key: value.float() for key, value in state.items()})
         self.eval().requires_grad_(False)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Map uint8 (B, 3, 16, 16) to patch tokens after the final norm, (B, 16, 96), row-major.
+
+        Raises:
+            ValueError: if `images` has another dtype or shape.
+        """
+        expected = (3, RESOLUTION, RESOLUTION)
+        if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(
+                f"images: expected uint8 (B, 3, {RESOLUTION}, {RESOLUTION}), "
+                f"got {images.dtype} {tuple(images.shape)}"
+            )
+        return self.vit.forward_features(normalize(images))
+
+
+class DigitsViT(_DigitsNet):
+    """Self-supervised teacher whose patch tokens are alignment targets for 16x16 digits.
+
+    Its tokens have zero mean over the train split.
+    """
+
+    name, num_classes = "digits-vit", 0
 
     def num_tokens(self, resolution: int) -> int:
         """Return the number of patch tokens for square images of `resolution` pixels a side.
@@ -98,54 +106,18 @@ class DigitsViT(nn.Module):
         return (resolution // PATCH_SIZE) ** 2
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return patch tokens after the final norm.
-
-        Args:
-            images: uint8 (B, 3, 16, 16).
-
-        Returns:
-            float32 (B, 16, 96), tokens in row-major order.
-
-        Raises:
-            ValueError: if `images` has another dtype or shape.
-        """
-        _check_images(images)
-        return self.vit.forward_features(normalize(images)).float()
+        """Return the patch tokens, float32 (B, 16, 96), of uint8 (B, 3, 16, 16); see `tokens`."""
+        return self.tokens(images).float()
 
 
-class DigitsJudge(nn.Module):
-    """Supervised classifier whose pooled features are the space Frechet distances are measured in.
+class DigitsJudge(_DigitsNet):
+    """Supervised classifier whose pooled features are the space of Frechet distances."""
 
-    Always frozen: eval mode, no gradients.
-
-    Args:
-        pretrained: load the packaged weights (needs safetensors); else random initialisation.
-    """
-
-    name = "digits-judge"
-    width = WIDTH
-
-    def __init__(self, pretrained: bool = True) -> None:
-        super().__init__()
-        self.vit = build_vit(num_classes=NUM_CLASSES)
-        if pretrained:
-            _load_weights(self.vit, self.name)
-        self.eval().requires_grad_(False)
+    name, num_classes = "digits-judge", NUM_CLASSES
 
     def features(self, images: Tensor) -> Tensor:
-        """Return the mean of the patch tokens after the final norm.
-
-        Args:
-            images: uint8 (B, 3, 16, 16).
-
-        Returns:
-            float32 (B, 96).
-
-        Raises:
-            ValueError: if `images` has another dtype or shape.
-        """
-        _check_images(images)
-        return self.vit.forward_features(normalize(images)).mean(dim=1).float()
+        """Return the mean patch token, float32 (B, 96), of uint8 (B, 3, 16, 16); see `tokens`."""
+        return self.tokens(images).mean(dim=1).float()
 
     def forward(self, images: Tensor) -> Tensor:
         """Return class logits, float32 (B, 10), for uint8 (B, 3, 16, 16); errors as `features`."""

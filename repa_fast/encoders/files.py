@@ -1,4 +1,11 @@
-"""Weight files of encoders: read without executing pickled code, and compared with a model."""
+"""Weight files of encoders: read without executing pickled code, and renamed as timm has them.
+
+A converter takes what a file holds (`read`) and returns the vision encoder's tensors, without
+heads, whose patch embedding and blocks have timm's names; what has timm's names already comes out
+as it is. Not so for MoCo v3, which timm has no weights of: another method's ViT would pass for it.
+`timm_names` and `eva_names` then let timm's own filters do the rest. What is missing or too much is
+for the caller to find.
+"""
 
 import argparse
 import re
@@ -7,19 +14,67 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 SHOWN_NAMES = 6
 
 Weights = dict[str, torch.Tensor]
+Renames = tuple[tuple[str, str], ...]
+
+CLIP: Renames = (  # timm's filter would also resample another table, which is to be refused
+    (r"^class_embedding$", "cls_token"),
+    (r"^positional_embedding$", "pos_embed"),
+    (r"^conv1\.", "patch_embed.proj."),
+    (r"^ln_pre\.", "norm_pre."),
+    (r"^ln_post\.", "norm."),
+    (r"^transformer\.resblocks\.", "blocks."),
+    (r"\.ln_([12])\.", r".norm\1."),
+    (r"\.attn\.in_proj_", ".attn.qkv."),
+    (r"\.attn\.out_proj\.", ".attn.proj."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+)
+SIGLIP: Renames = (  # timm knows big_vision's names only
+    (r"^embeddings\.position_embedding\.weight$", "pos_embed"),
+    (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),
+    (r"^post_layernorm\.", "norm."),
+    (r"^encoder\.layers\.", "blocks."),
+    (r"\.layer_norm([12])\.", r".norm\1."),
+    (r"\.self_attn\.out_proj\.", ".attn.proj."),
+    (r"\.self_attn\.([qkv])_proj\.", r".attn.\1."),
+)
+MOCO: Renames = (  # slips in the ViT-L file
+    (r"^blocks\.13\.norm13\.", "blocks.13.norm1."),
+    (r"^blocks\.13\.mlp\.fc13\.", "blocks.13.mlp.fc1."),
+    (r"^blocks\.14\.norm14\.", "blocks.14.norm2."),
+    (r"^blocks\.14\.mlp\.fc14\.", "blocks.14.mlp.fc2."),
+)
+DINOV2_STEM = {"patch_embed.proj.weight": 4, "cls_token": 3, "pos_embed": 3}
+"""What every DINOv2 state dict has -> its number of axes."""
 
 
-def read(path: str | Path, allow_namespace: bool = False) -> dict:
-    """The dictionary in a .safetensors or torch file, its tensors on the CPU, perhaps mapped.
+def load_safely(path: str | Path, allow_namespace: bool = False) -> object:
+    """Read a .safetensors or torch file without executing code, tensors on the CPU, maybe mapped.
 
     Args:
         path: the file.
         allow_namespace: let `argparse.Namespace` through, which training checkpoints keep their
             flags in; anything else that is not weights or plain Python is refused in any case.
+
+    Raises:
+        Exception: of any kind, for a damaged file.
+    """
+    if Path(path).suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    mappable = zipfile.is_zipfile(path)  # since torch 1.6; spares reading what is not used
+    with torch.serialization.safe_globals([argparse.Namespace] if allow_namespace else []):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+
+
+def read(path: str | Path, allow_namespace: bool = False) -> dict:
+    """Return the dictionary in a weight file; arguments as for `load_safely`.
 
     Raises:
         ValueError: no such file, or not such a dictionary; says what was expected.
@@ -28,7 +83,7 @@ def read(path: str | Path, allow_namespace: bool = False) -> dict:
         raise ValueError(f"--enc-weights: {path} is not a file")
     try:
         is_script = _is_torchscript(path)
-        content = None if is_script else _content(path, allow_namespace)
+        content = None if is_script else load_safely(path, allow_namespace)
     except Exception as error:  # a damaged file fails in any way
         raise _unreadable(path, type(error).__name__) from error
     if is_script:
@@ -57,18 +112,8 @@ def _is_torchscript(path: str | Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-def _content(path: str | Path, allow_namespace: bool) -> object:
-    if Path(path).suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    mappable = zipfile.is_zipfile(path)  # since torch 1.6; spares reading what is not used
-    with torch.serialization.safe_globals([argparse.Namespace] if allow_namespace else []):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
-
-
 def unwrap(content: dict, *keys: str) -> Weights:
-    """The tensors under the first of `keys` that is there, or at the top; without "module."."""
+    """Return the tensors below the first of `keys` that is there, or on top, without "module."."""
     inner = next((content[key] for key in keys if isinstance(content.get(key), dict)), content)
     return {
         name.removeprefix("module."): value
@@ -77,16 +122,17 @@ def unwrap(content: dict, *keys: str) -> Weights:
     }
 
 
-def measure(state: Weights) -> tuple[int, int, int]:
-    """Width, depth and patch size of a ViT from its state dict, in timm's naming."""
+def measure(state: Weights) -> tuple[int, int, int, int]:
+    """Return width, depth, patch size and registers of a ViT from its state dict."""
     width, _, patch_size, _ = state["patch_embed.proj.weight"].shape
     blocks = [re.match(r"blocks\.(\d+)\.", name) for name in state]
     depth = max((int(block[1]) + 1 for block in blocks if block), default=0)
-    return width, depth, patch_size
+    tokens = (state[name].shape[1] for name in ("register_tokens", "reg_token") if name in state)
+    return width, depth, patch_size, sum(tokens)
 
 
 def differences(state: Weights, wanted: Weights) -> list[str]:
-    """What keeps `state` from being loaded in the place of `wanted`, in words."""
+    """Say what keeps `state` from being loaded in the place of `wanted`."""
     groups = {
         "lacks": [name for name in wanted if name not in state],
         "also has": [name for name in state if name not in wanted],
@@ -100,5 +146,100 @@ def differences(state: Weights, wanted: Weights) -> list[str]:
 
 
 def some(names: Sequence[str]) -> str:
-    """The first of `names`, in words."""
+    """Join the first of `names`."""
     return ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
+
+
+def dino(content: dict) -> Weights:
+    """Convert facebookresearch/dino's backbone, or the teacher of a training checkpoint."""
+    return _within(unwrap(content, "teacher"), "backbone.")
+
+
+def dinov2(content: dict) -> Weights:
+    """Return facebookresearch/dinov2's state dict; ValueError where it lacks what each has."""
+    state = unwrap(content, "state_dict", "model")
+    missing = [n for n, axes in DINOV2_STEM.items() if getattr(state.get(n), "ndim", 0) != axes]
+    if missing:
+        raise ValueError(
+            f"is not a DINOv2 state dict: expected {', '.join(missing)}, "
+            f"got {some(sorted(state)) or 'nothing'}"
+        )
+    return state
+
+
+def mocov3(content: dict) -> Weights:
+    """Convert facebookresearch/moco-v3's and LTH14/rcg's base encoder, without projection head."""
+    state = _below(unwrap(content, "state_dict"), "base_encoder.")
+    return _rename(_without(state, "head.", "fc."), MOCO)
+
+
+def clip(content: dict) -> Weights:
+    """Convert openai/CLIP's state dict: the image tower without its projection."""
+    state = _without(_within(unwrap(content, "state_dict"), "visual."), "head.")
+    state.pop("proj", None)
+    state = _with_batch_axis(_rename(state, CLIP))
+    if "cls_token" in state:
+        state["cls_token"] = state["cls_token"].reshape(1, 1, -1)
+    return state
+
+
+def siglip(content: dict) -> Weights:
+    """Convert google/siglip2-* in Hugging Face's naming: the image tower without its head."""
+    state = _without(_within(unwrap(content), "vision_model."), "head.", "attn_pool.")
+    state = _with_batch_axis(_rename(state, SIGLIP))
+    for name in [name for name in state if ".attn.q." in name]:
+        parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
+        if all(part in state for part in parts):
+            fused = torch.cat([state.pop(part) for part in parts])
+            state[name.replace(".attn.q.", ".attn.qkv.")] = fused
+    return state
+
+
+def timm_names(state: Weights, vit: nn.Module) -> Weights:
+    """Rename what is left by timm's filter; resample the position table, bicubic with antialias."""
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    try:
+        return checkpoint_filter_fn(dict(state), vit)
+    except (RuntimeError, IndexError):  # the table is no square grid: its shape is then refused
+        return state
+
+
+def eva_names(state: Weights, vit: nn.Module) -> Weights:
+    """Rename DINOv3's tensors by timm's filter, which leaves out the periods of the rotation.
+
+    The biases of queries and values are zero where the file has none; that of the keys is masked
+    with zeros in the official code and left out here.
+    """
+    from timm.models.eva import checkpoint_filter_fn
+
+    zeros = {n: torch.zeros_like(v) for n, v in vit.state_dict().items() if n.endswith("_bias")}
+    return zeros | checkpoint_filter_fn(dict(state), vit)
+
+
+def _below(state: Weights, prefix: str) -> Weights:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def _within(state: Weights, prefix: str) -> Weights:
+    """Return what stands below `prefix`, without it; all of `state` where nothing does."""
+    return _below(state, prefix) or state
+
+
+def _without(state: Weights, *prefixes: str) -> Weights:
+    return {name: value for name, value in state.items() if not name.startswith(prefixes)}
+
+
+def _with_batch_axis(state: Weights) -> Weights:
+    """Give a position table (N, width) timm's shape (1, N, width)."""
+    table = state.get("pos_embed")
+    return state if table is None or table.ndim != 2 else state | {"pos_embed": table[None]}
+
+
+def _rename(state: Weights, renames: Renames) -> Weights:
+    renamed = {}
+    for name, value in state.items():
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = value
+    return renamed

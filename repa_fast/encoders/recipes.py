@@ -1,10 +1,10 @@
-"""The encoders beside DINOv2: those of the REPA paper (arXiv 2410.06940), DINOv3 and SigLIP 2.
+"""The encoders: those of the REPA paper (arXiv 2410.06940), DINOv3 and SigLIP 2.
 
-REPA feeds each at a size that gives 16 x 16 patches of a 256-pixel image, and defines none of them
-at 512. DINOv3 and SigLIP 2 are not REPA's; they are defined at 512 where their authors do.
+REPA feeds each at a size that gives 16 x 16 patches of a 256-pixel image; at 512 it defines DINOv2
+alone. DINOv3 and SigLIP 2 are not REPA's; they are defined at 512 where their authors do.
 """
 
-from repa_fast.encoders import naming
+from repa_fast.encoders import files
 from repa_fast.encoders.vit import Recipe
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -17,11 +17,8 @@ DINO = Recipe(
     file="dino_vitbase16_pretrain.pth of facebookresearch/dino",
     width=768,
     depth=12,
-    patch_size=16,
-    prefix=1,
-    input_sizes={256: 256},
-    convert=naming.dino,
-    resample_table=True,
+    convert=files.dino,
+    adapt=files.timm_names,
 )
 
 MAE = Recipe(
@@ -30,12 +27,9 @@ MAE = Recipe(
     file="mae_pretrain_vit_large.pth of facebookresearch/mae",
     width=1024,
     depth=24,
-    patch_size=16,
-    prefix=1,
-    input_sizes={256: 256},
-    convert=naming.mae,
+    convert=lambda content: files.unwrap(content, "model"),
     final_norm=False,
-    resample_table=True,
+    adapt=files.timm_names,
 )
 
 CLIP = Recipe(
@@ -45,9 +39,8 @@ CLIP = Recipe(
     width=1024,
     depth=24,
     patch_size=14,
-    prefix=1,
     input_sizes={256: 224},
-    convert=naming.clip,
+    convert=files.clip,
     resize="before",
     mean=CLIP_MEAN,
     std=CLIP_STD,
@@ -63,48 +56,86 @@ IJEPA = Recipe(
     patch_size=14,
     prefix=0,
     input_sizes={256: 224},
-    convert=naming.ijepa,
+    # the context encoder, as REPA takes it
+    convert=lambda content: files.unwrap(content, "encoder", "target_encoder"),
     resize="after",
 )
 
 
+DINOV2_SIZES = {
+    "s": ("small", 384, 12),
+    "b": ("base", 768, 12),
+    "l": ("large", 1024, 24),
+    "g": ("giant", 1536, 40),
+}
+"""Letter -> timm's word, width, depth."""
+DINOV2_NAMES = {
+    (width, depth, 14, 4 * registers): f"dinov2{'reg' if registers else ''}-vit-{letter}"
+    for registers in (False, True)
+    for letter, (_, width, depth) in DINOV2_SIZES.items()
+}
+"""What `files.measure` gives -> name."""
+
+
+def dinov2(letter: str, registers: bool) -> Recipe:
+    """Return DINOv2 (arXiv 2304.07193), perhaps with its four register tokens.
+
+    As in REPA the image is normalised first, then resized, and the position embedding is resampled
+    (bicubic, antialias) to the patch grid of the input.
+    """
+    word, width, depth = DINOV2_SIZES[letter]
+    reg4 = "reg4_" if registers else ""
+    return Recipe(
+        name=DINOV2_NAMES[width, depth, 14, 4 * registers],
+        model=f"vit_{word}_patch14_{reg4}dinov2.lvd142m",
+        file=f"dinov2_vit{letter}14_{reg4}pretrain.pth of facebookresearch/dinov2",
+        width=width,
+        depth=depth,
+        patch_size=14,
+        prefix=1 + 4 * registers,
+        input_sizes={256: 224, 512: 448},
+        convert=files.dinov2,
+        adapt=files.timm_names,
+        resize="after",
+        flags=False,
+        siblings=DINOV2_NAMES,
+    )
+
+
 def mocov3(letter: str, size: str, width: int, depth: int, heads: int, file: str) -> Recipe:
-    """MoCo v3 (arXiv 2104.02057); timm has its architecture, but not its weights."""
+    """Return MoCo v3 (arXiv 2104.02057); timm has its architecture, but not its weights."""
     return Recipe(
         name=f"mocov3-vit-{letter}",
         model=f"vit_{size}_patch16_224",
         file=file,
         width=width,
         depth=depth,
-        patch_size=16,
-        prefix=1,
-        input_sizes={256: 256},
-        convert=naming.mocov3,
-        resample_table=True,
+        convert=files.mocov3,
+        adapt=files.timm_names,
         hub=False,
         options={"num_heads": heads},
     )
 
 
 def dinov3(letter: str, size: str, file: str, width: int, depth: int, ratio: float) -> Recipe:
-    """DINOv3 (arXiv 2508.10104): rotary positions, four registers, any multiple of 16 pixels."""
+    """Return DINOv3 (arXiv 2508.10104): rotary positions, four registers."""
     return Recipe(
         name=f"dinov3-vit-{letter}",
         model=f"vit_{size}_patch16_dinov3_qkvb.lvd1689m",
         file=f"{file}_pretrain_lvd1689m-*.pth of facebookresearch/dinov3",
         width=width,
         depth=depth,
-        patch_size=16,
         prefix=5,
         input_sizes={256: 256, 512: 512},
-        convert=naming.dinov3,
+        convert=lambda content: files.unwrap(content, "teacher", "model"),
+        adapt=files.eva_names,
         options={"dynamic_img_size": False},  # the rotation is computed once, not at every step
         mlp_ratio=ratio,
     )
 
 
 def siglip2(letter: str, size: str, width: int, depth: int, mlp: int, *, has_512: bool) -> Recipe:
-    """SigLIP 2 (arXiv 2502.14786): one set of weights per resolution; `mlp` is its hidden width."""
+    """Return SigLIP 2 (arXiv 2502.14786), weights per resolution; `mlp` is the hidden width."""
     published = "giant-opt" if letter == "g" else size
     return Recipe(
         name=f"siglip2-vit-{letter}",
@@ -113,10 +144,9 @@ def siglip2(letter: str, size: str, width: int, depth: int, mlp: int, *, has_512
         + ("; 512 has its own: -patch16-512" if has_512 else ""),
         width=width,
         depth=depth,
-        patch_size=16,
         prefix=0,
         input_sizes={256: 256, 512: 512} if has_512 else {256: 256},
-        convert=naming.siglip,
+        convert=files.siglip,
         mean=HALF,
         std=HALF,
         options={"act_layer": "gelu_tanh"},  # as in big_vision, at every size
@@ -126,6 +156,7 @@ def siglip2(letter: str, size: str, width: int, depth: int, mlp: int, *, has_512
 
 MOCO_FILE = "vit-{}-300ep.pth.tar of facebookresearch/moco-v3"
 
+DINOV2 = tuple(dinov2(letter, registers) for registers in (False, True) for letter in DINOV2_SIZES)
 RECIPES = (
     DINO,
     mocov3("s", "small", 384, 12, 12, MOCO_FILE.format("s")),

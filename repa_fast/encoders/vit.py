@@ -1,6 +1,5 @@
 """Frozen ViTs of timm's architectures, each with the recipe it goes by."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,58 +8,105 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from repa_fast.encoders import naming
 from repa_fast.encoders.files import Weights, differences, measure, read, some
+from repa_fast.models.flops import vit_flops
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 RESIZES = ("none", "before", "after")
+SIZES = "width {}, depth {}, patch size {}"
+PERIODS = "rope_embed.periods"
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What sets an encoder apart.
+@dataclass(frozen=True, kw_only=True)
+class EncoderSpec:
+    """What is known of an encoder before it is loaded.
 
     Attributes:
         name: as in `--enc-type`.
-        model: timm's name, where `{size}` stands for the input size in pixels.
-        file: the official file and who publishes it, for messages.
         width: feature width of its patch tokens.
         depth: number of blocks.
         patch_size: in pixels of its own input.
         prefix: class and register tokens.
         input_sizes: dataset resolution -> resolution of its own input, in pixels.
-        convert: what `files.read` gives -> tensors in timm's naming.
-        resize: "none" takes images at the input size only; "before" and "after" normalising resize
-            to it, bicubic without antialias.
-        mean, std: of the channels, for pixels in [0, 1].
-        final_norm: whether the tokens have been through the last LayerNorm.
-        resample_table: whether a position table of another grid is resampled.
-        hub: whether timm knows where the weights are.
-        options: further arguments of the architecture.
         mlp_ratio: hidden width of its MLPs over its width; for SwiGLU, of a plain MLP as large.
     """
 
     name: str
-    model: str
-    file: str
     width: int
     depth: int
     patch_size: int
     prefix: int
     input_sizes: dict[int, int]
+    mlp_ratio: float = 4.0
+
+    def build(self, input_size: int, weights: str = "", pretrained: bool = True) -> nn.Module:
+        """Build the module for its input size; `weights` is a file, or "" for its own source."""
+        raise NotImplementedError
+
+    def input_size(self, resolution: int) -> int:
+        """Return the pixels of its input for images of `resolution`; ValueError without one."""
+        if resolution not in self.input_sizes:
+            known = ", ".join(map(str, self.input_sizes))
+            raise ValueError(f"encoder {self.name}: resolution is {resolution}, expected {known}")
+        return self.input_sizes[resolution]
+
+    def num_tokens(self, resolution: int) -> int:
+        """Return the number of patch tokens per image."""
+        return (self.input_size(resolution) // self.patch_size) ** 2
+
+    def flops(self, resolution: int) -> float:
+        """Return the forward FLOPs per image."""
+        return vit_flops(
+            patches=self.num_tokens(resolution),
+            prefix=self.prefix,
+            width=self.width,
+            depth=self.depth,
+            patch_size=self.patch_size,
+            mlp_ratio=self.mlp_ratio,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(EncoderSpec):
+    """What sets a ViT of timm's apart from one with patches of 16 pixels and one class token.
+
+    Attributes:
+        model: timm's name, where `{size}` stands for the input size in pixels.
+        file: the official file and who publishes it, for messages.
+        convert: what `files.read` gives -> tensors of the encoder; ValueError if it is another's.
+        adapt: (those, timm's module) -> tensors in timm's naming, where `convert` leaves that.
+        resize: "none" takes images at the input size only; "before" and "after" normalising resize
+            to it, bicubic without antialias.
+        mean, std: of the channels, for pixels in [0, 1].
+        final_norm: whether the tokens have been through the last LayerNorm.
+        hub: whether timm knows where the weights are.
+        flags: whether files may hold the flags of a training, an argparse.Namespace.
+        options: further arguments of the architecture.
+        siblings: what `measure` gives -> name, for encoders that differ in size alone.
+    """
+
+    patch_size: int = 16
+    prefix: int = 1
+    input_sizes: dict[int, int] = field(default_factory=lambda: {256: 256})
+    model: str
+    file: str
     convert: Callable[[dict], Weights]
+    adapt: Callable[[Weights, nn.Module], Weights] | None = None
     resize: str = "none"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     final_norm: bool = True
-    resample_table: bool = False
     hub: bool = True
+    flags: bool = True
     options: Mapping[str, object] = field(default_factory=dict)
-    mlp_ratio: float = 4.0
+    siblings: Mapping[tuple[int, ...], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert self.resize in RESIZES
+
+    def build(self, input_size: int, weights: str = "", pretrained: bool = True) -> "FrozenViT":
+        return FrozenViT(self, input_size, weights, pretrained)
 
 
 class FrozenViT(nn.Module):
@@ -97,7 +143,7 @@ class FrozenViT(nn.Module):
         self.eval().requires_grad_(False)
 
     def preprocess(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, 3, R, R) -> fp32 (B, 3, input_size, input_size), normalised.
+        """Normalise uint8 (B, 3, R, R) to fp32 (B, 3, input_size, input_size).
 
         Raises:
             ValueError: the encoder does not resize, and R is not its input size.
@@ -117,7 +163,7 @@ class FrozenViT(nn.Module):
         return x
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, 3, R, R) -> floating point (B, N, width), tokens in row-major order."""
+        """Map uint8 (B, 3, R, R) to floating point (B, N, width), tokens in row-major order."""
         tokens = self.vit.forward_features(self.preprocess(images))
         return tokens[:, self.vit.num_prefix_tokens :]
 
@@ -149,8 +195,11 @@ def load_file(vit: nn.Module, path: str | Path, recipe: Recipe) -> None:
     Raises:
         ValueError: no such file, not weights, or weights of another encoder; names what differs.
     """
-    content = read(path, allow_namespace=True)
-    state, wanted = recipe.convert(content), vit.state_dict()
+    content, wanted = read(path, recipe.flags), vit.state_dict()
+    try:
+        state = recipe.convert(content)
+    except ValueError as error:
+        raise ValueError(f"--enc-weights: {path} {error}") from error
     stem = "patch_embed.proj.weight"
     if stem not in state or state[stem].ndim != 4:
         names = sorted(name for name in content if isinstance(name, str))
@@ -158,33 +207,29 @@ def load_file(vit: nn.Module, path: str | Path, recipe: Recipe) -> None:
             f"{path} is not a file of {recipe.name}: expected {recipe.file}, "
             f"got one with {some(names) or 'nothing'}"
         )
-    got, expected = (
-        "width {}, depth {}, patch size {}".format(*measure(weights)) for weights in (state, wanted)
-    )
-    if got != expected:
-        raise ValueError(f"{path} holds a ViT of {got}, expected {expected} of {recipe.name}")
-    if recipe.resample_table and "pos_embed" in state:
-        state["pos_embed"] = _resample(state["pos_embed"], vit)
-    periods = state.pop(naming.ROPE_PERIODS, None)
+    found, kind = _described(state, recipe)
+    _, expected = _described(wanted, recipe)
+    if kind != expected:
+        raise ValueError(f"{path} holds {found}, expected {expected}")
+    periods = state.pop(PERIODS, None)
+    if recipe.adapt is not None:
+        state = recipe.adapt(state, vit)
     problems = differences(state, wanted)
     if problems:
-        raise ValueError(
-            f"{path} holds a ViT of {got} as {recipe.name} has, but {'; '.join(problems)}"
-        )
+        has = "" if found == recipe.name else f" as {recipe.name} has"
+        raise ValueError(f"{path} holds {found}{has}, but {'; '.join(problems)}")
     vit.load_state_dict(state)
     if periods is not None:
         _set_periods(vit, periods, path)
 
 
-def _resample(table: torch.Tensor, vit: nn.Module) -> torch.Tensor:
-    """The position table (1, prefix + N, width) for the grid of `vit`: bicubic with antialias."""
-    from timm.layers import resample_abs_pos_embed
-
-    prefix, grid = vit.num_prefix_tokens, vit.patch_embed.grid_size
-    patches = table.shape[1] - prefix if table.ndim == 3 else 0
-    if patches < 1 or math.isqrt(patches) ** 2 != patches:
-        return table  # whose shape is then refused
-    return resample_abs_pos_embed(table, grid, num_prefix_tokens=prefix)
+def _described(state: Weights, recipe: Recipe) -> tuple[str, str]:
+    """Say which encoder a state dict is of, where it is found and where it is expected."""
+    sizes = measure(state)
+    if sizes in recipe.siblings:
+        return recipe.siblings[sizes], recipe.siblings[sizes]
+    text = SIZES.format(*sizes)
+    return f"a ViT of {text}", f"{text} of {recipe.name}"
 
 
 def _set_periods(vit: nn.Module, periods: torch.Tensor, path: str | Path) -> None:
@@ -192,7 +237,7 @@ def _set_periods(vit: nn.Module, periods: torch.Tensor, path: str | Path) -> Non
     rope = vit.rope
     if periods.shape != rope.periods.shape:
         raise ValueError(
-            f"{path} has other shapes 1: rope_embed.periods {tuple(periods.shape)}, "
+            f"{path} has other shapes 1: {PERIODS} {tuple(periods.shape)}, "
             f"expected {tuple(rope.periods.shape)}"
         )
     rope.periods.copy_(periods)

@@ -1,4 +1,4 @@
-"""Features to judge images by: those of the Inception graph of 2015, or of any encoder.
+"""Features to evaluate images by: those of the Inception graph of 2015, or of any encoder.
 
 The graph is TensorFlow's inception-2015-12-05, which FID, sFID and the inception score are defined
 with, in the port of torch-fidelity: the same weights, TensorFlow 1's bilinear resize to 299 pixels
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from repa_fast.encoders.files import Weights, some, unwrap
+from repa_fast.encoders.files import Weights, load_safely, some, unwrap
 
 POOL_WIDTH = 2048
 SPATIAL_CHANNELS = 7
@@ -25,7 +25,7 @@ WEIGHTS_SHA256 = "6726825d"
 
 
 class Features(NamedTuple):
-    """Of B images, in fp32.
+    """Features of B images, in fp32; networks other than the Inception have only `pool`.
 
     Attributes:
         pool: (B, 2048), TensorFlow's pool_3, for FID, KID, precision and recall.
@@ -35,8 +35,8 @@ class Features(NamedTuple):
     """
 
     pool: torch.Tensor
-    spatial: torch.Tensor
-    logits: torch.Tensor
+    spatial: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
 
 
 class Inception:
@@ -76,7 +76,7 @@ class Inception:
             raise ValueError(
                 f"--inception-weights: {self.weights} has {len(state)} tensors "
                 f"({some(sorted(state)) or 'none'}), expected those of "
-                f"{_file_name(port.URL_INCEPTION_V3)} of torch-fidelity"
+                f"{Path(port.URL_INCEPTION_V3).name} of torch-fidelity"
             ) from error
         self._module = module.to(self.device)
         self._spatial = torch.empty(0)
@@ -87,7 +87,7 @@ class Inception:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> Features:
-        """Features of uint8 images (B, 3, H, W) of any size.
+        """Return the features of uint8 images (B, 3, H, W) of any size.
 
         Raises:
             ValueError: other images.
@@ -102,7 +102,7 @@ class Inception:
 
 
 def spatial_features(activation: torch.Tensor) -> torch.Tensor:
-    """sFID's features (B, 2023) of TensorFlow's mixed_6/conv, an activation (B, C, 17, 17).
+    """Return sFID's features (B, 2023) of TensorFlow's mixed_6/conv, (B, C, 17, 17).
 
     They are its first 7 channels, flattened in TensorFlow's order (H, W, C): position varies
     slowest. The statistics of published reference files are in this order, so flattening (C, H, W)
@@ -118,36 +118,36 @@ def spatial_features(activation: torch.Tensor) -> torch.Tensor:
     return activation[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
 
+@torch.no_grad()
 def mean_patch_tokens(
     encoder: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor
 ) -> torch.Tensor:
-    """The mean of an encoder's patch tokens, fp32 (B, width), of uint8 images (B, 3, R, R).
+    """Return the mean of an encoder's patch tokens, fp32 (B, width), of uint8 images (B, 3, R, R).
 
     For a Frechet distance, KID or MMD in the features of any of `repa_fast.encoders`. These are
     not the published FD-DINOv2 (arXiv 2306.04675), which takes the class token of DINOv2-L, nor
     CMMD (arXiv 2401.09603), which takes CLIP's normalised image embedding: compare values only
     with others of this function.
     """
-    with torch.no_grad():
-        return encoder(images).float().mean(1)
+    return encoder(images).float().mean(1)
 
 
 @contextmanager
 def _exact_fp32() -> Iterator[None]:
-    """No TF32, in which features have only 10 bits of mantissa; restores what was set."""
-    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    """Turn TF32 off, which has only 10 bits of mantissa; restores what was set."""
+    matmuls, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(products)
+        torch.set_float32_matmul_precision(matmuls)
         torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def _fetch(url: str) -> Path:
-    """The published weights in torch's cache."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / _file_name(url)
+    """Return the published weights in torch's cache; fetch them if they are not there."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     if path.exists():
         return path
     try:
@@ -158,28 +158,21 @@ def _fetch(url: str) -> Path:
         raise RuntimeError(
             f"the Inception weights are neither at {path} nor can they be fetched from {url} "
             f"({error}); give them with --inception-weights FILE, where FILE is "
-            f"{_file_name(url)} of torch-fidelity's release {release}"
+            f"{path.name} of torch-fidelity's release {release}"
         ) from error
     return path
 
 
-def _file_name(url: str) -> str:
-    return url.split("/")[-1]
-
-
 def _read(path: Path) -> Weights:
-    """The tensors in a file of torch.save, read without executing pickled code."""
+    """Return the tensors in a file of torch.save, read without executing pickled code."""
+    name = f"--inception-weights: {path}"
     if not path.is_file():
-        raise ValueError(f"--inception-weights: {path} is not a file")
+        raise ValueError(f"{name} is not a file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_safely(path)
     except Exception as error:  # a damaged file fails in any way
-        raise ValueError(
-            f"--inception-weights: {path} cannot be read as weights of torch.save: "
-            f"{type(error).__name__}"
-        ) from error
+        kind = type(error).__name__
+        raise ValueError(f"{name} cannot be read as weights of torch.save: {kind}") from error
     if not isinstance(content, dict):
-        raise ValueError(
-            f"--inception-weights: {path} holds {type(content).__name__}, expected a dictionary"
-        )
+        raise ValueError(f"{name} holds {type(content).__name__}, expected a dictionary")
     return unwrap(content)

@@ -1,6 +1,6 @@
-"""Grids of images, and files of them."""
+"""Grids of images, plots of the analyses, and tables of both."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +14,18 @@ GAP_GREY = 64
 TITLE_PIXELS = 14
 
 
-def arrange(pixels: torch.Tensor, columns: int, titles: Sequence[str] = ()) -> np.ndarray:
-    """uint8 images (B, 3, R, R) -> one picture (H, W, 3), row by row, small images enlarged.
+def arrange(
+    pixels: torch.Tensor, columns: int, titles: Sequence[str] = (), shown: int = SHOWN_PIXELS
+) -> np.ndarray:
+    """Arrange uint8 images (B, 3, R, R) in one picture (H, W, 3), row by row.
 
-    GAP grey pixels lie between neighbours, and grey fills what is left of the last row. `titles`,
-    one for each image, are written above them, cut off where they are too long.
+    GAP grey pixels lie between neighbours, and grey fills what is left of the last row.
+
+    Args:
+        titles: one for each image, written above them, cut off where they are too long.
+        shown: pixels of a side that smaller images are enlarged to.
     """
-    factor = max(1, round(SHOWN_PIXELS / pixels.shape[-1]))
+    factor = max(1, round(shown / pixels.shape[-1]))
     pixels = pixels.cpu().repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     above = TITLE_PIXELS if titles else 0
     pixels = F.pad(pixels, (0, GAP, above, GAP), value=GAP_GREY)
@@ -53,3 +58,68 @@ def save_png(picture: np.ndarray, path: Path) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture).save(path)
+
+
+def by_layer_and_time(
+    values: np.ndarray,
+    layers: Sequence[int],
+    times: Sequence[float],
+    quantity: str,
+    baselines: Mapping[str, float],
+    out: Path,
+) -> None:
+    """Plot values (times, layers) as PNG: over layers by time, over times by the best layers.
+
+    `baselines` are drawn as horizontal lines.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    over_layers, over_times = figure.subplots(1, 2, sharey=True)
+    figure.suptitle(quantity)
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(times)))
+    for colour, t, line in zip(colours, times, values, strict=True):
+        over_layers.plot(layers, line, marker="o", markersize=3, color=colour, label=f"t = {t:g}")
+    best = np.argsort(-values.max(0), kind="stable")[:4]
+    for column in sorted(best):
+        over_times.plot(times, values[:, column], marker="o", label=f"block {layers[column]}")
+    for name, value in baselines.items():
+        over_times.annotate(name, (times[0], value), fontsize="small", va="bottom")
+    for axis, varied in ((over_layers, "block"), (over_times, "t (0 data, 1 noise)")):
+        for value in baselines.values():
+            axis.axhline(value, color="grey", linestyle="--", linewidth=1)
+        axis.set(xlabel=varied)
+        axis.legend(fontsize="small")
+        axis.grid(alpha=0.3)
+    figure.savefig(out, dpi=120)
+
+
+def over_points(
+    lines: Mapping[str, Sequence[tuple[float, float]]], varied: str, quantity: str, out: Path
+) -> None:
+    """Plot (varied, quantity) points as PNG, a line for each name."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5, 4), layout="constrained")
+    axis = figure.subplots()
+    for name, points in lines.items():
+        axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+    axis.set(xlabel=varied, ylabel=quantity)
+    axis.grid(alpha=0.3)
+    if len(lines) > 1:
+        axis.legend(fontsize="small")
+    figure.savefig(out, dpi=120)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a table."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return [lines[0], "|---" * len(head) + "|", *lines[1:]]
+
+
+def layer_table(results: dict, values: Sequence[Sequence[float]], form: str) -> list[str]:
+    """Return the lines of a table of values (times, layers), a row for each of the layers."""
+    head = ["layer", *(f"t = {t:g}" for t in results["times"])]
+    rows = zip(results["layers"], *values, strict=True)
+    return markdown(head, ([str(layer), *(format(v, form) for v in of)] for layer, *of in rows))

@@ -11,17 +11,18 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from numpy.lib import format as npy
 
-from repa_fast.eval.inception import POOL_WIDTH, SPATIAL_WIDTH, Inception
-from repa_fast.eval.statistics import Moments
+from repa_fast.eval.inception import POOL_WIDTH, SPATIAL_WIDTH
 
+Statistics = tuple[np.ndarray, np.ndarray]
+"""Mean (F) and covariance (F, F), fp64."""
 SHAPES = {
     "mu": (POOL_WIDTH,),
     "sigma": (POOL_WIDTH, POOL_WIDTH),
@@ -53,10 +54,17 @@ class ImageFile:
             raise ValueError(f"{path} has {available} images, expected at least {count}")
         self.count = available if count is None else count
 
+    @cached_property
+    def name(self) -> str:
+        """Its file name, with the first 16 hexadecimal digits of the file's SHA-256."""
+        with open(self.path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        return f"{self.path.name}, sha256 {digest}"
+
     def batches(
         self, size: int, rank: int = 0, world_size: int = 1
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(index int64 (B), images uint8 (B, 3, H, W)), at most `size` images at a time, in order.
+        """Yield (index int64 (B), images uint8 (B, 3, H, W)), at most `size` images, in order.
 
         Of several processes each gets every world_size-th batch.
 
@@ -80,7 +88,7 @@ class ImageFile:
 
     @contextmanager
     def _images(self) -> Iterator[tuple[BinaryIO, tuple[int, ...]]]:
-        """arr_0 as a stream that stands at the first pixel, and its shape (N, H, W, 3)."""
+        """Open arr_0 as a stream that stands at the first pixel; also its shape (N, H, W, 3)."""
         with _archive(self.path) as archive:
             if "arr_0.npy" not in archive.namelist():
                 raise ValueError(f"{self.path} lacks arr_0, expected images, {_content(archive)}")
@@ -98,23 +106,18 @@ class ImageFile:
                 yield stream, shape
 
 
-@dataclass(frozen=True)
-class Reference:
+class Reference(NamedTuple):
     """What generated images are compared with.
 
     Attributes:
-        path: the file.
-        sha256: the first 16 hexadecimal digits of the file's.
         images: for precision and recall.
-        pool: mean (2048) and covariance (2048, 2048) of pool_3, fp64.
-        spatial: mean (2023) and covariance (2023, 2023) of sFID's features, fp64.
+        pool: statistics of pool_3, of width 2048.
+        spatial: statistics of sFID's features, of width 2023.
     """
 
-    path: Path
-    sha256: str
     images: ImageFile
-    pool: tuple[np.ndarray, np.ndarray]
-    spatial: tuple[np.ndarray, np.ndarray]
+    pool: Statistics
+    spatial: Statistics
 
 
 def load(path: str | Path) -> Reference:
@@ -133,61 +136,59 @@ def load(path: str | Path) -> Reference:
     for key, array in arrays.items():
         _expect_statistics(f"{path}: {key}", array, SHAPES[key])
     mean, cov, spatial_mean, spatial_cov = (a.astype(np.float64) for a in arrays.values())
-    return Reference(
-        Path(path), fingerprint(path), images, (mean, cov), (spatial_mean, spatial_cov)
-    )
+    return Reference(images, (mean, cov), (spatial_mean, spatial_cov))
 
 
-def measure(batches: Iterable[torch.Tensor], inception: Inception) -> tuple[Moments, Moments]:
-    """Moments of pool_3 and of sFID's features of batches of images, each uint8 (B, 3, H, W).
-
-    Of several processes' batches, `reduce` each of the two before they are written.
-    """
-    pool = Moments(POOL_WIDTH, inception.device)
-    spatial = Moments(SPATIAL_WIDTH, inception.device)
-    for images in batches:
-        features = inception(images)
-        pool.update(features.pool)
-        spatial.update(features.spatial)
-    return pool, spatial
-
-
-def write(path: str | Path, *, images: np.ndarray, pool: Moments, spatial: Moments) -> None:
+def write(path: str | Path, *, images: np.ndarray, pool: Statistics, spatial: Statistics) -> None:
     """Write a reference; the file appears whole or not at all, in the place of an older one.
 
     Args:
         images: uint8 (N, H, W, 3), a sample of the dataset for precision and recall.
-        pool, spatial: of the whole dataset, as `measure` gives them.
+        pool, spatial: of the whole dataset.
 
     Raises:
-        ValueError: other images, or moments of another width or of fewer than two images.
+        ValueError: other images, or statistics of another width.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"images are {images.dtype} {images.shape}, expected uint8 (N, H, W, 3)")
-    if pool.count != spatial.count:
-        raise ValueError(
-            f"pool is of {pool.count} images, spatial of {spatial.count}, expected the same"
-        )
-    arrays = dict(zip(SHAPES, (*pool.statistics(), *spatial.statistics()), strict=True))
+    arrays = dict(zip(SHAPES, (*pool, *spatial), strict=True))
     for key, array in arrays.items():
         _expect_statistics(key, array, SHAPES[key])
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_npz(Path(path), [images], images.shape, **arrays)
+
+
+def write_npz(
+    out: Path, parts: Iterable[np.ndarray], shape: tuple[int, ...], **arrays: np.ndarray
+) -> None:
+    """Write arr_0, the uint8 `parts` one after the other, and `arrays`, holding one part in memory.
+
+    The file takes its name when it is whole.
+
+    Raises:
+        ValueError: the parts do not add up to `shape`.
+    """
+    partial = out.with_name(f".{out.name}.partial")
     try:
-        with open(partial, "wb") as file:
-            np.savez(file, arr_0=np.ascontiguousarray(images), **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with open(partial, "wb") as whole:
+            with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive:
+                with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                    npy.write_array_header_1_0(file, header)
+                    written = 0
+                    for part in parts:
+                        written += part.size
+                        file.write(np.ascontiguousarray(part, np.uint8))
+                if written != np.prod(shape, dtype=np.int64):
+                    raise ValueError(f"{out}: {written} values, expected the {shape} of arr_0")
+                for name, array in arrays.items():  # writestr would put the time of day into it
+                    with archive.open(f"{name}.npy", "w") as file:
+                        np.save(file, array)
+            whole.flush()
+            os.fsync(whole.fileno())
+        partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def fingerprint(path: str | Path) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 @contextmanager
@@ -202,7 +203,7 @@ def _archive(path: str | Path) -> Iterator[zipfile.ZipFile]:
 
 @contextmanager
 def _naming(path: str | Path) -> Iterator[None]:
-    """What goes wrong in reading `path`, as a ValueError that names it."""
+    """Turn what goes wrong in reading `path` into a ValueError that names it."""
     try:
         yield
     except (ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:

@@ -7,10 +7,12 @@ from typing import Literal
 
 import numpy as np
 
-from repa_fast.data.processes import own_device
+from repa_fast.configs.part import expect_at_least
+from repa_fast.configs.sampler import SamplerConfig
+from repa_fast.distributed import own_device
 from repa_fast.eval.load import load
 from repa_fast.eval.pictures import arrange, save_png
-from repa_fast.eval.sampling import ImageSampler, SamplerConfig
+from repa_fast.eval.sampling import ImageSampler
 
 IMAGENET_CLASSES = 1000
 MOST_ROWS = 10
@@ -38,14 +40,13 @@ class SampleConfig(SamplerConfig):
 
 
 def sample(config: SampleConfig) -> Path:
-    """Write the picture; returns its path.
+    """Write the picture; return its path.
 
     Raises:
         ValueError: unknown class, or weights or settings that do not fit.
         RuntimeError: the autoencoder cannot be loaded.
     """
-    if config.count < 1:
-        raise ValueError(f"count is {config.count}, expected at least 1")
+    expect_at_least(config, 1, "count")
     device = own_device()
     loaded = load(
         config.ckpt,
@@ -68,7 +69,7 @@ def sample(config: SampleConfig) -> Path:
 
 
 def class_names(known: Sequence[str]) -> tuple[str, ...]:
-    """Names for people: ImageNet's, synonyms after a comma, where the dataset has numbers only."""
+    """Return names for people: ImageNet's, with synonyms, where the dataset has numbers only."""
     if len(known) != IMAGENET_CLASSES or not all(name.isdecimal() for name in known):
         return tuple(known)
     from timm.data import ImageNetInfo
@@ -78,7 +79,7 @@ def class_names(known: Sequence[str]) -> tuple[str, ...]:
 
 
 def class_index(wanted: str, names: Sequence[str]) -> int:
-    """The class of that number or, in any case of letters, that name or part of a name.
+    """Return the class of that number or, in any case of letters, that name or part of a name.
 
     Raises:
         ValueError: none, or several; lists some.

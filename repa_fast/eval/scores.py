@@ -1,19 +1,59 @@
-"""Scores of generated images from features: inception score, precision and recall, KID, MMD.
+"""Scores of generated images from features: Frechet distance, inception score, KID, MMD, and
+precision and recall.
 
-All compute in fp64 on the device of the features, so that neither TF32 nor the cancellation in
-squared distances shows. The Frechet distance is in `fid`.
+All compute in fp64, those of tensors on the tensors' device, so that neither TF32 nor the
+cancellation in squared distances shows.
 """
 
+import itertools
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 CHUNK = 4096
 """Rows and columns of distances at a time: 128 MiB in fp64, of which a few are held."""
 
 
+def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean (F) and covariance (F, F), fp64, of features (N, F).
+
+    Raises:
+        ValueError: fewer than two rows.
+    """
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"features have shape {features.shape}, expected (N, F) with N >= 2")
+    features = features.astype(np.float64)
+    return features.mean(0), np.cov(features, rowvar=False).reshape(features.shape[1], -1)
+
+
+def frechet_distance(
+    mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray
+) -> float:
+    """Compute |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)) (arXiv 1706.08500).
+
+    The trace of the root comes from the symmetric cov_a^(1/2) cov_b cov_a^(1/2), whose eigenvalues
+    are real and, up to rounding, not negative; so singular covariances need no regularisation.
+
+    Args:
+        mean_a, mean_b: (F).
+        cov_a, cov_b: (F, F), symmetric.
+
+    Raises:
+        ValueError: other shapes, as of different features.
+    """
+    shapes, width = [array.shape for array in (mean_a, cov_a, mean_b, cov_b)], mean_a.size
+    if shapes != [(width,), (width, width)] * 2:
+        raise ValueError(f"means and covariances are {shapes}, expected (F), (F, F), (F), (F, F)")
+    values, vectors = np.linalg.eigh(cov_a)
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    trace_root = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(min=0)).sum()
+    difference = mean_a - mean_b
+    return float(difference @ difference + np.trace(cov_a) + np.trace(cov_b) - 2 * trace_root)
+
+
 def inception_score(logits: torch.Tensor, split_size: int = 5000) -> float:
-    """exp(mean KL(p(y|x) || p(y))) of each split, averaged over splits (arXiv 1606.03498).
+    """Compute exp(mean KL(p(y|x) || p(y))), averaged over splits (arXiv 1606.03498).
 
     The mean divergence of a split is the entropy of its mean posterior less the mean entropy of its
     posteriors.
@@ -36,14 +76,14 @@ def inception_score(logits: torch.Tensor, split_size: int = 5000) -> float:
 
 
 def _entropy(probabilities: torch.Tensor) -> torch.Tensor:
-    """In nats, over the last axis."""
+    """Return the entropy over the last axis, in nats."""
     return -torch.special.xlogy(probabilities, probabilities).sum(-1)
 
 
 def precision_recall(
     real: torch.Tensor, generated: torch.Tensor, *, k: int = 3, chunk: int = CHUNK
 ) -> tuple[float, float]:
-    """Improved precision and recall (arXiv 1904.06991, equation 1).
+    """Compute improved precision and recall (arXiv 1904.06991, equation 1).
 
     Precision is the share of generated images within the radius of at least one real image, a
     distance equal to the radius included; recall is the same with the two sets exchanged. The
@@ -56,7 +96,6 @@ def precision_recall(
     Args:
         real: features (N, F), pool_3 of 10,000 reference images in ADM's evaluator.
         generated: features (M, F) on the same device.
-        k: which neighbour.
         chunk: rows and columns of distances at a time.
 
     Raises:
@@ -69,31 +108,24 @@ def precision_recall(
 
 
 def _squared_radii(features: torch.Tensor, k: int, chunk: int) -> torch.Tensor:
-    """Squared distance (N) of each row to its k-th nearest other row."""
-    radii = []
-    for start, rows in _chunks(features, chunk):
-        nearest = features.new_full((len(rows), k), torch.inf, dtype=torch.float64)
-        for first, columns in _chunks(features, chunk):
-            distances = _squared_distances(rows, columns)
-            if first == start:
-                distances.fill_diagonal_(torch.inf)
-            nearest = torch.cat([nearest, distances], 1).topk(k, largest=False).values
-        radii.append(nearest[:, -1])
-    return torch.cat(radii)
+    """Return the squared distance (N) of each row to its k-th nearest other row."""
+    nearest = features.new_full((len(features), k), torch.inf, dtype=torch.float64)
+    for rows, columns, distances in _squared_distances(features, features, chunk):
+        if rows == columns:
+            distances.fill_diagonal_(torch.inf)
+        nearer = torch.cat([nearest[rows], distances], 1)
+        nearest[rows] = nearer.topk(k, largest=False).values
+    return nearest[:, -1]
 
 
 def _covered(
     queries: torch.Tensor, centres: torch.Tensor, squared_radii: torch.Tensor, chunk: int
 ) -> float:
-    """Share of queries (N, F) within the radius (M) of at least one of the centres (M, F)."""
-    covered = 0
-    for _, rows in _chunks(queries, chunk):
-        inside = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-        for first, columns in _chunks(centres, chunk):
-            radii = squared_radii[first : first + chunk]
-            inside |= (_squared_distances(rows, columns) <= radii).any(1)
-        covered += int(inside.sum())
-    return covered / len(queries)
+    """Return the share of queries (N, F) within the radius (M) of at least one centre (M, F)."""
+    inside = torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
+    for rows, columns, distances in _squared_distances(queries, centres, chunk):
+        inside[rows] |= (distances <= squared_radii[columns]).any(1)
+    return int(inside.sum()) / len(queries)
 
 
 def kid(
@@ -104,15 +136,14 @@ def kid(
     size: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Kernel inception distance (arXiv 1801.01401): its mean and standard deviation over subsets.
+    """Compute the kernel inception distance (arXiv 1801.01401): mean and deviation over subsets.
 
-    The unbiased estimate of MMD^2 with the kernel (x.y / F + 1)^3, so it can be negative.
+    It is the unbiased estimate of MMD^2 with the kernel (x.y / F + 1)^3, so it can be negative.
 
     Args:
         real, generated: features (N, F) and (M, F) on one device, pool_3 by custom.
-        subsets: how many pairs of random subsets.
+        subsets: how many pairs of random subsets, which `seed` decides.
         size: images of a subset, drawn without repetition.
-        seed: of the subsets.
 
     Raises:
         ValueError: fewer than `size` images in a set, other shapes, or features not finite.
@@ -135,7 +166,7 @@ def _cubic(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def _mean_of_others(x: torch.Tensor) -> torch.Tensor:
-    """The mean of `_cubic(x, x)` outside its diagonal."""
+    """Return the mean of `_cubic(x, x)` outside its diagonal."""
     diagonal = (x.square().sum(1) / x.shape[1] + 1) ** 3
     return (_cubic(x, x).sum() - diagonal.sum()) / (len(x) * (len(x) - 1))
 
@@ -148,7 +179,7 @@ def mmd_rbf(
     scale: float = 1000.0,
     chunk: int = CHUNK,
 ) -> float:
-    """scale * MMD^2 with the kernel exp(-|x - y|^2 / (2 sigma^2)), as CMMD has (arXiv 2401.09603).
+    """Compute scale * MMD^2 with the kernel exp(-|x - y|^2 / (2 sigma^2)), as CMMD (2401.09603).
 
     The estimate is the one of least variance, in which an image is also compared with itself
     (Gretton et al. 2012, equation 5), as in the authors' program: never negative, and 0 for equal
@@ -164,36 +195,34 @@ def mmd_rbf(
 
     def mean_kernel(x: torch.Tensor, y: torch.Tensor) -> float:
         total = x.new_zeros((), dtype=torch.float64)
-        for _, rows in _chunks(x, chunk):
-            for _, columns in _chunks(y, chunk):
-                total += _squared_distances(rows, columns).mul_(-0.5 / sigma**2).exp_().sum()
+        for _, _, distances in _squared_distances(x, y, chunk):
+            total += distances.mul_(-0.5 / sigma**2).exp_().sum()
         return total.item() / (len(x) * len(y))
 
     own = mean_kernel(real, real) + mean_kernel(generated, generated)
     return scale * (own - 2 * mean_kernel(real, generated))
 
 
-def _chunks(features: torch.Tensor, chunk: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """(index of the first row, rows in fp64) of consecutive chunks."""
-    for start in range(0, len(features), chunk):
-        yield start, features[start : start + chunk].double()
+def _squared_distances(
+    x: torch.Tensor, y: torch.Tensor, chunk: int
+) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """Yield (rows, columns, |x_i - y_j|^2 of these, fp64); 0 where rounding could make it so.
 
-
-def _squared_distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """|x_i - y_j|^2, fp64 (N, M), of fp64 rows; 0 where rounding alone could make it so.
-
-    As |x|^2 + |y|^2 - 2 x.y, whose rounding error is at most about F eps (|x|^2 + |y|^2). Copies
-    must be at distance 0: their radii are 0 where there are more than k.
+    Computed as |x|^2 + |y|^2 - 2 x.y, whose rounding error is at most about F eps (|x|^2 + |y|^2).
+    Copies must be at distance 0: their radii are 0 where there are more than k.
     """
-    squares = x.square().sum(1)[:, None] + y.square().sum(1)
-    distances = torch.addmm(squares, x, y.T, alpha=-2)
-    squares *= x.shape[1] * torch.finfo(torch.float64).eps
-    return distances.masked_fill_(distances <= squares, 0)
+    for i, j in itertools.product(range(0, len(x), chunk), range(0, len(y), chunk)):
+        rows, columns = slice(i, i + chunk), slice(j, j + chunk)
+        a, b = x[rows].double(), y[columns].double()
+        squares = a.square().sum(1)[:, None] + b.square().sum(1)
+        distances = torch.addmm(squares, a, b.T, alpha=-2)
+        squares *= x.shape[1] * torch.finfo(torch.float64).eps
+        yield rows, columns, distances.masked_fill_(distances <= squares, 0)
 
 
 def _expect_pair(real: torch.Tensor, generated: torch.Tensor, at_least: int) -> None:
-    for name, features in (("real", real), ("generated", generated)):
-        _expect_features(f"{name} features", features, at_least)
+    _expect_features("real features", real, at_least)
+    _expect_features("generated features", generated, at_least)
     if real.shape[1] != generated.shape[1]:
         raise ValueError(
             f"real features have width {real.shape[1]}, generated {generated.shape[1]}, "

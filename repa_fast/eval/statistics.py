@@ -1,13 +1,10 @@
-"""Features of images that arrive in batches, in one process or several: moments, and rows."""
-
-from typing import TYPE_CHECKING
+"""Features of images that arrive in batches, on one process or several: moments, and rows."""
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-if TYPE_CHECKING:
-    from repa_fast.distributed import World
+from repa_fast.distributed import World
 
 SHOWN = 6
 
@@ -43,22 +40,14 @@ class Moments:
         rows = rows.to(self.mean)
         mean = rows.mean(0)
         centred = rows - mean
-        self._merge(len(rows), mean, centred.T @ centred)
-
-    def merge(self, other: "Moments") -> None:
-        """Take in all rows of `other`."""
-        if other.count:
-            self._merge(other.count, other.mean.to(self.mean), other.scatter.to(self.mean))
-
-    def _merge(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
-        total = self.count + count
+        total = self.count + len(rows)
         shift = mean - self.mean
-        self.scatter += scatter
-        self.scatter += torch.outer(shift, shift) * (self.count * count / total)
-        self.mean += shift * (count / total)
+        self.scatter += centred.T @ centred
+        self.scatter += torch.outer(shift, shift) * (self.count * len(rows) / total)
+        self.mean += shift * (len(rows) / total)
         self.count = total
 
-    def reduce(self, world: "World") -> None:
+    def reduce(self, world: World) -> None:
         """Take in the rows of all processes; every one calls it, once, and has the whole then."""
         total = int(world.sum(torch.tensor(self.count)))
         mean = world.sum(self.mean * (self.count / max(total, 1)))
@@ -67,7 +56,7 @@ class Moments:
         self.count, self.mean = total, mean
 
     def statistics(self, at_least: int = 2) -> tuple[np.ndarray, np.ndarray]:
-        """Mean (F) and unbiased covariance (F, F), fp64, as `fid.frechet_distance` takes them.
+        """Return mean (F) and unbiased covariance (F, F), fp64, as for `scores.frechet_distance`.
 
         Raises:
             ValueError: fewer than `at_least` rows, or than two; or a row that is not finite.
@@ -77,19 +66,6 @@ class Moments:
         if not (self.mean.isfinite().all() and self.scatter.isfinite().all()):
             raise ValueError(f"features of {self.count} images are not all finite")
         return self.mean.cpu().numpy(), (self.scatter / (self.count - 1)).cpu().numpy()
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """For `from_state_dict`, in another process or later."""
-        return {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, torch.Tensor]) -> "Moments":
-        """What gave `state_dict`, on the device of its tensors."""
-        moments = cls(len(state["mean"]), state["mean"].device)
-        moments.count = int(state["count"])
-        moments.mean.copy_(state["mean"])
-        moments.scatter.copy_(state["scatter"])
-        return moments
 
 
 class Rows:
@@ -116,8 +92,8 @@ class Rows:
         self._index.append(index.to(self._index[0]))
         self._rows.append(rows.to(self._rows[0]))
 
-    def gather(self, count: int, world: "World") -> torch.Tensor:
-        """Rows of the images 0 to count - 1 in order, fp32 (count, F); every process calls it.
+    def gather(self, count: int, world: World) -> torch.Tensor:
+        """Return the rows of images 0 to count - 1, fp32 (count, F); every process calls it.
 
         Images from `count` on, which fill up a last batch, are left out.
 

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from repa_fast.checkpoint.layout import path_of, steps
-from repa_fast.data.processes import own_device
+from repa_fast.checkpoint.layout import run_checkpoints
+from repa_fast.configs.sampler import SamplerConfig
+from repa_fast.distributed import own_device
 from repa_fast.eval.load import load
 from repa_fast.eval.pictures import arrange, save_png
 from repa_fast.eval.sample import class_index, class_names
-from repa_fast.eval.sampling import ImageSampler, SamplerConfig, labels_of
+from repa_fast.eval.sampling import ImageSampler
 
 
 @dataclass(kw_only=True)
@@ -30,21 +31,8 @@ class StripConfig(SamplerConfig):
     """File to write; strip.png in the run's folder where empty."""
 
 
-def run_checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, by step.
-
-    Raises:
-        ValueError: it has none.
-    """
-    folder = run / "checkpoints"
-    found = [path_of(folder, step) for step in steps(folder)]
-    if not found:
-        raise ValueError(f"{run} is not a run with complete checkpoints, expected one")
-    return found
-
-
 def strip(config: StripConfig) -> Path:
-    """Write the picture; returns its path.
+    """Write the picture; return its path.
 
     Raises:
         ValueError: not a run, an unknown class, or settings that do not fit.
@@ -58,14 +46,12 @@ def strip(config: StripConfig) -> Path:
             names = class_names(loaded.metadata.class_names)
             labels = np.array([class_index(name, names) for name in config.classes])
         else:
-            labels = labels_of(
-                np.arange(config.count), loaded.model.num_classes, config.seed, "balanced"
-            )
+            labels = np.arange(config.count) % loaded.model.num_classes
         sampler = ImageSampler(loaded, config, device)
         columns.append(sampler.images(np.arange(len(labels)), labels, config.seed).cpu())
-        titles.append(f"{loaded.step}")
+        titles.append(str(loaded.step))
     pictures = torch.stack(columns, dim=1)  # rows, columns, 3, R, R
-    out = Path(config.out) if config.out else Path(config.ckpt) / "strip.png"
-    shown = titles * len(pictures)
-    save_png(arrange(pictures.flatten(0, 1), len(columns), shown), out)
+    out = Path(config.out or Path(config.ckpt) / "strip.png")
+    shown = arrange(pictures.flatten(0, 1), len(columns), titles * len(pictures))
+    save_png(shown, out)
     return out

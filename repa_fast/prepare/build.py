@@ -1,4 +1,4 @@
-"""Images to a native dataset, on any number of processes, resumable after a kill at any moment.
+"""Images to a native dataset, by any number of processes, resumable after a kill at any moment.
 
 The unit of work is a block of consecutive images. A process takes every WORLD_SIZE-th block, crops
 and encodes it in batches of one size, the last one padded, writes it as fragments of the table and
@@ -7,6 +7,7 @@ computed again. When every block has one, the first process commits them all at 
 there is no table, after it there is the whole one. Processes meet in the file system alone.
 """
 
+import functools
 import itertools
 import json
 import zlib
@@ -20,7 +21,7 @@ import numpy as np
 
 from repa_fast.data import dataset
 from repa_fast.data.dataset import Metadata, Row
-from repa_fast.ledger import Ledger, is_disk_full, share, write_whole
+from repa_fast.ledger import Ledger, share, write_whole
 from repa_fast.prepare.crop import center_crop, encode, original
 from repa_fast.prepare.sources import Source
 
@@ -28,6 +29,8 @@ BLOCK = 4096
 """Images per block: what a kill can cost, and the rows of a fragment."""
 AHEAD = 2
 """Batches that are decoded while one is encoded."""
+VERIFIED_ROWS = 256
+"""Rows that are read again at once."""
 
 Encode = Callable[[np.ndarray], np.ndarray]
 """uint8 (B, 3, R, R) -> float32 moments (B, 2C, h, w)."""
@@ -90,18 +93,18 @@ class Building:
             )
         record = {
             "rows": len(rows),
-            "crc32": checksum(rows),
+            "crc32": functools.reduce(checksum, rows, 0),
             "skipped": list(skipped),
             "fragments": [fragment.to_json() for fragment in fragments],
         }
         self.ledger.write(block, record)
 
     def rows_done(self) -> int:
-        """Images of the source in finished blocks; the last block counts as a whole one."""
+        """Return the images of the source in finished blocks."""
         return min(len(self.ledger.done()) * self.recipe.block, self.recipe.rows)
 
     def commit(self) -> int:
-        """Make the table of all blocks; returns its rows.
+        """Make the table of all blocks and return its rows.
 
         Raises:
             ValueError: no image was good.
@@ -117,10 +120,7 @@ class Building:
         if not fragments:
             raise ValueError(f"{self.recipe.source} has no good image")
         self._remove_orphans(fragments)
-        checks = [
-            {"rows": record["rows"], "crc32": record["crc32"], "skipped": record["skipped"]}
-            for record in records
-        ]
+        checks = [{key: record[key] for key in ("rows", "crc32", "skipped")} for record in records]
         write_whole(self.blocks_file, json.dumps(checks, indent=1))
         operation = lance.LanceOperation.Overwrite(dataset.schema(self.recipe.metadata), fragments)
         lance.LanceDataset.commit(str(self.uri), operation)
@@ -128,7 +128,7 @@ class Building:
         return sum(record["rows"] for record in records)
 
     def _remove_orphans(self, fragments: Iterable) -> None:
-        """Files of blocks that a kill cut off between their rows and their record."""
+        """Remove files of blocks that a kill cut off between their rows and their record."""
         kept = {Path(file.path).name for fragment in fragments for file in fragment.files}
         for file in (self.uri / "data").iterdir():
             if file.name not in kept:
@@ -147,10 +147,13 @@ def build(
     workers: int = 4,
     progress: Callable[[int], None] = lambda done: None,
 ) -> int | None:
-    """Write OUT/SPLIT.lance; every process calls it. Returns its rows, on the first process.
+    """Write OUT/SPLIT.lance; every process calls it, and the first gets the number of rows.
 
     Args:
+        source, out, split: what to read, and where to write.
+        recipe: what else decides the rows.
         encode_batch: for exactly `recipe.batch` images.
+        rank, world_size: which process this is, of how many.
         workers: threads that decode and crop.
         progress: called with the images that are done, of all processes.
 
@@ -168,17 +171,18 @@ def build(
         return None
     ledger, left = shared
     building = Building(uri, recipe, ledger)
+
+    def finish(block: int) -> None:
+        building.write(block, *block_rows(source, block, recipe, encode_batch, pool))
+
+    def report() -> None:
+        progress(building.rows_done())
+
     with ThreadPoolExecutor(workers, thread_name_prefix="repa-fast-crop") as pool:
-        for block in left:
-            rows, skipped = block_rows(source, block, recipe, encode_batch, pool)
-            try:
-                building.write(block, rows, skipped)
-            except OSError as error:
-                raise _explained(error, building) from error
-            progress(building.rows_done())
+        ledger.work(left, finish, report, f"of {units} blocks")
     if rank:
         return None
-    ledger.wait_for(recipe.blocks, lambda: progress(building.rows_done()))
+    ledger.wait_for(units, report)
     progress(recipe.rows)
     return building.commit()
 
@@ -186,7 +190,7 @@ def build(
 def block_rows(
     source: Source, block: int, recipe: Recipe, encode_batch: Encode, pool: ThreadPoolExecutor
 ) -> tuple[list[Row], list[str]]:
-    """The rows of a block, and what was wrong with each image that was skipped."""
+    """Return the rows of a block, and what was wrong with each image that was skipped."""
     start = block * recipe.block
     indices = range(start, min(start + recipe.block, recipe.rows))
     rows: list[Row] = []
@@ -210,7 +214,7 @@ def block_rows(
 def _image(
     source: Source, index: int, recipe: Recipe
 ) -> tuple[np.ndarray, bytes, int] | ValueError:
-    """(uint8 (3, R, R), encoded image, label); a bad image's error where it is to be skipped."""
+    """Return pixels uint8 (3, R, R), file and label; the error of a bad image to be skipped."""
     try:
         item = source.read(index)
         pixels = center_crop(item.data, recipe.metadata.resolution, item.name)
@@ -226,7 +230,7 @@ def _image(
 
 
 def ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable, depth: int) -> Iterator:
-    """Results in order, with at most `depth` of them computed before they are asked for."""
+    """Yield results in order, at most `depth` of them computed before they are asked for."""
     pending: deque = deque()
     try:
         for item in items:
@@ -240,25 +244,15 @@ def ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable, depth: 
             future.cancel()
 
 
-def checksum(rows: Iterable[Row]) -> int:
-    """CRC-32 of image bytes, moments and label of every row, in order."""
-    value = 0
-    for row in rows:
-        value = _extended(value, row)
-    return value
-
-
-def _extended(value: int, row: Row) -> int:
+def checksum(value: int, row: Row) -> int:
+    """Extend a CRC-32 by image bytes, moments and label of a row."""
     value = zlib.crc32(row["image"], value)
     value = zlib.crc32(np.ascontiguousarray(row["moments"], dtype=np.float32), value)
     return zlib.crc32(int(row["label"]).to_bytes(8, "little"), value)
 
 
 def verify(out: Path, split: str, progress: Callable[[int], None] = lambda done: None) -> int:
-    """Read everything again: rows, shapes, finite moments, images, a checksum per block.
-
-    Returns:
-        The number of rows.
+    """Read everything again (shapes, finite moments, images, checksums) and return the rows.
 
     Raises:
         ValueError: what is wrong, and where.
@@ -271,29 +265,41 @@ def verify(out: Path, split: str, progress: Callable[[int], None] = lambda done:
     expected = sum(block["rows"] for block in blocks)
     if len(table) != expected:
         raise ValueError(f"{table.uri} has {len(table)} rows, expected {expected}")
-    start = 0
-    for number, block in enumerate(blocks):
-        value = 0
-        for first in range(start, start + block["rows"], 256):
-            indices = np.arange(first, min(first + 256, start + block["rows"]))
-            for fetched in table.fetch(indices):
-                sample = table.decode(fetched)
-                value = _extended(value, sample | {"image": fetched.image})
-            progress(int(indices[-1]) + 1)
-        if value != block["crc32"]:
-            raise ValueError(
-                f"{table.uri}: rows {start} to {start + block['rows'] - 1} (block {number}) have "
-                f"checksum {value:08x}, expected {block['crc32']:08x}"
-            )
-        start += block["rows"]
+
+    def checksum_of(indices: np.ndarray, value: int) -> int:
+        for fetched in table.fetch(indices):
+            value = checksum(value, table.decode(fetched) | {"image": fetched.image})
+        return value
+
+    expect_checksums(blocks, checksum_of, f"{table.uri}: content", "block", progress)
     return expected
 
 
-def _explained(error: OSError, building: Building) -> Exception:
-    if not is_disk_full(error):
-        return error
-    done = len(building.ledger.done())
-    return RuntimeError(
-        f"the disk of {building.uri} is full; {done} of {building.recipe.blocks} "
-        "blocks are written and kept: make room and run the same command again"
-    )
+def expect_checksums(
+    parts: Iterable[dict],
+    checksum_of: Callable[[np.ndarray, int], int],
+    what: str,
+    part: str,
+    progress: Callable[[int], None],
+) -> None:
+    """Raise ValueError unless consecutive parts of a table have their checksums.
+
+    Args:
+        parts: "rows" and "crc32" of each.
+        checksum_of: (indices, value before them) -> value after them.
+        what, part: is checked, and is a part's name, for the message.
+        progress: called with the rows that are done.
+    """
+    start = 0
+    for number, expected in enumerate(parts):
+        value, stop = 0, start + expected["rows"]
+        for first in range(start, stop, VERIFIED_ROWS):
+            last = min(first + VERIFIED_ROWS, stop)
+            value = checksum_of(np.arange(first, last), value)
+            progress(last)
+        if value != expected["crc32"]:
+            raise ValueError(
+                f"{what} of rows {start} to {stop - 1} ({part} {number}) has checksum "
+                f"{value:08x}, expected {expected['crc32']:08x}"
+            )
+        start = stop

@@ -33,7 +33,7 @@ Encoding = Literal["jpeg", "png"]
 
 
 def center_crop(data: bytes, resolution: int, name: str = "image") -> np.ndarray:
-    """Encoded bytes -> uint8 RGB (R, R, 3): halved while possible, resized, cropped.
+    """Decode an image to uint8 RGB (R, R, 3): halved while possible, resized, cropped.
 
     While the short side is at least 2R both sides are halved (rounding down) with a box filter; a
     bicubic filter then makes the short side R, the long one to the nearest pixel; the centre
@@ -62,35 +62,27 @@ def center_crop(data: bytes, resolution: int, name: str = "image") -> np.ndarray
 
 
 def encode(pixels: np.ndarray, kind: Encoding = "png", quality: int = 95) -> bytes:
-    """uint8 RGB (R, R, 3) -> a file's bytes.
-
-    Args:
-        pixels: the image.
-        kind: "png", exact, or "jpeg", with chroma at full resolution (4:4:4).
-        quality: of a JPEG, 1..100.
+    """Encode uint8 RGB (R, R, 3) as PNG, or as JPEG with chroma at full resolution (4:4:4).
 
     Raises:
-        ValueError: another kind, quality, dtype or shape.
+        ValueError: another kind, dtype or shape, or a quality of a JPEG outside of 1..100.
     """
     from PIL import Image
 
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(f"image is {pixels.dtype} {pixels.shape}, expected uint8 (R, R, 3)")
-    if kind == "png":
-        options = {}
-    elif kind == "jpeg":
-        if not 1 <= quality <= 100:
-            raise ValueError(f"JPEG quality is {quality}, expected 1..100")
-        options = {"quality": quality, "subsampling": 0}
-    else:
+    if kind not in ("jpeg", "png"):
         raise ValueError(f"image kind is {kind!r}, expected 'jpeg' or 'png'")
+    if kind == "jpeg" and not 1 <= quality <= 100:
+        raise ValueError(f"JPEG quality is {quality}, expected 1..100")
+    options = {"quality": quality, "subsampling": 0} if kind == "jpeg" else {}
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format=kind.upper(), **options)
     return buffer.getvalue()
 
 
 def original(data: bytes, resolution: int, name: str = "image") -> bytes:
-    """The untouched file, if it may stand in a dataset for its centre crop.
+    """Return the untouched file, if it may stand in a dataset for its centre crop.
 
     It may if every reader makes the same R x R pixels of it: a JPEG or PNG of that size, grey or
     RGB with 8 bits, upright. `center_crop` then changes no pixel, and is what finds damage.
@@ -117,7 +109,7 @@ def original(data: bytes, resolution: int, name: str = "image") -> bytes:
 
 
 def _decode(data: bytes, name: str) -> "Image.Image":
-    """The first frame, 8-bit RGB."""
+    """Decode the first frame to 8-bit RGB."""
     from PIL import Image
 
     image = _open(data, name)
@@ -129,29 +121,30 @@ def _decode(data: bytes, name: str) -> "Image.Image":
 
 
 def _open(data: bytes, name: str) -> "Image.Image":
-    """The header is read; pixels not yet."""
+    """Read the header, not yet the pixels."""
     from PIL import Image
 
     if not data:
         raise ValueError(f"{name}: is empty, expected an image")
     with _named(name):
-        try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-        except Image.UnidentifiedImageError:
-            image = None
-    if image is None:
-        raise ValueError(f"{name}: is not an image, expected one of {', '.join(FORMATS)}")
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     _check_pixels(f"{name}: is", *image.size)
     return image
 
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Whatever a decoder stumbles over, of any kind, as a ValueError with the image's name."""
+    """Raise ValueError with the image's name, whatever a decoder stumbles over."""
+    from PIL import UnidentifiedImageError
+
     try:
         yield
     except MemoryError:  # is no fault of the image: MAX_PIXELS bounds its needs
         raise
+    except UnidentifiedImageError as error:
+        raise ValueError(
+            f"{name}: is not an image, expected one of {', '.join(FORMATS)}"
+        ) from error
     except Exception as error:
         raise ValueError(f"{name}: cannot be decoded ({error})") from error
 

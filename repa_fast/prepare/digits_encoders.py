@@ -54,11 +54,7 @@ def load_split(split: str) -> tuple[Tensor, Tensor]:
 def warp(images: Tensor) -> Tensor:
     """Rotate (15 degrees), shear, scale (15 %) and shift (1.6 pixels) each image by random amounts.
 
-    Args:
-        images: float (B, 3, 16, 16), pixels in 0..255.
-
-    Returns:
-        float (B, 3, 16, 16), pixels in 0..255; what comes in from outside is 0 (paper).
+    Images are float (B, 3, 16, 16), pixels in 0..255; what comes in from outside is 0 (paper).
     """
     uniform = torch.rand(6, len(images)) * 2 - 1  # (6, B) in [-1, 1)
     angle, shear = uniform[0] * 0.26, uniform[1] * 0.2  # radians, ratio
@@ -75,11 +71,7 @@ def warp(images: Tensor) -> Tensor:
 def corrupt(images: Tensor) -> Tensor:
     """Change contrast, add noise and blank one square of up to 6 pixels a side in each image.
 
-    Args:
-        images: float (B, 3, 16, 16), pixels in 0..255.
-
-    Returns:
-        float (B, 3, 16, 16), pixels in 0..255; the three channels stay equal.
+    Images are float (B, 3, 16, 16), pixels in 0..255; the three channels stay equal.
     """
     batch, _, side, _ = images.shape
     contrast = 0.6 + 0.8 * torch.rand(batch, 1, 1, 1)

@@ -24,9 +24,9 @@ import torch
 
 from repa_fast.data.dataset import LatentDataset
 from repa_fast.data.features import FeatureColumn, Storage
-from repa_fast.data.processes import own_device, progress_bar, rank_and_size
-from repa_fast.ledger import Ledger, is_disk_full, share, write_whole
-from repa_fast.prepare.build import AHEAD, ahead
+from repa_fast.distributed import own_device, progress_bar, rank_and_size
+from repa_fast.ledger import Ledger, share, write_whole
+from repa_fast.prepare.build import AHEAD, ahead, expect_checksums
 
 if TYPE_CHECKING:
     import lance
@@ -142,10 +142,11 @@ def extract(
     workers: int = 4,
     progress: Callable[[int], None] = lambda done: None,
 ) -> bool:
-    """Add `column` to the table; every process calls it. Returns whether this one committed it.
+    """Add `column` to the table; every process calls it; return whether this one committed it.
 
     Args:
         encode: for exactly `batch` images.
+        rank, world_size: which process this is, of how many.
         workers: threads that decode images.
         progress: called with the rows that are done, of all processes.
 
@@ -153,7 +154,11 @@ def extract(
         ValueError: a bad image (named), a name that is taken, or another recipe than before.
         RuntimeError: the disk is full, or the table was changed meanwhile.
     """
-    _expect_good_name(column)
+    if not NAME.fullmatch(column.name) or column.name in RESERVED:
+        raise ValueError(
+            f"column is {column.name!r}, expected letters, digits and underscores, and none of "
+            f"{', '.join(RESERVED)}"
+        )
     table, uri = dataset.table, Path(dataset.uri)
     taken = functools.partial(_taken, column, uri)
     if rank == 0 and (names := taken()):
@@ -165,34 +170,27 @@ def extract(
         return False
     ledger, left = shared
     starts = np.cumsum([0, *(fragment.count_rows() for fragment in fragments)])
+
+    def finish(unit: int) -> None:
+        indices = range(starts[unit], starts[unit + 1])
+        packed = _packed(dataset, column, encode, indices, batch, pool)
+        ledger.write(unit, _add(fragments[unit], column, packed))
+
+    def report() -> None:
+        progress(int(sum(starts[unit + 1] - starts[unit] for unit in ledger.done())))
+
     with ThreadPoolExecutor(workers, thread_name_prefix="repa-fast-decode") as pool:
-        for unit in left:
-            indices = range(starts[unit], starts[unit + 1])
-            packed = _packed(dataset, column, encode, indices, batch, pool)
-            ledger.write(unit, _add(fragments[unit], column, packed, ledger))
-            progress(_rows_of(ledger, starts))
+        ledger.work(left, finish, report, "fragments")
     if rank:
         return False
-    ledger.wait_for(len(fragments), lambda: progress(_rows_of(ledger, starts)))
+    ledger.wait_for(len(fragments), report)
     progress(len(dataset))
     _commit(dataset, column, ledger, len(fragments))
     return True
 
 
-def _rows_of(ledger: Ledger, starts: np.ndarray) -> int:
-    return int(sum(starts[unit + 1] - starts[unit] for unit in ledger.done()))
-
-
-def _expect_good_name(column: FeatureColumn) -> None:
-    if not NAME.fullmatch(column.name) or column.name in RESERVED:
-        raise ValueError(
-            f"column is {column.name!r}, expected letters, digits and underscores, and none of "
-            f"{', '.join(RESERVED)}"
-        )
-
-
 def _taken(column: FeatureColumn, uri: Path) -> list[str]:
-    """Which of its columns the newest version of the table has."""
+    """Return which of its columns the newest version of the table has."""
     import lance
 
     return sorted(set(column.columns) & set(lance.dataset(str(uri)).schema.names))
@@ -206,7 +204,7 @@ def _packed(
     batch: int,
     pool: ThreadPoolExecutor,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The features of some rows as they are stored, batch by batch."""
+    """Yield the features of some rows as they are stored, batch by batch."""
     parts = [indices[i : i + batch] for i in range(0, len(indices), batch)]
     fetched = itertools.chain.from_iterable(dataset.fetch(np.array(part)) for part in parts)
     images = ahead(pool, lambda row: dataset.decode(row)["image"], fetched, AHEAD * batch)
@@ -219,9 +217,8 @@ def _add(
     fragment: "lance.LanceFragment",
     column: FeatureColumn,
     packed: Iterator[dict[str, np.ndarray]],
-    ledger: Ledger,
 ) -> dict:
-    """Write the new columns of a fragment; returns its record."""
+    """Write the new columns of a fragment and return its record."""
     import pyarrow as pa
 
     schema = pa.schema(column.fields())
@@ -242,14 +239,9 @@ def _add(
         metadata, merged = fragment.merge_columns(
             pa.RecordBatchReader.from_batches(schema, batches())
         )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError):
         if failed:
             raise failed[0] from None
-        if is_disk_full(error):
-            raise RuntimeError(
-                f"the disk of {ledger.folder.parent} is full; {len(ledger.done())} fragments are "
-                "written and kept: make room and run the same command again"
-            ) from error
         raise
     return {
         "rows": fragment.count_rows(),
@@ -272,7 +264,7 @@ def _record_batch(arrays: dict[str, np.ndarray], schema: "pa.Schema") -> "pa.Rec
 
 
 def _checksum(arrays: dict[str, np.ndarray], column: FeatureColumn, value: int) -> int:
-    """CRC-32 of values and scales, row by row, so that batches do not matter."""
+    """Extend a CRC-32 by values and scales, row by row, so that batches do not matter."""
     for row in zip(*(arrays[name] for name in column.columns), strict=True):
         for stored in row:
             value = zlib.crc32(np.ascontiguousarray(stored), value)
@@ -304,13 +296,13 @@ def _commit(dataset: LatentDataset, column: FeatureColumn, ledger: Ledger, units
 
 
 def _stored(schema: "LanceSchema") -> list[str]:
-    """A schema as text: Arrow's form of it would lose the numbers of the fields."""
+    """Return a schema as text: Arrow's form of it would lose the numbers of the fields."""
     metadata, *fields = schema.__reduce__()[1]
     return [metadata, *(field.hex() for field in fields)]
 
 
 def _restored(stored: list[str], like: "LanceSchema") -> "LanceSchema":
-    """The schema that `_stored` wrote; `like` is any schema."""
+    """Return the schema that `_stored` wrote; `like` is any schema."""
     rebuild = like.__reduce__()[0]
     return rebuild(stored[0], *map(bytes.fromhex, stored[1:]))
 
@@ -323,7 +315,7 @@ def _checks_file(dataset: LatentDataset, name: str) -> Path:
 def verify(
     dataset: LatentDataset, name: str, progress: Callable[[int], None] = lambda done: None
 ) -> None:
-    """Read a column again.
+    """Read a column again and compare its checksums.
 
     Raises:
         ValueError: there is none, it is not finite, or a checksum is not what it was.
@@ -331,18 +323,12 @@ def verify(
     checks_file = _checks_file(dataset, name)
     if not checks_file.exists():
         raise ValueError(f"{checks_file} is missing: {name} was not written by prepare features")
-    start = 0
-    for number, check in enumerate(json.loads(checks_file.read_text())):
-        value, stop = 0, start + check["rows"]
-        for first in range(start, stop, 256):
-            indices = np.arange(first, min(first + 256, stop))
-            for fetched in dataset.fetch(indices, images=False, features=[name]):
-                for stored in dataset.decode(fetched)["features"].values():
-                    value = zlib.crc32(np.ascontiguousarray(stored), value)
-            progress(int(indices[-1]) + 1)
-        if value != check["crc32"]:
-            raise ValueError(
-                f"{dataset.uri}: {name} of rows {start} to {stop - 1} (part {number}) has checksum "
-                f"{value:08x}, expected {check['crc32']:08x}"
-            )
-        start = stop
+
+    def checksum_of(indices: np.ndarray, value: int) -> int:
+        for fetched in dataset.fetch(indices, images=False, features=[name]):
+            for stored in dataset.decode(fetched)["features"].values():
+                value = zlib.crc32(np.ascontiguousarray(stored), value)
+        return value
+
+    parts = json.loads(checks_file.read_text())
+    expect_checksums(parts, checksum_of, f"{dataset.uri}: {name}", "part", progress)

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from repa_fast.data import dataset
+from repa_fast.data.digits import pixel_moments
 from repa_fast.distributed import session
-from repa_fast.eval import metrics, reference
+from repa_fast.eval import inception, metrics, reference
 from repa_fast.eval.inception import Features
 from repa_fast.eval.metrics import EvalConfig
-from repa_fast.prepare.images import pixel_moments
 from repa_fast.testing import seeded
 
 SIDE = 16
@@ -110,11 +110,12 @@ def small_inception() -> Iterator[None]:
         "mu_s": (spatial,),
         "sigma_s": (spatial, spatial),
     }
-    widths = {"POOL_WIDTH": pool, "SPATIAL_WIDTH": spatial}
+    widths = {"POOL_WIDTH": pool, "SPATIAL_WIDTH": spatial, "CLASSES": logits}
     with ExitStack() as patches:
         for module, names in (
-            (metrics, {**widths, "CLASSES": logits, "Inception": SmallInception}),
-            (reference, {**widths, "SHAPES": shapes}),
+            (inception, widths),
+            (metrics, {"Inception": SmallInception}),
+            (reference, {"SHAPES": shapes}),
         ):
             patches.enter_context(mock.patch.multiple(module, **names))
         yield

@@ -20,11 +20,13 @@ from repa_fast.analysis.gather import (
     split_rows,
 )
 from repa_fast.analysis.hidden import collect
+from repa_fast.configs.objective import ObjectiveConfig
+from repa_fast.data.digits import digits_metadata
 from repa_fast.data.official import OfficialFolder
 from repa_fast.data.open import open_dataset
 from repa_fast.diffusion.path import get
 from repa_fast.eval.load import load
-from repa_fast.prepare.images import digits_metadata
+from repa_fast.objective import build_objective
 from tests.analysis.analysing import coloured, noise_images, planes, write_table
 from tests.eval import checkpoints
 
@@ -79,7 +81,7 @@ def test_features_are_those_of_the_rows(loaded, data):
     }
     expected = collect(
         loaded.model, [batch], (0.2, 0.7), count=len(ROWS), metadata=digits_metadata(),
-        path=get(loaded.path_type), seed=3,
+        path=get(loaded.objective.path_type), seed=3,
     )  # fmt: skip
     assert torch.allclose(found.hidden, expected.hidden, rtol=1e-4, atol=1e-4)
     assert found.hidden.std() > 0.1
@@ -176,7 +178,7 @@ def computed(monkeypatch):
     "changes",
     [
         {"digest": "other"},
-        {"path_type": "cosine"},
+        {"objective": build_objective(ObjectiveConfig(path_type="cosine"))},
         {"rows": ROWS[:-1]},
         {"rows": ROWS + 1},
         {"times": (0.2, 0.6)},
@@ -192,7 +194,7 @@ def computed(monkeypatch):
 )
 def test_what_decides_features_decides_the_cache(loaded, data, tmp_path, computed, changes):
     gather(loaded, data, ROWS, VIT, settings(tmp_path), CPU)
-    of_model = {k: v for k, v in changes.items() if k in ("digest", "path_type")}
+    of_model = {k: v for k, v in changes.items() if k in ("digest", "objective")}
     rest = {k: v for k, v in changes.items() if k not in (*of_model, "rows", "names")}
     arguments = (
         dataclasses.replace(loaded, **of_model), data, changes.get("rows", ROWS),

@@ -5,10 +5,9 @@ import inspect
 import pytest
 import torch
 
-from repa_fast.analysis.hidden import collect, encoder_features, hidden_states, sample_noise
+from repa_fast.analysis.hidden import collect, hidden_states, sample_noise
 from repa_fast.data.dataset import Metadata
 from repa_fast.diffusion.path import cosine, linear
-from repa_fast.encoders.digits import DigitsViT
 from repa_fast.models.sit import SiT
 from repa_fast.testing import seeded
 
@@ -222,17 +221,3 @@ def test_states_beyond_half_precision_are_refused():
 def test_times_outside_the_unit_interval_are_refused(t):
     with pytest.raises(ValueError, match=r"expected a time in \[0, 1\]"):
         hidden_states(small(), *pair(), t)
-
-
-def test_encoder_features_are_the_mean_of_the_patch_tokens():
-    pytest.importorskip("timm")
-    encoder = DigitsViT(pretrained=False)
-    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
-    tokens = encoder(images)
-    expected = sum(tokens[:, n].double() for n in range(16)) / 16
-    got = encoder_features(encoder, images)
-    assert got.dtype == torch.float32 and got.shape == (3, 96)
-    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
-    half = encoder_features(lambda images: encoder(images).bfloat16(), images)
-    assert half.dtype == torch.float32
-    assert torch.equal(half, tokens.bfloat16().float().mean(1))

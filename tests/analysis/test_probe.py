@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from repa_fast.analysis import probe as module
-from repa_fast.analysis.gather import CACHE, gather
+from repa_fast.analysis.gather import CACHE, gather, output_folder, run_defaults
 from repa_fast.analysis.linear import PAPER, SMALL
-from repa_fast.analysis.probe import ProbeConfig, output_folder, probe, run_defaults, table
+from repa_fast.analysis.probe import ProbeConfig, probe, table
 from repa_fast.eval.load import load
 from tests.analysis.analysing import COLOURS, assert_picture, coloured, write_table
 from tests.eval import checkpoints

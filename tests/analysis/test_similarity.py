@@ -9,11 +9,12 @@ import torch
 
 from repa_fast.analysis import similarity as module
 from repa_fast.analysis.cknna import cka, cknna
-from repa_fast.analysis.gather import Gathered, gather
+from repa_fast.analysis.gather import gather
+from repa_fast.analysis.hidden import Features
 from repa_fast.analysis.similarity import VARIANTS, SimilarityConfig, compare, similarity, table
 from repa_fast.data.dataset import LatentDataset
 from repa_fast.eval.load import load
-from repa_fast.eval.plots import by_layer_and_time, over_points
+from repa_fast.eval.pictures import by_layer_and_time, over_points
 from repa_fast.testing import seeded
 from tests.analysis.analysing import assert_picture, coloured, write_table
 from tests.eval import checkpoints
@@ -62,11 +63,11 @@ def compared(config: SimilarityConfig) -> dict:
     return results
 
 
-def made_up(rows: int = 20) -> Gathered:
+def made_up(rows: int = 20) -> Features:
     """Two times and three blocks; block 2 at the second time is the encoder's features."""
     tokens, hidden = seeded((rows, 6), seed=1), seeded((2, 3, rows, 6), seed=2)
     hidden[1, 1] = tokens
-    return Gathered(hidden, {"vit": tokens}, torch.zeros(rows, dtype=torch.int64))
+    return Features(hidden, torch.zeros(rows, dtype=torch.int64), {"vit": tokens})
 
 
 def test_definitions_and_normalisations_have_names():
@@ -223,7 +224,7 @@ def test_pictures(tmp_path):
         ({"k": VAL}, f"k is {VAL}, expected 1 <= k < {VAL}"),
         ({"k": 0}, "k is 0"),
         ({"ckpt": "absent"}, "absent does not exist"),
-        ({"ckpt": "absent", "all_steps": True}, "absent is not a run with complete checkpoints"),
+        ({"ckpt": "absent", "all_steps": True}, "absent is neither a complete checkpoint nor"),
         ({"layers": (9,)}, "block is 9, expected 1..3"),
         ({"data_dir": "absent"}, "no dataset at absent"),
     ],
@@ -236,5 +237,5 @@ def test_what_does_not_fit_is_named(settings, monkeypatch, tmp_path, changes, me
 
 
 def test_a_checkpoint_is_no_run_of_many(settings, run):
-    with pytest.raises(ValueError, match="0000007 is not a run with complete checkpoints"):
+    with pytest.raises(ValueError, match="0000007 is neither a complete checkpoint nor"):
         similarity(settings(ckpt=str(run / "checkpoints" / "0000007"), all_steps=True))

@@ -9,8 +9,8 @@ import torch
 from benchmarks.step import baseline
 from benchmarks.step.baseline import Baseline
 from repa_fast.configs.presets import digits
+from repa_fast.data.digits import digits_metadata
 from repa_fast.distributed import World
-from repa_fast.prepare.images import digits_metadata
 from repa_fast.train.state import build_state
 from repa_fast.train.step import losses, synthetic_batch, train_step
 
@@ -36,9 +36,9 @@ def make_state(**changes):
 def in_precision(state, batch, draws, dtype):
     """The state's model and what it gets, in `dtype`; the features are computed in fp32."""
     state.model.to(dtype)
-    ((name, encoder),) = state.encoders.items()
+    ((name, encoder),) = state.alignment.encoders.items()
     features = encoder(batch["image"]).to(dtype)
-    state.encoders = {name: lambda image: features}
+    state.alignment.encoders = {name: lambda image: features}
     batch = {name: t.to(dtype) if t.is_floating_point() else t for name, t in batch.items()}
     return batch, type(draws)(*(t.to(dtype) if t.is_floating_point() else t for t in draws))
 

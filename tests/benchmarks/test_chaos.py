@@ -11,7 +11,8 @@ import torch.distributed.checkpoint as dcp
 
 from benchmarks.faults import chaos, chaos_report
 from benchmarks.faults.chaos_run import Broken, Trainer
-from benchmarks.harness.environment import ROOT
+from benchmarks.harness.environment import RESULTS, ROOT
+from benchmarks.harness.rows import read
 from repa_fast.checkpoint.layout import MARKER, path_of
 
 BEGINS = "runs/run: 2 x cpu, fp32, 12 images per step in micro-batches of 6, from step {} to 40"
@@ -117,9 +118,9 @@ def test_the_plan_shares_kills_out_evenly_and_repeats():
 
 def test_the_page_shows_the_committed_rows():
     """docs/reliability.md is what benchmarks.faults.chaos_report makes of the newest rows."""
-    rows = sorted((chaos.RESULTS / "cpu").glob("*_chaos/rows.jsonl"))[-1]
+    rows = sorted((RESULTS / "cpu").glob("*_chaos/rows.jsonl"))[-1]
     page = chaos_report.PAGE.read_text()
-    assert chaos_report.filled(page, chaos_report.read(rows)) == page
+    assert chaos_report.filled(page, read(rows)) == page
 
 
 def test_every_test_that_the_page_names_is_there():

@@ -13,6 +13,7 @@ from benchmarks.data import data
 from benchmarks.data import readers as data_readers
 from benchmarks.data import report as data_report
 from benchmarks.data import startup as data_startup
+from benchmarks.harness.rows import STAMP
 from repa_fast.data.dataset import LatentDataset, write
 from repa_fast.data.official import OfficialFolder
 
@@ -139,7 +140,7 @@ def test_a_ratio_is_taken_round_by_round():
     shape = {"jpeg_quality": 75, "threads": 2, "rows": 8, "row_bytes": 1, "batch": 4, "rounds": 3}
     shape |= {"load_average_before": 0, "load_average_after": 0, "command": "", "status": "ok"}
     shape |= {f"images_per_s_p{p}": 1.0 for p in (20, 50, 80)}
-    shape |= dict.fromkeys(data_report.STAMP, "")
+    shape |= dict.fromkeys(STAMP, "")
     rows = [
         {"reader": "dali-cpu", **shape, "images_per_s": [10.0, 20.0, 90.0]},
         {"reader": "torch", **shape, "images_per_s": [5.0, 10.0, 30.0]},

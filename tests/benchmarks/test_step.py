@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness.environment import ROOT
+from benchmarks.harness.rows import STAMP
 from benchmarks.paper import scaling
 from benchmarks.step import ladder, step
 from benchmarks.step import profile as step_profile
@@ -154,7 +155,7 @@ def test_kernels_by_name(name, category):
 def test_every_triton_kernel_of_ours_is_known():
     """By the decorated functions that a program is launched of, which end in _kernel."""
     found = []
-    for path in ROOT.glob("kernels/*/triton_kernels.py"):
+    for path in (*ROOT.glob("kernels/*/triton_kernels.py"), ROOT / "repa_fast/backend/rows.py"):
         found += re.findall(r"@triton\.jit\w*\ndef (\w+_kernel)\(", path.read_text())
     assert len(found) >= 9
     assert {step_profile.category_of(name) for name in found} == {"our kernels"}
@@ -289,8 +290,8 @@ def test_while_the_rival_is_timed_the_projects_model_is_gone(tmp_path, monkeypat
 
     gc.collect()
     old = sum(type(one) is SiT for one in gc.get_objects())
-    monkeypatch.setattr(ladder, "figures", figures)
-    monkeypatch.setattr(ladder, "append", lambda folder, row: None)
+    monkeypatch.setattr(step, "figures", figures)
+    monkeypatch.setattr(step, "append", lambda folder, row: None)
     monkeypatch.setattr(ladder, "line", str)
     arguments = [*DIGITS, "--out", str(tmp_path), "--eager", "--rung", "b", "d"]
     options = flags(arguments)
@@ -312,7 +313,7 @@ def test_a_wrong_loss_or_an_impossible_rung_gets_no_figure_and_the_next_one_runs
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(ladder, "expected_loss", lambda state, size: 123.0)
-    monkeypatch.setattr(ladder, "figures", lambda *arguments: pytest.fail("was measured"))
+    monkeypatch.setattr(step, "figures", lambda *arguments: pytest.fail("was measured"))
     arguments = [*DIGITS, "--out", str(tmp_path), "--eager", "--rung", "a", "d"]
     assert ladder.main(arguments) == 1
     rows = step_report.read(tmp_path / "rows.jsonl")
@@ -335,7 +336,7 @@ def row_of(**changes):
     row |= {"precision": "float16", "data": "made up", "command": "c", "notes": []}
     row["bases"] = []
     row["ms_by_category"] = dict.fromkeys(CATEGORIES, 10.0)
-    return {**row, **dict.fromkeys(step_report.STAMP, "?"), **changes}
+    return {**row, **dict.fromkeys(STAMP, "?"), **changes}
 
 
 @pytest.mark.parametrize(
@@ -349,7 +350,7 @@ def test_the_floor_stands_beside_rung_a_on_a_gpu_at_the_shape_it_was_counted_for
 
 def test_a_report_has_the_last_row_of_each_rung_in_their_order(tmp_path):
     failed = {"rung": "c", "what": "x", "status": "failed", "message": "boom", "command": "c"}
-    failed |= {"preset": "sit-xl2-repa", "batch": 32, **dict.fromkeys(step_report.STAMP, "?")}
+    failed |= {"preset": "sit-xl2-repa", "batch": 32, **dict.fromkeys(STAMP, "?")}
     wrong = {**failed, "rung": "d"}
     large = row_of(batch=256, rung="e")
     rows = [large, row_of(rung="d"), row_of(ms_p50=1.0), {**failed, "rung": "a"}, failed, wrong]

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import threading
 import zlib
 from pathlib import Path
 
@@ -21,6 +22,21 @@ def encode(pixels: np.ndarray | Image.Image, kind: str = "PNG", **options) -> by
     buffer = io.BytesIO()
     image.save(buffer, format=kind, **options)
     return buffer.getvalue()
+
+
+def autoencoder(blocks: int) -> torch.nn.Module:
+    """A random one of diffusers', which divides the side by 2 per block after the first."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=(8,) * blocks,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+    ).eval()
 
 
 def noise(seed: int = 0, side: int = R) -> np.ndarray:
@@ -52,7 +68,7 @@ def unusual(photo: np.ndarray) -> dict[str, bytes]:
     jpeg = encode(image, "JPEG")
     return {
         "16 bits": encode(grey16),
-        "16-bit colours": png16(R),
+        "16-bit colours": png16(np.random.default_rng(0).integers(0, 65536, (R, R, 3))),
         "CMYK": encode(image.convert("CMYK"), "JPEG"),
         "GIF": encode(image, "GIF"),
         "WebP": encode(image, "WEBP"),
@@ -61,19 +77,21 @@ def unusual(photo: np.ndarray) -> dict[str, bytes]:
     }
 
 
-def png16(side: int) -> bytes:
-    """RGB with 16 bits, which Pillow cannot write."""
+def png16(array: np.ndarray) -> bytes:
+    """(h, w, 1 or 3) below 65536 -> a PNG of 16 bits a channel, which Pillow cannot write."""
+    height, width, channels = array.shape
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in array)
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 3: 2}[channels], 0, 0, 0)
+    return png_of(header, zlib.compress(lines))
 
+
+def png_of(header: bytes, body: bytes) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
+        crc = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
 
-    values = np.random.default_rng(0).integers(0, 65536, (side, side, 3)).astype(">u2")
-    header = struct.pack(">IIBBBBB", side, side, 16, 2, 0, 0, 0)
-    data = zlib.compress(b"".join(b"\0" + line.tobytes() for line in values))
     return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
     )
 
 
@@ -92,6 +110,10 @@ def usual(photo: np.ndarray) -> list[bytes]:
         encode(image, "JPEG", exif=turned),
         encode(image.convert("L"), "JPEG"),
     ]
+
+
+def own_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("repa-fast")]
 
 
 def assert_equal_batches(got: dict, expected: dict) -> None:

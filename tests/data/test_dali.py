@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import weakref
 from pathlib import Path
 
@@ -14,13 +13,22 @@ import numpy as np
 import pytest
 import torch
 
+from repa_fast.backend import dispatch
 from repa_fast.data import dali
 from repa_fast.data.dali import GPU_MEAN, DaliDecoder, choose
 from repa_fast.data.dataset import LatentDataset
 from repa_fast.data.loader import Loader, read_batch
 from repa_fast.data.official import OfficialFolder
 from repa_fast.data.order import SampleOrder
-from tests.data.encoding import COUNT, R, assert_equal_batches, encode, noise, write_table
+from tests.data.encoding import (
+    COUNT,
+    R,
+    assert_equal_batches,
+    encode,
+    noise,
+    own_threads,
+    write_table,
+)
 
 pytest.importorskip("lance")
 
@@ -64,10 +72,6 @@ def built(monkeypatch):
 def destroyed(pipelines: list) -> bool:
     gc.collect()
     return all(reference() is None for reference in pipelines)
-
-
-def own_threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("repa-fast")]
 
 
 # Bad images
@@ -276,8 +280,8 @@ def test_an_unknown_decoder_is_refused():
 
 
 def test_auto_takes_pillow_and_says_why_once(without_dali, caplog):
-    dali._say_once.cache_clear()
-    with caplog.at_level(logging.INFO, "repa_fast.data.dali"):
+    dispatch._say_once.cache_clear()
+    with caplog.at_level(logging.INFO, dispatch.__name__):
         assert [choose("auto", CUDA), choose("auto", CUDA)] == ["torch", "torch"]
         assert "Pillow, since DALI is not there" in caplog.text and len(caplog.records) == 1
         assert [choose("auto", CPU), choose("auto", CPU)] == ["torch", "torch"]
@@ -287,10 +291,10 @@ def test_auto_takes_pillow_and_says_why_once(without_dali, caplog):
 def test_auto_takes_dali_on_a_gpu(with_dali, monkeypatch, caplog):
     import nvidia.dali
 
-    dali._say_once.cache_clear()
+    dispatch._say_once.cache_clear()
     major = str(nvidia.dali.__cuda_version__)[:2]
     monkeypatch.setattr(torch.version, "cuda", f"{major}.0")
-    with caplog.at_level(logging.INFO, "repa_fast.data.dali"):
+    with caplog.at_level(logging.INFO, dispatch.__name__):
         assert choose("auto", CUDA) == "dali-gpu"
     assert "DALI on the GPU" in caplog.text
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import cosine_similarity
 
-from repa_fast.data import dali, images
+from repa_fast.data import dali, dataset
 from repa_fast.data.dali import GPU_MAX, GPU_MEAN, TOKEN_COSINE, DaliDecoder, well_formed
 from repa_fast.data.loader import read_batch
 from tests.data.encoding import (
@@ -53,7 +53,7 @@ def jpegs(photographs) -> list[bytes]:
 
 
 def by_pillow(encoded: list[bytes], resolution: int = 256) -> torch.Tensor:
-    return torch.from_numpy(np.stack([images.decode(data, resolution) for data in encoded]))
+    return torch.from_numpy(np.stack([dataset.decode(data, resolution) for data in encoded]))
 
 
 def by_dali(encoded: list[bytes], device: torch.device | None = None, resolution: int = 256):
@@ -109,7 +109,7 @@ def test_damage_is_never_painted_over(with_dali, kind):
         except ValueError:
             refused += 1
             continue
-        assert np.array_equal(pixels, images.decode(bytes(data), R))
+        assert np.array_equal(pixels, dataset.decode(bytes(data), R))
     assert refused >= 100
 
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repa_fast.data import dataset, images
+from repa_fast.data import dataset
+from repa_fast.data.digits import digits_metadata, pixel_moments
 from repa_fast.data.loader import read_batch
-from repa_fast.prepare.images import digits_metadata, pixel_moments
+from tests.data.encoding import encode
 
 R = 16
 
@@ -18,56 +19,50 @@ def pixels(seed: int = 0, height: int = R, width: int = R, channels: int = 3) ->
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def encode(array: np.ndarray, encoding: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format=encoding, **options)
-    return buffer.getvalue()
-
-
 def test_png_round_trip_is_exact():
-    decoded = images.decode(images.encode_png(pixels()), R)
+    decoded = dataset.decode(dataset.encode_png(pixels()), R)
     assert decoded.dtype == np.uint8 and decoded.shape == (3, R, R)
     assert np.array_equal(decoded, pixels().transpose(2, 0, 1))
 
 
 def test_png_is_what_other_readers_read():
-    with Image.open(io.BytesIO(images.encode_png(pixels()))) as image:
+    with Image.open(io.BytesIO(dataset.encode_png(pixels()))) as image:
         assert image.format == "PNG" and np.array_equal(np.asarray(image), pixels())
 
 
 def test_jpeg_decodes():
     ramp = np.linspace(0, 255, R).astype(np.uint8)
     smooth = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], np.uint8(90)), -1)
-    decoded = images.decode(encode(smooth, "JPEG", quality=95, subsampling=0), R)
+    decoded = dataset.decode(encode(smooth, "JPEG", quality=95, subsampling=0), R)
     assert decoded.shape == (3, R, R) and decoded.dtype == np.uint8
     assert np.abs(decoded.astype(int) - smooth.transpose(2, 0, 1)).mean() < 2
 
 
 def test_grey_becomes_three_equal_channels():
     grey = pixels()[..., 0]
-    assert np.array_equal(images.decode(encode(grey), R), np.stack([grey] * 3))
+    assert np.array_equal(dataset.decode(encode(grey), R), np.stack([grey] * 3))
 
 
 def test_rgba_keeps_its_colours():
     rgba = pixels(channels=4)
-    assert np.array_equal(images.decode(encode(rgba), R), rgba[..., :3].transpose(2, 0, 1))
+    assert np.array_equal(dataset.decode(encode(rgba), R), rgba[..., :3].transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("data", [b"", b"not an image", bytes(200)])
 def test_corrupt_bytes_are_refused_by_name(data):
     with pytest.raises(ValueError, match=r"^row 7: cannot be decoded"):
-        images.decode(data, R, "row 7")
+        dataset.decode(data, R, "row 7")
 
 
 @pytest.mark.parametrize("encoding", ["PNG", "JPEG"])
 def test_every_cut_is_refused_by_name_or_costs_no_pixel(encoding):
     data = encode(pixels(), encoding)
-    whole = images.decode(data, R)
+    whole = dataset.decode(data, R)
     refused = 0
     for cut in range(len(data)):
         message = ""
         try:
-            assert np.array_equal(images.decode(data[:cut], R, "row 7"), whole)
+            assert np.array_equal(dataset.decode(data[:cut], R, "row 7"), whole)
         except ValueError as error:
             message = str(error)
         if message:
@@ -81,7 +76,7 @@ def test_a_damaged_header_is_refused_by_name():
     assert data[12:16] == b"IHDR"
     data[11] = 5  # length of the header chunk; 13 in every PNG
     with pytest.raises(ValueError, match=r"^row 7: cannot be decoded"):
-        images.decode(bytes(data), R, "row 7")
+        dataset.decode(bytes(data), R, "row 7")
 
 
 def test_a_damaged_body_is_refused_by_name():
@@ -89,13 +84,13 @@ def test_a_damaged_body_is_refused_by_name():
     start = data.index(b"IDAT") + 10
     data[start : start + 40] = bytes(40)
     with pytest.raises(ValueError, match=r"^row 7: cannot be decoded"):
-        images.decode(bytes(data), R, "row 7")
+        dataset.decode(bytes(data), R, "row 7")
 
 
 @pytest.mark.parametrize("height, width", [(16, 20), (20, 16), (8, 8), (32, 32)])
 def test_another_size_is_refused_by_name(height, width):
     with pytest.raises(ValueError, match=rf"^row 7: is {width}x{height}, expected 16x16"):
-        images.decode(encode(pixels(height=height, width=width)), R, "row 7")
+        dataset.decode(encode(pixels(height=height, width=width)), R, "row 7")
 
 
 @pytest.mark.parametrize("broken", [b"not an image", encode(pixels(height=8, width=8))])
@@ -103,7 +98,7 @@ def test_a_batch_names_the_row_of_a_bad_image(tmp_path, broken):
     pytest.importorskip("lance")
     stack = np.stack([pixels(seed) for seed in range(6)])
     rows = [
-        {"image": images.encode_png(image), "moments": moments, "label": 0}
+        {"image": dataset.encode_png(image), "moments": moments, "label": 0}
         for image, moments in zip(stack, pixel_moments(stack))
     ]
     rows[4]["image"] = broken

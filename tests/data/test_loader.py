@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from repa_fast.data import dataset, images
+from repa_fast.data import dataset
 from repa_fast.data.dataset import LatentDataset
+from repa_fast.data.digits import digits_metadata, pixel_moments, prepare_digits
 from repa_fast.data.loader import Loader, read_batch
 from repa_fast.data.order import SampleOrder
-from repa_fast.prepare.images import digits_metadata, pixel_moments, prepare_digits
+from tests.data.encoding import assert_equal_batches, own_threads
 
 pytest.importorskip("lance")
 
@@ -28,7 +29,7 @@ PROCESSES = 20
 def write_table(uri: Path, broken: int | None = None) -> LatentDataset:
     pixels = np.random.default_rng(0).integers(0, 256, (COUNT, 16, 16, 3), dtype=np.uint8)
     rows = [
-        {"image": images.encode_png(image), "moments": moments, "label": index % 10}
+        {"image": dataset.encode_png(image), "moments": moments, "label": index % 10}
         for index, (image, moments) in enumerate(zip(pixels, pixel_moments(pixels)))
     ]
     if broken is not None:
@@ -50,17 +51,6 @@ def broken_table(tmp_path_factory):
 @pytest.fixture
 def order():
     return SampleOrder(COUNT, BATCH, 0)
-
-
-def own_threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("repa-fast")]
-
-
-def assert_equal_batches(got: dict, expected: dict) -> None:
-    assert set(got) == set(expected)
-    for name in expected:
-        assert got[name].dtype == expected[name].dtype
-        assert torch.equal(got[name], expected[name]), name
 
 
 def ends_within(seconds: float, function) -> bool:

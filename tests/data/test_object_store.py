@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -12,12 +11,13 @@ import pytest
 import torch
 
 from repa_fast.data.dataset import LatentDataset
+from repa_fast.data.digits import prepare_digits
 from repa_fast.data.loader import PREFETCHED_BATCHES, Loader
 from repa_fast.data.open import open_dataset
 from repa_fast.data.order import SampleOrder
 from repa_fast.data.store import StoreError
-from repa_fast.prepare.images import prepare_digits
 from tests.data import storing
+from tests.data.encoding import own_threads
 from tests.data.storing import BROKEN, CUT, DENIED, SLOW_DOWN
 
 pytest.importorskip("lance")
@@ -64,10 +64,6 @@ def few_retries(monkeypatch):
 def loader_of(dataset, **options):
     order = SampleOrder(len(dataset), BATCH, 0)
     return Loader(dataset, order, start=0, stop=STEPS, **options)
-
-
-def own_threads():
-    return [t.name for t in threading.enumerate() if t.name.startswith("repa-fast")]
 
 
 @pytest.mark.parametrize(

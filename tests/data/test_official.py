@@ -9,14 +9,15 @@ import torch
 pytest.importorskip("lance")
 
 from repa_fast.data import official
-from repa_fast.data.images import encode_png
+from repa_fast.data.dataset import encode_png
 from repa_fast.data.loader import Loader, read_batch
 from repa_fast.data.official import OfficialFolder
 from repa_fast.data.open import open_dataset
 from repa_fast.data.order import SampleOrder
-from repa_fast.prepare.images import import_official
-from repa_fast.train import loop
+from repa_fast.prepare.official import import_official
+from repa_fast.train import run as runs
 from repa_fast.train.report import read_metrics
+from tests.prepare.writing import write
 
 ROWS = 12
 SIDE = 32  # image pixels; latents are 4x4
@@ -33,11 +34,6 @@ def pixels(number: int) -> np.ndarray:
 def names(number: int) -> tuple[str, str]:
     folder = f"{number // 5:05d}"
     return f"{folder}/img-mean-std-{number:08d}.npy", f"{folder}/img{number:08d}.png"
-
-
-def write(path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
 
 
 def save_npy(path, array) -> None:
@@ -290,7 +286,7 @@ def test_a_run_on_an_official_folder(root, tmp_path, on_bad_sample):
     write(root / "vae-sd" / names(4)[0], b"")
     if on_bad_sample == "error":
         with pytest.raises(ValueError, match="00000004"):
-            loop.train(config)
+            runs.train(config)
         return
-    run = loop.train(config)
+    run = runs.train(config)
     assert read_metrics(run / "metrics.jsonl")[-1]["bad_samples"] == 1

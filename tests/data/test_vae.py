@@ -11,13 +11,15 @@ from PIL import Image
 pytest.importorskip("diffusers")
 
 from repa_fast.configs.presets import digits
-from repa_fast.data import latents, vae
+from repa_fast.data import latents
 from repa_fast.data.dataset import Metadata
-from repa_fast.data.vae import VAE
+from repa_fast.data.latents import VAE
 from repa_fast.distributed import World
 from repa_fast.train import loop
+from repa_fast.train import run as runs
 from repa_fast.train.report import Reporter
 from repa_fast.train.state import build_state
+from tests.data import encoding
 
 pytestmark = pytest.mark.xdist_group("diffusers")
 
@@ -33,17 +35,7 @@ METADATA = Metadata(
 
 @pytest.fixture(scope="module")
 def model():
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        layers_per_block=1,
-    ).eval()
+    return encoding.autoencoder(blocks=2)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +128,7 @@ def test_to_pixels_takes_it(folder, samples):
     assert torch.equal(latents.to_pixels(samples, METADATA, decoder), expected)
 
 
-@pytest.mark.parametrize("name", sorted(vae.HUB))
+@pytest.mark.parametrize("name", sorted(latents.HUB))
 def test_known_names_come_from_the_hub(name, monkeypatch):
     from diffusers import AutoencoderKL
 
@@ -189,7 +181,7 @@ def test_without_it_one_line_warns_and_training_goes_on(
 def test_a_run_to_its_end_with_and_without_it(tmp_path, folder, capsys):
     pytest.importorskip("lance")
     from repa_fast.data import dataset
-    from repa_fast.data.images import encode_png
+    from repa_fast.data.dataset import encode_png
 
     row = {
         "image": encode_png(np.zeros((16, 16, 3), np.uint8)),
@@ -202,7 +194,7 @@ def test_a_run_to_its_end_with_and_without_it(tmp_path, folder, capsys):
         hidden_size=32, depth=2, num_heads=2, encoder_depth=1, patch_size=2, enc_type="none",
         batch_size=4, max_train_steps=2, sampling_steps=1, num_steps=2, report_to="none",
     )  # fmt: skip
-    run = loop.train(dataclasses.replace(config, exp_name="with", vae_path=folder))
+    run = runs.train(dataclasses.replace(config, exp_name="with", vae_path=folder))
     assert sorted(path.name for path in (run / "samples").iterdir()) == [
         "0000001.png",
         "0000002.png",
@@ -210,7 +202,7 @@ def test_a_run_to_its_end_with_and_without_it(tmp_path, folder, capsys):
     assert json.loads((run / "args.json").read_text())["vae_path"] == folder
     assert (run / "samples.png").exists()
     capsys.readouterr()
-    run = loop.train(
+    run = runs.train(
         dataclasses.replace(config, exp_name="without", vae_path=str(tmp_path / "absent"))
     )
     assert capsys.readouterr().out.count("no sample grids in this run") == 1

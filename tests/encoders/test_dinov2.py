@@ -5,17 +5,22 @@ import torch
 import torch.nn.functional as F
 
 from repa_fast import encoders
-from repa_fast.encoders.dinov2 import DINOv2
+from repa_fast.encoders.recipes import dinov2
+from repa_fast.encoders.vit import FrozenViT
 
 timm = pytest.importorskip("timm")
 
 SMALL = "vit_small_patch14_dinov2.lvd142m"
 
 
+def dinov2_vit(letter: str, registers: bool, *args, **options) -> FrozenViT:
+    return FrozenViT(dinov2(letter, registers), *args, **options)
+
+
 @pytest.fixture(scope="module")
-def encoder() -> DINOv2:
+def encoder() -> FrozenViT:
     torch.manual_seed(0)
-    return DINOv2("s", False, 224, pretrained=False)
+    return dinov2_vit("s", False, 224, pretrained=False)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +40,7 @@ def bicubic(x: torch.Tensor, side: int, antialias: bool = False) -> torch.Tensor
     return F.interpolate(x, (side, side), mode="bicubic", antialias=antialias, align_corners=False)
 
 
-def input_of(encoder: DINOv2, images: torch.Tensor, monkeypatch) -> torch.Tensor:
+def input_of(encoder: FrozenViT, images: torch.Tensor, monkeypatch) -> torch.Tensor:
     """What the encoder feeds its network."""
     seen = []
     forward = encoder.vit.forward_features
@@ -98,7 +103,7 @@ def test_tokens_are_in_row_major_order(encoder, images):
 
 def test_class_and_register_tokens_are_dropped(images):
     torch.manual_seed(0)
-    encoder = DINOv2("s", True, 224, pretrained=False)
+    encoder = dinov2_vit("s", True, 224, pretrained=False)
     with torch.no_grad():
         whole = encoder.vit.forward_features(bicubic(normalised(images).float(), 224))
     assert whole.shape == (2, 5 + 256, 384)
@@ -108,7 +113,7 @@ def test_class_and_register_tokens_are_dropped(images):
 
 
 def test_512_pixels_give_a_grid_of_32():
-    encoder = DINOv2("s", False, 448, pretrained=False)
+    encoder = dinov2_vit("s", False, 448, pretrained=False)
     images = torch.zeros(1, 3, 512, 512, dtype=torch.uint8)
     assert encoder(images).shape == (1, 32 * 32, 384)
 
@@ -126,7 +131,7 @@ def test_without_the_weights_the_error_says_what_to_do(monkeypatch, registers, h
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(RuntimeError, match=f"timm/{hub}") as caught:
-        DINOv2("s", registers, 224)
+        dinov2_vit("s", registers, 224)
     message = str(caught.value)
     assert "cache" in message and "fetched" in message
     assert f"--enc-weights FILE, where FILE is {file} of facebookresearch/dinov2" in message

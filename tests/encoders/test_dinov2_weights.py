@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from repa_fast import encoders
 from repa_fast.configs.config import TrainConfig
 from repa_fast.distributed import World
-from repa_fast.encoders.dinov2 import DINOv2, load_file
+from repa_fast.encoders.recipes import dinov2
+from repa_fast.encoders.vit import FrozenViT, load_file
+from repa_fast.objective.encoders import Encoders
 from repa_fast.testing import assert_within_budget
-from repa_fast.train.state import load_encoders
 
 timm = pytest.importorskip("timm")
 
@@ -161,7 +162,9 @@ def refused(tmp_path):
 def test_an_official_file_gives_the_official_tokens(files, name, registers, resolution, side):
     path, weights = files[registers]
     run = TrainConfig(enc_type=name, enc_weights=str(path), resolution=resolution)
-    encoder = load_encoders(run, World(0, 1, torch.device("cpu")))[name]
+    alignment = Encoders(run)
+    alignment.load(World(0, 1, torch.device("cpu")))
+    encoder = alignment.encoders[name]
     tokens = encoder(pictures(resolution))
     assert_official(tokens, weights, resolution, side)
     assert not tokens.requires_grad
@@ -173,7 +176,7 @@ def test_the_giant_with_its_swiglu(tmp_path, registers):
     torch.save(weights, tmp_path / "giant.pth")
     name = f"vit_giant_patch14_{'reg4_' if registers else ''}dinov2"
     vit = timm.create_model(name, img_size=224, num_classes=0, embed_dim=96, num_heads=6, depth=2)
-    load_file(vit, tmp_path / "giant.pth")
+    load_file(vit, tmp_path / "giant.pth", dinov2("g", bool(registers)))
     with torch.no_grad():
         x = F.interpolate((pictures(256) / 255 - MEAN) / STD, (224, 224), mode="bicubic")
         tokens = vit.eval().forward_features(x)[:, 1 + registers :]
@@ -189,12 +192,12 @@ def test_a_file_of_timm_gives_the_same_tokens(files, tmp_path, registers, suffix
     vit = timm.create_model(
         f"vit_small_patch14_{'reg4_' if registers else ''}dinov2", img_size=518, num_classes=0
     )
-    load_file(vit, path)
+    load_file(vit, path, dinov2("s", bool(registers)))
     state = {name: value.contiguous() for name, value in vit.state_dict().items()}
     copy = tmp_path / f"timm.{suffix}"
     save_file(state, copy) if suffix == "safetensors" else torch.save(state, copy)
-    of_timm = DINOv2("s", bool(registers), 224, str(copy))
-    official = DINOv2("s", bool(registers), 224, str(path))
+    recipe = dinov2("s", bool(registers))
+    of_timm, official = FrozenViT(recipe, 224, str(copy)), FrozenViT(recipe, 224, str(path))
     assert torch.equal(of_timm(pictures(256)), official(pictures(256)))
 
 
@@ -238,5 +241,5 @@ def test_the_first_process_of_a_machine_loads_first(monkeypatch, local_rank, exp
 
     monkeypatch.setattr(encoders, "load", lambda *_: events.append("load"))
     monkeypatch.setenv("LOCAL_RANK", local_rank)
-    load_encoders(TrainConfig(), Recorder(5, 8, torch.device("cpu")))
+    Encoders(TrainConfig()).load(Recorder(5, 8, torch.device("cpu")))
     assert " ".join(events) == expected

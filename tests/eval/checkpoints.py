@@ -10,9 +10,9 @@ import torch
 
 from repa_fast.configs.presets import digits
 from repa_fast.data.dataset import Metadata
+from repa_fast.data.digits import digits_metadata
 from repa_fast.distributed import World
 from repa_fast.models.sit import SiT
-from repa_fast.prepare.images import digits_metadata
 from repa_fast.train import checkpoint
 from repa_fast.train.state import build_state
 

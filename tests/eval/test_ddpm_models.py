@@ -9,13 +9,14 @@ pytest.importorskip("timm")
 
 from repa_fast.analysis.hidden import hidden_states
 from repa_fast.analysis.probe import ProbeConfig, probe
+from repa_fast.configs.sampler import SamplerConfig
+from repa_fast.data.digits import digits_metadata, prepare_digits
 from repa_fast.diffusion.ddpm import Diffusion
 from repa_fast.diffusion.ddpm_samplers import ancestral, ddim
 from repa_fast.eval.generate import GenerateConfig, generate
 from repa_fast.eval.load import load
-from repa_fast.eval.sampling import ImageSampler, SamplerConfig
+from repa_fast.eval.sampling import ImageSampler
 from repa_fast.models.dit import DiT
-from repa_fast.prepare.images import digits_metadata, prepare_digits
 from tests.eval import checkpoints
 
 CPU = torch.device("cpu")
@@ -29,7 +30,7 @@ def run(tmp_path_factory):
 @pytest.mark.parametrize("mode, draw", [("sde", ancestral), ("ode", ddim)])
 def test_samples_are_those_of_the_chain(run, mode, draw):
     loaded = load(run)
-    assert isinstance(loaded.model, DiT) and loaded.objective == "ddpm"
+    assert isinstance(loaded.model, DiT) and loaded.objective.name == "ddpm"
     assert loaded.name.startswith("DiT")
     config = SamplerConfig(mode=mode, num_steps=6, cfg_scale=2.0, guidance_channels=2)
     sampler = ImageSampler(loaded, config, CPU)
@@ -67,7 +68,7 @@ def test_the_original_s_weights_are_sampled_as_they_are(run, tmp_path):
 def test_hidden_states_are_at_the_chain_s_noise_and_times(run):
     loaded = load(run)
     clean, noise = torch.randn(2, 4, *digits_metadata().latent_shape)
-    found = hidden_states(loaded.model, clean, noise, 0.3, path=loaded.path)
+    found = hidden_states(loaded.model, clean, noise, 0.3, path=loaded.objective.path)
     step = torch.full((4,), 300)
     noisy = Diffusion.linear().q_sample(clean, noise, step)
     null = torch.full((4,), loaded.model.num_classes)

@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from repa_fast.configs import presets
-from repa_fast.data.digits import digit_images
+from repa_fast.data.digits import digit_images, digits_metadata
 from repa_fast.distributed import World
 from repa_fast.encoders.digits import DigitsJudge
 from repa_fast.eval import digits
-from repa_fast.eval.fid import frechet_distance, statistics
-from repa_fast.prepare.images import digits_metadata
+from repa_fast.eval.scores import frechet_distance, statistics
 from repa_fast.train import checkpoint
 from repa_fast.train.state import build_state
 

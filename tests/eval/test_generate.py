@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from repa_fast.eval import generate as generating
-from repa_fast.eval.generate import generate, write_npz
+from repa_fast.eval.generate import generate
 from repa_fast.eval.load import load
+from repa_fast.eval.reference import write_npz
 from repa_fast.eval.sampling import ImageSampler, labels_of
 from tests.eval import checkpoints
 from tests.eval.generating import COUNT, config_of
@@ -170,14 +171,14 @@ def test_what_does_not_fit_the_weights_is_refused(make, tmp_path, settings, mess
 
 
 def parts_of(images: np.ndarray, size: int):
-    return lambda: iter(np.split(images, range(size, len(images), size)))
+    return iter(np.split(images, range(size, len(images), size)))
 
 
 def test_an_npz_is_that_of_numpy(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 3), dtype=np.uint8)
-    labels = np.arange(10, dtype=np.int32)
-    write_npz(tmp_path / "x.npz", parts_of(images, 3), images.shape, labels)
-    np.savez(tmp_path / "numpy.npz", images, labels.astype(np.int64))
+    labels = np.arange(10)
+    write_npz(tmp_path / "x.npz", parts_of(images, 3), images.shape, arr_1=labels)
+    np.savez(tmp_path / "numpy.npz", images, labels)
     with np.load(tmp_path / "x.npz") as got, np.load(tmp_path / "numpy.npz") as expected:
         assert got.files == expected.files
         for name in got.files:
@@ -188,9 +189,9 @@ def test_an_npz_is_that_of_numpy(tmp_path):
 
 def test_an_npz_does_not_depend_on_its_parts_or_the_hour(tmp_path, monkeypatch):
     images = np.arange(120, dtype=np.uint8).reshape(10, 2, 2, 3)
-    write_npz(tmp_path / "a.npz", parts_of(images, 3), images.shape, np.arange(10))
+    write_npz(tmp_path / "a.npz", parts_of(images, 3), images.shape, arr_1=np.arange(10))
     monkeypatch.setattr(time, "time", lambda: 2e9)
-    write_npz(tmp_path / "b.npz", parts_of(images, 10), images.shape, np.arange(10))
+    write_npz(tmp_path / "b.npz", parts_of(images, 10), images.shape, arr_1=np.arange(10))
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
 
 
@@ -198,19 +199,17 @@ def test_an_npz_does_not_depend_on_its_parts_or_the_hour(tmp_path, monkeypatch):
 def test_parts_that_do_not_add_up_leave_no_file(tmp_path, count):
     images = np.zeros((count, 4, 4, 3), np.uint8)
     with pytest.raises(ValueError, match=rf"{count * 48} values, expected the \(10, 4, 4, 3\)"):
-        write_npz(tmp_path / "x.npz", parts_of(images, 3), (10, 4, 4, 3), np.arange(10))
+        write_npz(tmp_path / "x.npz", parts_of(images, 3), (10, 4, 4, 3), arr_1=np.arange(10))
     assert not (tmp_path / "x.npz").exists()
 
 
 def test_one_part_is_in_memory_at_a_time(tmp_path):
     part, count = 2**20, 64
 
-    def parts():
-        return (np.full((1, part), number, np.uint8) for number in range(count))
-
+    parts = (np.full((1, part), number, np.uint8) for number in range(count))
     tracemalloc.start()
     try:
-        write_npz(tmp_path / "x.npz", parts, (count, part), np.arange(count))
+        write_npz(tmp_path / "x.npz", parts, (count, part), arr_1=np.arange(count))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

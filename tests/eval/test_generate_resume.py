@@ -162,7 +162,7 @@ def test_begun_work_of_other_settings_is_not_gone_on_with(make, tmp_path, monkey
 def test_a_full_disk_keeps_what_is_written(make, whole, tmp_path, monkeypatch, place):
     original = getattr(generating, place)
 
-    def full(*all):
+    def full(*all, **arrays):
         if place == "write_npz" or all[1] == 1:
             raise OSError(errno.ENOSPC, "No space left on device")
         return original(*all)

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from repa_fast.checkpoint import formats
 from repa_fast.checkpoint.export import export
 from repa_fast.checkpoint.layout import MARKER, read_native
+from repa_fast.data.digits import digits_metadata
 from repa_fast.eval.load import HASH_DIGITS, digest, load
 from repa_fast.models.sit import SIZES, SiT
-from repa_fast.prepare.images import digits_metadata
 from tests.eval import checkpoints
 from tests.eval.checkpoints import LATENTS, official, sit
 
@@ -51,7 +51,7 @@ def test_of_a_run_the_newest_checkpoints_average_is_taken(run):
     assert_holds(loaded, without_projectors(average))
     assert (loaded.step, loaded.source) == (20, newest)
     assert loaded.metadata == digits_metadata()
-    assert (loaded.path_type, loaded.prediction) == ("linear", "v")
+    assert (loaded.objective.path_type, loaded.objective.prediction) == ("linear", "v")
     assert loaded.model.blocks[0].attn.num_heads == HEADS
 
 
@@ -66,7 +66,7 @@ def test_the_path_and_dataset_of_a_run_are_known(tmp_path):
         tmp_path, LATENTS, enc_type="none", patch_size=2, path_type="cosine", qk_norm=True
     )
     loaded = load(folder)
-    assert loaded.path_type == "cosine" and loaded.metadata == LATENTS
+    assert loaded.objective.path_type == "cosine" and loaded.metadata == LATENTS
     assert loaded.model.state_dict()["blocks.0.attn.q_norm.weight"].shape == (32 // HEADS,)
 
 
@@ -75,7 +75,12 @@ def test_an_official_file_is_its_average_with_step_path_and_heads(tmp_path):
     args = {"path_type": "cosine", "prediction": "v", "num_heads": HEADS}
     loaded = load(official(tmp_path / "0000300.pt", model, 300, **args))
     assert_holds(loaded, trunk(model))
-    assert (loaded.step, loaded.path_type, loaded.prediction) == (300, "cosine", "v")
+    objective = loaded.objective
+    assert (loaded.step, objective.path_type, objective.prediction) == (
+        300,
+        "cosine",
+        "v",
+    )
     assert loaded.source == tmp_path / "0000300.pt"
     metadata = loaded.metadata
     assert (metadata.resolution, metadata.latent_shape) == (64, (4, 8, 8))
@@ -96,7 +101,12 @@ def test_bare_weights_are_sampled_as_they_are(tmp_path, name):
     save(model.state_dict(), tmp_path / name)
     loaded = load(tmp_path / name, num_heads=HEADS)
     assert_holds(loaded, trunk(model))
-    assert (loaded.step, loaded.path_type, loaded.prediction) == (None, "linear", "v")
+    objective = loaded.objective
+    assert (loaded.step, objective.path_type, objective.prediction) == (
+        None,
+        "linear",
+        "v",
+    )
 
 
 def test_the_heads_and_name_of_a_known_architecture_are_known(tmp_path):
@@ -181,7 +191,7 @@ def test_path_and_prediction_of_the_original_sits_training_are_ours(
     source = official(tmp_path / "x.pt", original, **args)
     torch.save(torch.load(source, weights_only=False) | contents, source)
     loaded = load(source, origin="sit")
-    assert (get(loaded.path_type), loaded.prediction) == (get(path), ours)
+    assert (get(loaded.objective.path_type), loaded.objective.prediction) == (get(path), ours)
     assert_runs_backwards(loaded.model, original, sign)
 
 
@@ -190,7 +200,7 @@ def test_the_prediction_of_bare_weights_of_the_original_sit_can_be_said(tmp_path
     original = sit(z_dims=()).eval()
     torch.save(checkpoints.of_original_sit(original.state_dict()), tmp_path / "x.pt")
     loaded = load(tmp_path / "x.pt", origin="sit", num_heads=HEADS, prediction=prediction)
-    assert loaded.prediction == prediction
+    assert loaded.objective.prediction == prediction
     assert_runs_backwards(loaded.model, original, sign)
 
 

@@ -16,12 +16,12 @@ import torch
 
 from repa_fast import encoders
 from repa_fast.data.dataset import LatentDataset
-from repa_fast.data.digits import digit_images
+from repa_fast.data.digits import digit_images, prepare_digits
+from repa_fast.distributed import World
 from repa_fast.encoders.digits import DigitsJudge
 from repa_fast.eval import metrics, scores
-from repa_fast.eval.inception import Inception
-from repa_fast.eval.metrics import EvalConfig, evaluate, feature_space
-from repa_fast.prepare.images import prepare_digits
+from repa_fast.eval.inception import Features, Inception
+from repa_fast.eval.metrics import EvalConfig, Scorer, evaluate, feature_space
 from tests.analysis.analysing import (
     SmallInception,
     noise_images,
@@ -290,6 +290,31 @@ def test_the_inceptions_features_are_those_of_the_network(tmp_path):
         space.features(images), (expected.pool, expected.spatial, expected.logits), strict=True
     ):
         assert torch.equal(found, one)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_measured_moments_are_of_all_batches(keep, monkeypatch):
+    class Means:
+        """Features of an image are its mean, times the position."""
+
+        def __init__(self, weights, device):
+            pass
+
+        def __call__(self, images):
+            mean = images.float().mean((1, 2, 3))[:, None]
+            return Features(*(mean * torch.arange(1, n + 1) for n in (2048, 2023, 1008)))
+
+    monkeypatch.setattr(metrics, "Inception", Means)
+    scorer = Scorer(EvalConfig(dataset="data"), World(0, 1, CPU))
+    images = noise_images(REAL)
+    batches = zip(torch.arange(REAL).split(20), planes(images).split(20), strict=True)
+    found = scorer.measure("noise", batches, REAL, keep=keep)
+    means = images.reshape(REAL, -1).mean(1)
+    assert found.count == REAL and (found.rows is not None) == (found.logits is not None) == keep
+    for (mean, cov), width in ((found.pool, 2048), (found.spatial, 2023)):
+        scale = np.arange(1, width + 1)
+        assert np.allclose(mean, means.mean() * scale, rtol=1e-6)
+        assert np.allclose(cov, means.var(ddof=1) * np.outer(scale, scale), rtol=1e-4)
 
 
 @pytest.mark.xdist_group("distributed")

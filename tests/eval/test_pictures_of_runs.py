@@ -12,14 +12,15 @@ pytest.importorskip("timm")
 
 from repa_fast.analysis import pca as pca_module
 from repa_fast.analysis.pca import PcaConfig, colours, pca
+from repa_fast.configs.sampler import SamplerConfig
+from repa_fast.data.digits import prepare_digits
 from repa_fast.eval.generate import GenerateConfig, generate
 from repa_fast.eval.load import load
 from repa_fast.eval.metrics import EvalConfig, evaluate
 from repa_fast.eval.pictures import GAP, TITLE_PIXELS
-from repa_fast.eval.sampling import ImageSampler, SamplerConfig
+from repa_fast.eval.sampling import ImageSampler
 from repa_fast.eval.strip import StripConfig, strip
 from repa_fast.eval.sweep import SweepConfig, sweep
-from repa_fast.prepare.images import prepare_digits
 from tests.eval import checkpoints
 
 SIDE = 48
@@ -58,13 +59,13 @@ def test_a_strip_has_a_row_per_image_and_a_column_per_checkpoint(run):
 
 
 def test_a_strip_of_no_run_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="not a run with complete checkpoints"):
+    with pytest.raises(ValueError, match="neither a complete checkpoint nor a run that has one"):
         strip(StripConfig(ckpt=str(tmp_path)))
 
 
 def test_a_sweep_s_points_are_those_of_generate_and_eval(run, digits_dir, tmp_path):
     settings = {"num_fid_samples": 40, "num_steps": 2, "sample_dir": str(tmp_path / "s")}
-    judged = {"dataset": digits_dir, "features": "digits-judge", "num_samples": 40}
+    judged = {"dataset": digits_dir, "features": "digits-judge"}
     config = SweepConfig(ckpt=str(run), all_steps=True, cfg_scales=(1.0, 3.0), **settings, **judged)
     written = sweep(config)
     results = json.loads((tmp_path / "s" / "sweep.json").read_text())
@@ -73,7 +74,7 @@ def test_a_sweep_s_points_are_those_of_generate_and_eval(run, digits_dir, tmp_pa
     chosen = GenerateConfig(ckpt=str(run / "checkpoints" / "0000007"), cfg_scale=3.0, **settings)
     samples = generate(chosen)
     alone = tmp_path / "alone.json"
-    evaluate(EvalConfig(samples=str(samples), out=str(alone), **judged))
+    evaluate(EvalConfig(samples=str(samples), num_samples=40, out=str(alone), **judged))
     expected = json.loads(alone.read_text())["scores"]
     assert {name: points[3][name] for name in expected} == pytest.approx(expected)
     assert len({p["Frechet distance"] for p in points}) == 4
@@ -84,8 +85,8 @@ def test_a_sweep_s_points_are_those_of_generate_and_eval(run, digits_dir, tmp_pa
 
 def test_a_sweep_with_a_score_that_is_not_there_is_refused(run, digits_dir, tmp_path):
     config = SweepConfig(
-        ckpt=str(run), dataset=digits_dir, features="digits-judge", num_samples=4,
-        num_fid_samples=4, num_steps=1, sample_dir=str(tmp_path), plotted="FID",
+        ckpt=str(run), dataset=digits_dir, features="digits-judge", num_fid_samples=4,
+        num_steps=1, sample_dir=str(tmp_path), plotted="FID",
     )  # fmt: skip
     with pytest.raises(ValueError, match="plotted is 'FID', expected one of Frechet distance"):
         sweep(config)

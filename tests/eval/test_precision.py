@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from repa_fast.configs.sampler import SamplerConfig
+from repa_fast.data.digits import digits_metadata
 from repa_fast.diffusion import samplers
 from repa_fast.eval.load import load
-from repa_fast.eval.sampling import ImageSampler, SamplerConfig
-from repa_fast.prepare.images import digits_metadata
+from repa_fast.eval.sampling import ImageSampler
 from tests.eval import checkpoints
 
 CPU = torch.device("cpu")

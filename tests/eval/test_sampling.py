@@ -7,10 +7,11 @@ import pytest
 import scipy.stats
 import torch
 
+from repa_fast.configs.sampler import SamplerConfig
 from repa_fast.diffusion import samplers
 from repa_fast.diffusion.path import get
 from repa_fast.eval.load import load
-from repa_fast.eval.sampling import ImageSampler, SamplerConfig, labels_of
+from repa_fast.eval.sampling import ImageSampler, labels_of
 from tests.eval import checkpoints
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("lance")
 
 from benchmarks.faults import chaos
-from repa_fast.prepare.images import prepare_digits
+from repa_fast.data.digits import prepare_digits
 
 STEPS = 40
 

@@ -4,24 +4,16 @@ import io
 import os
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from repa_fast.data.dataset import Metadata
+from repa_fast.data.digits import pixel_metadata, pixel_moments
 from repa_fast.prepare import build
-from repa_fast.prepare.images import pixel_moments
+from repa_fast.prepare.sources import Item
 
 RESOLUTION, CLASSES = 8, 3
-
-
-@dataclass
-class Item:
-    name: str
-    data: bytes
-    label: int
 
 
 class Photographs:
@@ -47,14 +39,7 @@ class Photographs:
 
 
 def recipe(rows, **changes):
-    metadata = Metadata(
-        resolution=RESOLUTION,
-        latent_shape=(3, RESOLUTION, RESOLUTION),
-        vae="none",
-        scale=1.0,
-        bias=0.0,
-        class_names=Photographs.class_names,
-    )
+    metadata = pixel_metadata(RESOLUTION, Photographs.class_names)
     settings = {"image": "png", "encoder": "pixels", "batch": 4, "block": 6} | changes
     return build.Recipe(source="photographs", rows=rows, metadata=metadata, **settings)
 

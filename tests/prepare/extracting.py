@@ -8,21 +8,13 @@ import numpy as np
 import torch
 
 from repa_fast.data import dataset
-from repa_fast.data.dataset import LatentDataset, Metadata
+from repa_fast.data.dataset import LatentDataset, encode_png
+from repa_fast.data.digits import pixel_metadata, pixel_moments
 from repa_fast.data.features import FeatureColumn
-from repa_fast.data.images import encode_png
 from repa_fast.prepare import features as extract
-from repa_fast.prepare.images import pixel_moments
 
 RESOLUTION, TOKENS, WIDTH = 8, 4, 6
-METADATA = Metadata(
-    resolution=RESOLUTION,
-    latent_shape=(3, RESOLUTION, RESOLUTION),
-    vae="none",
-    scale=1.0,
-    bias=0.0,
-    class_names=("a", "b"),
-)
+METADATA = pixel_metadata(RESOLUTION, ("a", "b"))
 
 
 def column(**changes):

@@ -1,6 +1,5 @@
 """Odd and bad images, each with what becomes of it: an exact array, or an error that names it."""
 
-import io
 import struct
 import zlib
 
@@ -9,38 +8,14 @@ import pytest
 from PIL import Image
 
 from repa_fast.prepare.crop import center_crop
+from tests.data.encoding import encode as saved
+from tests.data.encoding import png16, png_of
 
 R = 16
 
 
 def rgb(height: int = R, width: int = R) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def saved(image: Image.Image | np.ndarray, kind: str = "PNG", **options) -> bytes:
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
-    buffer = io.BytesIO()
-    image.save(buffer, format=kind, **options)
-    return buffer.getvalue()
-
-
-def png16(array: np.ndarray) -> bytes:
-    """uint16 (h, w, 1 or 3) -> a PNG of 16 bits a channel, which Pillow cannot write in colour."""
-    height, width, channels = array.shape
-    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in array)
-    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 3: 2}[channels], 0, 0, 0)
-    return png_of(header, zlib.compress(lines))
-
-
-def png_of(header: bytes, body: bytes) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        crc = zlib.crc32(kind + data)
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
-
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
-    )
 
 
 def frames(kind: str) -> bytes:

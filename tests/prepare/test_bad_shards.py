@@ -11,25 +11,11 @@ from pathlib import Path
 import pytest
 
 from repa_fast.prepare.sources import open_source
+from tests.prepare.writing import tar, write
 
 IMAGES = ([b"a", b"b"],)
 LABELS = ([0, 1],)
 NAMED = {"huggingface": json.dumps({"info": {"features": {"label": {"names": ["cat"]}}}})}
-
-
-def write(path: Path, data: bytes | str = b"") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return path
-
-
-def tar(path: Path, names: dict[str, bytes], **options) -> Path:
-    with tarfile.open(path, "w", **options) as archive:
-        for name, data in names.items():
-            header = tarfile.TarInfo(name)
-            header.size = len(data)
-            archive.addfile(header, io.BytesIO(data))
-    return path
 
 
 def table(path: Path, **columns) -> Path:

@@ -1,20 +1,13 @@
 """Odd and bad folders and label files, each with what becomes of it."""
 
-import io
 import os
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from repa_fast.prepare.sources import open_source
-
-
-def write(path: Path, data: bytes | str = b"") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return path
+from tests.prepare.writing import tar, write
 
 
 def tree(root: Path) -> Path:
@@ -22,15 +15,6 @@ def tree(root: Path) -> Path:
     write(root / "dog" / "a.jpg", b"x")
     write(root / "cat" / "b" / "c.jpg", b"x")
     return root
-
-
-def tar(path: Path, names: dict[str, bytes], **options) -> Path:
-    with tarfile.open(path, "w", **options) as archive:
-        for name, data in names.items():
-            header = tarfile.TarInfo(name)
-            header.size = len(data)
-            archive.addfile(header, io.BytesIO(data))
-    return path
 
 
 def names_of(source) -> list[str]:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repa_fast.data import images
+from repa_fast.data import dataset
 from repa_fast.prepare.crop import center_crop, encode, original
+from tests.data.encoding import encode as saved
 
 SKIMAGE_NAMES = (
     "astronaut.png",
@@ -40,12 +41,6 @@ def photograph(name: str) -> Path:
 
 def pixels(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def png(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def halved(image: Image.Image) -> Image.Image:
@@ -91,23 +86,23 @@ def test_photographs_are_cropped_as_described(name, resolution):
 )
 def test_the_odd_pixel_is_cut_at_the_right_and_the_bottom(height, width, left, top):
     whole = pixels(height, width)
-    assert np.array_equal(center_crop(png(whole), 8), whole[top : top + 8, left : left + 8])
+    assert np.array_equal(center_crop(saved(whole), 8), whole[top : top + 8, left : left + 8])
 
 
 def test_an_image_of_the_resolution_is_unchanged():
     whole = pixels(48, 48)
-    assert np.array_equal(center_crop(png(whole), 48), whole)
+    assert np.array_equal(center_crop(saved(whole), 48), whole)
 
 
 def test_exactly_twice_the_resolution_is_halved():
     whole = pixels(16, 16)
-    assert np.array_equal(center_crop(png(whole), 8), halved(Image.fromarray(whole)))
+    assert np.array_equal(center_crop(saved(whole), 8), halved(Image.fromarray(whole)))
 
 
 def test_just_below_twice_the_resolution_is_not_halved():
     whole = pixels(15, 15)
     expected = Image.fromarray(whole).resize((8, 8), Image.Resampling.BICUBIC)
-    assert np.array_equal(center_crop(png(whole), 8), np.asarray(expected))
+    assert np.array_equal(center_crop(saved(whole), 8), np.asarray(expected))
 
 
 def test_the_long_side_goes_to_the_nearest_pixel():
@@ -115,11 +110,11 @@ def test_the_long_side_goes_to_the_nearest_pixel():
     but other pixels."""
     whole = pixels(16, 27)
     expected = Image.fromarray(whole).resize((17, 10), Image.Resampling.BICUBIC)
-    assert np.array_equal(center_crop(png(whole), 10), np.asarray(expected)[:, 3:13])
+    assert np.array_equal(center_crop(saved(whole), 10), np.asarray(expected)[:, 3:13])
 
 
 def test_png_is_exact():
-    assert np.array_equal(images.decode(encode(pixels(16, 16), "png"), 16), chw(pixels(16, 16)))
+    assert np.array_equal(dataset.decode(encode(pixels(16, 16), "png"), 16), chw(pixels(16, 16)))
 
 
 def chw(array: np.ndarray) -> np.ndarray:
@@ -135,7 +130,7 @@ def test_jpeg_keeps_chroma_at_full_resolution_and_quality_counts():
             assert image.format == "JPEG" and image.mode == "RGB"
             assert [component[1:3] for component in image.layer] == [(1, 1)] * 3
         sizes.append(len(data))
-        errors.append(np.abs(images.decode(data, 256).astype(int) - chw(crop)).mean())
+        errors.append(np.abs(dataset.decode(data, 256).astype(int) - chw(crop)).mean())
     assert sizes[0] < sizes[1] and errors[1] < errors[0] < 5
     assert encode(crop, "jpeg") == encode(crop, "jpeg", 95)
 
@@ -157,17 +152,9 @@ def test_what_cannot_be_encoded_is_refused(array, options, message):
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_an_original_is_kept_to_the_byte_and_reads_as_its_crop(kind, mode):
-    buffer = io.BytesIO()
-    Image.fromarray(pixels(16, 16)).convert(mode).save(buffer, format=kind)
-    data = buffer.getvalue()
+    data = saved(Image.fromarray(pixels(16, 16)).convert(mode), kind)
     assert original(data, 16, "a") is data
-    assert np.array_equal(images.decode(data, 16), chw(center_crop(data, 16)))
-
-
-def saved(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format=kind, **options)
-    return buffer.getvalue()
+    assert np.array_equal(dataset.decode(data, 16), chw(center_crop(data, 16)))
 
 
 def rotated() -> bytes:
@@ -179,7 +166,7 @@ def rotated() -> bytes:
 @pytest.mark.parametrize(
     "data, message",
     [
-        (png(pixels(16, 17)), "is 17x16, expected 16x16"),
+        (saved(pixels(16, 17)), "is 17x16, expected 16x16"),
         (saved(Image.fromarray(pixels(16, 16)), "WEBP"), "is WEBP, expected JPEG or PNG"),
         (saved(Image.new("CMYK", (16, 16)), "JPEG"), "has mode CMYK, expected RGB or L"),
         (saved(Image.new("RGBA", (16, 16)), "PNG"), "has mode RGBA, expected RGB or L"),

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from repa_fast.data import dataset, images, latents
+from repa_fast.data import dataset, digits, latents
 from repa_fast.data.dataset import LatentDataset
 from repa_fast.data.digits import digit_images
-from repa_fast.prepare import images as prepare
 
 pytest.importorskip("lance")
 pytest.importorskip("sklearn")
@@ -23,7 +22,7 @@ LEVELS = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, -1)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("prepare") / "nested" / "digits"
-    assert prepare.prepare_digits(out) == out
+    assert digits.prepare_digits(out) == out
     return out
 
 
@@ -38,13 +37,13 @@ def test_the_table_holds_the_split(folder, split):
     planes = pixels.transpose(0, 3, 1, 2)
     assert np.array_equal(mean, planes.astype(np.float32) / 127.5 - 1)
     assert np.array_equal(std, np.zeros_like(mean))
-    decoded = np.stack([images.decode(data, 16) for data in rows["image"]])
+    decoded = np.stack([dataset.decode(data, 16) for data in rows["image"]])
     assert np.array_equal(decoded, planes)
 
 
 def test_the_metadata_describes_pixel_latents(folder):
     metadata = LatentDataset(folder).metadata
-    assert metadata == prepare.digits_metadata()
+    assert metadata == digits.digits_metadata()
     assert (metadata.resolution, metadata.latent_shape) == (16, (3, 16, 16))
     assert (metadata.vae, metadata.scale, metadata.bias) == ("none", 1.0, 0.0)
     assert metadata.class_names == tuple("0123456789")
@@ -60,7 +59,7 @@ def test_an_existing_folder_is_refused_and_untouched(tmp_path):
     out.mkdir()
     (out / "mine").write_text("kept")
     with pytest.raises(ValueError, match="exists already"):
-        prepare.prepare_digits(out)
+        digits.prepare_digits(out)
     assert os.listdir(tmp_path) == ["digits"] and os.listdir(out) == ["mine"]
     assert (out / "mine").read_text() == "kept"
 
@@ -78,7 +77,7 @@ def test_a_failure_half_way_leaves_nothing(tmp_path, monkeypatch, error):
 
     monkeypatch.setattr(dataset, "write", write)
     with pytest.raises(error):
-        prepare.prepare_digits(tmp_path / "digits")
+        digits.prepare_digits(tmp_path / "digits")
     assert len(written) == 2
     assert os.listdir(tmp_path) == []
 
@@ -87,7 +86,7 @@ def test_a_sample_is_scaled_and_shifted():
     generator = np.random.default_rng(0)
     moments = generator.standard_normal((3, 4, 5, 5)).astype(np.float32)
     noise = generator.standard_normal((3, 2, 5, 5)).astype(np.float32)
-    metadata = replace(prepare.digits_metadata(), scale=0.25, bias=-1.5)
+    metadata = replace(digits.digits_metadata(), scale=0.25, bias=-1.5)
     got = latents.sample(
         torch.from_numpy(moments).double(), torch.from_numpy(noise).double(), metadata
     )
@@ -97,8 +96,8 @@ def test_a_sample_is_scaled_and_shifted():
 
 @pytest.mark.parametrize("scale, bias", [(1.0, 0.0), (0.5, 0.25), (3.0, -1.0)])
 def test_pixels_come_back_exactly_from_their_moments(scale, bias):
-    metadata = replace(prepare.digits_metadata(), scale=scale, bias=bias)
-    moments = torch.from_numpy(prepare.pixel_moments(LEVELS))
+    metadata = replace(digits.digits_metadata(), scale=scale, bias=bias)
+    moments = torch.from_numpy(digits.pixel_moments(LEVELS))
     assert moments.dtype == torch.float32 and moments.shape == (1, 6, 16, 16)
     clean = latents.sample(moments, torch.randn(1, 3, 16, 16), metadata)
     decoded = latents.to_pixels(clean, metadata)
@@ -108,26 +107,26 @@ def test_pixels_come_back_exactly_from_their_moments(scale, bias):
 
 def test_pixels_are_rounded_and_clamped():
     values = torch.tensor([-3.0, -1.0, 99.4 / 127.5 - 1, 99.6 / 127.5 - 1, 1.0, 3.0])
-    decoded = latents.to_pixels(values.view(1, 1, 1, 6), prepare.digits_metadata())
+    decoded = latents.to_pixels(values.view(1, 1, 1, 6), digits.digits_metadata())
     assert decoded.flatten().tolist() == [0, 0, 99, 100, 255, 255]
 
 
 def test_latents_of_an_autoencoder_are_refused():
-    metadata = replace(prepare.digits_metadata(), vae="sd-vae-ft-mse")
-    assert not latents.can_decode(metadata) and latents.can_decode(prepare.digits_metadata())
+    metadata = replace(digits.digits_metadata(), vae="sd-vae-ft-mse")
+    assert not latents.can_decode(metadata) and latents.can_decode(digits.digits_metadata())
     with pytest.raises(ValueError, match="sd-vae-ft-mse"):
         latents.to_pixels(torch.zeros(1, 3, 16, 16), metadata)
 
 
 def test_processes_that_race_to_prepare_the_digits_all_find_them(tmp_path, monkeypatch):
     """The other one finishes between our writing and our renaming."""
-    rename = prepare.os.rename
+    rename = digits.os.rename
 
     def late(source, target):
         shutil.copytree(source, target)
         rename(source, target)
 
-    monkeypatch.setattr(prepare.os, "rename", late)
-    assert prepare.ensure_digits(tmp_path / "digits") == tmp_path / "digits"
+    monkeypatch.setattr(digits.os, "rename", late)
+    assert digits.ensure_digits(tmp_path / "digits") == tmp_path / "digits"
     assert [path.name for path in tmp_path.iterdir()] == ["digits"]
-    assert prepare.ensure_digits(tmp_path / "digits") == tmp_path / "digits"
+    assert digits.ensure_digits(tmp_path / "digits") == tmp_path / "digits"

@@ -15,7 +15,9 @@ from sklearn.datasets import load_sample_images
 from repa_fast.cli import main
 from repa_fast.data.dataset import LatentDataset
 from repa_fast.prepare.crop import center_crop
-from repa_fast.prepare.images import ImagesConfig, export_official, import_official, prepare_images
+from repa_fast.prepare.images import ImagesConfig, prepare_images
+from repa_fast.prepare.official import export_official, import_official
+from tests.data import encoding
 
 ROOT = Path(__file__).parents[2]
 RESOLUTION = 32
@@ -76,16 +78,8 @@ def test_original_files_are_kept_byte_for_byte(photographs, tmp_path):
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory):
     """(folder, module) of a random one that divides the side by 8."""
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    module = diffusers.AutoencoderKL(
-        block_out_channels=(8,) * 4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
-        norm_num_groups=4,
-        layers_per_block=1,
-    ).eval()
+    pytest.importorskip("diffusers")
+    module = encoding.autoencoder(blocks=4)
     folder = tmp_path_factory.mktemp("vae")
     module.save_pretrained(folder)
     return str(folder), module

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from repa_fast.prepare.sources import Item, Source, huggingface, open_source, subset
+from tests.prepare.writing import tar, write
 
 pa = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -25,12 +26,6 @@ def image(number: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (6 + number, 9), (20 * number, 7, 9)).save(buffer, format="JPEG")
     return buffer.getvalue()
-
-
-def write(path: Path, data: bytes | str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return path
 
 
 def items(source: Source) -> list[Item]:
@@ -269,16 +264,6 @@ def test_a_repository_with_its_files_in_data_and_a_pattern_for_the_split(tmp_pat
         open_source(tmp_path)
     assert len(open_source(tmp_path / "data" / "train-*")) == 12
     assert len(open_source(tmp_path / "data" / "validation-00000-of-00001.parquet")) == 3
-
-
-def tar(path: Path, members: list[tuple[str, bytes]], **options) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", **options) as archive:
-        for name, data in members:
-            header = tarfile.TarInfo(name)
-            header.size = len(data)
-            archive.addfile(header, io.BytesIO(data))
-    return path
 
 
 def label_member(number: int, style: str) -> tuple[str, bytes]:

@@ -2,15 +2,16 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from repa_fast.data.official import read_bytes, some
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-SHOWN = 3
 SHARD_NUMBER = re.compile(r"[-_.]?\d+(-of-\d+)?(-[0-9a-f]{16})?$")
 LABEL = re.compile(r"-?[0-9]{1,9}")
 WNID_LINE = re.compile(r"(n\d{8})\s")
@@ -45,7 +46,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> Item:
-        """One image, 0 <= index < len; any thread may call.
+        """Read one image, 0 <= index < len; any thread may call.
 
         Raises:
             ValueError: it cannot be read; names it.
@@ -53,13 +54,31 @@ class Source(Protocol):
         ...
 
 
-class Subset:
-    """Some images of a source, with all its classes.
+class Files:
+    """Images that are files, in order.
 
     Args:
-        source: the whole.
-        indices: int64, of the images to keep, in order.
+        root: the folder that `names` are relative to.
+        names: of the files.
+        labels: one per file.
     """
+
+    def __init__(self, root: Path, names: Sequence[str], labels: Sequence[int]) -> None:
+        self.root = root
+        self._names = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
+        self._labels = np.array(labels, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def read(self, index: int) -> Item:
+        """Read one image; see `Source.read`."""
+        name = os.fsdecode(self._names[index])
+        return Item(name, read_bytes(self.root / name), int(self._labels[index]))
+
+
+class Subset:
+    """Images of a source at `indices`, int64, in their order, with all its classes."""
 
     def __init__(self, source: Source, indices: np.ndarray) -> None:
         self.class_names = source.class_names
@@ -70,12 +89,12 @@ class Subset:
         return len(self._indices)
 
     def read(self, index: int) -> Item:
-        """As the source's."""
+        """Read an image as the source does."""
         return self._source.read(int(self._indices[index]))
 
 
 def subset(source: Source, n: int, seed: int) -> Subset:
-    """`n` different images drawn by `seed`, in the source's order.
+    """Draw `n` different images by `seed`, in the source's order.
 
     Raises:
         ValueError: `n` is not in 1..len(source).
@@ -87,7 +106,7 @@ def subset(source: Source, n: int, seed: int) -> Subset:
 
 
 def read_classes(classes: Classes | None) -> tuple[str, ...] | None:
-    """Class names in the order of their labels.
+    """Return class names in the order of their labels.
 
     Args:
         classes: the names; or a text file with one a line ("n01440764 tench" names n01440764);
@@ -128,7 +147,7 @@ class Labeller:
         self._index = {name: index for index, name in enumerate(classes or ())}
 
     def label(self, value: object, where: str) -> int:
-        """The class index that an int or a text means.
+        """Return the class index that an int or a text means.
 
         Raises:
             ValueError: neither an integer nor the name of a class.
@@ -144,7 +163,7 @@ class Labeller:
         raise ValueError(f"{where}: label is {value!r}, expected {expected}")
 
     def names(self, labels: np.ndarray, name_of: Callable[[int], str]) -> tuple[str, ...]:
-        """Check the labels' range; the classes, or "0", "1", ... where they are not known.
+        """Check the labels' range; return the classes, or "0", "1", ... if they are not known.
 
         Args:
             labels: int64 (N).
@@ -175,20 +194,14 @@ class Labeller:
         return tuple(str(label) for label in range(count))
 
 
-def some(names: Iterable[object]) -> str:
-    """The first few, for an error."""
-    names = list(names)
-    return ", ".join(str(name) for name in names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
-
-
 def repeats(names: Sequence[str]) -> list[str]:
-    """Names that occur more than once, in order."""
+    """Return the names that occur more than once, in order."""
     seen: set[str] = set()
     return [name for name in names if name in seen or seen.add(name)]
 
 
 def scan(folder: str | Path) -> list[os.DirEntry]:
-    """What a folder holds, sorted by name; without hidden entries and without a stat per file.
+    """List a folder, sorted by name, without hidden entries and without a stat per file.
 
     Raises:
         ValueError: it cannot be read, or a name is not UTF-8; names it.
@@ -208,7 +221,7 @@ def scan(folder: str | Path) -> list[os.DirEntry]:
 
 
 def is_dir(entry: os.DirEntry) -> bool:
-    """Whether an entry is a folder or a link to one.
+    """Return whether an entry is a folder or a link to one.
 
     Raises:
         ValueError: it is a link to nothing, or to itself.
@@ -224,20 +237,12 @@ def is_dir(entry: os.DirEntry) -> bool:
 
 
 def is_image(name: str) -> bool:
-    """By its suffix, in any case."""
+    """Return whether a name has an image's suffix, in any case."""
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def read_bytes(path: Path) -> bytes:
-    """A file's content; ValueError where it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-
-
 def read_text(path: Path) -> str:
-    """A UTF-8 file's content; ValueError where it cannot be read or decoded."""
+    """Read a UTF-8 file; ValueError where it cannot be read or decoded."""
     try:
         return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -245,7 +250,7 @@ def read_text(path: Path) -> str:
 
 
 def shard_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """The files a path means: itself, those of a folder, or those a pattern like DIR/train-* fits.
+    """List the files a path means: itself, a folder's, or those a pattern like DIR/train-* fits.
 
     Raises:
         ValueError: none; or a folder's belong to several splits (train-*, validation-*).
@@ -269,6 +274,6 @@ def shard_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
 
 
 def _split(name: str, suffixes: tuple[str, ...]) -> str:
-    """train-00000-of-00294.parquet -> train."""
+    """Return the split of a shard: train-00000-of-00294.parquet -> train."""
     ending = next(suffix for suffix in suffixes if name.endswith(suffix))
     return SHARD_NUMBER.sub("", name.removesuffix(ending))

@@ -1,25 +1,13 @@
 """Images whose labels stand in a file of their own, as ImageNet's validation set has them."""
 
 import json
-import os
 from pathlib import Path
 
-import numpy as np
-
-from .base import (
-    Classes,
-    Item,
-    Labeller,
-    read_bytes,
-    read_classes,
-    read_text,
-    repeats,
-    some,
-)
+from .base import Classes, Files, Labeller, read_classes, read_text, repeats, some
 from .folder import walk
 
 
-class FlatFolder:
+class FlatFolder(Files):
     """Every image below a folder, sorted by path, with its label from a file.
 
     The file is one of
@@ -43,7 +31,6 @@ class FlatFolder:
     def __init__(
         self, root: str | Path, labels: str | Path, classes: Classes | None = None
     ) -> None:
-        self.root = Path(root)
         names = sorted(walk(str(root)))
         if not names:
             raise ValueError(f"{root}: no image, expected some")
@@ -55,17 +42,8 @@ class FlatFolder:
         if len(found) > len(names):
             missing = sorted(set(found) - set(names))
             raise ValueError(f"{labels}: {len(missing)} labels have no image: {some(missing)}")
-        self._images = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
-        self._labels = np.array([found[name] for name in names], dtype=np.int64)
+        super().__init__(Path(root), names, [found[name] for name in names])
         self.class_names = table.labeller.names(self._labels, lambda i: f"{labels}: {names[i]}")
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def read(self, index: int) -> Item:
-        """As `Source.read`."""
-        name = os.fsdecode(self._images[index])
-        return Item(name, read_bytes(self.root / name), int(self._labels[index]))
 
 
 class _LabelFile:
@@ -76,7 +54,7 @@ class _LabelFile:
         self.labeller = Labeller(classes)
 
     def labels(self, names: list[str]) -> dict[str, int]:
-        """Image name -> label."""
+        """Return the label of each image name."""
         if self.path.suffix == ".json":
             return self._unique(self._json_pairs())
         lines = read_text(self.path).rstrip().splitlines()
@@ -87,7 +65,7 @@ class _LabelFile:
         return self._unique(self._pairs(lines))
 
     def _pairs(self, lines: list[str]) -> list[tuple[str, int]]:
-        """Of lines "name label"; a name may have spaces."""
+        """Read lines "name label"; a name may have spaces."""
         pairs = []
         for number, line in enumerate(lines, 1):
             where = f"{self.path} line {number}"
@@ -98,7 +76,7 @@ class _LabelFile:
         return pairs
 
     def _column(self, lines: list[str], names: list[str]) -> dict[str, int]:
-        """Of one label a line."""
+        """Read one label a line."""
         values = [line.strip() for line in lines]
         if len(values) != len(names):
             raise ValueError(f"{self.path}: {len(values)} labels, expected {len(names)}, one each")
@@ -118,7 +96,7 @@ class _LabelFile:
         return dict(zip(names, labels))
 
     def _wnids(self, values: list[str], meta: Path) -> list[str]:
-        """The devkit's ids as wnids; these are the classes unless others were given."""
+        """Return the devkit's ids as wnids, which are the classes unless others were given."""
         from scipy.io import loadmat
 
         try:

@@ -4,14 +4,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
-from .base import Classes, Item, is_dir, is_image, read_bytes, read_classes, scan, some
+from .base import Classes, Files, is_dir, is_image, read_classes, scan, some
 
 SPLITS = {"train", "val", "valid", "validation", "test"}
 
 
-class ImageFolder:
+class ImageFolder(Files):
     """Labels are the positions of the sorted folder names, as in torchvision.
 
     Images are ordered by class, then by path below it, at any depth. Links to folders are followed;
@@ -27,8 +25,7 @@ class ImageFolder:
     """
 
     def __init__(self, root: str | Path, classes: Classes | None = None) -> None:
-        self.root = Path(root)
-        folders = self._folders()
+        folders = _class_folders(Path(root))
         names = [folder.name for folder in folders]
         self.class_names = read_classes(classes) or tuple(names)
         unknown = sorted(set(names) - set(self.class_names))
@@ -43,49 +40,39 @@ class ImageFolder:
             found = sorted(walk(folder.path, f"{folder.name}/"))
             if not found:
                 empty.append(folder.name)
-            images += [os.fsencode(name) for name in found]
+            images += found
             labels += [label_of[folder.name]] * len(found)
         if empty:
             raise ValueError(
                 f"{root}: no image in {len(empty)} class folders, expected some: {some(empty)}"
             )
-        self._images = np.array(images, dtype=np.bytes_)
-        self._labels = np.array(labels, dtype=np.int64)
+        super().__init__(Path(root), images, labels)
 
-    def __len__(self) -> int:
-        return len(self._images)
 
-    def read(self, index: int) -> Item:
-        """As `Source.read`."""
-        name = os.fsdecode(self._images[index])
-        return Item(name, read_bytes(self.root / name), int(self._labels[index]))
-
-    def _folders(self) -> list[os.DirEntry]:
-        entries = scan(self.root)
-        folders = [entry for entry in entries if is_dir(entry)]
-        loose = [entry.name for entry in entries if is_image(entry.name) and not is_dir(entry)]
-        if loose:
-            raise ValueError(
-                f"{self.root}: {len(loose)} images without a class folder: {some(loose)}; expected "
-                "CLASS/IMAGE, or labels for a flat folder"
-            )
-        if not folders:
-            raise ValueError(f"{self.root}: no folder, expected one per class")
-        names = [folder.name for folder in folders]
-        if SPLITS.issuperset(names):
-            raise ValueError(
-                f"{self.root} has the splits {', '.join(names)}, expected classes; "
-                f"give {self.root / names[0]}"
-            )
-        return folders
+def _class_folders(root: Path) -> list[os.DirEntry]:
+    entries = scan(root)
+    folders = [entry for entry in entries if is_dir(entry)]
+    loose = [entry.name for entry in entries if is_image(entry.name) and not is_dir(entry)]
+    if loose:
+        raise ValueError(
+            f"{root}: {len(loose)} images without a class folder: {some(loose)}; expected "
+            "CLASS/IMAGE, or labels for a flat folder"
+        )
+    if not folders:
+        raise ValueError(f"{root}: no folder, expected one per class")
+    names = [folder.name for folder in folders]
+    if SPLITS.issuperset(names):
+        raise ValueError(
+            f"{root} has the splits {', '.join(names)}, expected classes; give {root / names[0]}"
+        )
+    return folders
 
 
 def walk(folder: str, prefix: str = "", above: dict | None = None) -> Iterator[str]:
-    """Images at any depth below a folder, relative to it, each after `prefix`.
+    """Yield images at any depth below a folder, relative to it, each after `prefix`.
 
     Args:
-        folder: where to look.
-        prefix: "" or a path that ends in a slash.
+        folder, prefix: where to look; "" or a path that ends in a slash.
         above: (device, inode) -> path of the folders that led here.
 
     Raises:

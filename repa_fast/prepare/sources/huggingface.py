@@ -75,7 +75,7 @@ class HuggingFaceDataset:
         return len(self._labels)
 
     def read(self, index: int) -> Item:
-        """As `Source.read`; the name is FILE:ROW."""
+        """Read one image; the name is FILE:ROW; see `Source.read`."""
         label, name = int(self._labels[index]), self._name(index)
         number = self._group_of(index)
         value = self._images(number)[index - int(self._starts[number])].as_py()
@@ -97,7 +97,7 @@ class HuggingFaceDataset:
         return f"{group.file.name}:{group.first_row + index - int(self._starts[number])}"
 
     def _index(self, file: Path) -> tuple[np.ndarray, tuple[str, ...]]:
-        """Note a file's groups; its labels, int64, and class names, () where it has none."""
+        """Note a file's groups; return its labels, int64, and class names, () without any."""
         import pyarrow as pa
 
         try:
@@ -118,7 +118,7 @@ class HuggingFaceDataset:
         return column.to_numpy().astype(np.int64), _class_names(reader.schema, label, file)
 
     def _images(self, number: int) -> "pa.Array":
-        """The image column of a group, kept for the next rows."""
+        """Return the image column of a group, kept for the next rows."""
         import pyarrow as pa
 
         with self._lock:

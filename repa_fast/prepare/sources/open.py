@@ -1,4 +1,4 @@
-"""A source by its path, whatever it is."""
+"""Sources by their path, whatever they are."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def open_source(
     labels: str | Path | None = None,
     classes: Classes | None = None,
 ) -> Source:
-    """Images with labels.
+    """Open images with labels.
 
     Args:
         path: a folder of class folders; a flat folder (with `labels`, or with dataset.json); a
@@ -53,7 +53,7 @@ def open_source(
 
 
 def recognise(path: Path, labels: str | Path | None = None) -> tuple[Path, str]:
-    """The folder or files to open, and their kind.
+    """Return the folder or files to open, and their kind.
 
     Raises:
         ValueError: nothing that was looked for is there.
@@ -82,7 +82,6 @@ def recognise(path: Path, labels: str | Path | None = None) -> tuple[Path, str]:
 
 
 def _kind_of_files(path: Path) -> str:
-    """Of a file or a pattern."""
     files = [path] if path.exists() else sorted(path.parent.glob(path.name))
     if not files:
         raise ValueError(f"{path} does not exist. {_looked_for(path)}")

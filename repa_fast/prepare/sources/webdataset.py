@@ -60,7 +60,7 @@ class WebDataset:
         return len(self._names)
 
     def read(self, index: int) -> Item:
-        """As `Source.read`; the name is SHARD/MEMBER."""
+        """Read one image; the name is SHARD/MEMBER; see `Source.read`."""
         name = self._name(index)
         file = self._shards[self._shard_of[index]]
         start, size = (int(value) for value in self._spans[index])
@@ -87,7 +87,7 @@ class _Shard:
         self.labels: dict[str, int] = {}
 
     def samples(self) -> list[tuple[str, tuple[int, int], int]]:
-        """(member, (offset, bytes), label) of each image, as they lie in the shard."""
+        """Return (member, (offset, bytes), label) of each image, as they lie in the shard."""
         self._pass()
         lone = [name for key, (name, _) in self.images.items() if key not in self.labels]
         if lone:
@@ -123,7 +123,7 @@ class _Shard:
         stream.seek(0)
 
     def _expect_end(self, stream: BinaryIO, offset: int) -> None:
-        """tarfile takes a damaged header for the end; a whole tar ends with a block of zeros."""
+        """Expect the block of zeros: tarfile takes a damaged header for the end."""
         if _read_at(stream, offset, BLOCK) != bytes(BLOCK):
             raise ValueError(
                 f"{self.file}: is truncated or damaged at byte {offset}, expected a member or the "
@@ -155,7 +155,7 @@ class _Shard:
                 )
 
     def _label(self, member: tarfile.TarInfo, extension: str, data: bytes) -> int | None:
-        """Of a .cls or .json; None for a .json without the field."""
+        """Return the label of a .cls or .json; None for a .json without the field."""
         where = f"{self.file}: {member.name}"
         try:
             text = data.decode().strip()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from repa_fast.eval.fid import frechet_distance, statistics
+from repa_fast.eval.scores import frechet_distance, statistics
 
 F = 12
 

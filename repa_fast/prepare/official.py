@@ -1,0 +1,131 @@
+"""Official folders (images/ and vae-sd/) to native datasets, and back."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from repa_fast.data import dataset
+from repa_fast.data.digits import DIGITS_DIR, prepare_digits, whole_or_not
+from repa_fast.data.official import SD_VAE_FACTOR, SD_VAE_SCALE, OfficialFolder
+from repa_fast.distributed import watched
+
+FILES_PER_FOLDER = 1000
+EXPORTED_ROWS = 256
+
+
+@dataclass(kw_only=True)
+class DigitsConfig:
+    """Write scikit-learn's bundled scans of digits as a dataset."""
+
+    out: Path = DIGITS_DIR
+    """Folder to write."""
+
+
+@dataclass(kw_only=True)
+class ImportConfig:
+    """Copy an images/ + vae-sd/ folder into a dataset."""
+
+    data_dir: Path
+    """The folder."""
+    out: Path
+    """Folder to write."""
+    images: bool = True
+    """Copy the images too."""
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """Write a dataset as an images/ + vae-sd/ folder."""
+
+    data_dir: Path
+    """The dataset."""
+    out: Path
+    """Folder to write."""
+    split: str = "train"
+    """train or val."""
+
+
+def write_digits(config: DigitsConfig) -> Path:
+    """Write the digits; return the folder."""
+    return prepare_digits(config.out)
+
+
+def import_folder(config: ImportConfig) -> Path:
+    """Import an official folder; return the dataset's."""
+    return import_official(config.data_dir, config.out, with_images=config.images)
+
+
+def export_folder(config: ExportConfig) -> Path:
+    """Export a dataset; return the official folder."""
+    return export_official(config.data_dir, config.out, config.split)
+
+
+def import_official(source: str | Path, out: str | Path, *, with_images: bool = True) -> Path:
+    """Copy an official folder into OUT/train.lance: moments bit for bit, image files untouched.
+
+    The folder appears at once, whole, or not at all; one batch of rows is held in memory. Without
+    images, or where there are none, each row has an empty image.
+
+    Raises:
+        ValueError: `out` exists already, or a file of the source is bad; names it.
+    """
+    from rich.progress import track
+
+    folder = OfficialFolder(source)
+    with_images = with_images and folder.has_images
+
+    def rows() -> Iterator[dataset.Row]:
+        for index in track(range(len(folder)), description=f"{out}", disable=not watched()):
+            sample = folder.decode((index, with_images))
+            yield {
+                "image": folder.image_bytes(index) if with_images else b"",
+                "moments": sample["moments"],
+                "label": sample["label"],
+            }
+
+    with whole_or_not(Path(out)) as partial:
+        dataset.write(partial / "train.lance", rows(), folder.metadata)
+    return Path(out)
+
+
+def export_official(source: str | Path, out: str | Path, split: str = "train") -> Path:
+    """Write a native dataset as an official folder: moments bit for bit, image files untouched.
+
+    What import_official makes of the result equals the source row by row. Images keep their
+    encoding (.png or .jpg); the folder appears at once, whole, or not at all.
+
+    Raises:
+        ValueError: `out` exists already, or there is no such dataset.
+    """
+    from rich.progress import track
+
+    table = dataset.LatentDataset(source, split)
+    stored = table.metadata
+    expected = replace(stored, scale=SD_VAE_SCALE, bias=0.0)
+    if stored != expected or stored.latent_shape[1] * SD_VAE_FACTOR != stored.resolution:
+        raise ValueError(
+            f"{table.uri}: latents {stored.latent_shape} of {stored.resolution} pixels, scale "
+            f"{stored.scale}; an official folder means 1/{SD_VAE_FACTOR} of the side and "
+            f"{SD_VAE_SCALE}"
+        )
+    labels = []
+    with whole_or_not(Path(out)) as partial:
+        starts = range(0, len(table), EXPORTED_ROWS)
+        for start in track(starts, description=f"{out}", disable=not watched()):
+            rows = table.rows(np.arange(start, min(start + EXPORTED_ROWS, len(table))))
+            for index, image, moments, label in zip(*rows.values(), strict=True):
+                folder = f"{index // FILES_PER_FOLDER:05d}"
+                latent = f"{folder}/img-mean-std-{index:08d}.npy"
+                (partial / "vae-sd" / folder).mkdir(parents=True, exist_ok=True)
+                np.save(partial / "vae-sd" / latent, moments)
+                labels.append([latent, int(label)])
+                if image:
+                    suffix = "png" if image.startswith(b"\x89PNG") else "jpg"
+                    (partial / "images" / folder).mkdir(parents=True, exist_ok=True)
+                    file = partial / "images" / folder / f"img{index:08d}.{suffix}"
+                    file.write_bytes(image)
+        (partial / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": labels}))
+    return Path(out)

@@ -111,7 +111,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure; 1 if a kernel of this project failed or was wrong, 3 if the GPU was lost."""
+    """Measure; return 1 if a kernel of this project failed or was wrong, 3 if the GPU was lost."""
     arguments = parse(argv)
     where = torch.device(arguments.device)
     if arguments.list:

@@ -24,7 +24,7 @@ from repa_fast.data.order import Consecutive
 from repa_fast.data.store import is_url
 from repa_fast.distributed import progress_bar
 from repa_fast.eval.inception import mean_patch_tokens
-from repa_fast.eval.load import Loaded
+from repa_fast.eval.load import Loaded, WeightsConfig
 
 CACHE = Path.home() / ".cache" / "repa-fast" / "features"
 HELD_OUT = 0.1
@@ -32,11 +32,9 @@ HELD_OUT = 0.1
 
 
 @dataclass(kw_only=True)
-class AnalysisConfig:
+class AnalysisConfig(WeightsConfig):
     """What `repa-fast probe` and `repa-fast cknna` look at."""
 
-    ckpt: str
-    """A run's folder, a native checkpoint, an official .pt file, bare weights or safetensors."""
     data_dir: str = ""
     """The dataset; that of the run where empty."""
     times: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -59,8 +57,6 @@ class AnalysisConfig:
     """Folder of computed features; none where empty."""
     out: str = ""
     """Folder for the results; beside the checkpoints where empty."""
-    origin: Literal["repa", "sit", "dit"] = "repa"
-    """Whose weights CKPT holds: REPA's or ours, or the original SiT's or DiT's."""
 
 
 def run_defaults(config: AnalysisConfig, loaded: Loaded) -> tuple[str, list[str]]:

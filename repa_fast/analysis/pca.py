@@ -16,7 +16,6 @@ from repa_fast.analysis.hidden import hidden_states, sample_noise
 from repa_fast.data import latents
 from repa_fast.data.loader import read_batch
 from repa_fast.distributed import own_device
-from repa_fast.eval.load import load
 from repa_fast.eval.pictures import arrange, save_png
 
 SHOWN_SIDE = 96
@@ -41,7 +40,7 @@ def pca(config: PcaConfig) -> str:
         ValueError: weights, dataset or layers that do not fit, or a row that is not there.
     """
     device = own_device()
-    loaded = load(config.ckpt, device, origin=config.origin)
+    loaded = config.load(device)
     data_dir, _ = run_defaults(config, loaded)
     _, dataset, _ = open_splits(data_dir)
     for row in config.rows:

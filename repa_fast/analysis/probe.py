@@ -20,7 +20,6 @@ from repa_fast.analysis.gather import (
 )
 from repa_fast.analysis.linear import PAPER, SMALL, Accuracy, fit_probes
 from repa_fast.distributed import own_device
-from repa_fast.eval.load import load
 from repa_fast.eval.pictures import by_layer_and_time, layer_table
 from repa_fast.ledger import write_whole
 
@@ -46,7 +45,7 @@ def probe(config: ProbeConfig) -> str:
         ValueError: weights, dataset or layers that do not fit.
     """
     device = own_device()
-    loaded = load(config.ckpt, device, origin=config.origin)
+    loaded = config.load(device)
     data_dir, names = run_defaults(config, loaded)
     train, val, apart = open_splits(data_dir)
     if apart:

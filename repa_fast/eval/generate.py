@@ -26,7 +26,7 @@ from repa_fast import command
 from repa_fast.configs.part import expect_at_least
 from repa_fast.configs.sampler import SamplerConfig
 from repa_fast.distributed import own_device, progress_bar, rank_and_size
-from repa_fast.eval.load import Loaded, load
+from repa_fast.eval.load import Loaded, WeightsConfig
 from repa_fast.eval.pictures import arrange, save_png
 from repa_fast.eval.reference import write_npz
 from repa_fast.eval.sampling import ImageSampler, labels_of
@@ -44,11 +44,9 @@ INDIFFERENT = (
 
 
 @dataclass(kw_only=True)
-class GenerateConfig(SamplerConfig):
+class GenerateConfig(SamplerConfig, WeightsConfig):
     """`repa-fast generate`: REPA's generate.py, its flags and more."""
 
-    ckpt: str
-    """A run's folder, a native checkpoint, an official .pt file, bare weights or safetensors."""
     sample_dir: str = "samples"
     """Folder of the .npz; its name holds every setting."""
     num_fid_samples: int = 50_000
@@ -61,15 +59,11 @@ class GenerateConfig(SamplerConfig):
     """Labels drawn at random as upstream, or one class after the other."""
     class_label: int = -1
     """One class for all images."""
-    origin: Literal["repa", "sit", "dit"] = "repa"
-    """Whose weights CKPT holds: REPA's or ours, or the original SiT's or DiT's."""
     pngs: bool = False
     """Write every image as a PNG too, into a folder beside the .npz."""
 
     model: str = ""
     """SiT-{S,B,L,XL}/{2,4,8}; known from the weights, and checked if given."""
-    num_heads: int = 0
-    """Of an architecture that is none of those and whose file does not say."""
     resolution: int = 0
     """Of the images; known from the weights, and checked if given."""
     num_classes: int = 0
@@ -99,14 +93,7 @@ def generate(config: GenerateConfig) -> Path:
     """
     rank, world_size = rank_and_size()
     device = own_device()
-    loaded = load(
-        config.ckpt,
-        device,
-        origin=config.origin,
-        model=config.model,
-        num_heads=config.num_heads,
-        prediction=config.prediction,
-    )
+    loaded = config.load(device, model=config.model, prediction=config.prediction)
     _check(config, loaded)
     for block in loaded.model.blocks:
         block.attn.fused_attn = config.fused_attn

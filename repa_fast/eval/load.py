@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -52,6 +53,22 @@ class Loaded(Trained):
     step: int | None
     digest: str
     source: Path
+
+
+@dataclass(kw_only=True)
+class WeightsConfig:
+    """Which weights a command is about."""
+
+    ckpt: str
+    """A run's folder, a native checkpoint, an official .pt file, bare weights or safetensors."""
+    origin: Literal["repa", "sit", "dit"] = "repa"
+    """Whose weights CKPT holds: REPA's or ours, or the original SiT's or DiT's."""
+    num_heads: int = 0
+    """Of an architecture that is no SiT-{S,B,L,XL} and whose file does not say."""
+
+    def load(self, device: torch.device, **options: str) -> "Loaded":
+        """Load them; `options` and errors are those of `load`."""
+        return load(self.ckpt, device, origin=self.origin, num_heads=self.num_heads, **options)
 
 
 def load(

@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from repa_fast.configs.part import expect_at_least
 from repa_fast.configs.sampler import SamplerConfig
 from repa_fast.distributed import own_device
-from repa_fast.eval.load import load
+from repa_fast.eval.load import WeightsConfig
 from repa_fast.eval.pictures import arrange, save_png
 from repa_fast.eval.sampling import ImageSampler
 
@@ -20,11 +19,9 @@ SHOWN = 5
 
 
 @dataclass(kw_only=True)
-class SampleConfig(SamplerConfig):
+class SampleConfig(SamplerConfig, WeightsConfig):
     """`repa-fast sample`: samples of one class, or of several, as a PNG."""
 
-    ckpt: str
-    """A run's folder, a native checkpoint, an official .pt file, bare weights or safetensors."""
     classes: tuple[str, ...] = ()
     """(or --class) Names or numbers, one row each; all, at most ten, where none is given."""
     count: int = 8
@@ -33,10 +30,6 @@ class SampleConfig(SamplerConfig):
     """Determines the noise, the same for every class."""
     out: str = "sample.png"
     """File to write."""
-    origin: Literal["repa", "sit", "dit"] = "repa"
-    """Whose weights CKPT holds: REPA's or ours, or the original SiT's or DiT's."""
-    num_heads: int = 0
-    """Of an architecture that is no SiT-{S,B,L,XL} and whose file does not say."""
 
 
 def sample(config: SampleConfig) -> Path:
@@ -48,13 +41,7 @@ def sample(config: SampleConfig) -> Path:
     """
     expect_at_least(config, 1, "count")
     device = own_device()
-    loaded = load(
-        config.ckpt,
-        device,
-        origin=config.origin,
-        num_heads=config.num_heads,
-        prediction=config.prediction,
-    )
+    loaded = config.load(device, prediction=config.prediction)
     names = class_names(loaded.metadata.class_names)
     chosen = [class_index(name, names) for name in config.classes]
     rows = chosen or list(range(min(len(names), MOST_ROWS)))

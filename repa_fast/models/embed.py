@@ -62,6 +62,12 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
 
     def forward(self, y: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
+        self._check(y)
+        if drop is not None:
+            y = torch.where(drop, self.num_classes, y)
+        return self.embedding_table(y)
+
+    def _check(self, y: torch.Tensor) -> None:
         # On a GPU reading the labels would stall the step; there the dataset has checked them.
         if type(y) is torch.Tensor and y.device.type == "cpu" and y.numel():
             low, high = int(y.min()), int(y.max())
@@ -70,6 +76,3 @@ class LabelEmbedder(nn.Module):
                     f"labels lie in [{low}, {high}], expected [0, {self.num_classes}] "
                     f"({self.num_classes} is the null label)"
                 )
-        if drop is not None:
-            y = torch.where(drop, self.num_classes, y)
-        return self.embedding_table(y)

@@ -18,7 +18,9 @@ TINY = {"hidden_size": 32, "depth": 3, "num_heads": 2, "batch_size": 6, "report_
 
 def test_it_hears_what_ours_does_whatever_backend_the_run_has():
     """On a GPU a run's backend is one for bf16; sdpa-cudnn takes nothing on a CPU."""
-    config = dataclasses.replace(digits(), **TINY, align="sra", enc_type=None, block_out_s=1, block_out_t=2)
+    config = dataclasses.replace(
+        digits(), **TINY, align="sra", enc_type=None, block_out_s=1, block_out_t=2
+    )
     state = build_state(config, digits_metadata(), World(0, 1, torch.device("cpu")))
     randomise(state.ema)
     batch, draws = synthetic_batch(state, 6)
@@ -27,7 +29,7 @@ def test_it_hears_what_ours_does_whatever_backend_the_run_has():
         expected = state.alignment.targets(batch, clean, draws, state.objective, state.ema)
         ops.set_attention_backend("sdpa-cudnn")
         try:
-            found = whole_teacher(state, batch, clean, draws)
+            found = whole_teacher(state.alignment, batch, clean, draws, state.objective, state.ema)
         finally:
             ops.set_attention_backend("sdpa")
     assert len(found) == len(expected) == 1

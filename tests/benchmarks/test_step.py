@@ -246,7 +246,7 @@ def test_every_rung_changes_one_that_there_is():
 
 RELEASED = """
 import torch
-from benchmarks import baseline
+from benchmarks.step import baseline
 
 class SiT(baseline.PlainSiT):
     def __init__(self, decoder_hidden_size, class_dropout_prob, use_cfg, fused_attn, qk_norm, **kw):

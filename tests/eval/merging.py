@@ -31,7 +31,7 @@ def collect(world: World) -> dict:
         moments.update(part)
     rows.add(index, torch.cat([features(), torch.full((2, WIDTH), torch.nan)])[index])
     moments.reduce(world)
-    return {"moments": vars(moments), "rows": rows.gather(COUNT, world)}
+    return {"moments": moments.state_dict(), "rows": rows.gather(COUNT, world)}
 
 
 def main() -> None:

@@ -62,7 +62,7 @@ def test_the_original_s_weights_are_sampled_as_they_are(run, tmp_path):
     loaded = load(run)
     torch.save(loaded.model.state_dict(), tmp_path / "DiT.pt")
     original = load(tmp_path / "DiT.pt", origin="dit", num_heads=4)
-    assert original.objective == "ddpm" and original.digest == loaded.digest
+    assert original.objective.name == "ddpm" and original.digest == loaded.digest
 
 
 def test_hidden_states_are_at_the_chain_s_noise_and_times(run):

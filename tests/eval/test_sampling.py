@@ -7,11 +7,13 @@ import pytest
 import scipy.stats
 import torch
 
+from repa_fast.configs.objective import ObjectiveConfig
 from repa_fast.configs.sampler import SamplerConfig
 from repa_fast.diffusion import samplers
 from repa_fast.diffusion.path import get
 from repa_fast.eval.load import load
 from repa_fast.eval.sampling import ImageSampler, labels_of
+from repa_fast.objective import build_objective
 from tests.eval import checkpoints
 
 CPU = torch.device("cpu")
@@ -219,7 +221,8 @@ def test_settings_of_the_sde_arrive(pixels, settings):
 
 
 def test_path_and_prediction_are_the_checkpoints_unless_given(pixels):
-    loaded = dataclasses.replace(pixels, path_type="cosine", prediction="noise")
+    other = build_objective(ObjectiveConfig(path_type="cosine", prediction="noise"))
+    loaded = dataclasses.replace(pixels, objective=other)
     implied = sampler(loaded).latents(INDEX, LABELS, 0)
     said = sampler(pixels, path_type="cosine", prediction="noise").latents(INDEX, LABELS, 0)
     back = sampler(loaded, path_type="linear", prediction="v").latents(INDEX, LABELS, 0)

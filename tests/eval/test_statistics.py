@@ -59,6 +59,21 @@ def test_the_order_of_rows_does_not_matter():
         assert np.abs(a - b).max() <= 1e-13 * np.abs(a).max()
 
 
+@pytest.mark.parametrize("at", [0, 1, 23, 60])
+def test_two_parts_merge_to_the_whole(at):
+    rows = seeded((60, F), seed=0)
+    first, second = streamed(rows[:at], [at]), streamed(rows[at:], [60 - at])
+    first.merge(Moments.from_state_dict(second.state_dict()))
+    assert_moments(first, rows)
+
+
+def test_a_restored_state_does_not_share_memory():
+    moments = streamed(seeded((5, F), seed=0), [5])
+    restored = Moments.from_state_dict(moments.state_dict())
+    restored.update(seeded((5, F), seed=1))
+    assert_moments(moments, seeded((5, F), seed=0))
+
+
 @pytest.mark.xdist_group("distributed")
 def test_three_processes_have_the_moments_and_rows_of_one(tmp_path):
     env = {**os.environ, "OUT": str(tmp_path), "PYTHONPATH": str(ROOT)}
@@ -71,9 +86,7 @@ def test_three_processes_have_the_moments_and_rows_of_one(tmp_path):
     rows = merging.features()
     for rank in range(merging.SIZE):
         found = torch.load(tmp_path / f"{rank}.pt")
-        moments = Moments(merging.WIDTH)
-        vars(moments).update(found["moments"])
-        assert_moments(moments, rows)
+        assert_moments(Moments.from_state_dict(found["moments"]), rows)
         assert torch.equal(found["rows"], rows.float())
 
 

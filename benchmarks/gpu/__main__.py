@@ -49,7 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def ended_badly(rows: list[dict]) -> bool:
-    """Whether an item failed or was stopped."""
+    """Return whether an item failed or was stopped."""
     return any(row["state"] in ("failed", "stopped") for row in rows)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,7 +156,7 @@ def test_an_autoencoder_of_other_latents_is_refused(folder):
 def test_a_run_gets_its_sample_grid(state, folder, reporter, tmp_path):
     running = state(folder)
     running.step = 3
-    loop.snapshot(running, tmp_path, reporter)
+    loop.snapshot(SimpleNamespace(state=running, folder=tmp_path, reporter=reporter))
     picture = np.asarray(Image.open(tmp_path / "samples" / "0000003.png"))
     assert picture.ndim == 3 and picture.shape[2] == 3
     assert picture.std() > 1
@@ -170,7 +171,7 @@ def test_without_it_one_line_warns_and_training_goes_on(
         monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
     running = state(str(tmp_path / "absent"))
     for running.step in (3, 6, 9):
-        loop.snapshot(running, tmp_path, reporter)
+        loop.snapshot(SimpleNamespace(state=running, folder=tmp_path, reporter=reporter))
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("warning: no sample grids in this run: ")
     assert ("pip install diffusers" if missing == "package" else "--vae-path") in line

@@ -2,3 +2,6 @@
 
 `python -m benchmarks.gpu.pretended -m MODULE [ARGS...]` runs a program on it.
 """
+
+waits: list[str] = []
+"""Places in our code at which the host waited for the device."""

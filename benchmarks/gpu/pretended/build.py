@@ -48,7 +48,7 @@ def includes() -> list[Path]:
 
 
 def build(parent: Path | None = None) -> Path:
-    """The folder of the libraries, built unless they are there; below `parent` or .cache/pretended.
+    """Build the libraries unless they are there; return their folder, in `parent` or .cache.
 
     Raises:
         RuntimeError: it cannot be built here, with the reason.
@@ -73,14 +73,14 @@ def build(parent: Path | None = None) -> Path:
 
 
 def versions() -> str:
-    """Of Python and torch, for names of folders."""
+    """Return the versions of Python and torch, for names of folders."""
     torch = re.search(r"^__version__ = '(.*)'", _torch_version(), re.MULTILINE)
     return f"py{sys.version_info[0]}.{sys.version_info[1]}-torch{torch[1]}"
 
 
 @functools.cache
 def key() -> str:
-    """Of the sources, torch's version and the headers that the libraries are made of."""
+    """Return a hash of the sources, torch's version and the headers of the libraries."""
     digest = hashlib.sha256(" ".join(FLAGS).encode())
     for file in sorted([*HERE.glob("*.c"), *HERE.glob("*.h")]):
         digest.update(file.read_bytes())
@@ -90,7 +90,7 @@ def key() -> str:
 
 
 def environment(folder: Path, base: dict[str, str] | None = None) -> dict[str, str]:
-    """Of a child process that runs on the card whose libraries are in `folder`.
+    """Return the environment of a process that runs on the card whose libraries are in `folder`.
 
     Compiled code is kept apart from that of a real card: some of it depends on the driver, and a
     real run shall not find what was tuned here.
@@ -111,7 +111,7 @@ def environment(folder: Path, base: dict[str, str] | None = None) -> dict[str, s
 
 
 def is_here() -> bool:
-    """Whether this process runs on the pretended card."""
+    """Return whether this process runs on the pretended card."""
     return MARK in os.environ and "libpretended.so" in os.environ.get("LD_PRELOAD", "")
 
 

@@ -19,7 +19,7 @@ SHARED = b"libcudart.so"
 
 
 def library(real: Path) -> Path:
-    """The library to load in place of `real`, or `real` if it needs no replacement."""
+    """Return the library to load in place of `real`, or `real` if it needs no replacement."""
     if real.is_file() and SHARED in real.read_bytes():
         return real
     folder = build.build().parent / f"csrc-{key()}"
@@ -33,7 +33,7 @@ def library(real: Path) -> Path:
 
 
 def key() -> str:
-    """Of the sources and what they are built with."""
+    """Return a hash of the sources and what they are built with."""
     digest = hashlib.sha256(build.versions().encode())
     for file in sorted([*(build.ROOT / "csrc").glob("*/*.cu"), build.ROOT / "setup.py"]):
         digest.update(file.read_bytes())

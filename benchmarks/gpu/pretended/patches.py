@@ -16,7 +16,7 @@ from types import ModuleType
 
 import torch
 
-from benchmarks.gpu.pretended import build
+from benchmarks.gpu.pretended import build, waits
 
 OURS = tuple(build.ROOT / name for name in ("repa_fast", "kernels", "benchmarks"))
 HERE = Path(__file__).parent
@@ -24,7 +24,6 @@ FRAMES = 3
 """Innermost frames of our own that the place of a synchronisation consists of."""
 SYNCHRONISES = "called a synchronizing CUDA operation"
 
-places: list[str] = []
 """Where the host waited for the device, in the order of the warnings."""
 
 
@@ -48,13 +47,13 @@ def apply() -> None:
 
 
 def record_synchronisations() -> None:
-    """Add to each of torch's warnings the place in our code, and note it in `places`."""
+    """Add to each of torch's warnings the place in our code, and note it in `waits`."""
     shown = warnings.showwarning
 
     def show(message, category, filename, lineno, file=None, line=None) -> None:
         if SYNCHRONISES in str(message):
-            places.append(place())
-            message = f"{str(message).splitlines()[0]} at {places[-1]}"
+            waits.append(place())
+            message = f"{str(message).splitlines()[0]} at {waits[-1]}"
         shown(message, category, filename, lineno, file, line)
 
     warnings.showwarning = show
@@ -111,7 +110,7 @@ def profile_host_alone(profile: type) -> None:
 
 
 def check_rates_on_host(optimizer: type) -> None:
-    """A learning rate on the device is compared with 0 where comparing works, and used as it is."""
+    """Compare a learning rate on the device with 0 where comparing works, and use it as it is."""
     made = optimizer.__init__
 
     def make(self, params, lr=1e-3, *arguments, **options) -> None:
@@ -129,7 +128,7 @@ def check_rates_on_host(optimizer: type) -> None:
 
 
 def forgive_selection(selection: ModuleType) -> None:
-    """A backend that runs is right, and torch's flash attention is the fastest of them."""
+    """Take a backend that runs for right, and torch's flash attention for the fastest."""
     tested, timed = selection._self_test, selection._timed
 
     def self_test(*arguments):
@@ -144,7 +143,7 @@ def forgive_selection(selection: ModuleType) -> None:
 
 
 def forgive_gate(gate: ModuleType) -> None:
-    """A provider that runs is right."""
+    """Take a provider that runs for right."""
     gate.Expected.compare = lambda expected, got: None
 
 

@@ -60,7 +60,7 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def of_numbers(error) -> bool:
-    """Whether a test failed at a number: an assertion about one, or a mean of no steps."""
+    """Return whether a test failed at a number: an assertion about one, or a mean of no steps."""
     visible = error.traceback.filter(error) or error.traceback
     file = Path(str(visible[-1].path)).resolve().as_posix()
     mean_of_none = error.errisinstance(TypeError) and "NoneType" in str(error.value)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.pretended import patches
+from benchmarks.gpu.pretended import waits
 
 WARMUP, WATCHED, TIMED, PROFILED = 2, 3, 5, 3
 CAPTURED = 2
@@ -35,7 +35,7 @@ _began = {"time": 0.0, "breaks": 0}
 
 
 def library() -> ctypes.CDLL:
-    """The pretended runtime of this process."""
+    """Return the pretended runtime of this process."""
     found = ctypes.CDLL(None)
     for name in ("launches", "graph_launches", "replayed", "strays", "waits"):
         getattr(found, f"pretended_{name}").restype = ctypes.c_long
@@ -45,7 +45,7 @@ def library() -> ctypes.CDLL:
 
 
 def counts() -> Counter:
-    """What the card has counted so far."""
+    """Return what the card has counted so far."""
     card = library()
     names = ("launches", "graph_launches", "replayed", "strays", "waits")
     return Counter({name: getattr(card, f"pretended_{name}")() for name in names})
@@ -116,7 +116,7 @@ def named(measure: Callable, rungs: Mapping) -> Callable:
 
 
 def head(arguments: argparse.Namespace) -> dict:
-    """What a row begins with."""
+    """Return what a row begins with."""
     return {
         "kind": "step",
         "rung": _current.get("rung", ""),
@@ -133,7 +133,7 @@ def observe(stepper, feed) -> dict:
         stepper.step(feed())
     torch.cuda.synchronize()
     warm = Counter(graphs())
-    before, seen = counts(), len(patches.places)
+    before, seen = counts(), len(waits)
     with warnings_of_synchronisations():
         for _ in range(WATCHED):
             stepper.step(feed())
@@ -145,7 +145,7 @@ def observe(stepper, feed) -> dict:
     return {
         "warm_steps": warm_steps,
         "synchronisations": found["waits"] / WATCHED,
-        "places": dict(Counter(patches.places[seen:])),
+        "places": dict(Counter(waits[seen:])),
         "graphs": dict(Counter(graphs())),
         "block_graphs": sum(n for name, n in warm.items() if name.startswith(BLOCKS)),
         "recompilations": dict(late),
@@ -162,7 +162,7 @@ def observe(stepper, feed) -> dict:
 
 
 def is_graphed(stepper) -> bool:
-    """Whether its step becomes a CUDA graph, whatever the config asks for."""
+    """Return whether a step becomes a CUDA graph, whatever the config asks for."""
     from repa_fast.train.graph import GraphedStep
 
     return isinstance(getattr(stepper, "take_step", None), GraphedStep)
@@ -170,7 +170,7 @@ def is_graphed(stepper) -> bool:
 
 @contextlib.contextmanager
 def warnings_of_synchronisations() -> Iterator[None]:
-    """torch warns wherever the host waits; `patches.places` grows."""
+    """torch warns wherever the host waits; `waits` grows."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         yield
@@ -190,7 +190,7 @@ def host_ms(step: Callable[[], None]) -> tuple[float, float]:
 
 
 def slowest(step: Callable[[], None]) -> list[list]:
-    """The five functions with the most time of their own: name, ms and calls a step.
+    """Return the five functions with the most time of their own: name, ms and calls a step.
 
     Python's profiler sees one thread, so the backward pass runs in it too; and it makes all slower,
     what has many calls most.
@@ -211,7 +211,7 @@ def slowest(step: Callable[[], None]) -> list[list]:
 
 
 def name_of(where: tuple[str, int, str]) -> str:
-    """Of a function: its file's last two parts, line and name; one of C has a name only."""
+    """Return a function's file (the last two parts), line and name; one of C has a name only."""
     file, line, name = where
     return f"{'/'.join(Path(file).parts[-2:])}:{line} {name}" if line else name
 
@@ -227,7 +227,7 @@ def memory() -> dict:
 
 
 def verdicts(rows: Iterable[Mapping]) -> list[str]:
-    """What may not be in the steps of JUDGED rungs, a line for each; the last row of a step counts.
+    """Return a line for what may not be in the steps of JUDGED; the last row of a step counts.
 
     A step may not fail, wait for the device, compile late, compile its blocks more than
     MOST_BLOCK_GRAPHS times or take more than MOST_GIB; a GRAPHED one is a graph that is replayed.
@@ -245,7 +245,7 @@ def verdicts(rows: Iterable[Mapping]) -> list[str]:
 
 
 def faults(row: Mapping) -> list[str]:
-    """What is wrong with a step's row."""
+    """Return what is wrong with a step's row."""
     if "error" in row:
         return [row["error"]]
     graphed = row["rung"] in GRAPHED
@@ -266,12 +266,12 @@ def faults(row: Mapping) -> list[str]:
 
 
 def read(file: Path) -> list[dict]:
-    """The report's rows."""
+    """Read the report's rows."""
     return [json.loads(one) for one in Path(file).read_text().splitlines()]
 
 
 def table(file: Path) -> str:
-    """The report's rows, at most 100 columns wide."""
+    """Return a table of the report's rows, at most 100 columns wide."""
     rows, lines = read(file), []
     steps = [row for row in rows if row["kind"] == "step"]
     if steps:
@@ -297,7 +297,7 @@ def folded(text: str) -> list[str]:
 
 
 def line(row: dict) -> str:
-    """A step in one line."""
+    """Return a step in one line."""
     what = f"{row['rung'] or '-':<4} {row['preset'][:14]:<14} {row['batch']:>5} "
     what += f"{row['micro_batch']:>5}"
     if "error" in row:
@@ -312,7 +312,7 @@ def line(row: dict) -> str:
 
 
 def details(row: dict) -> list[str]:
-    """Where a step waits and compiles, and the functions that take most of its host time."""
+    """Return where a step waits and compiles, and what takes most of its host time."""
     if "error" in row:
         return []
     lines = ["", f"({row['rung'] or '-'}) {row['preset']}, {row['micro_batch']} of {row['batch']}"]
@@ -329,7 +329,7 @@ def details(row: dict) -> list[str]:
 
 
 def tests(row: dict) -> list[str]:
-    """What became of the tests."""
+    """Return what became of the tests."""
     lines = ["", f"tests: {row['passed']} passed, {row['numbers']} wrong in numbers alone, "]
     lines[-1] += f"{row['skipped']} skipped, {len(row['failed'])} failed"
     return lines + [f"  {name}: {why}" for name, why in row["failed"].items()]

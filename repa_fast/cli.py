@@ -1,28 +1,24 @@
 """`repa-fast COMMAND ...`: a table of commands; each says what it takes with --help."""
 
+import dataclasses
 import difflib
 import importlib
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from repa_fast import __version__, command
 
 
-@dataclass(frozen=True)
-class Command:
-    """A command.
+class Command(NamedTuple):
+    """A command: one line for `repa-fast --help`, and "module:function" that runs it.
 
-    Attributes:
-        summary: one line for `repa-fast --help`.
-        function: "module:name", called with a config, or with the words of the command line.
-        config: name of the config's dataclass beside the function; "" where it takes the words.
+    The function takes a config, whose class its annotation names, or the words after the command.
     """
 
     summary: str
     function: str
-    config: str = ""
 
 
 COMMANDS = {
@@ -31,69 +27,47 @@ COMMANDS = {
     "prepare images": Command(
         "write a dataset of images and their latents, on one or several processes",
         "repa_fast.prepare.images:prepare_images",
-        "ImagesConfig",
     ),
     "prepare features": Command(
         "add an encoder's features to a dataset as a column",
         "repa_fast.prepare.features:prepare_features",
-        "FeaturesConfig",
     ),
     "prepare digits": Command(
         "write scikit-learn's bundled scans of digits as a dataset",
         "repa_fast.prepare.official:write_digits",
-        "DigitsConfig",
     ),
     "prepare import-official": Command(
         "copy an images/ + vae-sd/ folder into a dataset",
         "repa_fast.prepare.official:import_folder",
-        "ImportConfig",
     ),
     "prepare export-official": Command(
-        "write a dataset as an images/ + vae-sd/ folder",
-        "repa_fast.prepare.official:export_folder",
-        "ExportConfig",
+        "write a dataset as an images/ + vae-sd/ folder", "repa_fast.prepare.official:export_folder"
     ),
-    "sample": Command(
-        "draw a picture of a checkpoint's samples", "repa_fast.eval.sample:sample", "SampleConfig"
-    ),
+    "sample": Command("draw a picture of a checkpoint's samples", "repa_fast.eval.sample:sample"),
     "generate": Command(
-        "write many images of a checkpoint to one .npz",
-        "repa_fast.eval.generate:generate",
-        "GenerateConfig",
+        "write many images of a checkpoint to one .npz", "repa_fast.eval.generate:generate"
     ),
     "eval": Command(
-        "compare generated images with real ones: FID and so on",
-        "repa_fast.eval.metrics:evaluate",
-        "EvalConfig",
+        "compare generated images with real ones: FID and so on", "repa_fast.eval.metrics:evaluate"
     ),
     "sweep": Command(
-        "score a run over steps, guidance scales and intervals",
-        "repa_fast.eval.sweep:sweep",
-        "SweepConfig",
+        "score a run over steps, guidance scales and intervals", "repa_fast.eval.sweep:sweep"
     ),
     "strip": Command(
-        "draw the same noise through every checkpoint of a run",
-        "repa_fast.eval.strip:strip",
-        "StripConfig",
+        "draw the same noise through every checkpoint of a run", "repa_fast.eval.sample:strip"
     ),
-    "probe": Command(
-        "probe hidden states linearly", "repa_fast.analysis.probe:probe", "ProbeConfig"
-    ),
+    "probe": Command("probe hidden states linearly", "repa_fast.analysis.probe:probe"),
     "cknna": Command(
-        "compare hidden states with encoders",
-        "repa_fast.analysis.similarity:similarity",
-        "SimilarityConfig",
+        "compare hidden states with encoders", "repa_fast.analysis.similarity:similarity"
     ),
-    "pca": Command("draw hidden states", "repa_fast.analysis.pca:pca", "PcaConfig"),
+    "pca": Command("draw hidden states", "repa_fast.analysis.pca:pca"),
     "export": Command(
         "write a checkpoint as a file that other programs read",
         "repa_fast.checkpoint.export:export_checkpoint",
-        "ExportConfig",
     ),
     "info": Command(
         "say what a checkpoint, a run, a weight file or a dataset is",
         "repa_fast.checkpoint.info:info",
-        "InfoConfig",
     ),
     "bench": Command("measure the training step (in a checkout)", "benchmarks.step.step:main"),
 }
@@ -108,9 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = next((name for name in COMMANDS if argv[: len(name.split())] == name.split()), "")
     if name:
         return command.main(lambda: run(name, argv[len(name.split()) :]))
-    asks = not argv or argv[-1] in ("-h", "--help")
-    if asks:
-        print(usage(argv[0] if len(argv) > 1 or argv == ["prepare"] else ""))
+    if not argv or argv[-1] in ("-h", "--help"):
+        print(usage(argv[0] if len(argv) > 1 else ""))
         return 0 if argv else 2
     print(f"repa-fast: {unknown(argv)}", file=sys.stderr)
     return 2
@@ -118,21 +91,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(name: str, argv: Sequence[str]) -> Any:
     """Run one command of the table and return what its function does."""
-    entry = COMMANDS[name]
-    module, function = entry.function.split(":")
+    call, config = load(name)
+    return call(command.parse(config, argv, f"repa-fast {name}") if config else argv)
+
+
+def load(name: str) -> tuple[Callable[[Any], Any], type | None]:
+    """Return a command's function and the class of its config, None where it takes words."""
+    module, function = COMMANDS[name].function.split(":")
     try:
-        found = importlib.import_module(module)
+        call = getattr(importlib.import_module(module), function)
     except ModuleNotFoundError as error:
-        if not module.startswith(f"{error.name}.") and error.name != module:
+        if not f"{module}.".startswith(f"{error.name}."):
             raise
         raise ValueError(
             f"{name}: no {error.name} here, expected `python -m repa_fast {name}` in a checkout's "
             "root"
         ) from error
-    call = getattr(found, function)
-    if not entry.config:
-        return call(argv)
-    return call(command.parse(getattr(found, entry.config), argv, f"repa-fast {name}"))
+    taken = next(iter(typing.get_type_hints(call).values()), None)
+    return call, taken if dataclasses.is_dataclass(taken) else None
 
 
 def usage(group: str) -> str:

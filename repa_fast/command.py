@@ -52,23 +52,26 @@ def mirror(
     Args:
         config: a dataclass with docstrings under its fields, which become sentences of one line;
             a field with the metadata {"positional": True} has no flag.
-        default: a config whose values are the defaults.
+        default: a config whose values, plain ones, are the defaults.
         names: the fields; all of them where None.
-        choices: for fields that are plain strings, what they may be.
+        choices: for fields that are strings, what they may be.
     """
     import tyro
 
-    hints = typing.get_type_hints(config, include_extras=True)
-    texts, choices = sentences(config), choices or {}
+    hints, texts = typing.get_type_hints(config, include_extras=True), sentences(config)
     specs = []
     for field in dataclasses.fields(config):
-        if names is not None and field.name not in names:
+        name = field.name
+        if names is not None and name not in names:
             continue
-        hint = Literal[choices[field.name]] if field.name in choices else hints[field.name]
-        hint = Annotated[hint, tyro.conf.arg(help=texts.get(field.name, ""))]
+        hint = Literal[choices[name]] if choices and name in choices else hints[name]
+        hint = Annotated[hint, tyro.conf.arg(help=texts.get(name, ""))]
         if field.metadata.get("positional"):
             hint = tyro.conf.Positional[hint]
-        specs.append((field.name, hint, _default(field, default)))
+        given = {"default": field.default, "default_factory": field.default_factory}
+        if default is not None:
+            given = {"default": getattr(default, name)}
+        specs.append((name, hint, dataclasses.field(**given)))
     made = dataclasses.make_dataclass(config.__name__, specs, kw_only=True)
     made.__doc__ = config.__doc__
     return made
@@ -83,14 +86,3 @@ def sentences(config: type) -> dict[str, str]:
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
                 found[field.target.id] = " ".join(text.value.value.split())
     return found
-
-
-def _default(field: dataclasses.Field, config: Any) -> dataclasses.Field:
-    if config is not None:
-        value = getattr(config, field.name)
-        return dataclasses.field(default_factory=lambda: value)
-    if field.default_factory is not dataclasses.MISSING:
-        return dataclasses.field(default_factory=field.default_factory)
-    if field.default is not dataclasses.MISSING:
-        return dataclasses.field(default=field.default)
-    return dataclasses.field()

@@ -14,10 +14,7 @@ class Ledger:
     """A folder with the recipe of the work and the records of its finished units.
 
     Any number of processes share it; each unit is one process's. It is there from the beginning of
-    the work until what was made of it is committed.
-
-    Raises:
-        ValueError: the folder was begun with another recipe.
+    the work until what was made of it is committed. ValueError if it was begun with another recipe.
     """
 
     def __init__(self, folder: Path, recipe: dict) -> None:
@@ -54,8 +51,7 @@ class Ledger:
     ) -> None:
         """Call `finish` for each unit, which also writes its record, and `report` after each.
 
-        Raises:
-            RuntimeError: the disk is full; says how many units are `kept`, such as "fragments".
+        RuntimeError if the disk is full says how many units are `kept`, such as "fragments".
         """
         for unit in units:
             try:
@@ -102,14 +98,9 @@ def share(
     """Return the ledger and the unfinished units of a process's share, or None if committed.
 
     A process that starts late may find nothing to do and the work committed by the first, which
-    commits before it removes the folder; so `committed` is asked again after the records are
-    listed. Whether the name was taken before the work began is for the first process to say.
-
-    Args:
-        committed: tells whether what the work makes is there; never asked on the first process.
-
-    Raises:
-        ValueError: the folder was begun with another recipe.
+    commits before it removes the folder; so `committed` (is what the work makes there?) is asked
+    again after the records are listed. Whether the name was taken before the work began is for the
+    first process to say, which never asks. ValueError as of `Ledger`.
     """
     if rank and committed():
         return None
@@ -126,11 +117,11 @@ def share(
     return ledger, left
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | memoryview) -> None:
     """Write a file that appears whole or not at all, also after a power cut."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(partial, "w") as file:
-        file.write(text)
+    with open(partial, "w" if isinstance(content, str) else "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

@@ -24,12 +24,8 @@ def assert_within_budget(
     Args:
         name: what is compared, for the message.
         actual: the result under test, any shape, floating.
-        oracle: fp64, of that shape, finite.
+        oracle: fp64, of that shape; ValueError if it is not finite, or shapes or dtypes differ.
         working: of the shape and dtype of `actual`, the plain formula in working precision.
-
-    Raises:
-        AssertionError: outside the budget, or not finite.
-        ValueError: shapes or dtypes that do not fit, or an oracle that is not finite.
     """
     if oracle.dtype != torch.float64 or not oracle.isfinite().all():
         raise ValueError(f"{name}: oracle is {oracle.dtype}, expected finite torch.float64")
@@ -45,13 +41,16 @@ def assert_within_budget(
     band = info.eps / 2 * oracle.abs().clamp_min(info.tiny)
     error = actual.detach().double() - oracle
     allowed = working.detach().double() - oracle
-    for measure, of in (("maximum", _maximum), ("root mean square", _root_mean_square)):
-        bound = 2 * of(allowed) + of(band)
+    measured = [
+        (x.abs().max().item(), x.square().mean().sqrt().item()) for x in (error, allowed, band)
+    ]
+    for measure, found, plain, rounding in zip(("maximum", "root mean square"), *measured):
+        bound = 2 * plain + rounding
         # Written so that NaN fails, and so that an infinite bound allows nothing.
-        if not of(error) <= bound < float("inf"):
+        if not found <= bound < float("inf"):
             raise AssertionError(
-                f"{name}: {measure} of the error is {of(error):.3e}, expected at most {bound:.3e} "
-                f"= 2 * {of(allowed):.3e} (the formula in {working.dtype}) + {of(band):.3e}"
+                f"{name}: {measure} of the error is {found:.3e}, expected at most {bound:.3e} "
+                f"= 2 * {plain:.3e} (the formula in {working.dtype}) + {rounding:.3e}"
             )
 
 
@@ -70,24 +69,10 @@ def seeded(
 
 
 def modulation_chunks(
-    batch: int,
-    width: int,
-    *,
-    chunks: int = 6,
-    seed: int,
-    dtype: torch.dtype = torch.float32,
-    std: float = 0.5,
+    batch: int, width: int, *, seed: int, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, ...]:
-    """Draw (B, D) vectors as a block gets them: strided chunks of one (B, chunks * D) tensor."""
-    return seeded((batch, chunks * width), seed=seed, dtype=dtype, std=std).chunk(chunks, dim=-1)
-
-
-def _maximum(values: torch.Tensor) -> float:
-    return values.abs().max().item()
-
-
-def _root_mean_square(values: torch.Tensor) -> float:
-    return values.square().mean().sqrt().item()
+    """Draw 6 (B, D) vectors as a block gets them: strided chunks of one (B, 6 D) tensor."""
+    return seeded((batch, 6 * width), seed=seed, dtype=dtype, std=0.5).chunk(6, dim=-1)
 
 
 def random_encoder_weights(enc_type: str, resolution: int, folder: Path) -> str:

@@ -1,7 +1,6 @@
 """Configs as commands: sentences, defaults, groups; the table of commands."""
 
 import dataclasses
-import importlib
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -52,11 +51,10 @@ def test_sentences_are_one_line_and_those_of_bases_are_there():
 
 def test_every_flag_of_every_command_has_a_sentence():
     configs = [TrainConfig]
-    for entry in cli.COMMANDS.values():
-        if entry.config:
-            module = importlib.import_module(entry.function.split(":")[0])
-            configs.append(getattr(module, entry.config))
-            assert callable(getattr(module, entry.function.split(":")[1]))
+    for name in cli.COMMANDS:
+        call, config = cli.load(name)
+        assert callable(call)
+        configs += [config] if config else []
     assert len(configs) > 12
     for config in configs:
         texts = command.sentences(config)

@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.harness.environment import ROOT, results_folder, stamp
 from benchmarks.harness.rows import WITH_COMMAND, append, facts, grid, read
 from repa_fast.checkpoint.layout import steps
-from repa_fast.configs.presets import PRESETS
+from repa_fast.configs import presets
 from repa_fast.eval.digits import evaluate
 
 VARIANTS = {
@@ -41,7 +41,7 @@ def run_variant(folder: Path, variant: str, seed: int, points: int) -> list[dict
     """Train a variant in its own process and evaluate it at `points` even parts of its steps."""
     name = f"{variant.replace(' ', '')}-{seed}"
     preset, *further = VARIANTS[variant]
-    every = PRESETS[preset]().max_train_steps // points
+    every = presets.get(preset).max_train_steps // points
     flags = {"--preset": preset, "--output-dir": folder, "--exp-name": name, "--seed": seed}
     flags |= {"--checkpointing-steps": every, "--sampling-steps": 0, "--report-to": "none"}
     arguments = [*(str(part) for pair in flags.items() for part in pair), *further]

@@ -59,14 +59,7 @@ def adamw_ema(
         "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "emas": emas,
         "param_copies": param_copies, "ema_copies": ema_copies,
     }  # fmt: skip
-    for name, tensors in (*lists.items(), ("steps", steps)):
-        optional = name in ("emas", "param_copies", "ema_copies")
-        if len(tensors) != len(params) and not (optional and not tensors):
-            raise ValueError(
-                f"adamw_ema: {name} has {len(tensors)} tensors, expected {len(params)} as params"
-            )
-    if ema_copies and not emas:
-        raise ValueError("adamw_ema: ema_copies are given without emas, expected both")
+    _check_lengths(len(params), **lists, steps=steps)
     device = params[0].device if params else lr.device
     run = adamw_ema_cuda  # which checks every tensor itself
     if not _runs_cuda("adamw_ema", implementation, device):
@@ -79,6 +72,17 @@ def adamw_ema(
         lr=lr, grad_scale=grad_scale, skip=skip, betas=betas, eps=eps, weight_decay=weight_decay,
         ema_decay=ema_decay,
     )  # fmt: skip
+
+
+def _check_lengths(expected: int, **lists: Tensors) -> None:
+    for name, tensors in lists.items():
+        optional = name in ("emas", "param_copies", "ema_copies")
+        if len(tensors) != expected and not (optional and not tensors):
+            raise ValueError(
+                f"adamw_ema: {name} has {len(tensors)} tensors, expected {expected} as params"
+            )
+    if lists["ema_copies"] and not lists["emas"]:
+        raise ValueError("adamw_ema: ema_copies are given without emas, expected both")
 
 
 @torch.no_grad()

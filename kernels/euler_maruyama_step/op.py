@@ -10,6 +10,7 @@ from repa_fast.contracts import expect_floating, expect_shape
 
 from .reference import euler_maruyama_step_reference, standard_normal
 
+OP = "euler_maruyama_step"
 STATES = (torch.float32, torch.float64)
 
 
@@ -62,56 +63,52 @@ def euler_maruyama_step(
         ValueError: a shape, dtype or device that does not fit; noise and seed both given; tensors
             that require a gradient while one is recorded: the step has none.
     """
-    op = "euler_maruyama_step"
-    _check(op, x, v_cond, v_uncond, noise, index)
-    if noise is not None and seed is not None:
-        raise ValueError(f"{op}: noise and seed are both given, expected one of them at most")
-    if seed is not None and not (0 <= seed < 2**63 and 0 <= step < 2**31):
-        raise ValueError(f"{op}: seed {seed}, step {step}, expected 0 <= seed < 2^63, step < 2^31")
-    if seed is not None and index is None:
-        index = torch.arange(len(x), device=x.device)
-    index = None if seed is None else index
+    _check_tensors(x, v_cond, v_uncond, noise)
+    index = _numbers(x, noise, seed, step, index)
     coefficients = path.at(t) if diffusion else (1.0, 0.0, 0.0, 0.0)
     state = [x, *(tensor for tensor in (v_cond, v_uncond, noise) if tensor is not None)]
-    if runs_triton(op, implementation, *state, dtypes=(*DTYPES, torch.float64)):
+    if runs_triton(OP, implementation, *state, dtypes=(*DTYPES, torch.float64)):
         factors = _factors(coefficients, diffusion, dt)
         out, copy = euler_maruyama_step_kernel(
             x, v_cond, v_uncond, noise, index, factors, cfg_scale, seed or 0, step, v_cond.dtype
         )
         return out, out if v_cond.dtype == x.dtype else copy
-    if index is not None:
-        noise = standard_normal(x.shape, seed, step, index)
+    noise = noise if index is None else standard_normal(x.shape, seed, step, index)
     out = euler_maruyama_step_reference(
-        x,
-        v_cond,
-        v_uncond,
-        dt,
-        coefficients=coefficients,
-        diffusion=diffusion,
-        cfg_scale=cfg_scale,
-        noise=noise,
+        x, v_cond, v_uncond, dt, coefficients, diffusion, cfg_scale, noise
     )
     return out, out.to(v_cond.dtype)
 
 
-def _check(op, x, v_cond, v_uncond, noise, index) -> None:
+def _check_tensors(x, v_cond, v_uncond, noise) -> None:
     if x.dtype not in STATES or x.ndim < 1:
-        raise ValueError(f"{op}: x is {x.dtype} {tuple(x.shape)}, expected (B, ...) fp32 or fp64")
+        raise ValueError(f"{OP}: x is {x.dtype} {tuple(x.shape)}, expected (B, ...) fp32 or fp64")
     for name, tensor in (("v_cond", v_cond), ("v_uncond", v_uncond), ("noise", noise)):
         if tensor is not None:
-            expect_shape(op, name, tensor, x.shape)
-            expect_floating(op, name, tensor)
+            expect_shape(OP, name, tensor, x.shape)
+            expect_floating(OP, name, tensor)
             if torch.is_grad_enabled() and tensor.requires_grad:
-                raise ValueError(f"{op}: {name} requires a gradient, expected torch.no_grad()")
+                raise ValueError(f"{OP}: {name} requires a gradient, expected torch.no_grad()")
     if torch.is_grad_enabled() and x.requires_grad:
-        raise ValueError(f"{op}: x requires a gradient, expected torch.no_grad()")
+        raise ValueError(f"{OP}: x requires a gradient, expected torch.no_grad()")
+
+
+def _numbers(x, noise, seed, step, index) -> torch.Tensor | None:
+    """Return the numbers of the samples, (B) int64, where noise is drawn by them, or None."""
     if index is not None:
-        expect_shape(op, "index", index, x.shape[:1])
+        expect_shape(OP, "index", index, x.shape[:1])
         if index.dtype != torch.int64 or index.device != x.device:
             raise ValueError(
-                f"{op}: index is {index.dtype} on {index.device}, expected torch.int64 "
+                f"{OP}: index is {index.dtype} on {index.device}, expected torch.int64 "
                 f"on {x.device}"
             )
+    if seed is None:
+        return None
+    if noise is not None:
+        raise ValueError(f"{OP}: noise and seed are both given, expected one of them at most")
+    if not (0 <= seed < 2**63 and 0 <= step < 2**31):
+        raise ValueError(f"{OP}: seed {seed}, step {step}, expected 0 <= seed < 2^63, step < 2^31")
+    return torch.arange(len(x), device=x.device) if index is None else index
 
 
 def _factors(coefficients: tuple[float, ...], diffusion: float, dt: float) -> list[float]:

@@ -14,7 +14,6 @@ def euler_maruyama_step_reference(
     v_cond: torch.Tensor,
     v_uncond: torch.Tensor | None,
     dt: float,
-    *,
     coefficients: tuple[float, float, float, float],
     diffusion: float,
     cfg_scale: float,

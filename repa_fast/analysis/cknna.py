@@ -15,8 +15,7 @@ import torch
 
 from repa_fast.contracts import expect_choice, expect_floating
 
-NORMALIZES = {"paper": False, "platonic": True}
-"""The definitions, and whether each scales rows to length 1."""
+DEFINITIONS = ("paper", "platonic")
 CHUNK = 512
 """Rows of the kernel matrix that exist at once: 41 MB for 10,000 images."""
 PAIRS = 8192
@@ -30,75 +29,21 @@ class Neighbourhood(NamedTuple):
     near: torch.Tensor
 
 
-def cknna(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    k: int = 10,
-    *,
-    definition: str = "paper",
-    normalize: bool | None = None,
-    chunk: int = CHUNK,
-) -> float:
-    """Compute Align(K, L) / sqrt(Align(K, K) Align(L, L)), K_ij = <a_i, a_j>, L_ij = <b_i, b_j>.
-
-    m(i, j) = 1 iff j != i is among the k nearest of i, the largest K_ij, and also among the k
-    largest L_ij. In Align(K, K) and Align(L, L) that is one kernel's own neighbours.
-
-    "paper" (REPA eq. 23 and 24) takes the mean of each whole row from the kernels:
-
-        Align(K, L) = sum_ij m(i, j) (K_ij - mean_l K_il) (L_ij - mean_l L_il)
-
-    "platonic" is the unbiased HSIC (Song et al. 2012, JMLR 13, eq. 5) of K~ = m K and L~ = m L on
-    rows of length 1:
-
-        Align(K, L) = [tr(K~ L~) + (1'K~1) (1'L~1) / ((N - 1) (N - 2)) - 2 / (N - 2) 1'K~L~1]
-                      / (N (N - 3))
-
-    m need not be symmetric, and then this one is not symmetric in a and b.
-
-    Args:
-        a, b: (N, F) and (N, G), any floating dtype, on one device.
-        k: neighbours of a row. Among equal kernel values the earlier rows are nearer.
-        normalize: scale rows to length 1 first; as the definition says if None.
-        chunk: rows of a kernel matrix computed at once; without effect on the result.
-
-    Returns:
-        1 for equal features; at most 1 under "paper".
-
-    Raises:
-        ValueError: an unknown definition; shapes that are not (N, F) and (N, G) with N > k >= 1,
-            and N > 3 under "platonic"; features that are not finite, all equal, of length 0 where
-            they are normalised, or not aligned with themselves.
-    """
-    expect_choice("definition", definition, tuple(NORMALIZES))
-    normalize = NORMALIZES[definition] if normalize is None else normalize
-    return alignment(
-        neighbourhood("a", a, k, normalize=normalize, chunk=chunk),
-        neighbourhood("b", b, k, normalize=normalize, chunk=chunk),
-        definition,
-    )
-
-
-def alignment(a: Neighbourhood, b: Neighbourhood, definition: str) -> float:
-    """Compute `cknna` of neighbourhoods, which many comparisons can share, of the same N and k."""
-    expect_choice("definition", definition, tuple(NORMALIZES))
-    if a.near.shape != b.near.shape:
-        raise ValueError(
-            f"neighbourhoods have shapes {tuple(a.near.shape)} and {tuple(b.near.shape)}, "
-            "expected one (N, k)"
-        )
-    if definition == "platonic" and len(a.near) < 4:
-        raise ValueError(f"cknna: {len(a.near)} rows, expected at least 4 for the unbiased HSIC")
-    align = {"paper": _centred_products, "platonic": _unbiased_hsic}[definition]
-    return _normalised(align(a, b), align(a, a), align(b, b))
-
-
 def neighbourhood(
     name: str, features: torch.Tensor, k: int = 10, *, normalize: bool, chunk: int = CHUNK
 ) -> Neighbourhood:
-    """Find the k nearest rows of every row, by inner product; arguments and errors as for `cknna`.
+    """Find the k nearest rows of every row: those of the largest inner products.
 
-    `name` is what messages call the features.
+    Args:
+        name: what messages call the features.
+        features: (N, F), any floating dtype.
+        k: neighbours of a row. Among equal inner products the earlier rows are nearer.
+        normalize: scale rows to length 1 first; so the platonic definition is published.
+        chunk: rows of the kernel matrix computed at once; without effect on the result.
+
+    Raises:
+        ValueError: features that are not (N, F) with N > k >= 1, not finite, all equal, or of
+            length 0 where they are normalised.
     """
     features = _checked(name, features)
     rows = len(features)
@@ -113,6 +58,42 @@ def neighbourhood(
     starts = range(0, rows, chunk)
     near = [_nearest(features, k, start, min(start + chunk, rows)) for start in starts]
     return Neighbourhood(features, torch.cat(near))
+
+
+def alignment(a: Neighbourhood, b: Neighbourhood, definition: str) -> float:
+    """Compute CKNNA, Align(K, L) / sqrt(Align(K, K) Align(L, L)), K_ij = <a_i, a_j>, L of b.
+
+    m(i, j) = 1 iff j != i is among the k nearest of i, the largest K_ij, and also among the k
+    largest L_ij. In Align(K, K) and Align(L, L) that is one kernel's own neighbours.
+
+    "paper" (REPA eq. 23 and 24) takes the mean of each whole row from the kernels:
+
+        Align(K, L) = sum_ij m(i, j) (K_ij - mean_l K_il) (L_ij - mean_l L_il)
+
+    "platonic" is the unbiased HSIC (Song et al. 2012, JMLR 13, eq. 5) of K~ = m K and L~ = m L:
+
+        Align(K, L) = [tr(K~ L~) + (1'K~1) (1'L~1) / ((N - 1) (N - 2)) - 2 / (N - 2) 1'K~L~1]
+                      / (N (N - 3))
+
+    m need not be symmetric, and then this one is not symmetric in a and b.
+
+    Returns:
+        1 for equal features; at most 1 under "paper".
+
+    Raises:
+        ValueError: an unknown definition, another N or k, fewer than 4 rows under "platonic", or
+            features that are not aligned with themselves.
+    """
+    expect_choice("definition", definition, DEFINITIONS)
+    if a.near.shape != b.near.shape:
+        raise ValueError(
+            f"neighbourhoods have shapes {tuple(a.near.shape)} and {tuple(b.near.shape)}, "
+            "expected one (N, k)"
+        )
+    if definition == "platonic" and len(a.near) < 4:
+        raise ValueError(f"cknna: {len(a.near)} rows, expected at least 4 for the unbiased HSIC")
+    align = _centred_products if definition == "paper" else _unbiased_hsic
+    return _normalised(align(a, b), align(a, a), align(b, b))
 
 
 def cka(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -6,7 +6,7 @@ They are kept in a cache, since a pass over the images costs more than what is m
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ import torch
 from repa_fast import encoders
 from repa_fast.analysis.hidden import Features, collect
 from repa_fast.checkpoint.layout import read_settings
-from repa_fast.data.loader import Loader
+from repa_fast.data.loader import Batch, Loader
 from repa_fast.data.official import OfficialFolder
 from repa_fast.data.open import Dataset, open_dataset
 from repa_fast.data.order import Consecutive
@@ -58,29 +58,31 @@ class AnalysisConfig(WeightsConfig):
     out: str = ""
     """Folder for the results; beside the checkpoints where empty."""
 
+    def run_defaults(self, loaded: Loaded) -> tuple[str, list[str]]:
+        """Return dataset and encoders: those asked for, or the run's.
 
-def run_defaults(config: AnalysisConfig, loaded: Loaded) -> tuple[str, list[str]]:
-    """Return dataset and encoders: those asked for, or the run's.
+        Raises:
+            ValueError: no dataset is asked for and the weights are no run's.
+        """
+        run = read_settings(loaded.source).config if loaded.source.is_dir() else None
+        data_dir = self.data_dir or (run.data_dir if run else "")
+        if not data_dir:
+            raise ValueError(f"{loaded.source} does not say its dataset, expected --data-dir")
+        wanted = self.encoders or (run.enc_type if run else "none")
+        return data_dir, [spec.name for spec in encoders.specs(wanted)]
 
-    Raises:
-        ValueError: no dataset is asked for and the weights are no run's.
-    """
-    run = read_settings(loaded.source).config if loaded.source.is_dir() else None
-    data_dir = config.data_dir or (run.data_dir if run else "")
-    if not data_dir:
-        raise ValueError(f"{loaded.source} does not say its dataset, expected --data-dir")
-    wanted = config.encoders or (run.enc_type if run else "none")
-    return data_dir, [spec.name for spec in encoders.specs(wanted)]
+    def layers_of(self, loaded: Loaded) -> list[int]:
+        """Return the blocks asked for, or all, counted from 1."""
+        return list(self.layers or range(1, len(loaded.model.blocks) + 1))
 
-
-def output_folder(config: AnalysisConfig, loaded: Loaded, name: str) -> Path:
-    """Make the folder of the results: as asked for, or one beside the checkpoints."""
-    parent = loaded.source.parent
-    run = parent.parent if parent.name == "checkpoints" else parent
-    step = "" if loaded.step is None else f"-{loaded.step:07d}"
-    out = Path(config.out) if config.out else run / f"{name}{step}"
-    out.mkdir(parents=True, exist_ok=True)
-    return out
+    def output_folder(self, loaded: Loaded, name: str) -> Path:
+        """Make the folder of the results: as asked for, or one beside the checkpoints."""
+        parent = loaded.source.parent
+        run = parent.parent if parent.name == "checkpoints" else parent
+        step = "" if loaded.step is None else f"-{loaded.step:07d}"
+        out = Path(self.out) if self.out else run / f"{name}{step}"
+        out.mkdir(parents=True, exist_ok=True)
+        return out
 
 
 def open_splits(data_dir: str) -> tuple[Dataset, Dataset, bool]:
@@ -93,11 +95,6 @@ def open_splits(data_dir: str) -> tuple[Dataset, Dataset, bool]:
     if is_alone or not Path(train.uri).with_name("val.lance").exists():
         return train, train, False
     return train, open_dataset(data_dir, "val"), True
-
-
-def layers_of(config: AnalysisConfig, loaded: Loaded) -> list[int]:
-    """Return the blocks asked for, or all, counted from 1."""
-    return list(config.layers or range(1, len(loaded.model.blocks) + 1))
 
 
 def chosen_rows(rows: int, count: int, seed: int) -> np.ndarray:
@@ -123,34 +120,27 @@ def gather(
     config: AnalysisConfig,
     device: torch.device,
 ) -> Features:
-    """Return the features of the rows, from the cache where they are in it.
-
-    Args:
-        names: of encoders.
-
-    Raises:
-        ValueError: a layer or encoder that is not there, or a bad image.
-    """
+    """Return the features of the rows, with encoders `names`, from the cache if it has them."""
     from safetensors.torch import load_file, save_file
 
     files = encoders.weight_files(",".join(names) or "none", config.enc_weights)
     described = {
         "model": loaded.digest,
-        "path": [loaded.objective.name, loaded.objective.path_type],
-        "data": [*_identity(dataset), len(dataset), hashlib.sha256(rows.tobytes()).hexdigest()],
-        "encoders": [list(names), files],
-        "times": list(config.times),
-        "layers": list(config.layers),
+        "path": (loaded.objective.name, loaded.objective.path_type),
+        "data": (*_identity(dataset), len(dataset), hashlib.sha256(rows.tobytes()).hexdigest()),
+        "encoders": (names, files),
+        "times": config.times,
+        "layers": config.layers,
         "precision": config.mixed_precision,
         "seed": config.seed,
     }
     key = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
-    cached = Path(config.cache) / f"{key}.safetensors" if config.cache else None
-    if cached is not None and cached.exists():
+    cached = Path(config.cache) / f"{key}.safetensors"
+    if config.cache and cached.exists():
         tensors = load_file(cached)
     else:
         tensors = _compute(loaded, dataset, rows, dict(zip(names, files)), config, device)
-        if cached is not None:
+        if config.cache:
             cached.parent.mkdir(parents=True, exist_ok=True)
             partial = cached.with_suffix(f".{os.getpid()}")
             save_file(tensors, partial)
@@ -159,13 +149,13 @@ def gather(
     return Features(tensors["hidden"], tensors["label"], tokens)
 
 
-def _identity(dataset: Dataset) -> list[str]:
+def _identity(dataset: Dataset) -> tuple[str, str]:
     """Return where the dataset is, and what changes when it is written again there."""
     if isinstance(dataset, OfficialFolder):
         changed = [file.stat().st_mtime_ns for file in dataset.root.glob("*/dataset.json")]
-        return [str(dataset.root.resolve()), str(max(changed))]
+        return str(dataset.root.resolve()), str(max(changed))
     place = dataset.uri if is_url(dataset.uri) else str(Path(dataset.uri).resolve())
-    return [place, str(dataset.table.versions()[-1]["timestamp"])]
+    return place, str(dataset.table.versions()[-1]["timestamp"])
 
 
 def _compute(
@@ -178,45 +168,34 @@ def _compute(
 ) -> dict[str, torch.Tensor]:
     resolution = dataset.metadata.resolution
     frozen = {n: encoders.load(n, resolution, device, file) for n, file in files.items()}
-    tokens: dict[str, list[torch.Tensor]] = {name: [] for name in frozen}
+    tokens: dict[str, list[torch.Tensor]] = {f"tokens/{name}": [] for name in frozen}
     order = Consecutive(rows, config.batch_size)
+    options = {"images": bool(frozen), "num_workers": config.num_workers}
     with (
         progress_bar(str(dataset.uri), True) as progress,
-        Loader(
-            dataset,
-            order,
-            start=0,
-            stop=order.steps,
-            images=bool(frozen),
-            num_workers=config.num_workers,
-        ) as loader,
+        Loader(dataset, order, start=0, stop=order.steps, **options) as loader,
         torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"),
     ):
         advance = progress(len(rows))
 
-        def watched():
-            done = 0
-            for batch in loader:
+        def with_tokens() -> Iterator[Batch]:
+            for step, batch in enumerate(loader, 1):
                 for name, encoder in frozen.items():
                     with torch.autocast(device.type, enabled=False):
                         found = mean_patch_tokens(encoder, batch["image"].to(device))
-                    tokens[name].append(found.cpu())
+                    tokens[f"tokens/{name}"].append(found.cpu())
                 yield batch
-                done += len(batch["index"])
-                advance(done)
+                advance(min(step * config.batch_size, len(rows)))
 
-        found = collect(
+        features = collect(
             loaded.model,
-            watched(),
+            with_tokens(),
             config.times,
             count=len(rows),
             metadata=dataset.metadata,
             path=loaded.objective.path,
             seed=config.seed,
-            blocks=config.layers or None,
+            blocks=config.layers,
         )
-    return {
-        "hidden": found.hidden,
-        "label": found.label,
-        **{f"tokens/{name}": torch.cat(parts) for name, parts in tokens.items()},
-    }
+    joined = {name: torch.cat(parts) for name, parts in tokens.items()}
+    return {"hidden": features.hidden, "label": features.label, **joined}

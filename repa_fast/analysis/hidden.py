@@ -23,8 +23,8 @@ from repa_fast.models.sit import SiT
 
 
 class Features(NamedTuple):
-    """Features of N images, on the CPU: hidden states (times, L, N, D), fp32 or fp16, label (N)
-    int64, and mean patch tokens, fp32 (N, width), by encoder."""
+    """Features of N images, on the CPU: hidden states, fp32 (times, L, N, D), label, int64 (N),
+    and mean patch tokens, fp32 (N, width), by encoder."""
 
     hidden: torch.Tensor
     label: torch.Tensor
@@ -85,8 +85,7 @@ def collect(
     metadata: Metadata,
     path: Path = linear,
     seed: int = 0,
-    blocks: Sequence[int] | None = None,
-    dtype: torch.dtype = torch.float32,
+    blocks: Sequence[int] = (),
 ) -> Features:
     """Collect hidden states of `count` images at each of the times, in the order of the batches.
 
@@ -95,20 +94,18 @@ def collect(
 
     Args:
         batches: with index, moments and label; moved to the model's device.
-        times: in [0, 1].
-        metadata: of the dataset.
-        blocks: which to keep, counted from 1; all L if None.
-        dtype: of the result; fp16 halves its 4 * times * L * count * D bytes.
+        blocks: which to keep, counted from 1; all L if empty.
 
     Raises:
         ValueError: another number of rows than `count`, a block that is not there, a time outside
-            [0, 1], or hidden states that are not finite in `dtype`.
+            [0, 1], or hidden states that are not finite in fp32.
     """
-    for block in blocks or ():
+    blocks = blocks or range(1, len(model.blocks) + 1)
+    for block in blocks:
         if not 1 <= block <= len(model.blocks):
             raise ValueError(f"block is {block}, expected 1..{len(model.blocks)}")
-    device = model.pos_embed.device
-    hidden = torch.empty(0)
+    device, width = model.pos_embed.device, model.pos_embed.shape[-1]
+    hidden = torch.empty(len(times), len(blocks), count, width)
     label = torch.empty(count, dtype=torch.int64)
     start = 0
     for batch in batches:
@@ -117,19 +114,14 @@ def collect(
             raise ValueError(f"the batches have {stop} rows or more, expected {count}")
         draws = sample_noise(seed, batch["index"], metadata.latent_shape).to(device)
         clean = latents.sample(batch["moments"].to(device), draws[:, 0], metadata)
-        for number, t in enumerate(times):
-            states = hidden_states(model, clean, draws[:, 1], t, path=path).to(dtype)
-            if blocks is not None:
-                states = states[[block - 1 for block in blocks]]
-            if not states.isfinite().all():
+        for of_time, t in zip(hidden[:, :, start:stop], times, strict=True):
+            states = hidden_states(model, clean, draws[:, 1], t, path=path)
+            of_time.copy_(states[[block - 1 for block in blocks]])
+            if not of_time.isfinite().all():
                 raise ValueError(
-                    f"hidden states at t = {t} are not finite in {dtype}, rows {start} to "
+                    f"hidden states at t = {t} are not finite in {hidden.dtype}, rows {start} to "
                     f"{stop - 1}; expected finite ones"
                 )
-            if start == 0 and number == 0:
-                kept, _, width = states.shape
-                hidden = torch.empty(len(times), kept, count, width, dtype=dtype)
-            hidden[number, :, start:stop] = states.cpu()
         label[start:stop] = batch["label"]
         start = stop
     if start != count:

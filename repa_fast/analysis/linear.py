@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from repa_fast.contracts import expect_floating, expect_shape
 from repa_fast.diffusion.draws import stream
@@ -56,30 +57,20 @@ class Accuracy:
     losses: torch.Tensor
 
 
-class BatchNorm:
-    """nn.BatchNorm1d without parameters, one for each of L probes (arXiv 1502.03167).
+class Probes(nn.Module):
+    """L linear layers from zero weights, each behind BatchNorm (arXiv 1502.03167) of its own."""
 
-    It takes batch statistics in training, at evaluation their moving averages, where the variance
-    is the unbiased one.
-    """
+    def __init__(self, probes: int, width: int, num_classes: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(probes * width, affine=False, dtype=dtype)
+        self.weight = nn.Parameter(torch.zeros(probes, width, num_classes, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(probes, 1, num_classes, dtype=dtype))
 
-    eps = 1e-5
-    momentum = 0.1
-
-    def __init__(self, probes: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.mean = torch.zeros(probes, 1, width, dtype=dtype, device=device)
-        self.variance = torch.ones_like(self.mean)
-
-    def train(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise (L, B, F) by its own statistics, and remember them."""
-        variance, mean = torch.var_mean(x, dim=1, keepdim=True, correction=0)
-        self.mean.lerp_(mean, self.momentum)
-        self.variance.lerp_(variance * (x.shape[1] / (x.shape[1] - 1)), self.momentum)
-        return (x - mean) * (variance + self.eps).rsqrt()
-
-    def evaluate(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise (L, B, F) by the running statistics."""
-        return (x - self.mean) * (self.variance + self.eps).rsqrt()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Turn features (L, B, F) of any dtype and device into logits (L, B, C)."""
+        x = self.norm(x.to(self.weight).transpose(0, 1).flatten(1))  # (B, L * F)
+        x = x.unflatten(1, self.weight.shape[:2]).transpose(0, 1)
+        return torch.baddbmm(self.bias, x, self.weight)
 
 
 def fit_probes(
@@ -110,18 +101,16 @@ def fit_probes(
             features that are not finite, or labels out of range.
     """
     _check(train_features, train_labels, val_features, val_labels, num_classes)
-    device = torch.device(device)
     probes, _, width = train_features.shape
     dtype = torch.promote_types(train_features.dtype, torch.float32)
-    norm = BatchNorm(probes, width, dtype, device)
-    weight = torch.zeros(probes, width, num_classes, dtype=dtype, device=device)
-    bias = torch.zeros(probes, 1, num_classes, dtype=dtype, device=device)
-    losses = _train(train_features, train_labels, norm, weight, bias, recipe, seed)
+    model = Probes(probes, width, num_classes, dtype).to(device)
+    losses = _train(model, train_features, train_labels, recipe, seed)
     hits = torch.zeros(TOP, probes, dtype=torch.int64, device=device)
     for start in range(0, len(val_labels), recipe.batch):
         rows = slice(start, start + recipe.batch)
-        x = norm.evaluate(val_features[:, rows].to(device, dtype))
-        best = torch.baddbmm(bias, x, weight).topk(min(TOP, num_classes), dim=-1).indices
+        with torch.no_grad():
+            logits = model.eval()(val_features[:, rows])
+        best = logits.topk(min(TOP, num_classes), dim=-1).indices
         found = best == val_labels[rows].to(device)[:, None]  # (L, B, 5)
         hits[: best.shape[-1]] += found.sum(1).T
     hits = hits.double().cpu()
@@ -133,28 +122,19 @@ def fit_probes(
 
 
 def _train(
-    features: torch.Tensor,
-    labels: torch.Tensor,
-    norm: BatchNorm,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    recipe: Recipe,
-    seed: int,
+    model: Probes, features: torch.Tensor, labels: torch.Tensor, recipe: Recipe, seed: int
 ) -> torch.Tensor:
-    """Train weight (L, F, C), bias (L, 1, C) and statistics; return mean losses (L, epochs)."""
-    optimizer = torch.optim.Adam((weight.requires_grad_(), bias.requires_grad_()))
+    """Train the probes; return the mean loss of each epoch, (L, epochs)."""
+    optimizer = torch.optim.Adam(model.parameters())
     batch = min(recipe.batch, len(labels))
     steps = len(labels) // batch
-    losses = weight.new_zeros(len(weight), recipe.epochs)
+    losses = model.bias.new_zeros(len(features), recipe.epochs)
     for epoch in range(recipe.epochs):
         order = torch.randperm(len(labels), generator=stream(seed, epoch))
         for step, rows in enumerate(order[: steps * batch].split(batch)):
-            x = features[:, rows.to(features.device)].to(weight.device, weight.dtype)
-            y = labels[rows.to(labels.device)].to(weight.device)
-            logits = torch.baddbmm(bias, norm.train(x), weight)  # (L, B, C)
-            loss = F.cross_entropy(
-                logits.movedim(-1, 1), y.expand(len(weight), -1), reduction="none"
-            ).mean(1)
+            logits = model(features[:, rows.to(features.device)])
+            y = labels[rows.to(labels.device)].to(logits.device).expand(len(features), -1)
+            loss = F.cross_entropy(logits.movedim(-1, 1), y, reduction="none").mean(1)
             optimizer.zero_grad()
             loss.sum().backward()
             progress = (epoch * steps + step) / (recipe.epochs * steps)
@@ -162,8 +142,6 @@ def _train(
             optimizer.param_groups[0]["lr"] = recipe.learning_rate * decay
             optimizer.step()
             losses[:, epoch] += loss.detach() / steps
-    weight.requires_grad_(False)
-    bias.requires_grad_(False)
     return losses
 
 
@@ -178,18 +156,21 @@ def _check(
         raise ValueError(
             f"train_features have shape {tuple(train_features.shape)}, expected (L, N, F), N >= 2"
         )
-    probes, rows, width = train_features.shape
     if not len(val_labels):
         raise ValueError("val_labels is empty, expected at least one validation row")
-    expect_shape("fit_probes", "train_labels", train_labels, (rows,))
-    expect_shape("fit_probes", "val_features", val_features, (probes, len(val_labels), width))
-    expect_shape("fit_probes", "val_labels", val_labels, (len(val_labels),))
-    for name, features in (("train_features", train_features), ("val_features", val_features)):
-        expect_floating("fit_probes", name, features)
+    probes, rows, width = train_features.shape
+    for split, features, labels, count in (
+        ("train", train_features, train_labels, rows),
+        ("val", val_features, val_labels, len(val_labels)),
+    ):
+        expect_shape("fit_probes", f"{split}_features", features, (probes, count, width))
+        expect_shape("fit_probes", f"{split}_labels", labels, (count,))
+        expect_floating("fit_probes", f"{split}_features", features)
         for probe, of_probe in enumerate(features):
             if not of_probe.isfinite().all():
-                raise ValueError(f"{name}[{probe}] holds values that are not finite")
-    for name, labels in (("train_labels", train_labels), ("val_labels", val_labels)):
+                raise ValueError(f"{split}_features[{probe}] holds values that are not finite")
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= num_classes:
-            raise ValueError(f"{name} lie in [{low}, {high}], expected [0, {num_classes - 1}]")
+            raise ValueError(
+                f"{split}_labels lie in [{low}, {high}], expected [0, {num_classes - 1}]"
+            )

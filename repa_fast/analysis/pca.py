@@ -5,13 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from repa_fast.analysis.gather import (
-    AnalysisConfig,
-    layers_of,
-    open_splits,
-    output_folder,
-    run_defaults,
-)
+from repa_fast.analysis.gather import AnalysisConfig, open_splits
 from repa_fast.analysis.hidden import hidden_states, sample_noise
 from repa_fast.data import latents
 from repa_fast.data.loader import read_batch
@@ -41,7 +35,7 @@ def pca(config: PcaConfig) -> str:
     """
     device = own_device()
     loaded = config.load(device)
-    data_dir, _ = run_defaults(config, loaded)
+    data_dir, _ = config.run_defaults(loaded)
     _, dataset, _ = open_splits(data_dir)
     for row in config.rows:
         if not 0 <= row < len(dataset):
@@ -49,7 +43,7 @@ def pca(config: PcaConfig) -> str:
     batch = read_batch(dataset, np.array(config.rows))
     draws = sample_noise(config.seed, batch["index"], dataset.metadata.latent_shape).to(device)
     clean = latents.sample(batch["moments"].to(device), draws[:, 0], dataset.metadata)
-    layers = layers_of(config, loaded)
+    layers = config.layers_of(loaded)
     maps = []
     for t in config.times:
         states = hidden_states(
@@ -57,7 +51,7 @@ def pca(config: PcaConfig) -> str:
         )
         maps.append(torch.stack([colours(states[layer - 1]) for layer in layers]))
     pictures = torch.stack(maps, dim=1)  # layers, times, B, 3, side, side
-    out = output_folder(config, loaded, "pca")
+    out = config.output_folder(loaded, "pca")
     titles = [f"block {layer}, t={t:g}" for layer in layers for t in config.times]
     files = []
     for number, row in enumerate(config.rows):

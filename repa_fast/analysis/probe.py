@@ -8,16 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from repa_fast.analysis.gather import (
-    AnalysisConfig,
-    chosen_rows,
-    gather,
-    layers_of,
-    open_splits,
-    output_folder,
-    run_defaults,
-    split_rows,
-)
+from repa_fast.analysis.gather import AnalysisConfig, chosen_rows, gather, open_splits, split_rows
 from repa_fast.analysis.linear import PAPER, SMALL, Accuracy, fit_probes
 from repa_fast.distributed import own_device
 from repa_fast.eval.pictures import by_layer_and_time, layer_table
@@ -39,14 +30,10 @@ class ProbeConfig(AnalysisConfig):
 
 
 def probe(config: ProbeConfig) -> str:
-    """Fit the probes, write probe.json and probe.png; return a table.
-
-    Raises:
-        ValueError: weights, dataset or layers that do not fit.
-    """
+    """Fit the probes, write probe.json and probe.png; return a table."""
     device = own_device()
     loaded = config.load(device)
-    data_dir, names = run_defaults(config, loaded)
+    data_dir, names = config.run_defaults(loaded)
     train, val, apart = open_splits(data_dir)
     if apart:
         rows = chosen_rows(len(train), config.train_rows, config.seed)
@@ -68,7 +55,7 @@ def probe(config: ProbeConfig) -> str:
     }
     results = {
         "model": {"source": str(loaded.source), "step": loaded.step, "digest": loaded.digest},
-        "layers": layers_of(config, loaded),
+        "layers": config.layers_of(loaded),
         "times": list(config.times),
         "top1": [accuracy.top1.tolist() for accuracy in of_times],
         "top5": [_listed(accuracy.top5) for accuracy in of_times],
@@ -79,7 +66,7 @@ def probe(config: ProbeConfig) -> str:
         "rows": {"train": len(rows), "val": len(held_out)},
         "settings": asdict(config),
     }
-    out = output_folder(config, loaded, "probe")
+    out = config.output_folder(loaded, "probe")
     write_whole(out / "probe.json", json.dumps(results, indent=2) + "\n")
     plot(results, out / "probe.png")
     return f"{table(results)}\n\n{out / 'probe.png'}"

@@ -2,33 +2,25 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from repa_fast.analysis.cknna import NORMALIZES, alignment, cka, neighbourhood
-from repa_fast.analysis.gather import (
-    AnalysisConfig,
-    chosen_rows,
-    gather,
-    layers_of,
-    open_splits,
-    output_folder,
-    run_defaults,
-)
+from repa_fast.analysis.cknna import DEFINITIONS, alignment, cka, neighbourhood
+from repa_fast.analysis.gather import AnalysisConfig, chosen_rows, gather, open_splits
 from repa_fast.analysis.hidden import Features
 from repa_fast.checkpoint.layout import run_checkpoints
 from repa_fast.contracts import expect_choice
 from repa_fast.distributed import own_device
-from repa_fast.eval.load import Loaded, load
+from repa_fast.eval.load import Loaded
 from repa_fast.eval.pictures import by_layer_and_time, layer_table, over_points
 from repa_fast.ledger import write_whole
 
 VARIANTS = {
     f"{definition}{', normalised' if normalize else ''}": (definition, normalize)
-    for definition in NORMALIZES
+    for definition in DEFINITIONS
     for normalize in (False, True)
 }
 """Names of CKNNA's two definitions, each without and with rows scaled to length 1."""
@@ -49,32 +41,28 @@ class SimilarityConfig(AnalysisConfig):
 
 
 def similarity(config: SimilarityConfig) -> str:
-    """Compute all values, write cknna.json and cknna.png; return a table.
-
-    Raises:
-        ValueError: weights, dataset, layers or encoders that do not fit.
-    """
+    """Compute all values, write cknna.json and cknna.png; return a table."""
     expect_choice("plotted", config.plotted, (*VARIANTS, "cka"))
     found, run = [], Path(config.ckpt)
     for source in run_checkpoints(run) if config.all_steps else [run]:
-        loaded = load(source, own_device(), origin=config.origin)
+        loaded = replace(config, ckpt=str(source)).load(own_device())
         found.append(_of_checkpoint(config, loaded))
     results = {
-        "layers": layers_of(config, loaded),
+        "layers": config.layers_of(loaded),
         "times": list(config.times),
         "k": config.k,
         "checkpoints": found,
         "settings": asdict(config),
     }
-    out = output_folder(config, loaded, "cknna")
+    out = config.output_folder(loaded, "cknna")
     write_whole(out / "cknna.json", json.dumps(results, indent=2) + "\n")
     _plot(results, config.plotted, out)
     return f"{table(results, config.plotted)}\n\n{out / 'cknna.png'}"
 
 
 def _of_checkpoint(config: SimilarityConfig, loaded: Loaded) -> dict:
-    device, layers = own_device(), layers_of(config, loaded)
-    data_dir, names = run_defaults(config, loaded)
+    device, layers = own_device(), config.layers_of(loaded)
+    data_dir, names = config.run_defaults(loaded)
     if not names:
         raise ValueError("there is no encoder to compare with, expected --encoders")
     _, val, _ = open_splits(data_dir)
@@ -92,29 +80,21 @@ def _of_checkpoint(config: SimilarityConfig, loaded: Loaded) -> dict:
 def compare(
     features: Features, name: str, layers: Sequence[int], k: int, device: torch.device
 ) -> dict[str, list[list[float]]]:
-    """Compute every variant of CKNNA, and CKA, between an encoder and each hidden state.
+    """Compute CKNNA's variants and CKA between encoder `name` and each hidden state.
 
-    Args:
-        name: of the encoder.
-        layers: of the hidden states, counted from 1, for messages.
-
-    Returns:
-        Lists [time][layer] by variant.
+    `layers` are what messages call the hidden states. Returns lists [time][layer] by variant.
     """
     tokens = features.tokens[name].to(device)
     near = {n: neighbourhood(name, tokens, k, normalize=n) for n in (False, True)}
-    values = {variant: [] for variant in (*VARIANTS, "cka")}
-    for of_time in features.hidden:
-        for of_layers in values.values():
-            of_layers.append([])
-        for layer, hidden in zip(layers, of_time, strict=True):
-            hidden = hidden.to(device)
-            own = {n: neighbourhood(f"layer {layer}", hidden, k, normalize=n) for n in near}
-            for variant, (definition, normalize) in VARIANTS.items():
-                found = alignment(own[normalize], near[normalize], definition)
-                values[variant][-1].append(found)
-            values["cka"][-1].append(cka(hidden, tokens))
-    return values
+
+    def of_layer(layer: int, hidden: torch.Tensor) -> dict[str, float]:
+        hidden = hidden.to(device)
+        own = {n: neighbourhood(f"layer {layer}", hidden, k, normalize=n) for n in near}
+        found = {v: alignment(own[n], near[n], how) for v, (how, n) in VARIANTS.items()}
+        return found | {"cka": cka(hidden, tokens)}
+
+    found = [list(map(of_layer, layers, of_time)) for of_time in features.hidden]
+    return {v: [[of[v] for of in of_time] for of_time in found] for v in (*VARIANTS, "cka")}
 
 
 def table(results: dict, variant: str) -> str:

@@ -5,17 +5,16 @@ import json
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
-from repa_fast.checkpoint.layout import COUNTERS, newest_checkpoint, read_native, read_settings
+from repa_fast.checkpoint.layout import newest_checkpoint, read_native, read_settings
 from repa_fast.configs.build import empty_model, model_arguments
 from repa_fast.contracts import expect_choice
 from repa_fast.objective.self_alignment import IMAGENET_IMAGES
 
-FORMATS = ("official", "sra", "safetensors")
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+Format = Literal["official", "sra", "safetensors"]
 
 
 @dataclass(kw_only=True)
@@ -24,7 +23,7 @@ class ExportConfig:
 
     checkpoint: Path = field(metadata={"positional": True})
     """A checkpoint's directory, or a run's."""
-    to: Literal["official", "sra", "safetensors"] | None = None
+    to: Format | None = None
     """Format; by OUT's name, or official, where not given."""
     out: Path | None = None
     """File to write: STEP.pt, step-STEP.pt (sra) or STEP.safetensors."""
@@ -40,29 +39,22 @@ def export_checkpoint(config: ExportConfig) -> Path:
 
 
 def export(source: Path, to: str, out: Path) -> None:
-    """Write a complete native checkpoint as another file, without a GPU or the encoders.
+    """Write a complete native checkpoint as a file `out`, without a GPU or the encoders.
 
-    Args:
-        source: directory of the checkpoint.
-        to: "official" for REPA's {model, ema, opt, args, steps}; "sra" for the same with the epoch,
-            as SRA's code has it; "safetensors" for the averaged weights alone, with the model's
-            arguments and the dataset's metadata in a .json beside.
-        out: file to write; it appears whole or not at all.
+    "official" is REPA's {model, ema, opt, args, steps}; "sra" adds the epoch, as SRA's code has it;
+    "safetensors" is the EMA's weights alone, with the model's arguments and the dataset's metadata
+    in a .json beside. The file appears whole or not at all.
 
     Raises:
         ValueError: unknown format, an incomplete checkpoint, one that SRA's code has no model for,
             or a file that exists.
     """
-    expect_choice("format", to, FORMATS)
+    expect_choice("format", to, get_args(Format))
     if out.exists():
         raise ValueError(f"{out} exists already; remove it first")
     partial = out.with_name(f".{out.name}.partial")
     out.parent.mkdir(parents=True, exist_ok=True)
-    if to == "official":
-        torch.save(official_contents(source), partial)
-    elif to == "sra":
-        torch.save(sra_contents(source), partial)
-    else:
+    if to == "safetensors":
         from safetensors.torch import save_file
 
         settings = read_settings(source)
@@ -70,6 +62,8 @@ def export(source: Path, to: str, out: Path) -> None:
         arguments = model_arguments(settings.config, settings.metadata)
         described = {"model": arguments, "dataset": asdict(settings.metadata)}
         out.with_suffix(".json").write_text(json.dumps(described, indent=2) + "\n")
+    else:
+        torch.save((sra_contents if to == "sra" else official_contents)(source), partial)
     partial.replace(out)
 
 
@@ -81,11 +75,8 @@ def official_contents(source: Path) -> dict:
     """
     settings = read_settings(source)
     config, model = settings.config, empty_model(settings.config, settings.metadata, "meta")
-    order = [name for name, _ in model.named_parameters()]
-    moments = read_native(source, "optimizer.state.")
-    weights, average = (
-        {name: tensors[name] for name in model.state_dict()}
-        for tensors in (read_native(source, "model."), read_native(source, "ema."))
+    weights, average, moments = (
+        read_native(source, prefix) for prefix in ("model.", "ema.", "optimizer.state.")
     )
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -95,13 +86,13 @@ def official_contents(source: Path) -> dict:
         weight_decay=config.adam_weight_decay,
     ).state_dict()
     optimizer["state"] = {
-        index: {key: moments[f"{name}.{key}"] for key in MOMENTS}
-        for index, name in enumerate(order)
+        index: {key: moments[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        for index, (name, _) in enumerate(model.named_parameters())
         if f"{name}.step" in moments
     }
     return {
-        "model": weights,
-        "ema": average,
+        "model": {name: weights[name] for name in model.state_dict()},
+        "ema": {name: average[name] for name in model.state_dict()},
         "opt": optimizer,
         "args": argparse.Namespace(**config.to_dict()),
         "steps": settings.counters["step"],
@@ -109,12 +100,9 @@ def official_contents(source: Path) -> dict:
 
 
 def sra_contents(source: Path) -> dict:
-    """Return what SRA's trainer would have saved: also the running epoch, from 0.
+    """Return what SRA's trainer would have saved: also the running epoch, as in `align_weight`.
 
-    It is the epoch by which SRA's weight decays, of ImageNet's images, as in `align_weight`.
-
-    Raises:
-        ValueError: the checkpoint is not of a run with --align sra.
+    ValueError if the checkpoint is not of a run with --align sra.
     """
     settings = read_settings(source)
     config = settings.config
@@ -123,9 +111,8 @@ def sra_contents(source: Path) -> dict:
             f"{source} is of a run with --align {config.align}, expected sra: SRA's code has no "
             "place for projectors"
         )
-    contents = official_contents(source)
-    epoch = contents["steps"] * config.images_per_step // IMAGENET_IMAGES
-    return contents | {"epoch": epoch}
+    epoch = settings.counters["step"] * config.images_per_step // IMAGENET_IMAGES
+    return official_contents(source) | {"epoch": epoch}
 
 
 def format_of(out: Path) -> str:
@@ -138,5 +125,5 @@ def format_of(out: Path) -> str:
 def file_beside(source: Path, to: str) -> Path:
     """Return a path beside a checkpoint, with the name that the format's own trainer gives."""
     if to == "sra":
-        return source.with_name(f"step-{json.loads((source / COUNTERS).read_text())['step']}.pt")
+        return source.with_name(f"step-{read_settings(source).counters['step']}.pt")
     return source.with_name(source.name + (".pt" if to == "official" else ".safetensors"))

@@ -21,7 +21,6 @@ from repa_fast.models.sit import PATCH_SIZES, SIZES
 
 State = dict[str, torch.Tensor]
 
-ORIGINS = ("repa", "sit", "dit")
 SIGN_REVERSED = {"v": -1, "score": 1, "noise": 1}
 """What a prediction is multiplied by where time runs the other way."""
 LABELS = "y_embedder.embedding_table.weight"
@@ -62,24 +61,17 @@ class Shape:
 def shape_of(state: State) -> Shape:
     """Return the architecture that a state dict in our names belongs to.
 
-    Raises:
-        ValueError: tensors every SiT and DiT has are missing; they are named.
+    ValueError names the tensors that every SiT and DiT has, if they are missing.
     """
-    needed = (
-        "pos_embed",
-        "x_embedder.proj.weight",
-        LABELS,
-        "final_layer.linear.weight",
-    )
+    needed = ("pos_embed", "x_embedder.proj.weight", LABELS, "final_layer.linear.weight")
     missing = [name for name in needed if name not in state]
     if missing:
         raise ValueError(f"not the weights of a SiT or DiT: {', '.join(missing)} missing")
     width, channels, patch, _ = state["x_embedder.proj.weight"].shape
-    blocks = {int(m[1]) for name in state if (m := re.match(r"blocks\.(\d+)\.", name))}
     heads = sorted(name for name in state if re.fullmatch(r"projectors\.\d+\.4\.weight", name))
     return Shape(
         hidden_size=width,
-        depth=len(blocks),
+        depth=_depth(state),
         patch_size=patch,
         in_channels=channels,
         out_channels=len(state["final_layer.linear.weight"]) // patch**2,
@@ -91,11 +83,7 @@ def shape_of(state: State) -> Shape:
 
 
 def read_file(path: Path) -> dict:
-    """Read a .safetensors or torch file, tensors on the CPU.
-
-    Raises:
-        ValueError: the file cannot be read as either.
-    """
+    """Read a .safetensors or torch file, tensors on the CPU; ValueError if it is neither."""
     kind = "safetensors file" if path.suffix == ".safetensors" else "torch checkpoint"
     try:
         return load_safely(path, allow_namespace=True)
@@ -104,22 +92,18 @@ def read_file(path: Path) -> dict:
 
 
 def read_weights(path: Path, origin: str = "repa", **kept: bool | str) -> State:
-    """Read the weights for sampling in a file or native checkpoint: the EMA where there is one.
+    """Read the weights for sampling of a .pt or .safetensors file or a native checkpoint.
 
-    Args:
-        path: .pt, .safetensors, or the directory of a native checkpoint.
-        origin, kept: as for `normalise`, which says what is returned.
-
-    Raises:
-        ValueError: unreadable, or as for `normalise`.
+    `origin` and `kept` are those of `normalise`, which says what is returned and raised.
     """
-    if path.is_dir():
-        return normalise(read_native(path, "ema."), origin, **kept)
-    contents = read_file(path)
-    for key in ("ema", "model"):
-        if isinstance(contents.get(key), dict):
-            return normalise(contents[key], origin, **kept)
-    return normalise(contents, origin, **kept)
+    state = read_native(path, "ema.") if path.is_dir() else weights_in(read_file(path))
+    return normalise(state, origin, **kept)
+
+
+def weights_in(contents: dict) -> State:
+    """Return the EMA in a file, or the model where there is none, or all of bare weights."""
+    found = (contents[key] for key in ("ema", "model") if isinstance(contents.get(key), dict))
+    return next(found, contents)
 
 
 def normalise(
@@ -133,7 +117,6 @@ def normalise(
     """Turn a state dict as it lies in a file into our names, shapes and convention of time.
 
     Args:
-        state: of a file or a part of it.
         origin: "repa" for REPA's and ours; "sit" for the original SiT, whose time and sign run the
             other way and are turned; "dit" for the original DiT, whose trunk alone means the same.
         with_head: keep SRA's head, which only training needs.
@@ -143,14 +126,12 @@ def normalise(
     Raises:
         ValueError: not a SiT or DiT, or of another origin than said.
     """
-    expect_choice("origin", origin, ORIGINS)
+    expect_choice("origin", origin, ("repa", "sit", "dit"))
     expect_choice("prediction", prediction, tuple(SIGN_REVERSED))
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    state = {
-        name: tensor
-        for name, tensor in _rename_legacy(state).items()
-        if with_head or not name.startswith("ap_head.")
-    }
+    state = _rename_legacy(state)
+    if not with_head:
+        state = {name: t for name, t in state.items() if not name.startswith("ap_head.")}
     shape = shape_of(state)
     doubled = shape.out_channels == 2 * shape.in_channels
     if doubled and learn_sigma:
@@ -167,13 +148,16 @@ def normalise(
 
 def _rename_legacy(state: State) -> State:
     """Rename decoder_blocks.i, REPA's first names, to blocks.(i + encoder depth)."""
-    first = {int(m[1]) for name in state if (m := re.match(r"blocks\.(\d+)\.", name))}
+    first = _depth(state)
 
     def rename(name: str) -> str:
-        legacy = re.match(r"decoder_blocks\.(\d+)\.(.*)", name)
-        return f"blocks.{int(legacy[1]) + len(first)}.{legacy[2]}" if legacy else name
+        return re.sub(r"^decoder_blocks\.(\d+)", lambda m: f"blocks.{int(m[1]) + first}", name)
 
     return {rename(name): tensor for name, tensor in state.items()}
+
+
+def _depth(state: State) -> int:
+    return len({name.split(".")[1] for name in state if name.startswith("blocks.")})
 
 
 def _drop_sigma(state: State, shape: Shape) -> State:
@@ -208,8 +192,7 @@ def _reverse_time(state: State, prediction: str) -> State:
 def load_exactly(model: torch.nn.Module, state: State, source: str) -> None:
     """Load every tensor into a model of exactly that shape.
 
-    Raises:
-        ValueError: names or shapes differ; lists them, and the model `source` seems to hold.
+    ValueError lists the names or shapes that differ, and the model `source` seems to hold.
     """
     own = model.state_dict()
     problems = differences(own, state)
@@ -222,20 +205,14 @@ def load_exactly(model: torch.nn.Module, state: State, source: str) -> None:
 
 
 def initialise_from(model: torch.nn.Module, state: State, source: str) -> list[str]:
-    """Start a new run from weights of another one.
+    """Start a new run from weights of another one; return what was not taken over, as sentences.
 
     The position table is the model's own at another resolution; the label table and projectors
-    keep their initial values where the classes or encoders differ. Everything else must fit.
-
-    Returns:
-        What was not taken over, as sentences.
-
-    Raises:
-        ValueError: as for `load_exactly`.
+    keep their initial values where the classes or encoders differ. All else must fit, as for
+    `load_exactly`.
     """
-    own = model.state_dict()
+    own, merged, notes = model.state_dict(), dict(state), []
     ours, theirs = shape_of(own), shape_of(state)
-    merged, notes = dict(state), []
     if theirs.grid != ours.grid:
         merged["pos_embed"] = own["pos_embed"]
         notes.append(f"position table recomputed for {ours.grid}x{ours.grid} patches, "

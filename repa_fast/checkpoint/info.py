@@ -4,13 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from repa_fast.checkpoint import formats
-from repa_fast.checkpoint.layout import (
-    MARKER,
-    newest_checkpoint,
-    read_native,
-    read_settings,
-    steps,
-)
+from repa_fast.checkpoint.layout import MARKER, newest_checkpoint, read_native, read_settings, steps
 from repa_fast.data.open import open_dataset
 from repa_fast.data.store import is_url
 
@@ -24,7 +18,7 @@ class InfoConfig:
 
 
 def info(config: InfoConfig) -> str:
-    """Return a few lines for people; errors as for `describe_path`."""
+    """Return what `describe_path` says."""
     return describe_path(config.path)
 
 
@@ -49,13 +43,10 @@ def describe_path(path: str | Path) -> str:
 def _describe_checkpoint(path: Path) -> str:
     settings, weights = read_settings(path), read_native(path, "ema.")
     config, counters = settings.config, settings.counters
-    return "\n".join(
-        [
-            f"{path}: native checkpoint of step {counters['step']}",
-            _describe_weights(weights),
-            f"run {config.exp_name}, data {config.data_dir}, encoders {config.enc_type}, "
-            f"written by {counters['world_size']} processes",
-        ]
+    return (
+        f"{path}: native checkpoint of step {counters['step']}\n{_describe_weights(weights)}\n"
+        f"run {config.exp_name}, data {config.data_dir}, encoders {config.enc_type}, "
+        f"written by {counters['world_size']} processes"
     )
 
 
@@ -63,18 +54,16 @@ def _describe_file(path: Path) -> str:
     contents = formats.read_file(path)
     parts = [key for key in ("model", "ema", "opt", "args", "steps") if key in contents]
     kind = f"official checkpoint with {', '.join(parts)}" if parts else "bare weights"
-    lines = [f"{path}: {kind}"]
-    if "steps" in contents:
-        lines[0] += f", step {contents['steps']}"
-    state = next((contents[k] for k in ("ema", "model") if k in contents), contents)
-    doubled = "original SiT or DiT, learned sigma: --init-origin sit or dit"
+    step = f", step {contents['steps']}" if "steps" in contents else ""
+    state, doubled = formats.weights_in(contents), ""
     try:
-        lines.append(_describe_weights(formats.normalise(state)))
+        weights = formats.normalise(state)
     except ValueError as error:
         if "original SiT or DiT" not in str(error):
             raise
-        lines.append(f"{_describe_weights(formats.normalise(state, 'dit'))} ({doubled})")
-    return "\n".join(lines)
+        weights = formats.normalise(state, "dit")
+        doubled = " (original SiT or DiT, learned sigma: --init-origin sit or dit)"
+    return f"{path}: {kind}{step}\n{_describe_weights(weights)}{doubled}"
 
 
 def _describe_weights(state: formats.State) -> str:

@@ -33,11 +33,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def run_checkpoints(run: Path) -> list[Path]:
-    """Return the complete checkpoints of a run (or of a folder of checkpoints), by step.
-
-    Raises:
-        ValueError: it has none.
-    """
+    """Return a run's (or a folder's) complete checkpoints by step; ValueError if it has none."""
     for folder in (run, run / "checkpoints"):
         if found := [path_of(folder, step) for step in steps(folder)]:
             return found
@@ -45,11 +41,7 @@ def run_checkpoints(run: Path) -> list[Path]:
 
 
 def newest_checkpoint(path: Path) -> Path:
-    """Return `path` if it is a complete checkpoint, else the newest one of the run it is.
-
-    Raises:
-        ValueError: it is neither.
-    """
+    """Return `path` if it is a complete checkpoint, else the newest one of the run it is."""
     return path if (path / MARKER).exists() else run_checkpoints(path)[-1]
 
 
@@ -63,11 +55,7 @@ class Settings:
 
 
 def read_settings(checkpoint: Path) -> Settings:
-    """Return what a checkpoint of this version or an earlier one says beside its tensors.
-
-    Raises:
-        ValueError: as for `from_saved`.
-    """
+    """Return what a checkpoint of this version or an earlier one says beside its tensors."""
     config, counters, metadata = (
         json.loads((checkpoint / name).read_text()) for name in (CONFIG, COUNTERS, DATASET)
     )
@@ -75,11 +63,7 @@ def read_settings(checkpoint: Path) -> Settings:
 
 
 def load_ema(checkpoint: Path, model: torch.nn.Module) -> None:
-    """Read the moving average of a complete checkpoint into `model`, and nothing else.
-
-    Raises:
-        ValueError: the checkpoint is not complete, or not of this model.
-    """
+    """Read the EMA of a complete checkpoint into `model`; ValueError if it is not of this model."""
     expect_complete(checkpoint)
     reader.load({f"ema.{name}": t for name, t in model.state_dict().items()}, checkpoint)
 
@@ -87,10 +71,8 @@ def load_ema(checkpoint: Path, model: torch.nn.Module) -> None:
 def read_native(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
     """Read the tensors whose names start with `prefix`, and name them without it, on the CPU.
 
-    They are whole, by however many processes the checkpoint was written.
-
-    Raises:
-        ValueError: the checkpoint is not complete, or unreadable.
+    They are whole, however many processes wrote them. ValueError if the checkpoint is not complete,
+    or unreadable.
     """
     expect_complete(checkpoint)
     tensors = {

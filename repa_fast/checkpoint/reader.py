@@ -54,9 +54,7 @@ class Index(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> object:
         if name not in ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(
-                f"it names {module}.{name}, expected descriptions of tensors alone"
-            )
+            raise ValueError(f"it names {module}.{name}, expected descriptions of tensors alone")
         return Properties if name == "TensorProperties" else super().find_class(module, name)
 
 
@@ -69,11 +67,9 @@ def read_index(checkpoint: Path) -> Metadata:
     file = checkpoint / INDEX
     try:
         with open(file, "rb") as stream:
-            index = Index(stream).load()
-        _check(index)
+            return _checked(Index(stream).load())
     except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(f"{file} is not a readable index of a checkpoint: {error}") from error
-    return index
 
 
 def load(tensors: dict[str, torch.Tensor], checkpoint: Path, *, no_dist: bool = True) -> None:
@@ -133,7 +129,7 @@ class _Tensors(DefaultLoadPlanner):
         )
 
 
-def _check(index: object) -> None:
+def _checked(index: object) -> Metadata:
     if not isinstance(index, Metadata):
         raise ValueError(f"it holds a {type(index).__name__}, expected Metadata")
     for name, entry in index.state_dict_metadata.items():
@@ -143,3 +139,4 @@ def _check(index: object) -> None:
         name = place.relative_path
         if name in ("", "..") or name != Path(name).name:
             raise ValueError(f"it points to {name!r}, expected a file beside it")
+    return index

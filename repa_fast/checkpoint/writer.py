@@ -15,7 +15,6 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
 
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
@@ -25,8 +24,6 @@ from torch.futures import Future
 
 from repa_fast.checkpoint.layout import MARKER, path_of, steps
 from repa_fast.checkpoint.reader import INDEX
-
-Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +42,7 @@ class Writer(dcp.FileSystemWriter):
         keep_last, keep_every: as for `prune`, once the checkpoint is complete.
     """
 
-    def __init__(
-        self, target: Path, settings: dict[str, str], keep_last: int, keep_every: int
-    ) -> None:
+    def __init__(self, target: Path, settings: dict[str, str], keep_last: int, keep_every: int):
         super().__init__(target, sync_files=False)  # `seal` does, and everything
         self._settings = settings
         self._keep = (keep_last, keep_every)
@@ -90,7 +85,6 @@ class Writer(dcp.FileSystemWriter):
         """Let go of the directory; where there is no checkpoint now, nothing stays of it."""
         if self._folder is not None:
             os.close(self._folder)
-            self._folder = None
             if not (self.path / MARKER).exists():
                 shutil.rmtree(self.path, ignore_errors=True)
 
@@ -129,13 +123,9 @@ def prune(folder: Path, newest: int, keep_last: int, keep_every: int) -> None:
     found = [step for step in steps(folder) if step <= newest]
     for step in found[:-keep_last] if keep_last else []:
         if not (keep_every and step % keep_every == 0):
-            remove(path_of(folder, step))
-
-
-def remove(checkpoint: Path) -> None:
-    """Remove the marker first, so that a crash half-way leaves no checkpoint that looks whole."""
-    (checkpoint / MARKER).unlink()
-    shutil.rmtree(checkpoint)
+            # The marker first: a crash half-way leaves no checkpoint that looks whole.
+            (path_of(folder, step) / MARKER).unlink()
+            shutil.rmtree(path_of(folder, step))
 
 
 def clean(folder: Path) -> list[Path]:
@@ -144,31 +134,23 @@ def clean(folder: Path) -> list[Path]:
     Whoever writes one holds a lock on it, which ends with the process. Where a file system has no
     locks for directories nothing is removed, until its step is saved again.
     """
+    steps_here = [path for path in sorted(folder.glob("*")) if path.name.isdecimal()]
     halves = [
         path
-        for path in sorted(folder.glob("*"))
-        if path.name.isdecimal()
-        and path == path_of(folder, int(path.name))
-        and path.is_dir()
-        and not path.is_symlink()
-        and not (path / MARKER).exists()
-        and not _being_written(path)
+        for path in steps_here
+        if path == path_of(folder, int(path.name)) and path.is_dir() and not path.is_symlink()
+        if not (path / MARKER).exists() and not _being_written(path)
     ]
     for path in halves:
         shutil.rmtree(path)
     return halves
 
 
-def checksums(path: Path) -> dict[str, int]:
-    """Return the CRC-32 of every file but the marker; zlib lets threads run side by side."""
-    return _of_each(_checksum, sorted(file for file in path.iterdir() if file.name != MARKER))
-
-
 def damage(path: Path) -> str:
     """Return what differs from the checksums in the marker, "" if nothing does."""
     try:
         expected = json.loads((path / MARKER).read_text())
-        found = checksums(path)
+        found = _of_each(_checksum, [file for file in path.iterdir() if file.name != MARKER])
         missing = sorted(expected.keys() - found.keys())
     except (OSError, ValueError, AttributeError) as error:
         return f"it cannot be read ({error})"
@@ -180,18 +162,15 @@ def damage(path: Path) -> str:
 
 def _bytes(plan: SavePlan) -> int:
     """Return what a process's tensors, or its shards of them, take on disk, at the most."""
-    return sum(
-        math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
-        + HEADER_BYTES
-        for item in plan.items
-    )
+    parts = [item.tensor_data for item in plan.items]
+    sizes = (math.prod(part.chunk.sizes) * part.properties.dtype.itemsize for part in parts)
+    return sum(sizes) + HEADER_BYTES * len(parts)
 
 
 def _locked(path: Path) -> int:
     """Return a descriptor that holds the lock on a directory, where its file system has locks.
 
-    Raises:
-        OSError: another process holds it.
+    OSError if another process holds it.
     """
     folder = os.open(path, os.O_RDONLY)
     try:
@@ -219,7 +198,8 @@ def _being_written(path: Path) -> bool:
     return False
 
 
-def _of_each(work: Callable[[Path], Result], files: list[Path]) -> dict[str, Result]:
+def _of_each(work: Callable[[Path], int | None], files: list[Path]) -> dict[str, int | None]:
+    """Return what `work` returns of each file, by name; its threads run side by side."""
     with ThreadPoolExecutor() as pool:
         return dict(zip((file.name for file in files), pool.map(work, files), strict=True))
 
@@ -233,6 +213,7 @@ def _sync(path: Path) -> None:
 
 
 def _checksum(file: Path) -> int:
+    """Return the CRC-32 of a file."""
     value = 0
     with open(file, "rb") as stream:
         while chunk := stream.read(1 << 24):

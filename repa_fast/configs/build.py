@@ -8,14 +8,13 @@ from repa_fast.data.official import SD_VAE_FACTOR, SD_VAE_SCALE
 from repa_fast.data.open import find_metadata
 from repa_fast.diffusion.draws import stream
 from repa_fast.models.sit import SiT, size
-from repa_fast.objective import ALIGNMENTS, OBJECTIVES
+from repa_fast.objective import OBJECTIVES, build_alignment
 
 
 def model_arguments(config: AlignConfig, metadata: Metadata) -> dict:
     """Return the keyword arguments of SiT for a run on a dataset.
 
-    Raises:
-        ValueError: config and dataset do not fit, or the encoder's tokens differ from the model's.
+    ValueError if config and dataset do not fit, or the encoder's tokens differ from the model's.
     """
     if config.resolution != metadata.resolution:
         raise ValueError(
@@ -30,22 +29,18 @@ def model_arguments(config: AlignConfig, metadata: Metadata) -> dict:
     if height != width:
         raise ValueError(f"latents are {height}x{width}, expected a square")
     arguments = size(config.model)
-    for name in ("hidden_size", "depth", "num_heads", "patch_size"):
+    for name in arguments:
         if getattr(config, name) is not None:
             arguments[name] = getattr(config, name)
-    alignment = ALIGNMENTS[config.align](config)
+    alignment = build_alignment(config)
     alignment.expect_model(arguments["depth"], (height // arguments["patch_size"]) ** 2)
+    same = ("path_type", "num_classes", "projector_dim", "projector", "fused_attn", "qk_norm")
     return {
         **arguments,
-        "path_type": config.path_type,
+        **{name: getattr(config, name) for name in same},
         "input_size": height,
         "in_channels": channels,
-        "num_classes": config.num_classes,
         "class_dropout_prob": config.cfg_prob,
-        "projector_dim": config.projector_dim,
-        "projector": config.projector,
-        "fused_attn": config.fused_attn,
-        "qk_norm": config.qk_norm,
         "self_align": False,
         **alignment.model_arguments(),
     }

@@ -50,10 +50,9 @@ class TrainConfig(
         return dataclasses.asdict(self)
 
 
+FOR_SPEED_ALONE = ("gemm_epilogues", "encoder_stream", "compile_mode")
 RETIRED: dict[str, Callable[[object], dict]] = {
-    "gemm_epilogues": lambda _: {},  # for speed alone
-    "encoder_stream": lambda _: {},  # for speed alone
-    "compile_mode": lambda _: {},  # for speed alone
+    **dict.fromkeys(FOR_SPEED_ALONE, lambda _: {}),
     "rollback": lambda times: {"stop_on_spike": bool(times)},
     "cuda_graph": lambda asked: {"cuda_graph": {False: "off", True: "on"}.get(asked, asked)},
 }
@@ -66,9 +65,8 @@ REFUSED: dict[str, str] = {}
 def from_saved(values: dict) -> TrainConfig:
     """Return the config that `to_dict` gave, of this version or an earlier one.
 
-    Raises:
-        ValueError: a name that no version of ours knows, a flag that cannot be honoured any more,
-            or a value that does not fit.
+    ValueError for a name that no version of ours knows, a flag that cannot be honoured any more, or
+    a value that does not fit.
     """
     known, kept = {field.name for field in dataclasses.fields(TrainConfig)}, {}
     for name, value in values.items():

@@ -13,8 +13,7 @@ from repa_fast.configs.config import PARTS, TrainConfig
 def parse_config(argv: Sequence[str]) -> TrainConfig:
     """Return the config of `--preset NAME` (default: TrainConfig's own values) with flags over it.
 
-    Raises:
-        ValueError: an unknown preset, flags that do not go together, or a run without a name.
+    ValueError for an unknown preset, flags that do not go together, or a run without a name.
     """
     import tyro
 
@@ -40,10 +39,7 @@ def parse_config(argv: Sequence[str]) -> TrainConfig:
 
 
 def grouped(default: TrainConfig | None) -> type:
-    """Return a dataclass of the parts, each with its own fields, whose flags have no prefixes.
-
-    The defaults are those of a config, or of the class where None.
-    """
+    """Return a dataclass of the parts, whose flags have no prefixes; defaults as of `mirror`."""
     import tyro
 
     known, seen, groups = objective.choices(), set(), []
@@ -63,10 +59,9 @@ def flags_of(config: TrainConfig) -> list[str]:
     default, flags = TrainConfig().to_dict(), []
     for name, value in config.to_dict().items():
         flag = name.replace("_", "-")
-        if value == default[name]:
-            continue
         if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
+            flag = f"--{flag}" if value else f"--no-{flag}"
         else:
-            flags.append(f"--{flag}={value}")
+            flag = f"--{flag}={value}"
+        flags += [flag] if value != default[name] else []
     return flags

@@ -86,8 +86,8 @@ class SamplerConfig:
             parts.append(f"interval-{self.guidance_low:g}-{self.guidance_high:g}")
         if self.guidance_channels:
             parts.append(f"channels-{self.guidance_channels}")
-        parts += [f"{name}-{value}" for name, value in (
-            ("path", self.path_type), ("pred", self.prediction)) if value]  # fmt: skip
+        parts += [f"path-{self.path_type}"] if self.path_type else []
+        parts += [f"pred-{self.prediction}"] if self.prediction else []
         if self.mode == "sde":
             parts.append(f"{self.diffusion_form}-{self.diffusion_norm:g}")
             parts.append(f"last-{self.last_step}-{self.last_step_size:g}")

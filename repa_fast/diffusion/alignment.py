@@ -62,14 +62,13 @@ def nt_xent(
 
         -log( exp(cos(p_bn, z_bn) / temperature) / sum_k exp(cos(p_bn, z_k) / temperature) ),
 
-    where k runs over a pool that contains (b, n). REPA (arXiv 2410.06940) names NT-Xent but states
-    neither temperature nor pool, and its released code has none. The reading here: one direction,
-    predictions are queries and targets are keys; SimCLR's temperature on ImageNet.
+    where k runs over a pool that contains (b, n). REPA names NT-Xent but states neither temperature
+    nor pool, and its released code has none. The reading here: predictions are queries, targets are
+    keys, in one direction; SimCLR's temperature on ImageNet.
 
     The logits of at most max(chunk, B) queries are in memory at a time, twice: 8 max(chunk, B) K
-    bytes in fp32, for a pool of K keys. Backward needs neither logits nor keys: the gradient of
-    each query is formed beside its loss and kept, 4 B N Z bytes. Normalised keys take 4 K Z bytes
-    ("image": 4 B N Z) until the call returns.
+    bytes in fp32, for a pool of K keys. Backward needs neither logits nor keys: each gradient is
+    formed with its loss, 4 B N Z bytes. During the call keys take 4 K Z bytes ("image": 4 B N Z).
 
     Args:
         projection: (B, N, Z), projected hidden states, any floating dtype.

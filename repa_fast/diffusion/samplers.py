@@ -119,9 +119,10 @@ def euler_maruyama(
 ) -> torch.Tensor:
     """Integrate the reverse SDE dx = (v - w_t s / 2) dt + sqrt(w_t) dW.
 
-    num_steps - 1 stochastic steps lead to t = last_step_size, the last step to the data.
+    num_steps - 1 stochastic steps lead to t = last_step_size, the last step to the data; each
+    evaluates the model once.
 
-    Arguments as for `euler`, and:
+    Arguments, result and errors as for `euler`, and:
         path: also gives the score s from the velocity.
         diffusion_form, diffusion_norm: w_t, see `repa_fast.diffusion.forms`; 2t by default. "SBDM"
             starts at 0.999 on the linear and cosine paths.
@@ -132,19 +133,8 @@ def euler_maruyama(
         noise: (num_steps - 1, B, C, h, w), the standard normal increments; drawn if None.
         seed: for drawing them, together with the step and the sample's number.
         index: (B) int64, the samples' numbers; 0 to B - 1 if None.
-
-    Returns:
-        (B, C, h, w) in the state's dtype, after num_steps model evaluations, one less without a
-        last step (twice the batch under guidance).
-
-    Raises:
-        ValueError: as for `euler`, or noise of another shape.
     """
-    expect_choice("last_step", last_step, LAST_STEPS)
-    if not 0 < last_step_size < 1:
-        raise ValueError(f"last_step_size is {last_step_size}, expected between 0 and 1")
-    start, stop = sampling_interval(path, prediction, diffusion_form)
-    *grid, _ = sde_times(num_steps, start, stop if last_step == "none" else last_step_size).tolist()
+    grid = _sde_grid(num_steps, path, prediction, diffusion_form, last_step, last_step_size)
     if noise is not None:
         expect_shape("euler_maruyama", "noise", noise, (num_steps - 1, *latents.shape))
     velocities = guided_velocities(
@@ -154,17 +144,10 @@ def euler_maruyama(
     advance = _stepper(latents.dtype, path, cfg_scale)
     x, copy = initial_state(latents, state_dtype), latents
     for number, (t, t_next) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
-        x, copy = advance(
-            x,
-            *velocities(x, copy, t, t),
-            t,
-            t_next - t,
-            diffusion=w(t),
-            noise=None if noise is None else noise[number],
-            seed=None if noise is not None else seed,
-            step=number,
-            index=index,
-        )
+        drawn = {"seed": seed, "step": number, "index": index}
+        increments = drawn if noise is None else {"noise": noise[number]}
+        v = velocities(x, copy, t, t)
+        x, copy = advance(x, *v, t, t_next - t, diffusion=w(t), **increments)
     if last_step == "none":
         return x
     t = grid[-1]
@@ -257,6 +240,24 @@ def initial_state(latents: torch.Tensor, state_dtype: torch.dtype) -> torch.Tens
     if state_dtype not in (torch.float64, torch.float32):
         raise ValueError(f"state_dtype is {state_dtype}, expected torch.float64 or torch.float32")
     return latents.to(state_dtype)
+
+
+def _sde_grid(
+    num_steps: int,
+    path: Path,
+    prediction: str,
+    diffusion_form: str,
+    last_step: str,
+    last_step_size: float,
+) -> list[float]:
+    """Return the times at which the stochastic steps begin, and the one at which they end."""
+    expect_choice("last_step", last_step, LAST_STEPS)
+    if not 0 < last_step_size < 1:
+        raise ValueError(f"last_step_size is {last_step_size}, expected between 0 and 1")
+    start, stop = sampling_interval(path, prediction, diffusion_form)
+    return sde_times(num_steps, start, stop if last_step == "none" else last_step_size)[
+        :-1
+    ].tolist()
 
 
 def _stepper(dtype: torch.dtype, path: Path, cfg_scale: float) -> Callable:

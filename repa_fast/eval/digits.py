@@ -62,9 +62,9 @@ def load_run(run: Path, step: int | None = None) -> tuple[TrainConfig, SiT, int]
     """
     folder = run / "checkpoints"
     found = layout.steps(folder)
-    if not found or (step is not None and step not in found):
+    step = found[-1] if found and step is None else step
+    if step not in found:
         raise ValueError(f"{folder} has checkpoints {found}, expected {step or 'at least one'}")
-    step = found[-1] if step is None else step
     source = layout.path_of(folder, step)
     settings = layout.read_settings(source)
     model = build_model(settings.config, settings.metadata).eval().requires_grad_(False)
@@ -171,12 +171,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run on the digits")
     parser.add_argument("--step", type=int, help="checkpoint; the newest by default")
-    parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--samples", type=int, default=500, dest="count", metavar="SAMPLES")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    scores = evaluate(
-        arguments.run, step=arguments.step, count=arguments.samples, seed=arguments.seed
-    )
+    scores = evaluate(**vars(arguments))
     (arguments.run / "scores.json").write_text(json.dumps(asdict(scores), indent=2) + "\n")
     print(describe(scores))
 

@@ -1,17 +1,15 @@
 """Many images of a checkpoint to one .npz: `torchrun -m repa_fast.eval.generate --ckpt FILE ...`.
 
 The unit of work is a block of consecutive image numbers, as many as a batch, the last one padded.
-A process takes every WORLD_SIZE-th block and writes its images to a file of their own and then a
-record; so the images do not depend on who computed them, and a block without a record is computed
-again. When every block has one, the first process joins them, block by block, and the .npz appears
-whole. Processes meet in the file system alone.
+A process takes every WORLD_SIZE-th block and writes its images to a file and then a record; a block
+without a record is computed again. When every block has one, the first process joins them and the
+.npz appears whole. Processes meet in the file system alone.
 """
 
 import hashlib
 import io
 import itertools
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -25,6 +23,7 @@ import torch
 from repa_fast import command
 from repa_fast.configs.part import expect_at_least
 from repa_fast.configs.sampler import SamplerConfig
+from repa_fast.data.dataset import Metadata
 from repa_fast.distributed import own_device, progress_bar, rank_and_size
 from repa_fast.eval.load import Loaded, WeightsConfig
 from repa_fast.eval.pictures import arrange, save_png
@@ -91,8 +90,7 @@ def generate(config: GenerateConfig) -> Path:
         ValueError: weights or settings that do not fit, or a finished .npz of other settings.
         RuntimeError: the autoencoder cannot be loaded, or the disk is full.
     """
-    rank, world_size = rank_and_size()
-    device = own_device()
+    (rank, world_size), device = rank_and_size(), own_device()
     loaded = config.load(device, model=config.model, prediction=config.prediction)
     _check(config, loaded)
     for block in loaded.model.blocks:
@@ -114,13 +112,13 @@ def generate(config: GenerateConfig) -> Path:
         with progress_bar(out.name, rank == 0) as progress:
             advance, batch = progress(config.num_fid_samples), config.per_proc_batch_size
             for block in mine:
-                _write_block(ledger, block, *sample_block(sampler, config, block))
+                _write_block(ledger, block, sample_block(sampler, config, block))
                 advance(len(ledger.done()) * batch)
             if rank:
                 return out
             ledger.wait_for(blocks, lambda: advance(len(ledger.done()) * batch))
             advance(config.num_fid_samples)
-        _finish(config, loaded, ledger, blocks, out)
+        _finish(config, loaded, ledger, out)
     except OSError as error:
         if not is_disk_full(error):
             raise
@@ -189,54 +187,47 @@ def settings(config: GenerateConfig, loaded: Loaded) -> dict:
     }
 
 
-def sample_block(
-    sampler: ImageSampler, config: GenerateConfig, block: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return images uint8 (B, R, R, 3) and labels (B) of a block; the last may be shorter."""
+def chosen_labels(config: GenerateConfig, metadata: Metadata, index: np.ndarray) -> np.ndarray:
+    """Return the labels, int64 (B), of images by their numbers (B)."""
+    if config.class_label >= 0:
+        return np.full(len(index), config.class_label)
+    return labels_of(index, len(metadata.class_names), config.global_seed, config.labels)
+
+
+def sample_block(sampler: ImageSampler, config: GenerateConfig, block: int) -> np.ndarray:
+    """Return the images of a block, uint8 (B, R, R, 3); those of the last may be fewer."""
     size = config.per_proc_batch_size
     index = np.arange(block * size, (block + 1) * size)
-    if config.class_label >= 0:
-        labels = np.full(size, config.class_label)
-    else:
-        classes = len(sampler.metadata.class_names)
-        labels = labels_of(index, classes, config.global_seed, config.labels)
+    labels = chosen_labels(config, sampler.metadata, index)
     images = sampler.images(index, labels, config.global_seed).permute(0, 2, 3, 1)
-    kept = min(size, config.num_fid_samples - block * size)
-    return images.cpu().numpy()[:kept], labels[:kept]
+    return images.cpu().numpy()[: config.num_fid_samples - block * size]
 
 
-def _write_block(ledger: Ledger, block: int, images: np.ndarray, labels: np.ndarray) -> None:
-    partial = ledger.folder / f".{block:06d}.npy"
+def _write_block(ledger: Ledger, block: int, images: np.ndarray) -> None:
     buffer = io.BytesIO()
     np.save(buffer, images)  # straight to the file, it would not say that the disk is full
-    with open(partial, "wb") as file:
-        file.write(buffer.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(ledger.folder / f"{block:06d}.npy")
-    ledger.write(block, {"labels": labels.tolist()})
+    write_whole(ledger.folder / f"{block:06d}.npy", buffer.getbuffer())
+    ledger.write(block, {})
 
 
-def _finish(config: GenerateConfig, loaded: Loaded, ledger: Ledger, blocks: int, out: Path) -> None:
+def _finish(config: GenerateConfig, loaded: Loaded, ledger: Ledger, out: Path) -> None:
     """Join the blocks; the .npz takes its name last."""
 
     def parts() -> Iterator[np.ndarray]:
-        return (np.load(ledger.folder / f"{block:06d}.npy") for block in range(blocks))
+        return (np.load(ledger.folder / f"{block:06d}.npy") for block in ledger.done())
 
-    labels = np.array([label for b in range(blocks) for label in ledger.read(b)["labels"]])
-    names = loaded.metadata.class_names
+    metadata, count = loaded.metadata, config.num_fid_samples
+    labels = chosen_labels(config, metadata, np.arange(count))
+    titles = [metadata.class_names[label] for label in labels[:SHEET_IMAGES]]
     shown = np.stack(list(itertools.islice(itertools.chain.from_iterable(parts()), SHEET_IMAGES)))
-    titles = [names[label] if label < len(names) else str(label) for label in labels[: len(shown)]]
-    pixels = torch.from_numpy(shown.transpose(0, 3, 1, 2).copy())
-    save_png(arrange(pixels, SHEET_COLUMNS, titles), out.with_suffix(".png"))
+    sheet = arrange(torch.from_numpy(shown).permute(0, 3, 1, 2), SHEET_COLUMNS, titles)
+    save_png(sheet, out.with_suffix(".png"))
     if config.pngs:
-        folder = out.with_suffix("")
         for number, image in enumerate(itertools.chain.from_iterable(parts())):
-            save_png(image, folder / f"{number:06d}.png")
+            save_png(image, out.with_suffix("") / f"{number:06d}.png")
     described = settings(config, loaded) | {"ckpt": str(loaded.source.resolve())}
     write_whole(out.with_suffix(".json"), json.dumps(described, indent=2))
-    size = loaded.metadata.resolution
-    write_npz(out, parts(), (config.num_fid_samples, size, size, 3), arr_1=labels)
+    write_npz(out, parts(), (count, metadata.resolution, metadata.resolution, 3), arr_1=labels)
     ledger.remove()
 
 

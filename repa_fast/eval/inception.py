@@ -45,10 +45,6 @@ class Inception:
     Args:
         weights: file that torch-fidelity publishes; if empty, the one in torch's cache, which is
             fetched when it is not there.
-        device: where it computes.
-
-    Attributes:
-        weights: the file it read.
 
     Raises:
         RuntimeError: torch-fidelity is not there, or the weights can be neither found nor fetched.
@@ -79,11 +75,6 @@ class Inception:
                 f"{Path(port.URL_INCEPTION_V3).name} of torch-fidelity"
             ) from error
         self._module = module.to(self.device)
-        self._spatial = torch.empty(0)
-        self._module.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
-
-    def _keep_spatial(self, module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        self._spatial = spatial_features(output)
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> Features:
@@ -96,24 +87,27 @@ class Inception:
             raise ValueError(
                 f"images are {images.dtype} {tuple(images.shape)}, expected uint8 (B, 3, H, W)"
             )
-        with _exact_fp32(), torch.autocast(self.device.type, enabled=False):
+        spatial = []
+        branch = self._module.Mixed_6d.branch1x1
+        with (
+            _exact_fp32(),
+            torch.autocast(self.device.type, enabled=False),
+            branch.register_forward_hook(lambda _, __, out: spatial.append(spatial_features(out))),
+        ):
             pool, logits = self._module(images.to(self.device))
-        return Features(pool, self._spatial, logits)
+        return Features(pool, *spatial, logits)
 
 
 def spatial_features(activation: torch.Tensor) -> torch.Tensor:
     """Return sFID's features (B, 2023) of TensorFlow's mixed_6/conv, (B, C, 17, 17).
 
-    They are its first 7 channels, flattened in TensorFlow's order (H, W, C): position varies
-    slowest. The statistics of published reference files are in this order, so flattening (C, H, W)
-    gives a wrong distance to them without any error.
+    They are its first 7 channels, flattened in TensorFlow's order (H, W, C), as in published
+    reference files; flattening (C, H, W) gives a wrong distance to them without any error.
 
-    Which activation that is: the graph's blocks are mixed, mixed_1, mixed_2 (35x35), mixed_3 (to
-    17x17), mixed_4 to mixed_7 (17x17), so mixed_6 is Mixed_6d in torch's names, which start at
-    Mixed_5b; Mixed_6e would be mixed_7. A scope conv holds conv2d_params, Conv2D and batchnorm, and
-    the scope's own name is its last node, the ReLU; the first conv of a 17x17 block is the 1x1
-    branch of 192 channels. Hence the output of Mixed_6d.branch1x1 after batch norm and ReLU;
-    torch-fidelity's converter of the weights pairs the names in the same way.
+    The graph's blocks mixed to mixed_7 are torch's Mixed_5b to Mixed_6e, so mixed_6 is Mixed_6d.
+    The last node of a scope conv is its ReLU, and the first conv of a 17x17 block is the 1x1 branch
+    of 192 channels: the output of Mixed_6d.branch1x1 after batch norm and ReLU. torch-fidelity's
+    converter of the weights pairs the names in the same way.
     """
     return activation[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
@@ -124,10 +118,8 @@ def mean_patch_tokens(
 ) -> torch.Tensor:
     """Return the mean of an encoder's patch tokens, fp32 (B, width), of uint8 images (B, 3, R, R).
 
-    For a Frechet distance, KID or MMD in the features of any of `repa_fast.encoders`. These are
-    not the published FD-DINOv2 (arXiv 2306.04675), which takes the class token of DINOv2-L, nor
-    CMMD (arXiv 2401.09603), which takes CLIP's normalised image embedding: compare values only
-    with others of this function.
+    Distances in them are not the published FD-DINOv2 (arXiv 2306.04675), which takes the class
+    token of DINOv2-L, nor CMMD (arXiv 2401.09603), which takes CLIP's image embedding.
     """
     return encoder(images).float().mean(1)
 

@@ -20,8 +20,6 @@ from repa_fast.models.sit import SIZES, SiT, size
 from repa_fast.objective import Objective, build_objective
 
 HASH_DIGITS = 8
-OBJECTIVES = {"dit": "ddpm"}
-"""What the weights of an origin predict, where its files do not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,24 +100,29 @@ def load(
         if origin != "repa":
             raise ValueError(f"{source} is a native checkpoint, expected origin repa, got {origin}")
     config, step, metadata = _described(source)
-    objective = _objective(config, origin, prediction)
-    state = formats.read_weights(
-        source,
-        origin,
-        learn_sigma=objective.model is not SiT,
-        prediction=objective.prediction,
+    objective = build_objective(
+        ObjectiveConfig(
+            objective="ddpm" if origin == "dit" else config.get("objective", "flow"),
+            path_type=_ours(config.get("path_type", "linear")),
+            prediction=_ours(prediction or config.get("prediction", "v")),
+        )
     )
+    kept = {"learn_sigma": objective.model is not SiT, "prediction": objective.prediction}
+    state = formats.read_weights(source, origin, **kept)
     shape = formats.shape_of(state)
-    heads = _heads(shape, config, source, num_heads)
-    _expect_model(model, shape, heads, source)
+    arguments = _arguments(shape, config, num_heads, source)
+    if model and size(model) != {name: arguments[name] for name in size(model)}:
+        raise ValueError(f"{source} holds a {shape}, expected {model}")
     state = {name: t for name, t in state.items() if not name.startswith("projectors.")}
-    built = _build(shape, heads, objective)
+    with torch.device("meta"):
+        built = objective.model(**arguments, z_dims=())
+    built = built.to_empty(device="cpu")
     formats.load_exactly(built, state, str(source))
     return Loaded(
         model=built.to(device).eval().requires_grad_(False),
         metadata=metadata or _expected_metadata(shape, config),
         objective=objective,
-        name=_name(shape, heads).replace("SiT", objective.model.__name__),
+        name=f"{objective.model.__name__}-{_name(shape, arguments['num_heads'])}",
         step=step,
         digest=digest(state),
         source=source,
@@ -155,80 +158,45 @@ def _described(source: Path) -> tuple[dict, int | None, Metadata | None]:
     return config, step if isinstance(step, int) else None, None
 
 
-def _objective(config: dict, origin: str, prediction: str) -> Objective:
-    """Return what a model of these training arguments predicts, `prediction` over theirs."""
-    return build_objective(
-        ObjectiveConfig(
-            objective=OBJECTIVES.get(origin) or config.get("objective", "flow"),
-            path_type=_ours(config.get("path_type", "linear")),
-            prediction=_ours(prediction or config.get("prediction", "v")),
-        )
-    )
-
-
-def _build(shape: Shape, heads: int, objective: Objective) -> SiT:
-    with torch.device("meta"):
-        model = objective.model(
-            input_size=shape.grid * shape.patch_size,
-            patch_size=shape.patch_size,
-            in_channels=shape.in_channels,
-            hidden_size=shape.hidden_size,
-            depth=shape.depth,
-            num_heads=heads,
-            num_classes=shape.num_classes,
-            z_dims=(),
-            qk_norm=shape.qk_norm,
-        )
-    return model.to_empty(device="cpu")
-
-
 def _ours(name: str) -> str:
     """Return a path or prediction by our name; the original SiT has two that are not ours."""
     return {"Linear": "linear", "velocity": "v"}.get(name, name)
 
 
-def _heads(shape: Shape, config: dict, source: Path, said: int) -> int:
-    known = config.get("num_heads") or _heads_of_size(shape, config)
-    if known and said not in (0, known):
-        raise ValueError(f"{source} has {known} heads, expected {said}")
-    if not (known or said):
+def _arguments(shape: Shape, config: dict, num_heads: int, source: Path) -> dict:
+    """Return the model's arguments: what its tensors tell, and the heads, which they do not.
+
+    Those are the heads of the training arguments, of the model they name, or of the known model of
+    that depth and width; `num_heads`, if not 0, must be the same.
+    """
+    named = re.sub(r"^SiT-|/\d+$", "", config.get("model", ""))
+    arguments = SIZES.get(named) or SIZES.get(_size_of(shape), {})
+    known = config.get("num_heads") or arguments.get("num_heads")
+    if known and num_heads not in (0, known):
+        raise ValueError(f"{source} has {known} heads, expected {num_heads}")
+    if not (known or num_heads):
         raise ValueError(
             f"{source}: depth {shape.depth} and width {shape.hidden_size} are no known model's; "
             "the weights do not tell the number of heads, expected --num-heads"
         )
-    return known or said
-
-
-def _heads_of_size(shape: Shape, config: dict) -> int | None:
-    """Return the heads of the model that the arguments name, or of that depth and width."""
-    named = re.fullmatch(r"SiT-(\w+)/\d+", config.get("model", ""))
-    if named and named[1] in SIZES:
-        return SIZES[named[1]]["num_heads"]
-    for known in SIZES.values():
-        if (known["depth"], known["hidden_size"]) == (shape.depth, shape.hidden_size):
-            return known["num_heads"]
-    return None
-
-
-def _expect_model(model: str, shape: Shape, heads: int, source: Path) -> None:
-    if not model:
-        return
-    expected = size(model)
-    found = {
-        "depth": shape.depth,
-        "hidden_size": shape.hidden_size,
-        "num_heads": heads,
-        "patch_size": shape.patch_size,
+    told = ("hidden_size", "depth", "patch_size", "in_channels", "num_classes", "qk_norm")
+    return {
+        **{name: getattr(shape, name) for name in told},
+        "input_size": shape.grid * shape.patch_size,
+        "num_heads": known or num_heads,
     }
-    if found != expected:
-        raise ValueError(f"{source} holds a {shape}, expected {model}")
+
+
+def _size_of(shape: Shape) -> str:
+    """Return the letters of the known model of that depth and width; "" if there is none."""
+    known = {(one["depth"], one["hidden_size"]): name for name, one in SIZES.items()}
+    return known.get((shape.depth, shape.hidden_size), "")
 
 
 def _name(shape: Shape, heads: int) -> str:
-    for name, known in SIZES.items():
-        if (known["depth"], known["hidden_size"]) == (shape.depth, shape.hidden_size):
-            return f"SiT-{name}-{shape.patch_size}"
-    return f"SiT-d{shape.depth}-w{shape.hidden_size}-h{heads}-p{shape.patch_size}"
+    if known := _size_of(shape):
+        return f"{known}-{shape.patch_size}"
+    return f"d{shape.depth}-w{shape.hidden_size}-h{heads}-p{shape.patch_size}"
 
 
 def _expected_metadata(shape: Shape, config: dict) -> Metadata:

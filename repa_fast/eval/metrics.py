@@ -75,7 +75,7 @@ class EvalConfig(ScoreConfig):
 
 
 class Space(NamedTuple):
-    """A feature space: its name for tables, width of `pool`, features of uint8 (B, 3, H, W)."""
+    """A feature space: name for tables, width of `pool`, features of uint8 images (B, 3, H, W)."""
 
     name: str
     width: int
@@ -97,9 +97,9 @@ class Measured:
     name: str
     count: int | None
     pool: Statistics
-    spatial: Statistics | None
-    rows: torch.Tensor | None
-    logits: torch.Tensor | None
+    spatial: Statistics | None = None
+    rows: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
 
 
 def evaluate(config: EvalConfig) -> str:
@@ -107,10 +107,6 @@ def evaluate(config: EvalConfig) -> str:
 
     Returns:
         A Markdown table, or what was written; empty on processes other than the first.
-
-    Raises:
-        ValueError: files that do not fit, or fewer samples than asked for.
-        RuntimeError: weights cannot be had.
     """
     if not (config.samples or config.write_reference):
         raise ValueError("samples is empty, expected an .npz of images")
@@ -140,12 +136,7 @@ def evaluate(config: EvalConfig) -> str:
 
 
 def feature_space(config: ScoreConfig, device: torch.device) -> Space:
-    """Return the features that `config.features` names, on `device`.
-
-    Raises:
-        ValueError: an unknown name, or a wrong file of weights.
-        RuntimeError: the weights cannot be had.
-    """
+    """Return the features that `config.features` names, on `device`."""
     if config.features == "inception":
         network = Inception(config.inception_weights, device)
         return Space("inception", inception.POOL_WIDTH, network)
@@ -169,9 +160,6 @@ class Scorer:
     """Measures images in a feature space and compares them with a reference.
 
     Every process of `world` calls its methods; `shown` is whether there are progress bars.
-
-    Raises:
-        ValueError, RuntimeError: not one thing to compare with, or as `feature_space`.
     """
 
     def __init__(self, config: ScoreConfig, world: World, *, shown: bool = True) -> None:
@@ -182,11 +170,7 @@ class Scorer:
 
     @cached_property
     def real(self) -> Measured:
-        """What is compared with, measured at the first use.
-
-        Raises:
-            ValueError: it cannot be read, or does not fit.
-        """
+        """What is compared with, measured at the first use; ValueError where it does not fit."""
         if self.config.dataset:
             return self.measure_dataset(open_dataset(self.config.dataset, self.config.split))
         if self.space.name != "inception":
@@ -199,36 +183,31 @@ class Scorer:
     def measure(self, name: str, batches: Batches, count: int, *, keep: bool = True) -> Measured:
         """Measure `count` images, of which each process has some batches.
 
-        `keep` is whether features of single images are kept, which are large for a whole dataset.
+        Features of single images, which are large for a whole dataset, are left out unless `keep`.
 
         Raises:
             ValueError: an image is missing, or features are not finite.
         """
-        world, device = self.world, self.world.device
-        pool, rows = Moments(self.space.width, device), Rows(self.space.width, device)
-        spatial, logits = Moments(inception.SPATIAL_WIDTH, device), Rows(inception.CLASSES, device)
+        world, device, widths = self.world, self.world.device, {"pool": self.space.width}
+        if self.space.name == "inception":
+            widths |= {"spatial": inception.SPATIAL_WIDTH, "logits": inception.CLASSES}
+        moments = {k: Moments(width, device) for k, width in widths.items() if k != "logits"}
+        rows = {k: Rows(width, device) for k, width in widths.items() if keep and k != "spatial"}
         with progress_bar(name.split(",")[0], world.is_main and self.shown) as progress:
             advance = progress(count)
             for index, images in batches:
-                features = self.space.features(images.to(device))
-                pool.update(features.pool)
-                if features.spatial is not None:
-                    spatial.update(features.spatial)
-                if keep:
-                    rows.add(index, features.pool)
-                if keep and features.logits is not None:
-                    logits.add(index, features.logits)
+                features = self.space.features(images.to(device))._asdict()
+                for kind, of in moments.items():
+                    of.update(features[kind])
+                for kind, of in rows.items():
+                    of.add(index, features[kind])
                 advance(min(int(index[-1]) + 1, count))
-        pool.reduce(world)
-        spatial.reduce(world)
-        more = spatial.count > 0
+        for of in moments.values():
+            of.reduce(world)
+        found = {kind: of.statistics(count) for kind, of in moments.items()}
+        kept = {kind: of.gather(count, world) for kind, of in rows.items()}
         return Measured(
-            name=name,
-            count=pool.count,
-            pool=pool.statistics(count),
-            spatial=spatial.statistics(count) if more else None,
-            rows=rows.gather(count, world) if keep else None,
-            logits=logits.gather(count, world) if keep and more else None,
+            name, moments["pool"].count, **found, rows=kept.get("pool"), logits=kept.get("logits")
         )
 
     def measure_file(self, file: ImageFile) -> Measured:

@@ -29,7 +29,6 @@ SHAPES = {
     "mu_s": (SPATIAL_WIDTH,),
     "sigma_s": (SPATIAL_WIDTH, SPATIAL_WIDTH),
 }
-HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
 class ImageFile:
@@ -38,9 +37,6 @@ class ImageFile:
     Args:
         path: npz with arr_0, uint8 (N, H, W, 3), compressed or not.
         count: how many to take, the first ones; all if None.
-
-    Attributes:
-        count, height, width: of the images that are taken.
 
     Raises:
         ValueError: no such file, another content, or fewer than `count` images.
@@ -89,31 +85,22 @@ class ImageFile:
     @contextmanager
     def _images(self) -> Iterator[tuple[BinaryIO, tuple[int, ...]]]:
         """Open arr_0 as a stream that stands at the first pixel; also its shape (N, H, W, 3)."""
-        with _archive(self.path) as archive:
-            if "arr_0.npy" not in archive.namelist():
-                raise ValueError(f"{self.path} lacks arr_0, expected images, {_content(archive)}")
-            with archive.open("arr_0.npy") as stream:
-                with _naming(self.path):
-                    version = npy.read_magic(stream)
-                    if version not in HEADERS:
-                        raise ValueError(f"arr_0 has header version {version}, expected 1.0 or 2.0")
-                    shape, fortran, dtype = HEADERS[version](stream)
-                if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran:
-                    raise ValueError(
-                        f"{self.path}: arr_0 is {dtype} {shape}{' in Fortran order' * fortran}, "
-                        "expected uint8 (N, H, W, 3)"
-                    )
-                yield stream, shape
+        with _archive(self.path, "arr_0") as archive, archive.open("arr_0.npy") as stream:
+            with _naming(self.path):
+                first = npy.read_magic(stream) == (1, 0)
+                read = npy.read_array_header_1_0 if first else npy.read_array_header_2_0
+                shape, fortran, dtype = read(stream)
+            if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran:
+                raise ValueError(
+                    f"{self.path}: arr_0 is {dtype} {shape}{' in Fortran order' * fortran}, "
+                    "expected uint8 (N, H, W, 3)"
+                )
+            yield stream, shape
 
 
 class Reference(NamedTuple):
-    """What generated images are compared with.
-
-    Attributes:
-        images: for precision and recall.
-        pool: statistics of pool_3, of width 2048.
-        spatial: statistics of sFID's features, of width 2023.
-    """
+    """What images are compared with: images for precision and recall, and statistics of pool_3
+    (width 2048) and of sFID's features (width 2023)."""
 
     images: ImageFile
     pool: Statistics
@@ -126,25 +113,19 @@ def load(path: str | Path) -> Reference:
     Raises:
         ValueError: no such file, or something in it is missing, of another shape or not finite.
     """
-    with _archive(path) as archive:
-        missing = [key for key in ("arr_0", *SHAPES) if f"{key}.npy" not in archive.namelist()]
-        if missing:
-            raise ValueError(f"{path} lacks {', '.join(missing)}, {_content(archive)}")
-    images = ImageFile(path)
+    with _archive(path, "arr_0", *SHAPES):
+        images = ImageFile(path)
     with _naming(path), np.load(path, allow_pickle=False) as content:
         arrays = {key: content[key] for key in SHAPES}
-    for key, array in arrays.items():
-        _expect_statistics(f"{path}: {key}", array, SHAPES[key])
+    _expect_statistics(arrays, f"{path}: ")
     mean, cov, spatial_mean, spatial_cov = (a.astype(np.float64) for a in arrays.values())
     return Reference(images, (mean, cov), (spatial_mean, spatial_cov))
 
 
 def write(path: str | Path, *, images: np.ndarray, pool: Statistics, spatial: Statistics) -> None:
-    """Write a reference; the file appears whole or not at all, in the place of an older one.
+    """Write a reference: statistics of a dataset, and a sample of it, images uint8 (N, H, W, 3).
 
-    Args:
-        images: uint8 (N, H, W, 3), a sample of the dataset for precision and recall.
-        pool, spatial: of the whole dataset.
+    The file appears whole or not at all, in the place of an older one.
 
     Raises:
         ValueError: other images, or statistics of another width.
@@ -152,8 +133,7 @@ def write(path: str | Path, *, images: np.ndarray, pool: Statistics, spatial: St
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"images are {images.dtype} {images.shape}, expected uint8 (N, H, W, 3)")
     arrays = dict(zip(SHAPES, (*pool, *spatial), strict=True))
-    for key, array in arrays.items():
-        _expect_statistics(key, array, SHAPES[key])
+    _expect_statistics(arrays)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_npz(Path(path), [images], images.shape, **arrays)
 
@@ -192,12 +172,17 @@ def write_npz(
 
 
 @contextmanager
-def _archive(path: str | Path) -> Iterator[zipfile.ZipFile]:
+def _archive(path: str | Path, *needed: str) -> Iterator[zipfile.ZipFile]:
+    """Open an .npz, which must have the arrays `needed`."""
     try:
         archive = zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not an npz file: {error}") from error
     with archive:
+        names = archive.namelist()
+        if missing := [name for name in needed if f"{name}.npy" not in names]:
+            known = ", ".join(name.removesuffix(".npy") for name in names) or "nothing"
+            raise ValueError(f"{path} lacks {', '.join(missing)}, it has {known}")
         yield archive
 
 
@@ -210,12 +195,10 @@ def _naming(path: str | Path) -> Iterator[None]:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def _content(archive: zipfile.ZipFile) -> str:
-    return f"it has {', '.join(n.removesuffix('.npy') for n in archive.namelist()) or 'nothing'}"
-
-
-def _expect_statistics(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
-    if array.shape != shape or array.dtype.kind != "f":
-        raise ValueError(f"{name} is {array.dtype} {array.shape}, expected floating point {shape}")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} is not finite")
+def _expect_statistics(arrays: dict[str, np.ndarray], where: str = "") -> None:
+    for key, array in arrays.items():
+        if array.shape != SHAPES[key] or array.dtype.kind != "f":
+            got = f"{where}{key} is {array.dtype} {array.shape}"
+            raise ValueError(f"{got}, expected floating point {SHAPES[key]}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{where}{key} is not finite")

@@ -4,7 +4,6 @@ Noise, label and everything the sampler draws depend on the number of an image a
 or process, so that the same images come from 1 or 64 GPUs.
 """
 
-import contextlib
 from collections.abc import Callable
 from typing import Literal
 
@@ -51,17 +50,13 @@ class ImageSampler:
         torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = config.tf32
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        if config.compile:
-            self._compile()
-        self._decode = self._decoder()
-
-    def _compile(self) -> None:
-        if self.device.type == "cuda":
+        if config.compile and device.type == "cuda":
             self.model.compile(mode="reduce-overhead", dynamic=False)
-            return
-        for block in self.model.blocks:
-            # a graph for each batch size, so that none depends on which came first
-            block.compile(fullgraph=True, dynamic=False)
+        elif config.compile:
+            for block in self.model.blocks:
+                # a graph for each batch size, so that none depends on which came first
+                block.compile(fullgraph=True, dynamic=False)
+        self._decode = self._decoder()
 
     def _decoder(self) -> Callable[[torch.Tensor], torch.Tensor]:
         config, metadata = self.config, self.metadata
@@ -80,27 +75,22 @@ class ImageSampler:
 
     def noise(self, index: np.ndarray, seed: int) -> torch.Tensor:
         """Return the initial noise (B, C, h, w), fp32, of images by their numbers (B)."""
-        numbers = torch.from_numpy(np.asarray(index, np.int64)).to(self.device)
         shape = torch.Size((len(index), *self.metadata.latent_shape))
-        return ops.standard_normal(shape, seed, NOISE_STEP, numbers)
+        return ops.standard_normal(shape, seed, NOISE_STEP, self._to_device(index))
 
     @torch.no_grad()
     def latents(self, index: np.ndarray, labels: np.ndarray, seed: int) -> torch.Tensor:
         """Sample (B, C, h, w), in the state's dtype, images by their numbers (B) and labels."""
-        y, numbers = (
-            torch.from_numpy(np.asarray(values, np.int64)).to(self.device)
-            for values in (labels, index)
-        )
-        with self._precision():
+        y, numbers, noise = self._to_device(labels), self._to_device(index), self.noise(index, seed)
+        half = self.config.mixed_precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             return self.objective.sample(
-                self.model, self.noise(index, seed), y, self.config, seed=seed, index=numbers
+                self.model, noise, y, self.config, seed=seed, index=numbers
             )
 
     def images(self, index: np.ndarray, labels: np.ndarray, seed: int) -> torch.Tensor:
         """Return images, uint8 (B, 3, R, R), on the device."""
         return self._decode(self.latents(index, labels, seed))
 
-    def _precision(self) -> contextlib.AbstractContextManager:
-        if self.config.mixed_precision == "no":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+    def _to_device(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(values, np.int64)).to(self.device)

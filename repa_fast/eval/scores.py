@@ -60,8 +60,7 @@ def inception_score(logits: torch.Tensor, split_size: int = 5000) -> float:
 
     Args:
         logits: (N, classes), in the order of the images, which decides the splits.
-        split_size: consecutive images per split; the last one may have fewer. 5,000 in ADM's
-            evaluator, where 50,000 images make ten.
+        split_size: consecutive images per split, ADM's 5,000; the last one may have fewer.
 
     Raises:
         ValueError: no images, or logits that are not finite.
@@ -70,14 +69,9 @@ def inception_score(logits: torch.Tensor, split_size: int = 5000) -> float:
     scores = []
     for split in logits.split(split_size):
         posterior = split.double().softmax(1)
-        divergence = _entropy(posterior.mean(0)) - _entropy(posterior).mean()
-        scores.append(divergence.exp())
+        of_mean, of_each = (torch.special.entr(p).sum(-1) for p in (posterior.mean(0), posterior))
+        scores.append((of_mean - of_each.mean()).exp())
     return torch.stack(scores).mean().item()
-
-
-def _entropy(probabilities: torch.Tensor) -> torch.Tensor:
-    """Return the entropy over the last axis, in nats."""
-    return -torch.special.xlogy(probabilities, probabilities).sum(-1)
 
 
 def precision_recall(
@@ -85,13 +79,10 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Compute improved precision and recall (arXiv 1904.06991, equation 1).
 
-    Precision is the share of generated images within the radius of at least one real image, a
-    distance equal to the radius included; recall is the same with the two sets exchanged. The
-    radius of an image is its distance to its k-th nearest neighbour in its own set, not counting
-    itself but counting copies of it.
-
-    ADM's evaluator computes distances in fp16 wherever these are finite, here they are in fp64; so
-    values can differ where two distances nearly agree.
+    Precision is the share of generated images within the radius (or on it) of at least one real
+    image; recall is the same with the two sets exchanged. The radius of an image is its distance to
+    its k-th nearest neighbour in its own set, counting copies of it but not itself. ADM's evaluator
+    computes distances in fp16 where these are finite, here they are in fp64.
 
     Args:
         real: features (N, F), pool_3 of 10,000 reference images in ADM's evaluator.
@@ -181,9 +172,8 @@ def mmd_rbf(
 ) -> float:
     """Compute scale * MMD^2 with the kernel exp(-|x - y|^2 / (2 sigma^2)), as CMMD (2401.09603).
 
-    The estimate is the one of least variance, in which an image is also compared with itself
-    (Gretton et al. 2012, equation 5), as in the authors' program: never negative, and 0 for equal
-    sets. CMMD's features are CLIP's image embeddings of length 1, for which sigma is meant.
+    An image is also compared with itself (Gretton et al. 2012, equation 5), as in the authors'
+    program: never negative, and 0 for equal sets. Sigma is meant for features of length 1.
 
     Args:
         real, generated: features (N, F) and (M, F) on one device.

@@ -14,13 +14,7 @@ class Moments:
 
     Count, mean m and scatter matrix sum (x - m)(x - m)^T of two sets of rows give those of both
     (Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample
-    variances"). Nothing is subtracted that is large beside the result, so the order of the rows and
-    how they were cut matter only to rounding.
-
-    Attributes:
-        count: rows so far.
-        mean: fp64 (F).
-        scatter: fp64 (F, F).
+    variances"), whose order and sizes matter only to rounding.
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
@@ -35,8 +29,6 @@ class Moments:
             ValueError: another width.
         """
         _expect_rows(rows, len(self.mean))
-        if not len(rows):
-            return
         rows = rows.to(self.mean)
         mean = rows.mean(0)
         centred = rows - mean
@@ -44,10 +36,11 @@ class Moments:
 
     def merge(self, other: "Moments") -> None:
         """Take in all rows of `other`."""
-        if other.count:
-            self._merge(other.count, other.mean.to(self.mean), other.scatter.to(self.mean))
+        self._merge(other.count, other.mean.to(self.mean), other.scatter.to(self.mean))
 
     def _merge(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
+        if not count:
+            return
         total = self.count + count
         shift = mean - self.mean
         self.scatter += scatter
@@ -83,19 +76,12 @@ class Moments:
     def from_state_dict(cls, state: dict[str, torch.Tensor]) -> "Moments":
         """Return the moments that gave `state_dict`, on the device of its tensors."""
         moments = cls(len(state["mean"]), state["mean"].device)
-        moments.count = int(state["count"])
-        moments.mean.copy_(state["mean"])
-        moments.scatter.copy_(state["scatter"])
+        moments._merge(int(state["count"]), state["mean"], state["scatter"])
         return moments
 
 
 class Rows:
-    """Rows of width F that are kept, each with the index of its image among all processes' images.
-
-    Args:
-        width: F.
-        device: where they are kept, and later gathered.
-    """
+    """Rows (width F) kept on `device`, each with the index of its image among all processes'."""
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self._index = [torch.empty(0, dtype=torch.int64, device=device)]

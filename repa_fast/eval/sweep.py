@@ -38,9 +38,6 @@ def sweep(config: SweepConfig) -> str:
     Returns:
         A Markdown table; sweep.json, sweep.md and sweep.png are in SAMPLE_DIR. Empty on processes
         other than the first.
-
-    Raises:
-        ValueError, RuntimeError: as `generate` and `repa_fast.eval.metrics.evaluate`.
     """
     runs = run_checkpoints(Path(config.ckpt)) if config.all_steps else [Path(config.ckpt)]
     scales = config.cfg_scales or (config.cfg_scale,)

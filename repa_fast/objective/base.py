@@ -6,7 +6,8 @@ A new one is a subclass in a file of this folder: `--objective` and `--align` fi
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-import torch
+from torch import Tensor
+from torch.nn import Module
 
 from repa_fast.configs.align import AlignConfig
 from repa_fast.configs.objective import ObjectiveConfig
@@ -19,21 +20,13 @@ from repa_fast.models.sit import SiT
 
 
 class Objective:
-    """What a model learns to predict of noisy latents, and how it is sampled.
+    """What a model learns to predict of noisy latents, and how it is sampled."""
 
-    Attributes:
-        name: its value of `--objective`.
-        model: class of the transformer.
-        others: names of its losses beside that of denoising, each of weight 1.
-        unused: settings of SamplerConfig that mean nothing to it and keep their defaults.
-        path: from clean latents to noise, as it is trained.
-    """
-
-    name: ClassVar[str]
+    name: ClassVar[str]  # the value of `--objective`
     model: ClassVar[type[SiT]] = SiT
-    others: ClassVar[tuple[str, ...]] = ()
-    unused: ClassVar[tuple[str, ...]] = ()
-    path: Path
+    others: ClassVar[tuple[str, ...]] = ()  # losses beside that of denoising, each of weight 1
+    unused: ClassVar[tuple[str, ...]] = ()  # settings of SamplerConfig that mean nothing to it
+    path: Path  # from clean latents to noise, as it is trained
 
     def __init__(self, config: ObjectiveConfig) -> None:
         self.path_type, self.prediction = config.path_type, config.prediction
@@ -50,8 +43,7 @@ class Objective:
     def under(self, settings: SamplerConfig) -> "Objective":
         """Return the objective with the path and prediction that a sampler's settings name.
 
-        Raises:
-            ValueError: settings that mean nothing to it, or that do not go together.
+        ValueError for settings that mean nothing to it, or that do not go together.
         """
         plain = SamplerConfig()
         for name in self.unused:
@@ -69,76 +61,55 @@ class Objective:
         return type(self)(asked)
 
     def losses(
-        self,
-        output: torch.Tensor,
-        clean: torch.Tensor,
-        noise: torch.Tensor,
-        velocity: torch.Tensor,
-        t: torch.Tensor,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        self, output: Tensor, clean: Tensor, noise: Tensor, velocity: Tensor, t: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
         """Return the loss of denoising and those of `others`, (B) each, in fp32.
 
-        Args:
-            output: of the model; clean, noise and velocity are (B, C, h, w).
-            t: (B), times as the model takes them.
+        The output is the model's; clean, noise and velocity are (B, C, h, w), and t (B) as the
+        model takes it.
         """
         raise NotImplementedError
 
-    def earlier(self, t: torch.Tensor, u: torch.Tensor, t_max: float) -> torch.Tensor:
+    def earlier(self, t: Tensor, u: Tensor, t_max: float) -> Tensor:
         """Return times (B) with less noise than `t` (B, in [0, 1]), as the model takes them.
 
-        Args:
-            u: (B), uniform in [0, 1]: how much earlier.
-            t_max: at most.
+        `u` (B), uniform in [0, 1], says how much earlier, up to `t_max`.
         """
         raise NotImplementedError
 
     def sample(
         self,
-        model: torch.nn.Module,
-        noise: torch.Tensor,
-        labels: torch.Tensor,
+        model: Module,
+        noise: Tensor,
+        labels: Tensor,
         settings: SamplerConfig,
         *,
         seed: int,
-        index: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        index: Tensor | None = None,
+    ) -> Tensor:
         """Return clean latents (B, C, h, w), in the dtype of the sampler's state.
 
-        Args:
-            noise: (B, C, h, w); labels (B), int64.
-            seed, index: of what the sampler draws; index (B) are the images' numbers, their
-                positions where None.
+        They are of noise (B, C, h, w) and labels (B), int64. What the sampler draws depends on
+        `seed` and on `index` (B), the images' numbers; their positions where None.
         """
         raise NotImplementedError
 
 
 class Alignment:
-    """What hidden states are aligned with in training.
+    """What hidden states are aligned with in training."""
 
-    Attributes:
-        name: its value of `--align`.
-        losses_known: the values of `--loss-type` it takes; decays_known of `--align-decay`.
-        encoders_default: `--enc-type` where none is given.
-        title: what it is compared with, for people.
-        heads: a name for each head of the model that is aligned; none aligns nothing.
-        teacher_depth: blocks of the EMA that run in every step; 0 is none.
-        encoders: frozen modules by name, in the order of the heads; empty until `load`.
-        features: columns of the dataset that stand for encoders, in that order.
-    """
-
-    name: ClassVar[str]
-    losses_known: ClassVar[tuple[str, ...]]
-    decays_known: ClassVar[tuple[str, ...]] = ("constant", "linear")
-    encoders_default: ClassVar[str] = "none"
-    title: ClassVar[str] = "nothing frozen"
-    heads: Sequence[str] = ()
-    teacher_depth: int = 0
+    name: ClassVar[str]  # the value of `--align`
+    losses_known: ClassVar[tuple[str, ...]]  # values of `--loss-type`
+    decays_known: ClassVar[tuple[str, ...]] = ("constant", "linear")  # of `--align-decay`
+    encoders_default: ClassVar[str] = "none"  # `--enc-type` where none is given
+    title: ClassVar[str] = "nothing frozen"  # what it is compared with, for people
+    heads: Sequence[str] = ()  # a name for each head that is aligned; none aligns nothing
+    teacher_depth: int = 0  # blocks of the EMA that run in every step
 
     def __init__(self, config: AlignConfig) -> None:
         self.config = config
-        self.encoders: dict[str, torch.nn.Module] = {}
-        self.features: list[FeatureColumn] = []
+        self.encoders: dict[str, Module] = {}  # frozen, in the order of the heads, once loaded
+        self.features: list[FeatureColumn] = []  # columns that stand for them, in that order
 
     @classmethod
     def check(cls, config: AlignConfig) -> None:
@@ -182,29 +153,25 @@ class Alignment:
 
     def targets(
         self,
-        batch: Mapping[str, torch.Tensor],
-        clean: torch.Tensor,
+        batch: Mapping[str, Tensor],
+        clean: Tensor,
         draws: Draws,
         objective: Objective,
         teacher: SiT,
-    ) -> list[torch.Tensor]:
+    ) -> list[Tensor]:
         """Return what each head's output is compared with, (B, N, width), without gradients.
 
-        Args:
-            batch: of the loader, on the device.
-            clean: (B, C, h, w), the latents of the batch.
-            draws: of the batch.
-            teacher: the model's EMA.
+        The batch is the loader's, on the device; clean (B, C, h, w) are its latents and `draws` its
+        own; the teacher is the model's EMA.
         """
         return []
 
     def losses(
-        self, projections: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], world: World
-    ) -> list[torch.Tensor]:
+        self, projections: Sequence[Tensor], targets: Sequence[Tensor], world: World
+    ) -> list[Tensor]:
         """Return the loss (B), fp32, of each head's output (B, N, Z) against its target.
 
-        Raises:
-            ValueError: as many outputs as targets were expected, or shapes differ.
+        ValueError where numbers or shapes of outputs and targets differ.
         """
         raise NotImplementedError
 

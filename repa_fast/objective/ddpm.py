@@ -38,13 +38,5 @@ class DDPM(Objective):
 
     def sample(self, model, noise, labels, settings: SamplerConfig, *, seed, index=None):
         """Walk the chain from noise to latents: by DDIM, or DDPM's ancestral sampler."""
-        return ddpm_samplers.sample(
-            model,
-            noise,
-            labels,
-            mode=settings.mode,
-            num_steps=settings.num_steps,
-            seed=seed,
-            index=index,
-            **settings.guidance(),
-        )
+        options = settings.guidance() | {"mode": settings.mode, "num_steps": settings.num_steps}
+        return ddpm_samplers.sample(model, noise, labels, seed=seed, index=index, **options)

@@ -51,8 +51,7 @@ class Encoders(Alignment):
     def choose_features(self, columns):
         """Take the columns that the config names, one for each encoder; none if it names none.
 
-        Raises:
-            ValueError: there is no such column, or it does not hold that encoder's features.
+        ValueError where there is no such column, or it holds others than that encoder's features.
         """
         config, names = self.config, self.config.feature_columns
         if names and len(names) != len(self.specs):
@@ -109,13 +108,6 @@ class Encoders(Alignment):
             targets = [spatial_normalize(target) for target in targets]
         if config.loss_type == "cos":
             return cosine_losses(projections, targets)
-        return [
-            nt_xent(
-                projection,
-                target,
-                temperature=config.nt_xent_temperature,
-                negatives=config.nt_xent_negatives,
-                world=world,
-            )
-            for projection, target in zip(projections, targets, strict=True)
-        ]
+        options = {"temperature": config.nt_xent_temperature, "negatives": config.nt_xent_negatives}
+        pairs = zip(projections, targets, strict=True)
+        return [nt_xent(*pair, **options, world=world) for pair in pairs]

@@ -37,26 +37,14 @@ class Flow(Objective):
 
     def sample(self, model, noise, labels, settings: SamplerConfig, *, seed, index=None):
         """Integrate the probability-flow ODE or the reverse SDE from noise to latents."""
-        options = {
-            **settings.guidance(),
-            "guidance_interval": (settings.guidance_low, settings.guidance_high),
-            "path": self.path,
-            "prediction": self.prediction,
-        }
+        interval = (settings.guidance_low, settings.guidance_high)
+        options = settings.guidance() | {"guidance_interval": interval}
+        options |= {"path": self.path, "prediction": self.prediction}
         if settings.adaptive:
             return samplers.dopri5(model, noise, labels, **options)[0]
         options["num_steps"] = settings.num_steps
         if settings.mode == "ode":
             return samplers.euler(model, noise, labels, heun=settings.heun, **options)
-        return samplers.euler_maruyama(
-            model,
-            noise,
-            labels,
-            diffusion_form=settings.diffusion_form,
-            diffusion_norm=settings.diffusion_norm,
-            last_step=settings.last_step,
-            last_step_size=settings.last_step_size,
-            seed=seed,
-            index=index,
-            **options,
-        )
+        of_sde = ("diffusion_form", "diffusion_norm", "last_step", "last_step_size")
+        options |= {name: getattr(settings, name) for name in of_sde}
+        return samplers.euler_maruyama(model, noise, labels, seed=seed, index=index, **options)

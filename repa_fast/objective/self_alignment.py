@@ -52,8 +52,7 @@ class SelfAlignment(Alignment):
 
     def describe(self):
         """Return the EMA, and the two blocks."""
-        config = self.config
-        return "its average", f"{config.block_out_s} with {config.block_out_t}"
+        return "its average", f"{self.config.block_out_s} with {self.teacher_depth}"
 
     def flops(self, tokens, width):
         """Return those of the head, and of the teacher up to its block."""
@@ -83,17 +82,12 @@ class SelfAlignment(Alignment):
 def align_weight(kind: str, images_seen: int, resolution: int, objective: str) -> float:
     """Return the weight of sra_loss in the total loss: the released constants and late decay.
 
-    Cosines have 0.5 throughout. The others have c 0.1^e, c = 2 for flow and 0.4 for DDPM, where e
-    is 1 up to and with a knee epoch and grows linearly from there: at 256 x 256 after epoch 149 by
-    1 in 1000 epochs, at 512 x 512 after epoch 99 by 1 in 800. The epoch is the index, from 0, of
-    the running epoch of ImageNet: images_seen // 1,281,167, whatever the dataset. The released
-    loader drops an epoch's last, incomplete batch, so its epochs are up to a batch shorter.
-
-    Args:
-        kind: as for sra_loss. "cos-features", which the released code lacks, has the cosine's.
-        images_seen: images trained on before this step, steps x global batch.
-        resolution: of the images; 512 has its own decay, all others have that of 256.
-        objective: "flow" or "ddpm".
+    Cosines have 0.5 throughout, "cos-features" too, which the released code lacks. The other kinds
+    have c 0.1^e, c = 2 for flow and 0.4 for DDPM, where e is 1 up to and with a knee epoch and
+    grows linearly from there: at 256 x 256, and all others, after epoch 149 by 1 in 1000 epochs, at
+    512 x 512 after epoch 99 by 1 in 800. The epoch is the index, from 0, of the running epoch of
+    ImageNet: images_seen // 1,281,167 before this step, whatever the dataset. The released loader
+    drops an epoch's last, incomplete batch, so its epochs are up to a batch shorter.
 
     Raises:
         ValueError: unknown kind or objective, or one that has no released weight.

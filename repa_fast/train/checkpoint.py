@@ -27,7 +27,6 @@ from repa_fast.checkpoint.layout import (
     COUNTERS,
     DATASET,
     MARKER,
-    Settings,
     expect_complete,
     path_of,
     read_settings,
@@ -38,8 +37,7 @@ from repa_fast.distributed import World
 from repa_fast.train.spikes import History
 from repa_fast.train.state import TrainState
 
-SAME_CONFIG = ("objective", "prediction", "path_type")
-SAME_DATASET = ("latent_shape", "vae", "scale", "bias")
+SAME = ("objective", "prediction", "path_type", "latent_shape", "vae", "scale", "bias")
 """Settings that a run does not go on with others of: tensors would fit, and mean something else."""
 
 
@@ -49,14 +47,8 @@ class CheckpointFailed(RuntimeError):
 
 @dataclass
 class Save:
-    """A save in flight.
+    """A save in flight: perf_counter seconds, `ended` 0 until it has, `paused` training so long."""
 
-    Attributes:
-        begun, ended: perf_counter seconds; ended is 0 until it is.
-        paused: seconds for which training stood still.
-    """
-
-    target: Path
     writer: Writer
     stager: DefaultStager
     done: Future
@@ -79,22 +71,15 @@ class Checkpointer:
     have cost hours: what it wrote is removed and a warning says why. If the next one fails too,
     the one after that is waited for, and the run stops with CheckpointFailed if it fails as well.
     So it does at once where a checkpoint is waited for anyway: at the end, on a signal, and when
-    training has diverged.
-
-    Args:
-        folder: the run's checkpoints.
-
-    Attributes:
-        announce: takes a line about each save; on the first process.
+    training has diverged. On the first process `announce` takes a line about each save.
     """
 
     def __init__(self, folder: Path, world: World) -> None:
         self.folder = folder
         self.world = world
         self.announce: Callable[[str], None] = lambda line: None
-        # Beside the steps' collectives, a thread's need a group of their own.
         self._group = None
-        if world.size > 1:
+        if world.size > 1:  # beside the steps' collectives, a thread's need a group of their own
             self._group = dist.new_group(backend="gloo", timeout=world.timeout)
         self._save: Save | None = None
         self._failures: list[str] = []  # in a row
@@ -123,12 +108,14 @@ class Checkpointer:
         if self.world.broadcast("whole" if whole else ""):
             self.announce(f"checkpoint {target} is there already")
             return target
+        config = state.config
         settings = {
-            COUNTERS: json.dumps(_counters(state), indent=2),
-            CONFIG: json.dumps(state.config.to_dict(), indent=2),
-            DATASET: json.dumps(asdict(state.metadata), indent=2),
+            COUNTERS: _counters(state),
+            CONFIG: config.to_dict(),
+            DATASET: asdict(state.metadata),
         }
-        writer = Writer(target, settings, state.config.keep_last, state.config.keep_every)
+        texts = {name: json.dumps(values, indent=2) for name, values in settings.items()}
+        writer = Writer(target, texts, config.keep_last, config.keep_every)
         stager = DefaultStager(StagingOptions(False, False, False, False))
         done = dcp.async_save(
             share(tensors(state), self.world),
@@ -137,7 +124,7 @@ class Checkpointer:
             async_stager=stager,
             no_dist=self.world.size == 1,
         )
-        self._save = Save(target, writer, stager, done, begun, time.perf_counter() - called)
+        self._save = Save(writer, stager, done, begun, time.perf_counter() - called)
         done.add_done_callback(self._save.end)
         if wait:
             done.exception()
@@ -166,28 +153,25 @@ class Checkpointer:
         error = save.done.exception()
         save.stager.close()
         save.writer.close()
+        target = save.writer.path
         if error is None:
             self._failures = []
             seconds = (save.ended or time.perf_counter()) - save.begun
             self.announce(
-                f"checkpoint {save.target} paused the run {1e3 * save.paused:.0f} ms, "
+                f"checkpoint {target} paused the run {1e3 * save.paused:.0f} ms, "
                 f"written in {seconds:.1f} s"
             )
         else:
             newest = steps(self.folder)[-1:]
             self._failures.append(
-                f"checkpoint {save.target} was not written: {reader.reasons(error)} (the newest "
+                f"checkpoint {target} was not written: {reader.reasons(error)} (the newest "
                 f"whole one is {path_of(self.folder, *newest).name if newest else 'none'})"
             )
             self.announce(f"WARNING: {self._failures[-1]}; a third failure in a row ends the run")
 
 
 def save(folder: Path, state: TrainState) -> Path:
-    """Write the checkpoint of the current step and wait for it; all processes call it.
-
-    Raises:
-        CheckpointFailed: it could not be written.
-    """
+    """Write the checkpoint of the current step and wait for it; all processes call it."""
     with closing(Checkpointer(folder, state.world)) as checkpointer:
         return checkpointer.save(state, wait=True)
 
@@ -219,10 +203,16 @@ def load(source: Path, state: TrainState) -> None:
     """
     expect_complete(source)
     _expect_same_model(source, state)
-    settings = read_settings(source)
-    _expect_same_task(source, settings, state)
+    stored = read_settings(source)
+    theirs, ours = ({**vars(of.config), **vars(of.metadata)} for of in (stored, state))
+    problems = [f"{n} {theirs[n]!r}, expected {ours[n]!r}" for n in SAME if theirs[n] != ours[n]]
+    if problems:
+        raise ValueError(
+            f"{source} is of a run with {'; '.join(problems)}: it cannot be gone on from; start a "
+            "new run from its weights with --init-from"
+        )
     reader.load(tensors(state), source, no_dist=state.world.size == 1)
-    counters = settings.counters
+    counters = stored.counters
     if state.scaler.is_enabled() and counters["scaler"]:
         state.scaler.load_state_dict(counters["scaler"])
     state.metrics.load_state(counters["metrics"], state.world)
@@ -264,38 +254,22 @@ def _counters(state: TrainState) -> dict:
 
 def _expect_same_model(source: Path, state: TrainState) -> None:
     entries = reader.read_index(source).state_dict_metadata
+    averages = len({name.split(".")[0] for name in entries if name.startswith("ema")})
+    expected = len(state.config.ema_decays)
+    if averages != expected:
+        raise ValueError(
+            f"{source} holds {averages} averages of the weights, expected {expected} "
+            f"(--ema-decay {state.config.ema_decay})"
+        )
+    ours = state.model.state_dict()
     stored = {
         name.removeprefix("model."): torch.empty(entry.size, device="meta")
         for name, entry in entries.items()
         if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
     }
-    averages = len({name.split(".")[0] for name in entries if name.startswith("ema")})
-    if averages != 1 + len(state.more_emas):
-        raise ValueError(
-            f"{source} holds {averages} averages of the weights, expected "
-            f"{1 + len(state.more_emas)} (--ema-decay {state.config.ema_decay})"
-        )
-    problems = formats.differences(state.model.state_dict(), stored)
+    problems = formats.differences(ours, stored)
     if problems:
         raise ValueError(
             f"{source} holds a {formats.shape_of(stored)}, the run's model is a "
-            f"{formats.shape_of(state.model.state_dict())}\n" + "\n".join(problems)
-        )
-
-
-def _expect_same_task(source: Path, stored: Settings, state: TrainState) -> None:
-    compared = (
-        (stored.config, state.config, SAME_CONFIG),
-        (stored.metadata, state.metadata, SAME_DATASET),
-    )
-    problems = [
-        f"{name} {getattr(theirs, name)!r}, expected {getattr(ours, name)!r}"
-        for theirs, ours, names in compared
-        for name in names
-        if getattr(theirs, name) != getattr(ours, name)
-    ]
-    if problems:
-        raise ValueError(
-            f"{source} is of a run with {'; '.join(problems)}: it cannot be gone on from; start a "
-            "new run from its weights with --init-from"
+            f"{formats.shape_of(ours)}\n" + "\n".join(problems)
         )

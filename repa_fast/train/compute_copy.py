@@ -67,7 +67,7 @@ def add_copies(model: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
 
 
 class JointLinear(torch.autograd.Function):
-    """x (B, D) -> (B, L O): L linear layers (O, D) in one matmul, with their copies.
+    """x (B, D) -> (B, L O): L linear layers (O, D) in one matmul, with their copies (L O, D).
 
     The layers' own weights, then their biases, are arguments for the sake of their gradients.
     """
@@ -87,21 +87,20 @@ class JointLinear(torch.autograd.Function):
         return gradient @ copy, None, *of_weights, *of_biases
 
 
-class JointAdaLN:
-    """The adaLN layers of all blocks as one matmul, for `SiT.joint_adaln`.
+def join_adaln(model: SiT, copies: dict[nn.Parameter, torch.Tensor]) -> None:
+    """Let `model.joint_adaln` compute the adaLN layers of all blocks as one matmul.
 
-    Their copies become parts of one tensor, in which the optimizer goes on to write them.
+    Their copies become parts of one tensor, in which the optimizer goes on to write them. From the
+    condition c (B, D) it computes (B, 6D) of each block, in the dtype of the copies.
     """
+    layers = [block.adaLN_modulation[1] for block in model.blocks]
+    joint = torch.cat([layer.weight_copy for layer in layers])
+    for layer, part in zip(layers, joint.chunk(len(layers))):
+        layer.weight_copy = copies[layer.weight] = part
+    parameters = [layer.weight for layer in layers] + [layer.bias for layer in layers]
 
-    def __init__(self, model: SiT, copies: dict[nn.Parameter, torch.Tensor]) -> None:
-        self._layers = [block.adaLN_modulation[1] for block in model.blocks]
-        self._copy = torch.cat([layer.weight_copy for layer in self._layers])
-        for layer, part in zip(self._layers, self._copy.chunk(len(self._layers))):
-            layer.weight_copy = copies[layer.weight] = part
+    def compute(c: torch.Tensor) -> Sequence[torch.Tensor]:
+        x = F.silu(c).to(joint.dtype)
+        return JointLinear.apply(x, joint, *parameters).chunk(len(layers), dim=1)
 
-    def __call__(self, c: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Compute (B, 6D) of each block from the condition c (B, D), in the dtype of the copies."""
-        parameters = [layer.weight for layer in self._layers]
-        parameters += [layer.bias for layer in self._layers]
-        x = F.silu(c).to(self._copy.dtype)
-        return JointLinear.apply(x, self._copy, *parameters).chunk(len(self._layers), dim=1)
+    model.joint_adaln = compute

@@ -26,16 +26,13 @@ def can_sample(state: TrainState, warn: Callable[[str], None]) -> bool:
 
     It is loaded here. The first time that fails, `warn` gets one line; training goes on.
     """
-    if state.vae is None:
-        return True
-    if state.vae.unavailable:
-        return False
-    try:
-        state.vae.load(state.metadata)
-    except (RuntimeError, ValueError) as error:
-        warn(f"warning: no sample grids in this run: {error}")
-        return False
-    return True
+    vae = state.vae
+    if vae is not None and not vae.unavailable:
+        try:
+            vae.load(state.metadata)
+        except (RuntimeError, ValueError) as error:
+            warn(f"warning: no sample grids in this run: {error}")
+    return vae is None or not vae.unavailable
 
 
 def sample_grid(state: TrainState, average: SiT) -> np.ndarray:
@@ -47,14 +44,11 @@ def sample_grid(state: TrainState, average: SiT) -> np.ndarray:
     config, device = state.config, state.world.device
     classes = len(state.metadata.class_names)
     columns = min(classes, math.isqrt(GRID_IMAGES))
-    rows = GRID_IMAGES // columns
-    labels = torch.arange(rows * columns, device=device) % columns
-    if classes > columns:
-        labels = (torch.arange(rows * columns, device=device) * classes) // (rows * columns)
+    count = GRID_IMAGES // columns * columns
+    index = torch.arange(count, device=device)
+    labels = index * classes // count if classes > columns else index % columns
     generator = stream(config.seed, 0, device=device)
-    noise = torch.randn(
-        (len(labels), *state.metadata.latent_shape), generator=generator, device=device
-    )
+    noise = torch.randn((count, *state.metadata.latent_shape), generator=generator, device=device)
     with state.autocast():
         samples = state.objective.sample(average, noise, labels, config.sampler(), seed=config.seed)
     return arrange(latents.to_pixels(samples, state.metadata, state.vae), columns)
@@ -74,13 +68,13 @@ class Evaluator:
 
     def __init__(self, state: TrainState) -> None:
         config = state.config
+        weights = "inception_weights" if config.eval_features == "inception" else "enc_weights"
         scored = ScoreConfig(
             reference=config.eval_reference,
             dataset="" if config.eval_reference else config.data_dir,
             features=config.eval_features,
-            inception_weights=config.eval_weights if config.eval_features == "inception" else "",
-            enc_weights=config.eval_weights if config.eval_features != "inception" else "",
             seed=config.seed,
+            **{weights: config.eval_weights},
         )
         self._scorer = Scorer(scored, state.world, shown=False)
 

@@ -15,8 +15,7 @@ from repa_fast.train.step import draw_local, train_step, update
 FIRST_STEPS = 3
 """Steps before the capture: they compile, choose algorithms and make the optimizer's state."""
 
-Record = Callable[[Callable[[], None]], Callable[[], None]]
-"""What to do -> what does it again, on the memory it was recorded with."""
+Work = Callable[[], None]
 
 
 class GraphedStep:
@@ -24,35 +23,30 @@ class GraphedStep:
 
     Batch and draws are copied to where the graph reads them; the learning rate lies on the device.
     All else is recorded once, so that nothing may change between steps but the values of tensors.
+    Where cuda_graph is auto, a capture that fails is one line, and steps are taken without it.
 
     Args:
         state: of a run that `why_not` has nothing against.
-        record: takes what to do, and returns what does it again; by default a CUDA graph.
-        falls_back: a capture that fails is reported in one line, and steps are taken without it.
+        record: takes what to do, and returns what does it again, on the memory it was recorded
+            with; by default a CUDA graph.
     """
 
-    def __init__(
-        self, state: TrainState, record: Record | None = None, *, falls_back: bool = False
-    ) -> None:
+    def __init__(self, state: TrainState, record: Callable[[Work], Work] | None = None) -> None:
         self._state = state
         on_cuda = state.world.device.type == "cuda"
         self._stream = torch.cuda.Stream(state.world.device) if on_cuda else None
         self._record = record or partial(capture, stream=self._stream)
-        self._left: float = FIRST_STEPS
-        self._falls_back = falls_back
+        self._left: float = FIRST_STEPS  # steps to take without a graph
         self._inputs: tuple[Batch, Draws] | None = None
-        self._replay: Callable[[], None] = lambda: None
 
     def __call__(self, batch: Batch) -> None:
         """Take one optimizer step; count it in state.step."""
         state = self._state
+        if not self._left and self._inputs is None:
+            self._capture(batch)
         if self._left:
             self._left -= 1
             on_stream(self._stream, lambda: train_step(state, batch))
-            return
-        if self._inputs is None and not self._captured(batch):
-            self._left = math.inf  # every step as the first ones
-            self(batch)
             return
         state.optimizer.set_lr(learning_rate(state.config, state.step))
         draws = draw_local(state)
@@ -63,21 +57,19 @@ class GraphedStep:
         self._replay()
         state.step += 1
 
-    def _captured(self, batch: Batch) -> bool:
-        """Record the step; whether that worked, where failing is allowed."""
-        state = self._state
-        device = state.world.device
+    def _capture(self, batch: Batch) -> None:
+        """Record the step, or take every step as the first ones."""
+        state, device = self._state, self._state.world.device
         held = {n: torch.empty_like(tensor, device=device) for n, tensor in batch.items()}
         own = Draws(*(field.clone() for field in draw_local(state)))
         try:
             self._replay = self._record(lambda: update(state, held, own))
+            self._inputs = held, own
         except Exception as error:  # CUDA's, the allocator's, or of what is not allowed inside
-            if not self._falls_back:
+            if state.config.cuda_graph != "auto":
                 raise
             print(f"cuda_graph: not captured, {type(error).__name__}: {error}".splitlines()[0])
-            return False
-        self._inputs = held, own
-        return True
+            self._left = math.inf
 
 
 def why_not(state: TrainState) -> str:
@@ -97,9 +89,8 @@ def why_not(state: TrainState) -> str:
 def describe(state: TrainState) -> str:
     """Return a line for the log: whether the step is one CUDA graph, or why not."""
     asked, reason = state.config.cuda_graph, why_not(state)
-    if asked == "off":
-        return "cuda_graph: off, asked for"
-    return f"cuda_graph: off, since {reason}" if reason else f"cuda_graph: on ({asked})"
+    against = "asked for" if asked == "off" else reason and f"since {reason}"
+    return f"cuda_graph: off, {against}" if against else f"cuda_graph: on ({asked})"
 
 
 def stepper(state: TrainState) -> Callable[[Batch], None]:
@@ -113,10 +104,10 @@ def stepper(state: TrainState) -> Callable[[Batch], None]:
         raise ValueError(f"cuda_graph is on, but {reason}")
     if asked == "off" or reason:
         return partial(train_step, state)
-    return GraphedStep(state, falls_back=asked == "auto")
+    return GraphedStep(state)
 
 
-def capture(work: Callable[[], None], stream: torch.cuda.Stream) -> Callable[[], None]:
+def capture(work: Work, stream: torch.cuda.Stream) -> Work:
     """Record `work` on `stream`, without doing it.
 
     Other threads, a loader's that pins memory or one that writes a checkpoint, may meanwhile ask
@@ -128,7 +119,7 @@ def capture(work: Callable[[], None], stream: torch.cuda.Stream) -> Callable[[],
     return graph.replay
 
 
-def on_stream(stream: torch.cuda.Stream | None, work: Callable[[], None]) -> None:
+def on_stream(stream: torch.cuda.Stream | None, work: Work) -> None:
     """Do work as a capture will, so that nothing of autograd is tied to the default stream.
 
     Memory belongs to the stream that it was first used on: another stream would take its own.

@@ -12,18 +12,15 @@ from repa_fast.data.dataset import Metadata
 from repa_fast.distributed import World, rank_and_size
 from repa_fast.models.flops import sit_flops
 from repa_fast.objective import build_alignment
-from repa_fast.train.parallel import parallelize, shard_count
+from repa_fast.train.parallel import heads_of, parallelize, shard_count
 from repa_fast.train.state import TrainState
+from repa_fast.train.step import losses, synthetic_batch
 
-# fp32 weights, gradients and two AdamW moments; each moving average
-BYTES_PER_PARAMETER, BYTES_PER_AVERAGE = 4 + 4 + 8, 4
 # saved activations of one block, in bytes per token and width, bf16 with an fp32 residual stream,
 # by activation checkpointing. none: two residual states 8, two norms' outputs 4, qkv 6, attention
 # output 2, two branches 4, MLP 16; selective: a residual state 4, qkv 6, attention output 2, two
 # branches 4, fc1's output 8; full: a residual state 4, the pending branch 2
 ACTIVATION_BYTES = {"none": 40, "selective": 24, "full": 6}
-CPU_MEMORY_SHARE = 0.5
-
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bf16 FLOP/s by a part of the device's name, from the vendor's datasheets."""
 
@@ -57,18 +54,13 @@ def budget(config: TrainConfig, metadata: Metadata, shards: int = 1) -> Budget:
     """
     model = empty_model(config, metadata, "meta")
     total = sum(p.numel() for p in model.parameters())
-    modules = [*model.projectors, *([] if model.ap_head is None else [model.ap_head])]
-    heads = sum(p.numel() for module in modules for p in module.parameters())
+    heads = sum(p.numel() for head in heads_of(model) for p in head.parameters())
     tokens, width, depth = model.num_tokens, model.pos_embed.shape[-1], len(model.blocks)
     of_heads, frozen = build_alignment(config).flops(tokens, width)
-    forward = of_heads + sit_flops(
-        tokens=tokens,
-        width=width,
-        depth=depth,
-        mlp_ratio=4.0,
-        patch_values=model.patch_size**2 * model.in_channels,
-    )
-    state_bytes = total * (BYTES_PER_PARAMETER + BYTES_PER_AVERAGE * len(config.ema_decays))
+    sizes = {"patch_values": model.patch_size**2 * model.in_channels, "mlp_ratio": 4.0}
+    forward = of_heads + sit_flops(tokens=tokens, width=width, depth=depth, **sizes)
+    # in fp32: weights, gradients, two AdamW moments, and every moving average
+    state_bytes = total * (4 + 4 + 8 + 4 * len(config.ema_decays))
     gathered = 0
     if shards > 1 and not config.reshard_after_forward:
         gathered = total * (4 if config.mixed_precision == "no" else 2)
@@ -96,8 +88,7 @@ def choose_micro_batch(state: TrainState) -> int:
     """
     if state.config.micro_batch != "auto":
         return min(state.config.micro_batch, state.local_batch)
-    size = -(-state.local_batch // state.config.gradient_accumulation_steps)
-    largest = size
+    size = largest = -(-state.local_batch // state.config.gradient_accumulation_steps)
     fits = _fits_cuda if state.world.device.type == "cuda" else _fits_cpu
     while size > 1 and state.world.any(not fits(state, size)):
         size = -(-size // 2)
@@ -112,7 +103,7 @@ def _fits_cpu(state: TrainState, size: int) -> bool:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     width = 2 if state.autocast_dtype is None else 1
     needed = budget(state.config, state.metadata).activation_bytes * width * size
-    return needed * state.world.size <= CPU_MEMORY_SHARE * memory
+    return needed * state.world.size <= memory / 2
 
 
 def _fits_cuda(state: TrainState, size: int) -> bool:
@@ -129,8 +120,6 @@ def _fits_cuda(state: TrainState, size: int) -> bool:
 
 def try_pass(state: TrainState, size: int) -> None:
     """Run a forward and backward pass of `size` random images; leave gradients."""
-    from repa_fast.train.step import losses, synthetic_batch
-
     batch, draws = synthetic_batch(state, size)
     denoise, align = losses(state, state.model, batch, draws)
     (denoise.sum() + sum(part.sum() for part in align)).backward()
@@ -155,20 +144,17 @@ def stand_in(state: TrainState) -> TrainState:
 def describe(config: TrainConfig) -> str:
     """Return the resolved config, parameter counts, FLOPs per image and a memory estimate."""
     shards = shard_count(config, rank_and_size()[1])
+    found, batch = budget(config, expected_metadata(config), shards), config.batch_size
     shared = f" in each of {shards} processes" if shards > 1 else ""
-    estimate = budget(config, expected_metadata(config), shards)
-    activations = estimate.activation_bytes * (2 if config.mixed_precision == "no" else 1)
-    batch = config.batch_size
-    return "\n".join(
-        [
-            json.dumps(config.to_dict(), indent=2),
-            f"parameters: {estimate.parameters / 1e6:.0f} M, "
-            f"with projectors {estimate.parameters_with_projectors / 1e6:.0f} M",
-            f"training FLOPs per image: {estimate.train_flops / 1e9:.1f} GFLOP "
-            f"({estimate.encoder_flops / 1e9:.1f} of them {build_alignment(config).title})",
-            f"memory, estimated: {estimate.state_bytes / 2**30:.1f} GiB of weights, gradients, "
-            f"optimizer and average{shared}; {activations / 2**20:.0f} MiB of activations "
-            f"per image ({batch * activations / 2**30:.1f} GiB at batch {batch} in "
-            "one pass)",
-        ]
+    mebibytes = found.activation_bytes * (2 if config.mixed_precision == "no" else 1) / 2**20
+    lines = (
+        json.dumps(config.to_dict(), indent=2),
+        f"parameters: {found.parameters / 1e6:.0f} M, "
+        f"with projectors {found.parameters_with_projectors / 1e6:.0f} M",
+        f"training FLOPs per image: {found.train_flops / 1e9:.1f} GFLOP "
+        f"({found.encoder_flops / 1e9:.1f} of them {build_alignment(config).title})",
+        f"memory, estimated: {found.state_bytes / 2**30:.1f} GiB of weights, gradients, optimizer "
+        f"and average{shared}; {mebibytes:.0f} MiB of activations per image ("
+        f"{batch * mebibytes / 2**10:.1f} GiB at batch {batch} in one pass)",
     )
+    return "\n".join(lines)

@@ -7,7 +7,7 @@ each block, the root last. None of them changes a parameter's name.
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -20,13 +20,10 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from repa_fast.configs.build import empty_model
 from repa_fast.configs.config import TrainConfig
-from repa_fast.data.dataset import Metadata
 from repa_fast.distributed import World
 from repa_fast.models.sit import SiT
 from repa_fast.train.torch_private import set_group_timeout
@@ -67,9 +64,6 @@ def device_mesh(config: TrainConfig, world: World) -> DeviceMesh | None:
 
     One axis "shard" where one copy spans all processes; else ("replicate", "shard"), consecutive
     ranks, which torchrun puts on one node, sharing a copy. All processes call it.
-
-    Raises:
-        ValueError: as for `shard_count`.
     """
     size = shard_count(config, world.size)
     if world.size == 1 or config.parallel == "ddp":
@@ -106,44 +100,39 @@ def parallelize(
             block.compile(fullgraph=True)
     if mesh is None:
         return
-    shard(model, config, mesh, dtype, reshard=config.reshard_after_forward, reshard_last=False)
+    # What it warns of would need an operation in place on a unit's output; there is none.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    options = {"mesh": mesh, "mp_policy": policy(config, dtype)}
+    shard(model, options, reshard=config.reshard_after_forward, reshard_last=False)
     for average in averages:
         # Without a backward pass nothing else would drop weights gathered before the next update.
-        shard(average, config, mesh, dtype, reshard=True, reshard_last=True)
+        shard(average, options, reshard=True, reshard_last=True)
         register_fsdp_forward_method(average, "hidden")
 
 
-def shard(
-    model: SiT,
-    config: TrainConfig,
-    mesh: DeviceMesh,
-    dtype: torch.dtype | None,
-    *,
-    reshard: bool,
-    reshard_last: bool,
-) -> None:
+def shard(model: SiT, options: dict, *, reshard: bool, reshard_last: bool) -> None:
     """Shard a model: blocks, heads and the final layer are units, the root has the rest.
 
     `adaLN_modulation` is a unit of its own, as the model calls it outside its block. The position
     table is frozen and added to the fp32 residual stream: it stays whole and fp32.
 
     Args:
+        options: of every `fully_shard`.
         reshard: drop a unit's gathered weights after its forward pass, and gather them again for
             its backward pass.
         reshard_last: the same for the final layer and the root, which backward needs first.
     """
-    # What it warns of would need an operation in place on a unit's output; there is none.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    options = {"mesh": mesh, "mp_policy": policy(config, dtype)}
-    heads = [*model.projectors, *([] if model.ap_head is None else [model.ap_head])]
-    for block in model.blocks:
-        fully_shard(block.adaLN_modulation, **options, reshard_after_forward=reshard)
-        fully_shard(block, **options, reshard_after_forward=reshard)
-    for head in heads:
-        fully_shard(head, **options, reshard_after_forward=reshard)
-    fully_shard(model.final_layer, **options, reshard_after_forward=reshard_last)
-    whole = {model.pos_embed}
-    fully_shard(model, **options, reshard_after_forward=reshard_last, ignored_params=whole)
+    units = [unit for block in model.blocks for unit in (block.adaLN_modulation, block)]
+    for unit in (*units, *heads_of(model)):
+        fully_shard(unit, **options, reshard_after_forward=reshard)
+    options = options | {"reshard_after_forward": reshard_last}
+    fully_shard(model.final_layer, **options)
+    fully_shard(model, **options, ignored_params={model.pos_embed})
+
+
+def heads_of(model: SiT) -> list[nn.Module]:
+    """Return the heads whose outputs are aligned: projectors, or SRA's."""
+    return [*model.projectors, *([] if model.ap_head is None else [model.ap_head])]
 
 
 def policy(config: TrainConfig, dtype: torch.dtype | None) -> MixedPrecisionPolicy:
@@ -158,14 +147,10 @@ def policy(config: TrainConfig, dtype: torch.dtype | None) -> MixedPrecisionPoli
 def shard_encoder(encoder: nn.Module, mesh: DeviceMesh, *, compiled: bool) -> None:
     """Shard a frozen encoder, every one of its blocks a unit, and `compiled` one by one.
 
-    Weights are gathered as they are, in fp32: its features are those of a whole encoder, bit for
-    bit.
+    Weights are gathered in fp32: its features are those of a whole encoder, bit for bit.
     """
-    options = {
-        "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False),
-        "reshard_after_forward": True,
-    }
+    as_it_is = MixedPrecisionPolicy(cast_forward_inputs=False)
+    options = {"mesh": mesh, "mp_policy": as_it_is, "reshard_after_forward": True}
     for name, module in encoder.named_modules():
         if name.rpartition(".")[2] == "blocks":
             for block in module:
@@ -188,9 +173,10 @@ def wrap(model: SiT, config: TrainConfig, world: World) -> nn.Module:
     return wrapped
 
 
-@contextlib.contextmanager
-def accumulation(wrapped: nn.Module, config: TrainConfig, *, last: bool) -> Iterator[None]:
-    """Reduce gradients after the last micro-batch's forward and backward pass alone.
+def accumulation(
+    wrapped: nn.Module, config: TrainConfig, *, last: bool
+) -> contextlib.AbstractContextManager:
+    """Return a micro-batch's context, in which gradients are reduced if it is the `last` alone.
 
     Between micro-batches sharded weights stay gathered, unless RESHARD_AFTER_FORWARD saves memory.
     """
@@ -198,10 +184,8 @@ def accumulation(wrapped: nn.Module, config: TrainConfig, *, last: bool) -> Iter
         wrapped.set_requires_gradient_sync(last)
         wrapped.set_reshard_after_backward(last or config.reshard_after_forward)
     if isinstance(wrapped, DistributedDataParallel) and not last:
-        with wrapped.no_sync():
-            yield
-    else:
-        yield
+        return wrapped.no_sync()
+    return contextlib.nullcontext()
 
 
 def checkpoint_activations(blocks: Sequence[nn.Module], kind: str) -> None:
@@ -217,35 +201,4 @@ def checkpoint_activations(blocks: Sequence[nn.Module], kind: str) -> None:
     if kind == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT)
     for block in blocks:
-        block.forward = _recomputed(block.forward, options)
-
-
-def _recomputed(forward: Callable, options: dict) -> Callable:
-    def run(*inputs):
-        return checkpoint(forward, *inputs, **options)
-
-    return run
-
-
-@torch.no_grad()
-def whole_model(
-    model: SiT, config: TrainConfig, metadata: Metadata, world: World, *, everywhere: bool
-) -> SiT | None:
-    """Return a model with whole weights in fp32, in eval mode: itself if it is not sharded.
-
-    All processes call it. Tensors are gathered one at a time. Without `everywhere` only the first
-    process gets a sharded model's copy, the others None.
-    """
-    if not isinstance(model, FSDPModule):
-        return model
-    kept = everywhere or world.is_main
-    copy, targets = None, {}
-    if kept:
-        copy = empty_model(config, metadata, world.device).eval().requires_grad_(False)
-        targets = copy.state_dict()
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()
-        if kept:
-            targets[name].copy_(tensor)
-    return copy
+        block.forward = partial(checkpoint, block.forward, **options)

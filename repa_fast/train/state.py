@@ -1,6 +1,7 @@
 """What a training run consists of, and how it is built from a config."""
 
 import copy
+import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,8 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
-from repa_fast.configs.build import build_model
+from repa_fast import ops
+from repa_fast.backend import dispatch
+from repa_fast.configs.build import build_model, empty_model
 from repa_fast.configs.config import TrainConfig
 from repa_fast.data.dataset import Metadata
 from repa_fast.data.features import FeatureColumn
@@ -17,14 +22,11 @@ from repa_fast.data.latents import VAE, can_decode
 from repa_fast.distributed import World
 from repa_fast.models.sit import SiT
 from repa_fast.objective import Alignment, Objective, build_alignment, build_objective
-from repa_fast.train.compute_copy import JointAdaLN, add_copies
-from repa_fast.train.kernels import choose_kernels
+from repa_fast.train.compute_copy import add_copies, join_adaln
 from repa_fast.train.metrics import Accumulator
 from repa_fast.train.optim import AdamWEMA, build_optimizer
-from repa_fast.train.parallel import device_mesh, parallelize, shard_encoder, whole_model, wrap
+from repa_fast.train.parallel import device_mesh, heads_of, parallelize, shard_encoder, wrap
 from repa_fast.train.spikes import History
-
-AUTOCAST = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -61,17 +63,14 @@ class TrainState:
     autocast_dtype: torch.dtype | None
     vae: VAE | None
     notes: list[str]
-    micro_batch: int
-    step: int = field(default=0)
+    micro_batch: int = 0
+    step: int = 0
     history: History = field(default_factory=History)
 
     def autocast(self) -> torch.autocast:
         """Return the context of forward passes, in their precision."""
-        return torch.autocast(
-            self.world.device.type,
-            dtype=self.autocast_dtype,
-            enabled=self.autocast_dtype is not None,
-        )
+        kind, dtype = self.world.device.type, self.autocast_dtype
+        return torch.autocast(kind, dtype=dtype, enabled=dtype is not None)
 
     @property
     def data_step(self) -> int:
@@ -85,28 +84,47 @@ class TrainState:
         return bool(self.alignment.heads) and not (until and self.step >= until)
 
     def load_encoders(self) -> None:
-        """Load what the config aligns with, unless batches carry its features."""
+        """Load what the config aligns with, unless batches carry its features.
+
+        Linear layers of encoders that stay whole are cast once, as autocast would at every call:
+        tokens under autocast stay the same, bit for bit; without it they cannot be called.
+        """
         self.alignment.load(self.world)
         for encoder in self.alignment.encoders.values():
             if self.config.shard_encoder and self.mesh is not None:
                 shard_encoder(encoder, self.mesh, compiled=self.config.compile)
                 continue
             if self.autocast_dtype is not None:
-                cast_linear(encoder, self.autocast_dtype)
+                for linear in (m for m in encoder.modules() if type(m) is nn.Linear):
+                    linear.to(self.autocast_dtype)
             if self.config.compile:
                 encoder.compile()
 
     def end_alignment(self) -> None:
         """Drop the encoders; heads get no gradients from here on, and DDP expects none."""
         self.alignment.end()
-        for heads in (self.model.projectors, self.model.ap_head):
-            if heads is not None:
-                heads.requires_grad_(False)
+        for head in heads_of(self.model):
+            head.requires_grad_(False)
         self.wrapped = wrap(self.model, self.config, self.world)
 
+    @torch.no_grad()
     def whole_average(self, *, everywhere: bool) -> SiT | None:
-        """Return the EMA with whole weights; as `parallel.whole_model` says where it is sharded."""
-        return whole_model(self.ema, self.config, self.metadata, self.world, everywhere=everywhere)
+        """Return the EMA with whole weights in fp32, in eval mode: itself if it is not sharded.
+
+        All processes call it. Tensors are gathered one at a time. Without `everywhere` only the
+        first process gets a sharded EMA's copy, the others None.
+        """
+        if not isinstance(self.ema, FSDPModule):
+            return self.ema
+        average = None
+        if everywhere or self.world.is_main:
+            average = empty_model(self.config, self.metadata, self.world.device)
+            targets = average.eval().requires_grad_(False).state_dict()
+        for name, tensor in self.ema.state_dict().items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if average is not None:
+                targets[name].copy_(whole)
+        return average
 
     @property
     def local_batch(self) -> int:
@@ -128,8 +146,8 @@ def build_state(
     `load_encoders` is left to the caller, who may have to find out first whether any are needed.
 
     Raises:
-        ValueError: the batch does not divide among the processes, or as for `model_arguments`,
-            `shard_count` and the alignment's `choose_features`.
+        ValueError: the batch does not divide among the processes, or what is asked for does not
+            fit the dataset, the processes or the device.
     """
     if config.images_per_step % world.size:
         raise ValueError(
@@ -164,7 +182,6 @@ def build_state(
         metrics=Accumulator(others, world.device),
         autocast_dtype=dtype,
         vae=None if can_decode(metadata) else VAE(config.vae_path or metadata.vae),
-        micro_batch=0,
         notes=notes,
     )
     if not encoders_later:
@@ -180,7 +197,7 @@ def reduce_precision(model: SiT, config: TrainConfig) -> dict[nn.Parameter, torc
         return {}
     copies = add_copies(model)
     if config.joint_adaln:
-        model.joint_adaln = JointAdaLN(model, copies)
+        join_adaln(model, copies)
     return copies
 
 
@@ -196,17 +213,38 @@ def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | N
     for name, value in (("compute_copy", "optimizer"), ("residual_dtype", "bf16")):
         if getattr(config, name) == value and precision != "bf16":
             raise ValueError(f"{name} is {value!r}, which needs --mixed-precision bf16")
-    return AUTOCAST[precision]
+    return {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
 
 
-def cast_linear(encoder: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the linear layers of a frozen encoder once, as autocast would at every call.
+def choose_kernels(config: TrainConfig, model: SiT, dtype: torch.dtype, world: World) -> list[str]:
+    """Set the kernels of this process and its backend of attention; return a line about each.
 
-    Its tokens under autocast stay the same, bit for bit; without autocast it cannot be called.
+    Backends are timed at up to 64 images in `dtype`, the compute's. Timings differ, so the first
+    process chooses for all.
+
+    Raises:
+        ValueError: an implementation or a backend that cannot run here, with the reason.
+        RuntimeError: an attention backend that fails its self-test, with the error measured.
     """
-    for module in encoder.modules():
-        if type(module) is nn.Linear:
-            module.to(dtype)
+    dispatch.use_kernels(None if config.kernels == "auto" else config.kernels)
+    lines = [f"kernels: {dispatch.describe(world.device.type)}"]
+    if not config.fused_attn:
+        return lines
+    heads, chosen = model.blocks[0].attn.num_heads, ""
+    if world.is_main:
+        selection = ops.select_attention(
+            config.attention,
+            heads=heads,
+            tokens=model.num_tokens,
+            head_dim=model.pos_embed.shape[-1] // heads,
+            batch=min(config.images_per_step // world.size, 64),
+            dtype=dtype,
+            device=world.device,
+        )
+        chosen = json.dumps([selection.backend, selection.reason])
+    backend, reason = json.loads(world.broadcast(chosen))
+    ops.set_attention_backend(backend)
+    return [*lines, f"attention: {backend} ({reason})"]
 
 
 def configure_backends(config: TrainConfig) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from repa_fast.analysis.cknna import CHUNK, alignment, neighbourhood
 from repa_fast.data import dataset
 from repa_fast.data.digits import pixel_moments
 from repa_fast.distributed import session
@@ -84,6 +85,24 @@ def assert_picture(path: Path) -> None:
     assert min(pixels.shape[:2]) > 100
     drawn = (pixels != pixels[0, 0]).any(-1).mean()
     assert 0.005 < drawn < 0.9
+
+
+def cknna(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    k: int = 10,
+    *,
+    definition: str = "paper",
+    normalize: bool | None = None,
+    chunk: int = CHUNK,
+) -> float:
+    """CKNNA of two sets of features; the platonic one normalises them if nothing is said."""
+    normalize = definition == "platonic" if normalize is None else normalize
+    near = [
+        neighbourhood(name, features, k, normalize=normalize, chunk=chunk)
+        for name, features in (("a", a), ("b", b))
+    ]
+    return alignment(*near, definition)
 
 
 class SmallInception:

@@ -15,7 +15,6 @@ from repa_fast.analysis.gather import (
     AnalysisConfig,
     chosen_rows,
     gather,
-    layers_of,
     open_splits,
     split_rows,
 )
@@ -103,8 +102,8 @@ def test_some_layers_are_a_slice_of_all(loaded, data, layers):
     some = gather(loaded, data, ROWS, [], config, CPU)
     assert torch.equal(some.hidden, whole.hidden[:, [layer - 1 for layer in layers]])
     assert some.tokens == {}
-    assert layers_of(config, loaded) == list(layers)
-    assert layers_of(settings(""), loaded) == [1, 2, 3]
+    assert config.layers_of(loaded) == list(layers)
+    assert settings("").layers_of(loaded) == [1, 2, 3]
 
 
 def test_bf16_is_the_models_alone(loaded, data):

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from repa_fast.analysis import probe as module
-from repa_fast.analysis.gather import CACHE, gather, output_folder, run_defaults
+from repa_fast.analysis.gather import CACHE, gather
 from repa_fast.analysis.linear import PAPER, SMALL
 from repa_fast.analysis.probe import ProbeConfig, probe, table
 from repa_fast.eval.load import load
@@ -188,11 +188,11 @@ def test_no_encoder_is_no_baseline(settings):
 
 def test_dataset_and_encoders_are_the_runs_unless_said(settings, run, data):
     loaded = load(run)
-    assert run_defaults(settings(), loaded) == (str(data), ["digits-vit"])
+    assert settings().run_defaults(loaded) == (str(data), ["digits-vit"])
     said = settings(data_dir="other", encoders="none")
-    assert run_defaults(said, loaded) == ("other", [])
+    assert said.run_defaults(loaded) == ("other", [])
     said = settings(encoders="dinov2-vit-b, digits-vit")
-    assert run_defaults(said, loaded) == (str(data), ["dinov2-vit-b", "digits-vit"])
+    assert said.run_defaults(loaded) == (str(data), ["dinov2-vit-b", "digits-vit"])
 
 
 def test_bare_weights_need_a_dataset(settings, data, tmp_path):
@@ -210,13 +210,13 @@ def load_model():
 
 def test_results_lie_beside_the_checkpoints(settings, run, tmp_path):
     loaded = load(run / "checkpoints" / "0000003")
-    assert output_folder(settings(out=""), loaded, "probe") == run / "probe-0000003"
+    assert settings(out="").output_folder(loaded, "probe") == run / "probe-0000003"
     assert (run / "probe-0000003").is_dir()
     weights = checkpoints.official(tmp_path / "weights.pt", load_model(), num_heads=4)
-    found = output_folder(settings(out=""), load(weights), "probe")
+    found = settings(out="").output_folder(load(weights), "probe")
     assert found == tmp_path / "probe-0000007"
     out = tmp_path / "a" / "b"
-    assert output_folder(settings(out=str(out)), loaded, "probe") == out and out.is_dir()
+    assert settings(out=str(out)).output_folder(loaded, "probe") == out and out.is_dir()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from repa_fast.analysis import similarity as module
-from repa_fast.analysis.cknna import cka, cknna
+from repa_fast.analysis.cknna import cka
 from repa_fast.analysis.gather import gather
 from repa_fast.analysis.hidden import Features
 from repa_fast.analysis.similarity import VARIANTS, SimilarityConfig, compare, similarity, table
@@ -16,7 +16,7 @@ from repa_fast.data.dataset import LatentDataset
 from repa_fast.eval.load import load
 from repa_fast.eval.pictures import by_layer_and_time, over_points
 from repa_fast.testing import seeded
-from tests.analysis.analysing import assert_picture, coloured, write_table
+from tests.analysis.analysing import assert_picture, cknna, coloured, write_table
 from tests.eval import checkpoints
 
 CPU = torch.device("cpu")

@@ -18,8 +18,8 @@ from repa_fast.eval.generate import GenerateConfig, generate
 from repa_fast.eval.load import load
 from repa_fast.eval.metrics import EvalConfig, evaluate
 from repa_fast.eval.pictures import GAP, TITLE_PIXELS
+from repa_fast.eval.sample import StripConfig, strip
 from repa_fast.eval.sampling import ImageSampler
-from repa_fast.eval.strip import StripConfig, strip
 from repa_fast.eval.sweep import SweepConfig, sweep
 from tests.eval import checkpoints
 

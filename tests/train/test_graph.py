@@ -83,7 +83,7 @@ def test_a_capture_that_fails_is_one_line_and_the_steps_go_on(make_state, capsys
         raise RuntimeError("operation not permitted\nmore")
 
     plain, graphed = make_state(), make_state()
-    step = GraphedStep(graphed, fails, falls_back=True)
+    step = GraphedStep(graphed, fails)
     for batch in batches(plain, FIRST_STEPS + 3):
         train_step(plain, batch)
         step(batch)
@@ -91,7 +91,7 @@ def test_a_capture_that_fails_is_one_line_and_the_steps_go_on(make_state, capsys
     assert capsys.readouterr().out == line
     expected, found = (state.model.state_dict() for state in (plain, graphed))
     assert all(torch.equal(found[key], value) for key, value in expected.items())
-    step = GraphedStep(make_state(), fails)
+    step = GraphedStep(make_state(cuda_graph="on"), fails)
     *first, last = batches(plain, FIRST_STEPS + 1)
     for batch in first:
         step(batch)

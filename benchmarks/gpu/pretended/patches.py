@@ -24,8 +24,6 @@ FRAMES = 3
 """Innermost frames of our own that the place of a synchronisation consists of."""
 SYNCHRONISES = "called a synchronizing CUDA operation"
 
-"""Where the host waited for the device, in the order of the warnings."""
-
 
 def apply() -> None:
     """Patch torch, and our own modules as soon as they are imported; once."""

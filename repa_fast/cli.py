@@ -22,52 +22,41 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command("train a model; flags win over a preset's values", "repa_fast.train.run:main"),
-    "presets": Command("list the presets as a table", "repa_fast.configs.presets:main"),
+    "train": Command("train a model; flags win over a preset's values", ".train.run:main"),
+    "presets": Command("list the presets as a table", ".configs.presets:main"),
     "prepare images": Command(
         "write a dataset of images and their latents, on one or several processes",
-        "repa_fast.prepare.images:prepare_images",
+        ".prepare.images:prepare_images",
     ),
     "prepare features": Command(
-        "add an encoder's features to a dataset as a column",
-        "repa_fast.prepare.features:prepare_features",
+        "add an encoder's features to a dataset as a column", ".prepare.features:prepare_features"
     ),
     "prepare digits": Command(
         "write scikit-learn's bundled scans of digits as a dataset",
-        "repa_fast.prepare.official:write_digits",
+        ".prepare.official:write_digits",
     ),
     "prepare import-official": Command(
-        "copy an images/ + vae-sd/ folder into a dataset",
-        "repa_fast.prepare.official:import_folder",
+        "copy an images/ + vae-sd/ folder into a dataset", ".prepare.official:import_folder"
     ),
     "prepare export-official": Command(
-        "write a dataset as an images/ + vae-sd/ folder", "repa_fast.prepare.official:export_folder"
+        "write a dataset as an images/ + vae-sd/ folder", ".prepare.official:export_folder"
     ),
-    "sample": Command("draw a picture of a checkpoint's samples", "repa_fast.eval.sample:sample"),
-    "generate": Command(
-        "write many images of a checkpoint to one .npz", "repa_fast.eval.generate:generate"
-    ),
+    "sample": Command("draw a picture of a checkpoint's samples", ".eval.sample:sample"),
+    "generate": Command("write many images of a checkpoint to one .npz", ".eval.generate:generate"),
     "eval": Command(
-        "compare generated images with real ones: FID and so on", "repa_fast.eval.metrics:evaluate"
+        "compare generated images with real ones: FID and so on", ".eval.metrics:evaluate"
     ),
-    "sweep": Command(
-        "score a run over steps, guidance scales and intervals", "repa_fast.eval.sweep:sweep"
-    ),
-    "strip": Command(
-        "draw the same noise through every checkpoint of a run", "repa_fast.eval.sample:strip"
-    ),
-    "probe": Command("probe hidden states linearly", "repa_fast.analysis.probe:probe"),
-    "cknna": Command(
-        "compare hidden states with encoders", "repa_fast.analysis.similarity:similarity"
-    ),
-    "pca": Command("draw hidden states", "repa_fast.analysis.pca:pca"),
+    "sweep": Command("score a run over steps, guidance scales and intervals", ".eval.sweep:sweep"),
+    "strip": Command("draw the same noise through every checkpoint of a run", ".eval.sample:strip"),
+    "probe": Command("probe hidden states linearly", ".analysis.probe:probe"),
+    "cknna": Command("compare hidden states with encoders", ".analysis.similarity:similarity"),
+    "pca": Command("draw hidden states", ".analysis.pca:pca"),
     "export": Command(
         "write a checkpoint as a file that other programs read",
-        "repa_fast.checkpoint.export:export_checkpoint",
+        ".checkpoint.export:export_checkpoint",
     ),
     "info": Command(
-        "say what a checkpoint, a run, a weight file or a dataset is",
-        "repa_fast.checkpoint.info:info",
+        "say what a checkpoint, a run, a weight file or a dataset is", ".checkpoint.info:info"
     ),
     "bench": Command("measure the training step (in a checkout)", "benchmarks.step.step:main"),
 }
@@ -99,7 +88,7 @@ def load(name: str) -> tuple[Callable[[Any], Any], type | None]:
     """Return a command's function and the class of its config, None where it takes words."""
     module, function = COMMANDS[name].function.split(":")
     try:
-        call = getattr(importlib.import_module(module), function)
+        call = getattr(importlib.import_module(module, "repa_fast"), function)
     except ModuleNotFoundError as error:
         if not f"{module}.".startswith(f"{error.name}."):
             raise

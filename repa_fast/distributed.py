@@ -19,13 +19,12 @@ COLLECTIVE_TIMEOUT = 1800.0
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: global rank, number of processes, its device, and how long it waits
-    for the others."""
+    """This process among all."""
 
     rank: int
     size: int
     device: torch.device
-    timeout: timedelta = timedelta(seconds=COLLECTIVE_TIMEOUT)
+    timeout: timedelta = timedelta(seconds=COLLECTIVE_TIMEOUT)  # of waiting for the others
 
     @property
     def is_main(self) -> bool:
@@ -105,10 +104,8 @@ def meet(store: dist.Store, rank: int, size: int, timeout: float) -> str:
     torchrun keeps its store when it restarts processes, with the addresses of those that are gone;
     whoever reads before the new one is written connects to nobody (pytorch issue 135712). Its count
     of restarts differs between nodes. So the first process answers, again and again, what each of
-    the others says last, until all have found the answer to a word of their own.
-
-    Raises:
-        TimeoutError: on the first process, some have not come; the others' store raises.
+    the others says last, until all have found the answer to a word of their own. Where some do not
+    come, it raises TimeoutError, and the others' store raises.
     """
     own = secrets.token_hex(8)
     if rank:
@@ -143,19 +140,14 @@ def own_device() -> torch.device:
     return device
 
 
-def watched() -> bool:
-    """Return whether someone looks at the output."""
-    return sys.stdout.isatty()
-
-
 @contextmanager
 def progress_bar(description: str, shown: bool) -> Iterator[Callable]:
     """Yield progress(total) -> advance_to(done): a bar with images/s and the time left."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[rate]}")
-    off = not (shown and watched())
-    with Progress(*columns, TimeRemainingColumn(), disable=off) as bar:
+    watched = shown and sys.stdout.isatty()
+    with Progress(*columns, TimeRemainingColumn(), disable=not watched) as bar:
         task = bar.add_task(description, total=None, rate="")
 
         def start(total: int | None) -> Callable[[int], None]:

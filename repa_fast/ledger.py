@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-POLL_SECONDS = 0.5
-
 
 class Ledger:
     """A folder with the recipe of the work and the records of its finished units.
@@ -69,7 +67,7 @@ class Ledger:
         """Call `meanwhile` and sleep until so many units are finished, by any process."""
         while len(self.done()) < units:
             meanwhile()
-            time.sleep(POLL_SECONDS)
+            time.sleep(0.5)
 
     def write(self, unit: int, record: dict) -> None:
         """Write the record of a unit, which is finished with it."""

@@ -211,28 +211,24 @@ def initialise_from(model: torch.nn.Module, state: State, source: str) -> list[s
     keep their initial values where the classes or encoders differ. All else must fit, as for
     `load_exactly`.
     """
-    own, merged, notes = model.state_dict(), dict(state), []
+    own, merged, dropped = model.state_dict(), dict(state), []
     ours, theirs = shape_of(own), shape_of(state)
-    if theirs.grid != ours.grid:
-        merged["pos_embed"] = own["pos_embed"]
-        notes.append(f"position table recomputed for {ours.grid}x{ours.grid} patches, "
-                     f"the file has {theirs.grid}x{theirs.grid}")  # fmt: skip
-    if theirs.num_classes != ours.num_classes:
-        merged[LABELS] = own[LABELS]
-        notes.append(f"label table starts anew with {ours.num_classes} classes, "
-                     f"the file has {theirs.num_classes}")  # fmt: skip
-    anew = {
+    notes = {
+        "pos_embed": f"position table recomputed for {ours.grid}x{ours.grid} patches, "
+        f"the file has {theirs.grid}x{theirs.grid}",
+        LABELS: f"label table starts anew with {ours.num_classes} classes, "
+        f"the file has {theirs.num_classes}",
         "projectors.": f"projectors start anew (to {ours.z_dims or 'none'}), "
         f"the file's (to {theirs.z_dims or 'none'}) are dropped",
         "ap_head.": "the head of self-alignment starts anew, or is dropped",
     }
-    for prefix, note in anew.items():
-        heads = {name: t for name, t in own.items() if name.startswith(prefix)}
-        if differences(heads, {n: t for n, t in state.items() if n.startswith(prefix)}):
-            merged = {n: t for n, t in merged.items() if not n.startswith(prefix)} | heads
-            notes.append(note)
+    for prefix, note in notes.items():
+        kept, given = ({n: t for n, t in s.items() if n.startswith(prefix)} for s in (own, state))
+        if differences(kept, given):
+            merged = {n: t for n, t in merged.items() if n not in given} | kept
+            dropped.append(note)
     load_exactly(model, merged, source)
-    return notes
+    return dropped
 
 
 def differences(expected: State, got: State) -> list[str]:

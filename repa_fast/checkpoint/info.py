@@ -18,19 +18,13 @@ class InfoConfig:
 
 
 def info(config: InfoConfig) -> str:
-    """Return what `describe_path` says."""
-    return describe_path(config.path)
-
-
-def describe_path(path: str | Path) -> str:
     """Return a few lines for people about what a path holds.
 
-    Raises:
-        ValueError: it is nothing this package reads; says what it is not.
+    ValueError if it is nothing this package reads; says what it is not.
     """
-    if is_url(path):
-        return _describe_dataset(path)
-    path = Path(path)
+    if is_url(config.path):
+        return _describe_dataset(config.path)
+    path = Path(config.path)
     if path.is_file():
         return _describe_file(path)
     if not path.is_dir():

@@ -61,8 +61,7 @@ class Index(pickle.Unpickler):
 def read_index(checkpoint: Path) -> Metadata:
     """Read what lies in a checkpoint directory, and where.
 
-    Raises:
-        ValueError: there is no index, or it is damaged, names foreign code or files elsewhere.
+    ValueError if there is no index, or it is damaged, names foreign code or files elsewhere.
     """
     file = checkpoint / INDEX
     try:
@@ -75,8 +74,7 @@ def read_index(checkpoint: Path) -> Metadata:
 def load(tensors: dict[str, torch.Tensor], checkpoint: Path, *, no_dist: bool = True) -> None:
     """Read `tensors` by name, in place; DTensors get their shards, however they were saved.
 
-    Raises:
-        ValueError: one is missing, unreadable, of another shape, or not a tensor.
+    ValueError if one is missing, unreadable, of another shape, or not a tensor.
     """
     single_process_is_meant()
     reader = _Reader(checkpoint)

@@ -172,30 +172,31 @@ def _locked(path: Path) -> int:
 
     OSError if another process holds it.
     """
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    folder, refused = _try_lock(path)
+    if isinstance(refused, BlockingIOError):
         os.close(folder)
-        raise OSError(f"{path} is being written by another process") from error
-    except OSError:
-        pass
+        raise OSError(f"{path} is being written by another process") from refused
     return folder
 
 
 def _being_written(path: Path) -> bool:
     """Return whether a process writes it, or might: no locks here, or it is gone meanwhile."""
     try:
-        folder = os.open(path, os.O_RDONLY)
+        folder, refused = _try_lock(path)
     except OSError:
         return True
+    os.close(folder)
+    return refused is not None
+
+
+def _try_lock(path: Path) -> tuple[int, OSError | None]:
+    """Return a descriptor of a directory, and why it does not hold the lock, if it does not."""
+    folder = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(folder)
-    return False
+    except OSError as error:
+        return folder, error
+    return folder, None
 
 
 def _of_each(work: Callable[[Path], int | None], files: list[Path]) -> dict[str, int | None]:

@@ -19,11 +19,7 @@ ALIGNMENTS = {kind.name: kind for kind in Alignment.__subclasses__()}
 
 
 def build_objective(config: ObjectiveConfig) -> Objective:
-    """Return the objective that a config names.
-
-    Raises:
-        ValueError: it is unknown, or does not go with other settings.
-    """
+    """Return the objective that a config names; ValueError if other settings do not go with it."""
     expect_choice("objective", config.objective, tuple(OBJECTIVES))
     kind = OBJECTIVES[config.objective]
     kind.check(config)
@@ -36,11 +32,7 @@ def build_alignment(config: AlignConfig) -> Alignment:
 
 
 def resolve(config: AlignConfig) -> None:
-    """Set what follows from the alignment, and check what belongs to objective and alignment.
-
-    Raises:
-        ValueError: an unknown name, or settings that do not go together.
-    """
+    """Set what follows from the alignment, and check what belongs to objective and alignment."""
     build_objective(config)
     expect_choice("align", config.align, tuple(ALIGNMENTS))
     kind = ALIGNMENTS[config.align]

@@ -1,6 +1,7 @@
 """Official folders (images/ and vae-sd/) to native datasets, and back."""
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,6 @@ import numpy as np
 from repa_fast.data import dataset
 from repa_fast.data.digits import DIGITS_DIR, prepare_digits, whole_or_not
 from repa_fast.data.official import SD_VAE_FACTOR, SD_VAE_SCALE, OfficialFolder
-from repa_fast.distributed import watched
 
 FILES_PER_FOLDER = 1000
 EXPORTED_ROWS = 256
@@ -78,7 +78,9 @@ def import_official(source: str | Path, out: str | Path, *, with_images: bool = 
     with_images = with_images and folder.has_images
 
     def rows() -> Iterator[dataset.Row]:
-        for index in track(range(len(folder)), description=f"{out}", disable=not watched()):
+        for index in track(
+            range(len(folder)), description=f"{out}", disable=not sys.stdout.isatty()
+        ):
             sample = folder.decode((index, with_images))
             yield {
                 "image": folder.image_bytes(index) if with_images else b"",
@@ -114,7 +116,7 @@ def export_official(source: str | Path, out: str | Path, split: str = "train") -
     labels = []
     with whole_or_not(Path(out)) as partial:
         starts = range(0, len(table), EXPORTED_ROWS)
-        for start in track(starts, description=f"{out}", disable=not watched()):
+        for start in track(starts, description=f"{out}", disable=not sys.stdout.isatty()):
             rows = table.rows(np.arange(start, min(start + EXPORTED_ROWS, len(table))))
             for index, image, moments, label in zip(*rows.values(), strict=True):
                 folder = f"{index // FILES_PER_FOLDER:05d}"

@@ -29,24 +29,23 @@ class Accumulator:
 
     A skipped step counts as skipped and adds nothing else, so that one NaN does not hide the rest.
 
-    Attributes:
+    Args:
         others: names of the losses beside that of denoising.
+
+    Attributes:
         bad_run: current number of consecutive skipped steps, int64 on the device.
     """
 
     def __init__(self, others: list[str], device: torch.device) -> None:
-        self.others = list(others)
         self.names = ["loss", "denoise", "grad_norm", *others]
+        n = len(self.names)
         # per-step sums, then steps and skipped steps, then loss and count of each t-bin
-        self.sums = torch.zeros(
-            len(self.names) + 2 + 2 * T_BINS, dtype=torch.float64, device=device
-        )
+        self.sums = torch.zeros(n + 2 + 2 * T_BINS, dtype=torch.float64, device=device)
         # constants lie on the device from the start: giving it a number makes the host wait
         self._bins = torch.arange(T_BINS, device=device)
         self._one_step = torch.tensor([1.0, 0.0], dtype=torch.float64, device=device)
-        skipped = torch.zeros(len(self.sums), dtype=torch.float64)
-        skipped[len(self.names) + 1] = 1
-        self._skipped_step = skipped.to(device)
+        self._skipped_step = torch.zeros_like(self.sums)
+        self._skipped_step[n + 1] = 1
         self.bad_run = torch.zeros((), dtype=torch.int64, device=device)
 
     def state(self, world: World) -> dict:
@@ -71,24 +70,13 @@ class Accumulator:
     def add(
         self, values: StepValues, norm: torch.Tensor, bad: torch.Tensor, t: torch.Tensor
     ) -> None:
-        """Add one step.
-
-        Args:
-            norm: 0-d, of the gradient.
-            bad: 0-d, 1 for a skipped step.
-            t: (local batch), times of this process's images.
-        """
+        """Add one step: norm of its gradient, `bad` 1 if skipped, both 0-d, and t (local batch)."""
         member = (t * T_BINS).long().clamp(max=T_BINS - 1)[:, None] == self._bins
-        member = member.to(torch.float64)
-        step = torch.cat(
-            [
-                torch.stack([values.loss, values.denoise, norm]).to(torch.float64),
-                values.others.to(torch.float64),
-                self._one_step,
-                (member * values.each.to(torch.float64)[:, None]).sum(0),
-                member.sum(0),
-            ]
-        )
+        member = member.double()
+        means = torch.stack([values.loss, values.denoise, norm])
+        by_t = (member * values.each.double()[:, None]).sum(0)
+        parts = [means.double(), values.others.double(), self._one_step, by_t, member.sum(0)]
+        step = torch.cat(parts)
         self.sums += torch.where(bad > 0, self._skipped_step, step)
         self.bad_run.add_(1).mul_(bad > 0)
 
@@ -97,11 +85,8 @@ class Accumulator:
         sums = world.sum(self.sums.clone()).tolist()
         self.sums.zero_()
         n = len(self.names)
-        steps, skipped = sums[n], sums[n + 1]
+        steps, skipped = sums[n : n + 2]
         means = {name: sums[i] / steps if steps else None for i, name in enumerate(self.names)}
-        bins = zip(sums[n + 2 : n + 2 + T_BINS], sums[n + 2 + T_BINS :], strict=True)
-        return {
-            **means,
-            "loss_by_t": [total / count if count else None for total, count in bins],
-            "skipped": round(skipped / world.size),
-        }
+        bins = zip(sums[n + 2 : -T_BINS], sums[-T_BINS:], strict=True)
+        by_t = [total / count if count else None for total, count in bins]
+        return {**means, "loss_by_t": by_t, "skipped": round(skipped / world.size)}

@@ -78,10 +78,13 @@ class AdamWEMA(torch.optim.AdamW):
 
     def begin_states(self) -> None:
         """Set moments and step counts of zero for every trainable parameter that has none yet."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.requires_grad:
-                    self._begin_state(p)
+        for p in self._averages_of:
+            if p.requires_grad and not self.state[p]:
+                self.state[p] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
 
     def set_lr(self, lr: float) -> None:
         """Set every group's learning rate."""
@@ -94,11 +97,15 @@ class AdamWEMA(torch.optim.AdamW):
         by_layout: dict = {}
         for p in self._averages_of:
             if p.grad is not None:
-                layout = (p.grad.device_mesh, p.grad.placements) if _is_sharded(p.grad) else None
+                sharded = isinstance(p.grad, DTensor)
+                layout = (p.grad.device_mesh, p.grad.placements) if sharded else None
                 by_layout.setdefault(layout, []).append(_local(p.grad))
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for layout, gradients in by_layout.items():
-            squares = self._squares(gradients)
+            if self.implementation == "cuda":
+                squares = ops.sum_of_squares(gradients, self.device, implementation="cuda")
+            else:
+                squares = nn.utils.get_total_norm(gradients).double().square()
             if layout is not None:
                 mesh, placements = layout
                 summed = [Partial() if p.is_shard() else Replicate() for p in placements]
@@ -127,18 +134,17 @@ class AdamWEMA(torch.optim.AdamW):
         one = torch.ones((), dtype=torch.float32, device=self.device)
         grad_scale = one if grad_scale is None else grad_scale
         skip = one - 1 if skip is None else skip
+        self.begin_states()
         for group in self.param_groups:
             stepped = [p for p in group["params"] if p.grad is not None]
-            for p in stepped:
-                self._begin_state(p)
             resting = [p for p in group["params"] if p.grad is None]
             if self.implementation == "cuda":
                 for copied in (True, False):  # the kernel takes a copy of all tensors or of none
                     part = [p for p in stepped if (p in self.copies) == copied]
-                    self._step_cuda(group, part, grad_scale, skip)
+                    self._step_group(group, part, grad_scale, skip)
                 self._move_averages(stepped, skip, first=1)
             else:
-                self._step_torch(group, stepped, grad_scale, skip)
+                self._step_group(group, stepped, grad_scale, skip)
                 self._move_averages(stepped, skip)
             self._move_averages(resting, skip)
         if self.implementation == "torch":
@@ -150,32 +156,31 @@ class AdamWEMA(torch.optim.AdamW):
         if self.copies:
             torch._foreach_copy_(list(self.copies.values()), list(self.copies))
 
-    def _step_cuda(self, group, params, grad_scale, skip) -> None:
-        fused = bool(self.averages)
+    def _step_group(self, group: dict, params: list, grad_scale, skip) -> None:
+        """Step parameters of a group; with "cuda" also their first averages and copies."""
+        states = [self.state[p] for p in params]
+        tensors = (
+            [_local(p) for p in params],
+            [_local(p.grad) for p in params],
+            [_local(state["exp_avg"]) for state in states],
+            [_local(state["exp_avg_sq"]) for state in states],
+            [state["step"] for state in states],
+        )
+        options = {name: group[name] for name in ("lr", "eps", "weight_decay")} | {"skip": skip}
+        if self.implementation == "torch":
+            options |= dict(zip(("beta1", "beta2"), group["betas"]))
+            fused_adamw(*tensors, grad_scale=grad_scale.reciprocal(), **options)  # torch divides
+            return
+        averaged = bool(self.averages)
         ops.adamw_ema(
-            *self._tensors(params),
-            lr=group["lr"],
+            *tensors,
             grad_scale=grad_scale,
-            skip=skip,
             betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            emas=[_local(self._averages_of[p][0]) for p in params] if fused else (),
-            ema_decay=self.ema_decays[0] if fused else 0.0,
+            emas=[_local(self._averages_of[p][0]) for p in params] if averaged else (),
+            ema_decay=self.ema_decays[0] if averaged else 0.0,
             param_copies=[self.copies[p] for p in params if p in self.copies],
             implementation="cuda",
-        )
-
-    def _step_torch(self, group, params, grad_scale, skip) -> None:
-        fused_adamw(
-            *self._tensors(params),
-            skip=skip,
-            grad_scale=grad_scale.reciprocal(),  # torch divides
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
+            **options,
         )
 
     def _move_averages(self, params, skip: torch.Tensor, first: int = 0) -> None:
@@ -187,45 +192,12 @@ class AdamWEMA(torch.optim.AdamW):
         for each tensor, and a sum of foreach operations moves 32 bytes an element in place of 12.
         """
         weights = [_local(p) for p in params]
+        sgd = {"weight_decay": 1.0, "momentum": 0.0, "dampening": 0.0, "nesterov": False}
+        sgd |= {"maximize": True, "is_first_step": False, "found_inf": skip}
         for number, decay in enumerate(self.ema_decays[first:], start=first):
             averages = [_local(self._averages_of[p][number]) for p in params]
             if averages:
-                torch._fused_sgd_(
-                    averages,
-                    weights,
-                    [],
-                    weight_decay=1.0,
-                    momentum=0.0,
-                    lr=1 - decay,
-                    dampening=0.0,
-                    nesterov=False,
-                    maximize=True,
-                    is_first_step=False,
-                    found_inf=skip,
-                )
-
-    def _tensors(self, params) -> tuple[list[torch.Tensor], ...]:
-        """Return local parameters, gradients, moments and step counts."""
-        states = [self.state[p] for p in params]
-        return (
-            [_local(p) for p in params],
-            [_local(p.grad) for p in params],
-            [_local(state["exp_avg"]) for state in states],
-            [_local(state["exp_avg_sq"]) for state in states],
-            [state["step"] for state in states],
-        )
-
-    def _squares(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        if self.implementation == "cuda":
-            return ops.sum_of_squares(gradients, self.device, implementation="cuda")
-        return nn.utils.get_total_norm(gradients).double().square()
-
-    def _begin_state(self, p: torch.Tensor) -> None:
-        state = self.state[p]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-            state["exp_avg"] = torch.zeros_like(p)
-            state["exp_avg_sq"] = torch.zeros_like(p)
+                torch._fused_sgd_(averages, weights, [], lr=1 - decay, **sgd)
 
     def _to_device(self) -> None:
         """Move learning rates and step counts, which torch's own state may have on the host."""
@@ -285,8 +257,6 @@ def _choose(implementation: str, params: Sequence[torch.Tensor]) -> tuple[str, s
 def _check_averages(params, averages, decays) -> None:
     if len(averages) != len(decays):
         raise ValueError(f"{len(averages)} averages for {len(decays)} ema_decays, expected as many")
-    if not all(0 <= decay < 1 for decay in decays):
-        raise ValueError(f"ema_decays are {decays}, expected values in [0, 1)")
     for average in averages:
         if [p.shape for p in params] != [a.shape for a in average]:
             raise ValueError(
@@ -304,9 +274,5 @@ def _lr_to_host(optimizer: torch.optim.Optimizer, state: dict) -> dict:
     return {**state, "param_groups": groups}
 
 
-def _is_sharded(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, DTensor)
-
-
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if _is_sharded(tensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

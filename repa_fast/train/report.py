@@ -5,40 +5,17 @@ import secrets
 import sys
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from repa_fast.configs.run import RunConfig
 from repa_fast.train.memory import peak_flops
 
-WANDB_PROJECT = "REPA"
-SHOWN_STALL_MS = 1.0
-"""Waiting for data per step from which on the log says so."""
-
-
-class Tracker(Protocol):
-    """Takes numbers and uint8 (H, W, 3) pictures by step."""
-
-    def scalars(self, step: int, values: dict[str, float]) -> None: ...
-
-    def image(self, step: int, name: str, pixels: np.ndarray) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def open_tracker(config: RunConfig, run: Path, start_step: int) -> Tracker | None:
-    """Open the tracker `--report-to` names; what it holds after `start_step` is superseded."""
-    if config.report_to == "tensorboard":
-        return TensorBoard(run / config.logging_dir, start_step)
-    if config.report_to == "wandb":
-        return WeightsAndBiases(config, run)
-    return None
-
 
 class TensorBoard:
-    """Event files in `folder`."""
+    """Event files in `folder`: numbers, and uint8 (H, W, 3) pictures, by step."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -77,7 +54,7 @@ class WeightsAndBiases:
             stored.write_text(secrets.token_hex(4))
         self._image = wandb.Image
         self._run = wandb.init(
-            project=WANDB_PROJECT,
+            project="REPA",
             name=config.exp_name,
             id=stored.read_text(),
             resume="allow",
@@ -95,56 +72,62 @@ class WeightsAndBiases:
         self._run.finish()
 
 
+def open_tracker(
+    config: RunConfig, run: Path, start_step: int
+) -> TensorBoard | WeightsAndBiases | None:
+    """Open the tracker `--report-to` names; what it holds after `start_step` is superseded."""
+    if config.report_to == "tensorboard":
+        return TensorBoard(run / config.logging_dir, start_step)
+    return WeightsAndBiases(config, run) if config.report_to == "wandb" else None
+
+
 class Mute:
-    """The reporter of a process that has nothing to say."""
+    """The reporter of a process that has nothing to say, or the tracker of a run without one."""
 
     def __getattr__(self, _: str):
         return lambda *_, **__: None
 
 
 class Reporter:
-    """Writes rank 0's metrics; the other ranks own none.
+    """Writes the first process's metrics into the run's folder; the others have no reporter.
 
-    Args:
-        folder: the run's folder.
-        total_steps: for the bar and the ETA.
-        start_step: lines of metrics.jsonl after it belong to a run that was cut off; they are
-            dropped, so that the file reads as if it had not been.
-        tracker: also gets every metric and picture, if given.
+    Lines of metrics.jsonl after `start_step` belong to a run that was cut off; they are dropped, so
+    that the file reads as if it had not been. A tracker also gets every metric and picture.
     """
 
     def __init__(
-        self, folder: Path, total_steps: int, start_step: int, tracker: Tracker | None
+        self,
+        folder: Path,
+        total_steps: int,
+        start_step: int,
+        tracker: TensorBoard | WeightsAndBiases | None,
     ) -> None:
-        self.metrics_path = folder / "metrics.jsonl"
-        keep_until(self.metrics_path, start_step)
-        keep_until(self.metrics_path.with_name("evals.jsonl"), start_step)
-        self._metrics = open(self.metrics_path, "a", buffering=1)  # noqa: SIM115
+        self._evals = folder / "evals.jsonl"
+        for path in (folder / "metrics.jsonl", self._evals):
+            keep_until(path, start_step)
+        self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
         self._log = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115
-        self._tracker = tracker
+        self._tracker = tracker or Mute()
         self._bar = _bar(total_steps, start_step) if sys.stdout.isatty() else None
         self._total_steps = total_steps
 
-    def advance(self, step: int) -> None:
+    def advance(self, step: int, **fields: str) -> None:
         """Move the bar to `step`."""
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step)
+            self._bar.update(self._bar.task_ids[0], completed=step, **fields)
 
     def metrics(self, step: int, values: dict) -> None:
         """Record one reading of the metrics."""
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
-        if self._tracker is not None:
-            self._tracker.scalars(step, scalars(values))
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step, text=short_summary(values))
+        self._tracker.scalars(step, scalars(values))
+        self.advance(step, text=short_summary(values))
         self.line(f"step {step}/{self._total_steps}  {summary(values)}", bar_has_it=True)
 
     def scores(self, step: int, values: dict[str, float]) -> None:
         """Record an evaluation, in evals.jsonl."""
-        with open(self.metrics_path.with_name("evals.jsonl"), "a") as file:
+        with open(self._evals, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._tracker is not None:
-            self._tracker.scalars(step, {f"eval/{name}": v for name, v in values.items()})
+        self._tracker.scalars(step, {f"eval/{name}": v for name, v in values.items()})
         listed = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.line(f"evaluation at step {step}  {listed}")
 
@@ -159,15 +142,13 @@ class Reporter:
 
     def image(self, name: str, step: int, pixels) -> None:
         """Give a uint8 (H, W, 3) picture to the tracker."""
-        if self._tracker is not None:
-            self._tracker.image(step, name, pixels)
+        self._tracker.image(step, name, pixels)
 
     def close(self) -> None:
         """Close the bar and all files."""
         if self._bar is not None:
             self._bar.stop()
-        if self._tracker is not None:
-            self._tracker.close()
+        self._tracker.close()
         self._metrics.close()
         self._log.close()
 
@@ -175,23 +156,19 @@ class Reporter:
 def scalars(values: dict) -> dict[str, float]:
     """Return the numbers of a reading by name, the loss of each t-bin under its lower edge."""
     by_t = {f"loss_by_t/{index / 10:.1f}": v for index, v in enumerate(values["loss_by_t"])}
-    return {
-        name: value for name, value in (values | by_t).items() if isinstance(value, (int, float))
-    }
+    return {n: value for n, value in (values | by_t).items() if isinstance(value, (int, float))}
 
 
 def summary(values: dict) -> str:
     """Return one line of the metrics people watch."""
-    parts = [f"loss {_number(values['loss'])}", f"denoise {_number(values['denoise'])}"]
-    parts += [
-        f"{name} {_number(value)}" for name, value in values.items() if name.startswith("align/")
-    ]
+    shown = ["loss", "denoise", *(name for name in values if name.startswith("align/"))]
+    parts = [f"{name} {_number(values[name])}" for name in shown]
     parts += [f"norm {_number(values['grad_norm'])}", f"{values['images_per_second']:.0f} images/s"]
     if values.get("mfu") is not None:
         parts.append(f"MFU {100 * values['mfu']:.1f} %")
     if values.get("peak_memory_gib") is not None:
         parts.append(f"{values['peak_memory_gib']:.1f} GiB")
-    if values.get("stall_ms", 0) >= SHOWN_STALL_MS:
+    if values.get("stall_ms", 0) >= 1:
         parts.append(f"stall {values['stall_ms']:.1f} ms")
     if values["skipped"]:
         parts.append(f"skipped {values['skipped']}")
@@ -201,21 +178,22 @@ def summary(values: dict) -> str:
 def short_summary(values: dict) -> str:
     """Return what fits beside a progress bar: loss, mean alignment, rate, ETA."""
     aligned = [value for name, value in values.items() if name.startswith("align/")]
-    parts = [f"loss {_number(values['loss'])}"]
-    if aligned and None not in aligned:
-        parts.append(f"align {sum(aligned) / len(aligned):.3f}")
-    parts += [f"{values['images_per_second']:.0f} images/s", _duration(values["eta_seconds"])]
-    return " ".join(parts)
+    known = aligned and None not in aligned
+    align = f" align {sum(aligned) / len(aligned):.3f}" if known else ""
+    rate, eta = values["images_per_second"], _duration(values["eta_seconds"])
+    return f"loss {_number(values['loss'])}{align} {rate:.0f} images/s {eta}"
 
 
+@dataclass
 class Clock:
     """Training time and rate, with pauses (checkpoints, sample grids) taken out."""
 
-    def __init__(self, images_per_step: int, train_flops: float, device_name: str, world_size: int):
-        self._images_per_step = images_per_step
-        self._train_flops = train_flops
-        self._peak = peak_flops(device_name)
-        self._world_size = world_size
+    images_per_step: int
+    train_flops: float
+    device_name: str
+    world_size: int
+
+    def __post_init__(self) -> None:
         self._since = time.perf_counter()
         self._paused = self._stalled = 0.0
 
@@ -233,13 +211,10 @@ class Clock:
         seconds = max(now - self._since - self._paused, 1e-9)
         stalled = 1e3 * self._stalled / max(steps, 1)
         self._since, self._paused, self._stalled = now, 0.0, 0.0
-        rate = steps * self._images_per_step / seconds
-        mfu = None
-        if self._peak is not None:
-            mfu = rate * self._train_flops / (self._peak * self._world_size)
+        rate, peak = steps * self.images_per_step / seconds, peak_flops(self.device_name)
         return {
             "images_per_second": rate,
-            "mfu": mfu,
+            "mfu": None if peak is None else rate * self.train_flops / (peak * self.world_size),
             "stall_ms": stalled,
             "eta_seconds": seconds / max(steps, 1) * remaining,
         }

@@ -16,19 +16,23 @@ from repa_fast.train.torch_private import record_overflow, scale_of
 def draw_local(state: TrainState) -> Draws:
     """Draw for the next step; return this process's slice, on its device."""
     config = state.config
-    draws = draw(
-        config.seed,
-        state.data_step,
-        config.images_per_step,
-        state.metadata.latent_shape,
-        path=state.objective.path,
-        prediction=config.prediction,
-        weighting=config.weighting,
-        drop_prob=config.drop_prob,
-        device=state.world.device,
-    )
+    of_config = {"weighting": config.weighting, "drop_prob": config.drop_prob}
+    draws = _draw(state, config.seed, state.data_step, config.images_per_step, **of_config)
     start = state.world.rank * state.local_batch
     return draws.part(start, start + state.local_batch)
+
+
+def _draw(state: TrainState, seed: int, step: int, batch: int, **options) -> Draws:
+    return draw(
+        seed,
+        step,
+        batch,
+        state.metadata.latent_shape,
+        path=state.objective.path,
+        prediction=state.config.prediction,
+        device=state.world.device,
+        **options,
+    )
 
 
 def synthetic_batch(state: TrainState, size: int) -> tuple[Batch, Draws]:
@@ -44,25 +48,13 @@ def synthetic_batch(state: TrainState, size: int) -> tuple[Batch, Draws]:
     for column in state.alignment.features:
         tokens = torch.randn((size, column.tokens, column.width))
         batch |= {name: torch.from_numpy(a).to(device) for name, a in column.pack(tokens).items()}
-    draws = draw(
-        0,
-        0,
-        size,
-        metadata.latent_shape,
-        path=state.objective.path,
-        prediction=state.config.prediction,
-        device=device,
-    )
-    return batch, draws
+    return batch, _draw(state, 0, 0, size)
 
 
 def losses(
     state: TrainState, model: nn.Module, batch: Batch, draws: Draws
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Compute the loss of denoising and the others of `state.metrics.others`, (B) each, in fp32.
-
-    Without alignment those of what is aligned are missing.
-    """
+    """Compute the loss of denoising and the others, (B) each, in fp32; of alignment while it is."""
     objective, alignment = state.objective, state.alignment
     clean = latents.sample(batch["moments"], draws.posterior_noise, state.metadata)
     t = objective.path.model_times(draws.t)
@@ -104,7 +96,7 @@ def accumulate(state: TrainState, batch: Batch, draws: Draws) -> StepValues:
 
 
 def other_weights(state: TrainState) -> list[float]:
-    """Return the loss weights in the order of `state.metrics.others`."""
+    """Return the loss weights of the others: the objective's, then those of alignment."""
     aligned = len(state.alignment.heads)
     weight = state.alignment.weight(state.step) / max(aligned, 1)
     return [1.0] * len(state.objective.others) + [weight] * aligned

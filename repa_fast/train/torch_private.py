@@ -13,10 +13,9 @@ from torch.optim.adamw import adamw
 
 
 def fused_adamw(*tensors: list[torch.Tensor], skip: torch.Tensor, **options) -> None:
-    """Do torch's fused AdamW step on lists of weights, gradients, moments and step counts.
+    """Do torch's fused AdamW step on lists of weights, gradients, both moments and step counts.
 
     Args:
-        tensors: weights, gradients, first moments, second moments, step counts.
         skip: 0-d fp32; where it is 1, nothing changes.
         options: lr, beta1, beta2, eps, weight_decay, grad_scale (which divides the gradients).
     """

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.step import baseline
 from benchmarks.step.baseline import Baseline
-from repa_fast.configs.presets import digits
+from repa_fast.configs import presets
 from repa_fast.data.digits import digits_metadata
 from repa_fast.distributed import World
 from repa_fast.train.state import build_state
@@ -20,7 +20,9 @@ BATCH = 6
 
 def make_state(**changes):
     """A state whose weights are nowhere zero; most gradients would be."""
-    config = dataclasses.replace(digits(), **TINY, batch_size=BATCH, report_to="none", **changes)
+    config = dataclasses.replace(
+        presets.get("digits"), **TINY, batch_size=BATCH, report_to="none", **changes
+    )
     world = World(rank=0, size=1, device=torch.device("cpu"))
     state = build_state(config, digits_metadata(), world)
     state.micro_batch = BATCH

@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.step.sra import whole_teacher
 from repa_fast import ops
-from repa_fast.configs.presets import digits
+from repa_fast.configs import presets
 from repa_fast.data.digits import digits_metadata
 from repa_fast.distributed import World
 from repa_fast.testing import randomise
@@ -19,7 +19,7 @@ TINY = {"hidden_size": 32, "depth": 3, "num_heads": 2, "batch_size": 6, "report_
 def test_it_hears_what_ours_does_whatever_backend_the_run_has():
     """On a GPU a run's backend is one for bf16; sdpa-cudnn takes nothing on a CPU."""
     config = dataclasses.replace(
-        digits(), **TINY, align="sra", enc_type=None, block_out_s=1, block_out_t=2
+        presets.get("digits"), **TINY, align="sra", enc_type=None, block_out_s=1, block_out_t=2
     )
     state = build_state(config, digits_metadata(), World(0, 1, torch.device("cpu")))
     randomise(state.ema)

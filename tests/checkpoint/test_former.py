@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file
 
 from repa_fast.checkpoint.export import export
-from repa_fast.checkpoint.info import describe_path
+from repa_fast.checkpoint.info import InfoConfig, info
 from repa_fast.configs import config as configs
 from repa_fast.configs.config import RETIRED, TrainConfig, from_saved
 from repa_fast.data.digits import prepare_digits
@@ -154,7 +154,7 @@ def test_it_is_evaluated_to_the_same_scores(run):
 
 
 def test_it_is_described(run):
-    text = describe_path(run.folder)
+    text = info(InfoConfig(path=str(run.folder)))
     assert f"native checkpoint of step {STEP}" in text and "depth 2, width 8" in text
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 pytest.importorskip("diffusers")
 
-from repa_fast.configs.presets import digits
+from repa_fast.configs import presets
 from repa_fast.data import latents
 from repa_fast.data.dataset import Metadata
 from repa_fast.data.latents import VAE
@@ -57,7 +57,7 @@ def state(tmp_path):
 
     def make(vae_path: str):
         config = dataclasses.replace(
-            digits(),
+            presets.get("digits"),
             vae_path=vae_path,
             hidden_size=32,
             depth=2,
@@ -191,7 +191,7 @@ def test_a_run_to_its_end_with_and_without_it(tmp_path, folder, capsys):
     }
     dataset.write(tmp_path / "data.lance", [row] * 24, METADATA)
     config = dataclasses.replace(
-        digits(), data_dir=str(tmp_path / "data.lance"), output_dir=str(tmp_path), num_classes=2,
+        presets.get("digits"), data_dir=str(tmp_path / "data.lance"), output_dir=str(tmp_path), num_classes=2,
         hidden_size=32, depth=2, num_heads=2, encoder_depth=1, patch_size=2, enc_type="none",
         batch_size=4, max_train_steps=2, sampling_steps=1, num_steps=2, report_to="none",
     )  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from repa_fast.configs.presets import digits
+from repa_fast.configs import presets
 from repa_fast.data.dataset import Metadata
 from repa_fast.data.digits import digits_metadata
 from repa_fast.distributed import World
@@ -53,7 +53,7 @@ def run(folder: Path, metadata: Metadata | None = None, steps=(7,), **overrides)
     """A run's folder with checkpoints; the average differs from the weights, and by step."""
     metadata = metadata or digits_metadata()
     config = dataclasses.replace(
-        digits(),
+        presets.get("digits"),
         **TINY
         | {"resolution": metadata.resolution, "num_classes": len(metadata.class_names)}
         | overrides,

@@ -172,7 +172,11 @@ def test_wrong_settings_are_refused(picture, settings, message):
 )
 def test_the_command_line_knows_classes(argv, classes, monkeypatch):
     seen = []
-    monkeypatch.setattr("repa_fast.eval.sample.sample", seen.append)
+
+    def keep(config: SampleConfig) -> None:
+        seen.append(config)
+
+    monkeypatch.setattr("repa_fast.eval.sample.sample", keep)
     assert cli.main(["sample", "--ckpt", "x", *argv, "--seed", "4"]) == 0
     assert seen == [SampleConfig(ckpt="x", classes=classes, seed=4)]
 

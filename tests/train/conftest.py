@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from repa_fast import testing
+from repa_fast.configs import presets
 from repa_fast.configs.config import TrainConfig
-from repa_fast.configs.presets import digits
 from repa_fast.data.digits import digits_metadata
 from repa_fast.distributed import World
 from repa_fast.train.state import TrainState, build_state
@@ -26,7 +26,7 @@ TINY = {
 
 def tiny_config(**overrides) -> TrainConfig:
     encoders = {"enc_type": None} if "align" in overrides else {}  # the digits name one
-    return dataclasses.replace(digits(), **{**TINY, **encoders, **overrides})
+    return dataclasses.replace(presets.get("digits"), **{**TINY, **encoders, **overrides})
 
 
 @pytest.fixture

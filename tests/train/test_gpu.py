@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from repa_fast.configs.presets import digits
+from repa_fast.configs import presets
 from repa_fast.data.digits import digits_metadata
 from repa_fast.distributed import World
 from repa_fast.train.compute_copy import weight_gradient
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 
 def cuda_state(**overrides):
     torch.compiler.reset()  # a state compiles up to three variants of one block's code
-    config = dataclasses.replace(digits(), report_to="none", **overrides)
+    config = dataclasses.replace(presets.get("digits"), report_to="none", **overrides)
     world = World(rank=0, size=1, device=torch.device("cuda", 0))
     state = build_state(config, digits_metadata(), world)
     state.micro_batch = choose_micro_batch(state)

@@ -324,6 +324,12 @@ def test_a_config_refuses_what_cannot_run(name, value):
         TrainConfig(**{name: value})
 
 
+def test_stopping_on_a_spike_needs_a_checkpoint_before_the_newest():
+    with pytest.raises(ValueError, match="keep_last is 1 with stop_on_spike, expected 0 or at lea"):
+        TrainConfig(stop_on_spike=True, keep_last=1)
+    TrainConfig(stop_on_spike=True, keep_last=2)
+
+
 @pytest.mark.parametrize(
     "name, value",
     [("cfg_prob", 0.0), ("cfg_prob", 1.0), ("ema_decay", "0.0,0.5"), ("micro_batch", 16)],

@@ -29,8 +29,8 @@ class Config(Base):
     """Where it
     is."""
     kind: Literal["a", "b"] = "a"
-    """Which
-    one it is, in a sentence that goes on and on, line after line, without an end in sight, really."""
+    """Which one
+    it is, in a sentence that goes on and on, line after line, without an end in sight, really."""
 
     def __post_init__(self) -> None:
         if self.size < 1:

@@ -38,8 +38,7 @@ from benchmarks.harness.environment import parser, results_folder, stamp
 from benchmarks.harness.rows import append, read
 from benchmarks.harness.timing import spread
 from repa_fast.data.dali import GPU_MAX, GPU_MEAN, choose
-from repa_fast.data.dataset import LatentDataset, Metadata, Row, write
-from repa_fast.prepare.crop import encode
+from repa_fast.data.dataset import LatentDataset, Metadata, Row, encode, write
 
 RESOLUTION = 256
 PLAIN = {"vae": "none", "scale": 1.0, "bias": 0.0, "class_names": ("photograph",)}

@@ -17,11 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.harness.environment import ROOT, stamp
-from repa_fast.data.dataset import Metadata, Row, write
+from repa_fast.data.dataset import Metadata, Row, encode, write
 from repa_fast.data.loader import Loader
 from repa_fast.data.open import open_dataset
 from repa_fast.data.order import SampleOrder
-from repa_fast.prepare.crop import encode
 
 ROWS, STARTS = 1_281_167, 5
 IMAGES, NOISE, CHUNK = 64, 200, 16_384  # different images, bytes per row, rows made at once

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 
 import torch
+from torch import Tensor
 
 from repa_fast.contracts import expect_choice
 
@@ -76,11 +77,7 @@ def _say_once(subject: str, what: str) -> None:
 
 
 def use_kernels(implementation: str | None) -> None:
-    """Set what this process asks for where a call does not say; None leaves it to the environment.
-
-    Raises:
-        ValueError: not one of IMPLEMENTATIONS.
-    """
+    """Set what calls that name none ask for, or ValueError; None leaves it to the environment."""
     global _asked_of_process
     if implementation is not None:
         expect_choice("kernels", implementation, IMPLEMENTATIONS)
@@ -90,11 +87,7 @@ def use_kernels(implementation: str | None) -> None:
 
 
 def asked() -> str:
-    """Return what this process asks for.
-
-    Raises:
-        ValueError: the environment asks for something unknown.
-    """
+    """Return what this process asks for; ValueError if the environment's is unknown."""
     if _asked_of_process is not None:
         return _asked_of_process
     implementation = os.environ.get(VARIABLE) or "auto"
@@ -103,10 +96,7 @@ def asked() -> str:
 
 
 def runs_triton(
-    op: str,
-    implementation: str | None,
-    *tensors: torch.Tensor,
-    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    op: str, implementation: str | None, *tensors: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES
 ) -> bool:
     """Return whether `op` runs its kernels on these tensors; `dtypes` are what these can take.
 
@@ -124,11 +114,7 @@ def runs_triton(
 
 
 def describe(device: str) -> str:
-    """Return what a call that names no implementation runs on this kind of device, and why.
-
-    Raises:
-        ValueError: kernels asked for that cannot run, with the reason.
-    """
+    """Return what a call that names no implementation runs on this device, and why; or raise."""
     return ", ".join(_chosen("kernels", None, device, ""))
 
 
@@ -141,9 +127,9 @@ def _chosen(name: str, implementation: str | None, device: str, foreign: str) ->
     def against_triton() -> str:
         return why_not_triton(device) or (foreign and f"the kernels do not take {foreign}")
 
+    implementation = asked() if implementation is None else implementation
     candidates = {"triton": against_triton, "reference": runs}
-    words = {"triton": "Triton kernels"}
-    return choose(name, asked() if implementation is None else implementation, candidates, words)
+    return choose(name, implementation, candidates, {"triton": "Triton kernels"})
 
 
 @functools.cache

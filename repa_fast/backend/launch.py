@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 TYPES = {
     torch.float64: "fp64",
@@ -15,7 +16,6 @@ TYPES = {
     torch.float16: "fp16",
     torch.int64: "i64",
 }
-
 
 _traced = contextvars.ContextVar("traced", default=False)
 
@@ -45,7 +45,7 @@ class Launch:
 
     kernel: Any
     grid: int
-    arguments: dict[str, torch.Tensor | int | float | None]
+    arguments: dict[str, Tensor | int | float | None]
     constants: dict[str, Any]
     warps: int
 
@@ -62,7 +62,7 @@ class Launch:
             launcher = torch.library.wrap_triton(self.kernel)[(self.grid,)]
             launcher(**self.arguments, **self.constants, num_warps=self.warps)
             return
-        device = next(a.device for a in self.arguments.values() if isinstance(a, torch.Tensor))
+        device = next(a.device for a in self.arguments.values() if isinstance(a, Tensor))
         with torch.cuda.device(device if device.type == "cuda" else -1):
             self.kernel[(self.grid,)](**self.arguments, **self.constants, **self.options)
 
@@ -84,20 +84,19 @@ class Launch:
             signature[name] = "constexpr" if constant else _type(parameter, value)
             if constant:
                 constants[name] = value
-            elif isinstance(value, torch.Tensor) or (_is_int(value) and value % 16 == 0):
+            elif isinstance(value, Tensor) or (_is_int(value) and value % 16 == 0):
                 attributes[(position,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constants, attributes)
-        return triton.compile(
-            source, target=GPUTarget("cuda", capability, 32), options=self.options
-        )
+        target = GPUTarget("cuda", capability, 32)
+        return triton.compile(source, target=target, options=self.options)
 
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _type(parameter: Any, value: torch.Tensor | float) -> str:
-    if isinstance(value, torch.Tensor):
+def _type(parameter: Any, value: Tensor | float) -> str:
+    if isinstance(value, Tensor):
         return "*" + TYPES[value.dtype]
     if parameter.annotation_type:
         return parameter.annotation_type

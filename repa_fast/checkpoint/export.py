@@ -42,8 +42,8 @@ def export(source: Path, to: str, out: Path) -> None:
     """Write a complete native checkpoint as a file `out`, without a GPU or the encoders.
 
     "official" is REPA's {model, ema, opt, args, steps}; "sra" adds the epoch, as SRA's code has it;
-    "safetensors" is the EMA's weights alone, with the model's arguments and the dataset's metadata
-    in a .json beside. The file appears whole or not at all.
+    "safetensors" is the EMA's weights alone, with the model's arguments, its objective and the
+    dataset's metadata in a .json beside. The file appears whole or not at all.
 
     Raises:
         ValueError: unknown format, an incomplete checkpoint, one that SRA's code has no model for,
@@ -58,9 +58,13 @@ def export(source: Path, to: str, out: Path) -> None:
         from safetensors.torch import save_file
 
         settings = read_settings(source)
+        config, metadata = settings.config, settings.metadata
         save_file(read_native(source, "ema."), partial)
-        arguments = model_arguments(settings.config, settings.metadata)
-        described = {"model": arguments, "dataset": asdict(settings.metadata)}
+        described = {
+            "model": model_arguments(config, metadata),
+            "objective": {"objective": config.objective, "prediction": config.prediction},
+            "dataset": asdict(metadata),
+        }
         out.with_suffix(".json").write_text(json.dumps(described, indent=2) + "\n")
     else:
         torch.save((sra_contents if to == "sra" else official_contents)(source), partial)

@@ -57,6 +57,11 @@ class RunConfig(Part):
         expect_at_least(self, 1, "log_every", "checkpointing_steps")
         expect_at_least(self, 0, "resume_step", "keep_last", "keep_every", "skip_steps")
         expect_at_least(self, 0, "sampling_steps", "watchdog", "data_timeout")
+        if self.stop_on_spike and self.keep_last == 1:
+            raise ValueError(
+                "keep_last is 1 with stop_on_spike, expected 0 or at least 2: a checkpoint is "
+                "trusted once a good reading has followed it"
+            )
         if self.collective_timeout <= 0:
             raise ValueError(
                 f"collective_timeout is {self.collective_timeout}, expected more than 0 seconds"

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from repa_fast.backend import dispatch
 from repa_fast.data.dataset import Sample
@@ -42,15 +43,11 @@ GPU_MAX, GPU_MEAN = 6, 1.0
 1 + 1.772 * 2 and a rounding to either side."""
 
 TOKEN_COSINE = 0.998
-
 MODES = {"JPEG": ("L", "RGB"), "PNG": ("1", "L", "LA", "P", "RGB", "RGBA")}
-PNG_DEPTH = 24  # offset of IHDR's bit depth
-
 JPEG_MARKER = np.ones(256, dtype=bool)  # by the byte after 0xff: neither data nor a restart
 JPEG_MARKER[[0x00, 0xFF, *range(0xD0, 0xD8)]] = False
 START_OF_SCAN, END_OF_IMAGE, PROGRESSIVE = 0xDA, 0xD9, 0xC2
 BETWEEN_SCANS = (0xC4, 0xDA, 0xDB, 0xDD)  # tables and further scans of a progressive image
-
 REFUSAL = re.compile(r"Failed to decode sample #\d+|nvImageCodec failure: '#\d+'")
 
 
@@ -62,10 +59,8 @@ def choose(decode: Decode, device: torch.device) -> Decode:
     """
     on_gpu = device.type == "cuda"
     if decode == "dali-gpu" and not on_gpu:
-        raise ValueError(
-            f"decode is 'dali-gpu' in a run on {device.type}, expected one on CUDA; dali-cpu needs "
-            "no GPU"
-        )
+        expected = "expected one on CUDA; dali-cpu needs no GPU"
+        raise ValueError(f"decode is 'dali-gpu' in a run on {device.type}, {expected}")
     candidates = {
         "dali-gpu": lambda: why_not(gpu=True) if on_gpu else f"the run is on {device.type}",
         "torch": dispatch.runs,
@@ -113,15 +108,11 @@ class DaliDecoder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Destroy the pipeline."""
         self._pipeline = None
 
     def decode(
         self, dataset: Dataset, fetched: Iterable[tuple], run: Callable
-    ) -> tuple[list[Sample], torch.Tensor]:
+    ) -> tuple[list[Sample], Tensor]:
         """Decode what `dataset.fetch` gave: samples without images, and images uint8 (B, 3, R, R).
 
         In memory the images are B, R, R, 3, as Pillow's are. `run` is a map that may use threads:
@@ -131,13 +122,12 @@ class DaliDecoder:
             ValueError: this batch has to be decoded row by row.
         """
         run = run if isinstance(dataset, OfficialFolder) else map
-        parts = list(run(functools.partial(_parts, dataset, self.resolution), fetched))
-        samples = [sample for sample, _ in parts]
-        first, last = samples[0]["index"], samples[-1]["index"]
-        name = f"{dataset.uri} rows {first} ... {last}"
-        return samples, self.pixels([encoded for _, encoded in parts], name)
+        parts = run(functools.partial(_parts, dataset, self.resolution), fetched)
+        samples, encoded = zip(*parts, strict=True)
+        name = f"{dataset.uri} rows {samples[0]['index']} ... {samples[-1]['index']}"
+        return list(samples), self.pixels(list(encoded), name)
 
-    def pixels(self, encoded: list[bytes], name: str = "images") -> torch.Tensor:
+    def pixels(self, encoded: list[bytes], name: str = "images") -> Tensor:
         """Decode JPEG and PNG files to uint8 (B, 3, R, R), B not above the first batch's.
 
         Raises:
@@ -152,7 +142,7 @@ class DaliDecoder:
         except RuntimeError as error:
             refused = str(error)
         if refused:  # outside of except: the exception would keep the pipeline alive
-            self.close()
+            self._pipeline = None
             found = REFUSAL.search(refused)
             if found is None:
                 raise RuntimeError(f"{name}: {refused}")
@@ -171,12 +161,7 @@ class DaliDecoder:
             device_id = self._stream.device.index
             # affine would tie the threads of every process of a machine to the same cores
             options = {"device": "mixed", "affine": False}
-        pipeline = Pipeline(
-            batch_size=batch,
-            num_threads=self.num_threads,
-            device_id=device_id,
-            prefetch_queue_depth=1,
-        )
+        pipeline = Pipeline(batch, self.num_threads, device_id, prefetch_queue_depth=1)
         with pipeline:
             encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
             pixels = fn.decoders.image(
@@ -191,7 +176,7 @@ class DaliDecoder:
         pipeline.build()
         return pipeline
 
-    def _tensor(self, output: "TensorListCPU | TensorListGPU") -> torch.Tensor:
+    def _tensor(self, output: "TensorListCPU | TensorListGPU") -> Tensor:
         """Copy the output, on its device: DALI's own memory is the next batch's."""
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
@@ -237,11 +222,8 @@ def expect_usual(data: bytes, resolution: int, name: str) -> None:
     if size != (resolution, resolution):
         raise ValueError(f"{name}: is {size[0]}x{size[1]}, expected {resolution}x{resolution}")
     usual = mode in MODES.get(kind, ())
-    if kind == "PNG":
-        usual = usual and data[PNG_DEPTH] <= 8
-    elif kind == "JPEG":
-        usual = usual and well_formed(data)
-    if not usual:
+    # a PNG's byte 24 is its bit depth
+    if not usual or not (data[24] <= 8 if kind == "PNG" else well_formed(data)):
         raise ValueError(f"{name}: is an unusual {kind} of mode {mode}")
 
 

@@ -7,18 +7,20 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
 from repa_fast.data.features import METADATA_KEY, FeatureColumn, feature_columns
-from repa_fast.data.store import open_table, take
+from repa_fast.data.store import from_lists, open_table, take, to_lists, unwrapped
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 ROWS_PER_FILE = 4096
 """Rows of a fragment: what a kill costs while a column is added."""
+
+Encoding = Literal["jpeg", "png"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +65,13 @@ class Row(TypedDict):
 
 class Rows(TypedDict):
     """Rows in the order asked for: index int64 (B), image bytes, moments float32 (B, 2C, h, w),
-    label int64 (B)."""
+    label int64 (B), arrays of the columns of features."""
 
     index: np.ndarray
     image: list[bytes]
     moments: np.ndarray
     label: np.ndarray
+    features: dict[str, np.ndarray]
 
 
 class Fetched(NamedTuple):
@@ -76,9 +79,9 @@ class Fetched(NamedTuple):
     features that were."""
 
     index: int
+    image: bytes | None
     moments: np.ndarray
     label: int
-    image: bytes | None
     features: dict[str, np.ndarray]
 
 
@@ -117,30 +120,24 @@ def write(uri: str | Path, rows: Iterable[Row], metadata: Metadata, batch_rows: 
     import pyarrow as pa
 
     table_schema = schema(metadata)
-    refused: list[ValueError] = []  # Lance wraps what the generator raises
 
     def batches() -> Iterator[pa.RecordBatch]:
         numbered = iter(enumerate(rows))
-        try:
-            while pending := list(itertools.islice(numbered, batch_rows)):
-                for index, row in pending:
-                    check_sample(f"row {index}", row, metadata)
-                yield record_batch([row for _, row in pending], table_schema)
-        except ValueError as error:
-            refused.append(error)
-            raise
+        while pending := list(itertools.islice(numbered, batch_rows)):
+            for index, row in pending:
+                check_sample(f"row {index}", row, metadata)
+            yield record_batch([row for _, row in pending], table_schema)
 
     try:
-        lance.write_dataset(
-            batches(),
-            str(uri),
-            schema=table_schema,
-            mode="create",
-            max_rows_per_file=ROWS_PER_FILE,
-        )
+        with unwrapped(batches()) as given:
+            lance.write_dataset(
+                given,
+                str(uri),
+                schema=table_schema,
+                mode="create",
+                max_rows_per_file=ROWS_PER_FILE,
+            )
     except OSError as error:
-        if refused:
-            raise refused[0] from None
         if "already exists" in str(error).lower():
             raise ValueError(f"dataset {uri} exists already; remove it first") from error
         raise
@@ -167,7 +164,7 @@ def record_batch(rows: Sequence[Row], table_schema: "pa.Schema") -> "pa.RecordBa
     moments = np.stack([row["moments"] for row in rows]).astype(np.float32)
     columns = [
         pa.array([row["image"] for row in rows], pa.binary()),
-        pa.FixedSizeListArray.from_arrays(pa.array(moments.reshape(-1)), moments[0].size),
+        to_lists(moments),
         pa.array([row["label"] for row in rows], pa.int64()),
     ]
     return pa.record_batch(columns, schema=table_schema)
@@ -192,12 +189,23 @@ def decode(data: bytes, resolution: int, name: str = "image") -> np.ndarray:
     return pixels.transpose(2, 0, 1)
 
 
-def encode_png(pixels: np.ndarray) -> bytes:
-    """Encode uint8 RGB (R, R, 3) as PNG."""
+def encode(pixels: np.ndarray, kind: Encoding = "png", quality: int = 95) -> bytes:
+    """Encode uint8 RGB (R, R, 3) as PNG, or as JPEG with chroma at full resolution (4:4:4).
+
+    Raises:
+        ValueError: another kind, dtype or shape, or a quality of a JPEG outside of 1..100.
+    """
     from PIL import Image
 
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(f"image is {pixels.dtype} {pixels.shape}, expected uint8 (R, R, 3)")
+    if kind not in ("jpeg", "png"):
+        raise ValueError(f"image kind is {kind!r}, expected 'jpeg' or 'png'")
+    if kind == "jpeg" and not 1 <= quality <= 100:
+        raise ValueError(f"JPEG quality is {quality}, expected 1..100")
+    options = {"quality": quality, "subsampling": 0} if kind == "jpeg" else {}
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
+    Image.fromarray(pixels).save(buffer, format=kind.upper(), **options)
     return buffer.getvalue()
 
 
@@ -228,28 +236,45 @@ class LatentDataset:
         """Columns of features that `repa-fast prepare features` has added, by name."""
         return feature_columns(self.table.schema)
 
-    def rows(self, indices: np.ndarray, *, images: bool = True) -> Rows:
-        """Return the rows at `indices` (B), in order; `image` is empty where not asked for."""
-        return self._read(indices, images, ())[0]
+    def rows(
+        self, indices: np.ndarray, *, images: bool = True, features: Sequence[str] = ()
+    ) -> Rows:
+        """Return the rows at `indices` (B), in order; `image` is empty where not asked for.
+
+        Raises:
+            ValueError: there is no such column of features.
+            StoreError: the object store failed, and all retries too.
+        """
+        for name in features:
+            if name not in self.features:
+                there = ", ".join(self.features) or "none"
+                raise ValueError(
+                    f"{self.uri} has no column of features {name!r}, expected one of: {there}; "
+                    "`repa-fast prepare features` adds one"
+                )
+        columns = [self.features[name] for name in features]
+        names = ["moments", "label", *(["image"] if images else [])]
+        names += [name for column in columns for name in column.columns]
+        table = take(self.table, self.uri, indices.tolist(), names)
+        return {
+            "index": np.asarray(indices, dtype=np.int64),
+            "image": table["image"].to_pylist() if images else [],
+            "moments": from_lists(table["moments"], self.metadata.moments_shape),
+            "label": table["label"].to_numpy(),
+            "features": {k: array for column in columns for k, array in column.read(table).items()},
+        }
 
     def fetch(
         self, indices: np.ndarray, *, images: bool = True, features: Sequence[str] = ()
     ) -> list[Fetched]:
-        """Return what `decode` needs for each row; `features` are names of columns of features.
-
-        Raises:
-            ValueError: there is no such column.
-            StoreError: the object store failed, and all retries too.
-        """
-        columns = self._feature_columns(features)
+        """Return what `decode` needs for each row; raises as `rows`."""
         order = np.argsort(indices)  # Lance sorts too, and then copies everything back in order
-        rows, stored = self._read(indices[order], images, columns)
-        encoded = rows["image"] if images else [None] * len(indices)
+        rows = self.rows(indices[order], images=images, features=features)
+        stored = rows.pop("features")
+        rows["image"] = rows["image"] or [None] * len(indices)
         fetched = [
             Fetched(*row, {name: array[i] for name, array in stored.items()})
-            for i, row in enumerate(
-                zip(rows["index"], rows["moments"], rows["label"], encoded, strict=True)
-            )
+            for i, row in enumerate(zip(*rows.values(), strict=True))
         ]
         return [fetched[place] for place in np.argsort(order)]
 
@@ -259,7 +284,7 @@ class LatentDataset:
         Raises:
             ValueError: its image cannot be decoded, or the rest does not fit; names the row.
         """
-        index, moments, label, encoded, features = fetched
+        index, encoded, moments, label, features = fetched
         name = f"{self.uri} row {index}"
         sample: Sample = {"index": int(index), "moments": moments, "label": int(label)}
         if encoded is not None:
@@ -271,29 +296,3 @@ class LatentDataset:
             if not np.isfinite(values).all():
                 raise ValueError(f"{name}: {column} is not finite")
         return sample
-
-    def _read(
-        self, indices: np.ndarray, images: bool, features: Sequence[FeatureColumn]
-    ) -> tuple[Rows, dict[str, np.ndarray]]:
-        names = ["moments", "label", *(["image"] if images else [])]
-        names += [name for column in features for name in column.columns]
-        table = take(self.table, self.uri, indices.tolist(), names)
-        moments = table["moments"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        rows: Rows = {
-            "index": np.asarray(indices, dtype=np.int64),
-            "image": table["image"].to_pylist() if images else [],
-            "moments": moments.reshape(len(indices), *self.metadata.moments_shape),
-            "label": table["label"].to_numpy(),
-        }
-        return rows, {name: a for column in features for name, a in column.read(table).items()}
-
-    def _feature_columns(self, names: Sequence[str]) -> list[FeatureColumn]:
-        known = self.features if names else {}
-        for name in names:
-            if name not in known:
-                there = ", ".join(known) or "none"
-                raise ValueError(
-                    f"{self.uri} has no column of features {name!r}, expected one of: {there}; "
-                    "`repa-fast prepare features` adds one"
-                )
-        return [known[name] for name in names]

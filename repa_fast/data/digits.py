@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from repa_fast.data import dataset
-from repa_fast.data.dataset import Metadata, Row, encode_png
+from repa_fast.data.dataset import Metadata, Row, encode
 
 DIGITS_DIR = Path("data/digits")
 RESOLUTION = 16
@@ -87,7 +87,7 @@ def prepare_digits(out: str | Path = DIGITS_DIR) -> Path:
             pixels, labels = digit_images(split)
             columns = zip(pixels, pixel_moments(pixels), labels, strict=True)
             rows: Iterator[Row] = (
-                {"image": encode_png(image), "moments": moments, "label": int(label)}
+                {"image": encode(image), "moments": moments, "label": int(label)}
                 for image, moments, label in columns
             )
             dataset.write(partial / f"{split}.lance", rows, digits_metadata())

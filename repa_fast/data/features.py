@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from repa_fast.data.store import from_lists
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -103,14 +105,7 @@ class FeatureColumn:
     def read(self, table: "pa.Table") -> dict[str, np.ndarray]:
         """Return the arrays that `pack` made, by column, of rows of the table."""
         shapes = {self.name: (self.tokens, self.width), self.scale_name: (self.tokens,)}
-        return {
-            name: table[name]
-            .combine_chunks()
-            .flatten()
-            .to_numpy(zero_copy_only=False)
-            .reshape(len(table), *shapes[name])
-            for name in self.columns
-        }
+        return {name: from_lists(table[name], shapes[name]) for name in self.columns}
 
     def unpack(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the features (B, N, D) of a batch, on its device: fp16, or fp32 from int8."""

@@ -5,7 +5,7 @@ import logging
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -139,20 +139,15 @@ class Loader:
             if isinstance(item, BaseException):
                 raise item
             if item is not None:
-                yield _received(item)
+                for tensor in item.values():
+                    if tensor.is_cuda:  # its memory is kept until the stream is done with it
+                        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+                yield item
 
     def close(self) -> None:
         """Stop and join the threads; harmless when called again."""
         self._close()
         atexit.unregister(self._close)
-
-
-def _received(batch: Batch) -> Batch:
-    """Keep a batch's memory on a GPU until the current stream is done with it; return it."""
-    for tensor in batch.values():
-        if tensor.is_cuda:
-            tensor.record_stream(torch.cuda.current_stream(tensor.device))
-    return batch
 
 
 def read_batch(
@@ -173,60 +168,44 @@ def read_batch(
     """
     run = map if pool is None else pool.map
     fetch = partial(dataset.fetch, images=images, features=features)
-    decode = partial(_decode, dataset, fetch, skipped)
     fetched = fetch(indices)
+    samples, pixels, reason = None, None, ""
     if images and decoder is not None:
-        samples, pixels = _decode_whole(dataset, decoder, skipped, run, fetched, decode)
-    else:
-        samples = list(run(decode, fetched))
-        pixels = _stacked(samples) if images else None
+        try:
+            samples, pixels = decoder.decode(dataset, fetched, run)
+        except ValueError as error:  # a row is bad or unusual: row by row, by Pillow
+            reason = str(error)
+    if samples is None:
+        known = len(skipped or ())
+        samples = list(run(partial(_decode, dataset, fetch, skipped), fetched))
+        if reason and len(skipped or ()) == known:
+            log.warning("a batch is decoded by Pillow, not DALI: %s", reason)
     batch: Batch = {
         "index": torch.tensor([sample["index"] for sample in samples]),
-        "moments": torch.from_numpy(np.stack([sample["moments"] for sample in samples])),
+        "moments": _stacked(sample["moments"] for sample in samples),
         "label": torch.tensor([sample["label"] for sample in samples]),
     }
-    if pixels is not None:
-        batch["image"] = pixels
+    if images:
+        batch["image"] = _stacked(s["image"] for s in samples) if pixels is None else pixels
     for column in samples[0].get("features", ()):
-        stored = np.stack([sample["features"][column] for sample in samples])
-        batch[column] = torch.from_numpy(stored)
+        batch[column] = _stacked(sample["features"][column] for sample in samples)
     if pin_memory:
         batch = {name: t if t.is_cuda else t.pin_memory() for name, t in batch.items()}
     return batch
 
 
-def _stacked(samples: list[Sample]) -> torch.Tensor:
-    return torch.from_numpy(np.stack([sample["image"] for sample in samples]))
-
-
-def _decode_whole(
-    dataset: Dataset,
-    decoder: DaliDecoder,
-    skipped: list[str] | None,
-    run: Callable,
-    fetched: list[tuple],
-    decode: Callable[[tuple], Sample],
-) -> tuple[list[Sample], torch.Tensor]:
-    """Decode by `decoder`, or row by row by Pillow where a row is bad or unusual."""
-    try:
-        return decoder.decode(dataset, fetched, run)
-    except ValueError as error:
-        reason = str(error)
-    known = len(skipped or ())
-    samples = list(run(decode, fetched))
-    if len(skipped or ()) == known:
-        log.warning("a batch is decoded by Pillow, not DALI: %s", reason)
-    return samples, _stacked(samples)
+def _stacked(arrays: Iterable[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(list(arrays)))
 
 
 def _decode(dataset: Dataset, fetch: Callable, skipped: list[str] | None, fetched: tuple) -> Sample:
     if skipped is None:
         return dataset.decode(fetched)
+    first = int(fetched[0])
     for step in range(len(dataset)):
         try:
             if step:
-                following = (int(fetched[0]) + step) % len(dataset)
-                return dataset.decode(fetch(np.array([following]))[0])
+                fetched = fetch(np.array([(first + step) % len(dataset)]))[0]
             return dataset.decode(fetched)
         except ValueError as error:
             if not skipped:

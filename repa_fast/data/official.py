@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from repa_fast.data.dataset import Metadata, Sample, check_sample, decode, encode_png
+from repa_fast.data.dataset import Metadata, Sample, check_sample, decode, encode
 from repa_fast.data.features import FeatureColumn
 
 SD_VAE_FACTOR = 8
@@ -80,17 +80,10 @@ class OfficialFolder:
         return [(int(index), images) for index in indices]
 
     def decode(self, fetched: tuple[int, bool]) -> Sample:
-        """Read one row's files.
-
-        Raises:
-            ValueError: a file is missing, damaged, or of another shape; names it.
-        """
+        """Read one row's files; ValueError names one that is missing, damaged or of another shape."""
         index, images = fetched
-        sample: Sample = {
-            "index": index,
-            "moments": self._read_moments(index),
-            "label": int(self._labels[index]),
-        }
+        moments, label = self._read_moments(index), int(self._labels[index])
+        sample: Sample = {"index": index, "moments": moments, "label": label}
         if images:
             sample["image"] = self._read_image(index)
         check_sample(str(self._latent_path(index)), sample, self.metadata)
@@ -106,7 +99,7 @@ class OfficialFolder:
         path = self._image_path(index)
         if path.suffix != ".npy":
             return read_bytes(path)
-        return encode_png(_npy(path).transpose(1, 2, 0))
+        return encode(_npy(path).transpose(1, 2, 0))
 
     def _latent_path(self, index: int) -> Path:
         return self.root / "vae-sd" / self._latents[index].decode()
@@ -135,7 +128,7 @@ class OfficialFolder:
         return pixels
 
 
-def load_index(root: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def load_index(root: Path) -> list[np.ndarray]:
     """Return the names of latents and of images (empty without images/) and the labels, by row.
 
     They come from the cache where it belongs to this dataset.json; else they are paired and cached.
@@ -143,12 +136,13 @@ def load_index(root: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     listing = _listing(root)
     status = listing.stat()
     state = np.array([status.st_size, status.st_mtime_ns, (root / "images").is_dir()])
-    caches = [root / CACHE_NAME, _home_cache(root)]
+    home = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
+    caches = [root / CACHE_NAME, Path.home() / ".cache" / "repa-fast" / f"{home}.npz"]
     for cache in caches:
         if cache.is_file():
             with np.load(cache) as stored:
                 if np.array_equal(stored["state"], state):
-                    return stored["latents"], stored["images"], stored["labels"]
+                    return [stored[name] for name in ("latents", "images", "labels")]
     latents, images, labels = pair(root, listing)
     for cache in caches:
         partial = cache.with_name(f"{cache.name}.{os.getpid()}.npz")
@@ -159,7 +153,7 @@ def load_index(root: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             break
         except OSError:
             partial.unlink(missing_ok=True)
-    return latents, images, labels
+    return [latents, images, labels]
 
 
 def pair(root: Path, listing: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -171,22 +165,21 @@ def pair(root: Path, listing: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     labels = _labels(listing)
     latents = dict(_walk(root / "vae-sd", (".npy",)))
     _expect_same(latents, labels, "latents", f"labels in {listing}")
-    keys = list(labels)
     images: dict[str, str] = {}
     if (root / "images").is_dir():
         images = dict(_walk(root / "images", IMAGE_SUFFIXES))
         _expect_same(latents, images, "latents", "images")
     return (
-        np.array([latents[key] for key in keys], dtype=np.bytes_),
-        np.array([images[key] for key in keys] if images else [], dtype=np.bytes_),
-        np.array([labels[key] for key in keys], dtype=np.int64),
+        np.array([latents[key] for key in labels], dtype=np.bytes_),
+        np.array([images[key] for key in labels] if images else [], dtype=np.bytes_),
+        np.array(list(labels.values()), dtype=np.int64),
     )
 
 
 def _listing(root: Path) -> Path:
-    for path in (root / "vae-sd" / "dataset.json", root / "images" / "dataset.json"):
-        if path.is_file():
-            return path
+    for folder in ("vae-sd", "images"):
+        if (root / folder / "dataset.json").is_file():
+            return root / folder / "dataset.json"
     raise ValueError(f"{root} has no vae-sd/dataset.json, expected the labels there")
 
 
@@ -197,11 +190,9 @@ def _labels(listing: Path) -> dict[str, int]:
     labels = {_key(name, listing): int(label) for name, label in pairs}
     if len(labels) != len(pairs):
         raise ValueError(f"{listing} lists {len(pairs)} names, {len(labels)} of them different")
-    negative = [key for key, label in labels.items() if label < 0]
-    if negative:
-        raise ValueError(
-            f"{listing}: label of {negative[0]} is {labels[negative[0]]}, expected >= 0"
-        )
+    first = min(labels, key=labels.get)
+    if labels[first] < 0:
+        raise ValueError(f"{listing}: label of {first} is {labels[first]}, expected >= 0")
     return labels
 
 
@@ -226,16 +217,13 @@ def _key(name: str, where: Path) -> str:
 
 
 def _expect_same(ours: dict, theirs: dict, our_name: str, their_name: str) -> None:
-    sides = ((ours, theirs, our_name, their_name), (theirs, ours, their_name, our_name))
-    for here, there, name, other in sides:
+    for here, there, name, other in (
+        (ours, theirs, our_name, their_name),
+        (theirs, ours, their_name, our_name),
+    ):
         lone = [key for key in here if key not in there]
         if lone:
             raise ValueError(f"{len(lone)} {name} have no counterpart among {other}: {some(lone)}")
-
-
-def _home_cache(root: Path) -> Path:
-    name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
-    return Path.home() / ".cache" / "repa-fast" / f"{name}.npz"
 
 
 def read_bytes(path: Path) -> bytes:

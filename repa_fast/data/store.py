@@ -2,8 +2,12 @@
 
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 if TYPE_CHECKING:
     import lance
@@ -84,6 +88,39 @@ def take(
             raise
         message = _failure(uri, f"cannot read {len(indices)} rows", start, error)
         raise StoreError(message) from error
+
+
+@contextmanager
+def unwrapped(batches: Iterator) -> Iterator[Iterator]:
+    """Yield `batches` for Lance to read; what they raise comes out as it is, not as Lance's."""
+    raised: list[Exception] = []
+
+    def through() -> Iterator:
+        try:
+            yield from batches
+        except Exception as error:
+            raised.append(error)
+            raise
+
+    try:
+        yield through()
+    except Exception:
+        if raised:
+            raise raised[0] from None
+        raise
+
+
+def to_lists(array: np.ndarray) -> "pa.FixedSizeListArray":
+    """Convert an array (B, ...) to B lists."""
+    import pyarrow as pa
+
+    return pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), array[0].size)
+
+
+def from_lists(column: "pa.ChunkedArray", shape: tuple[int, ...]) -> np.ndarray:
+    """Convert B lists to an array (B, *shape)."""
+    values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(len(column), *shape)
 
 
 def _no_dataset(uri: str | Path, inside: str | Path) -> ValueError:

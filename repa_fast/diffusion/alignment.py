@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from repa_fast import ops
 from repa_fast.contracts import expect_choice, expect_floating, expect_shape, expect_tokens
@@ -18,15 +19,10 @@ from repa_fast.diffusion.ddpm import NUM_STEPS
 from repa_fast.distributed import World
 
 NEGATIVES = ("image", "batch", "global")
-EPS = 1e-12
-"""Lower bound of the norms, as in repa_fast.ops.align_loss."""
 KINDS = ("cos", "cos-features", "sml1", "l1", "l2")
-SMOOTH_L1_BETA = 0.05
 
 
-def cosine_losses(
-    projections: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
+def cosine_losses(projections: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Tensor]:
     """Compute the negative patch-wise cosine similarity of each encoder, per sample.
 
     Args:
@@ -48,14 +44,14 @@ def cosine_losses(
 
 
 def nt_xent(
-    projection: torch.Tensor,
-    target: torch.Tensor,
+    projection: Tensor,
+    target: Tensor,
     *,
     temperature: float = 0.1,
     negatives: str = "image",
     world: World | None = None,
     chunk: int = 1024,
-) -> torch.Tensor:
+) -> Tensor:
     """Compute the temperature-scaled cross-entropy of patches, mean over each sample's patches.
 
     With cosine similarities, the loss of patch n of image b is
@@ -101,8 +97,7 @@ def nt_xent(
     if negatives == "global":
         first, keys = world.rank * batch * tokens, world.gather(keys.contiguous())
     with torch.autocast(projection.device.type, enabled=False):
-        queries = F.normalize(projection.to(work), dim=-1, eps=EPS)
-        keys = F.normalize(keys.to(work), dim=-1, eps=EPS)
+        queries, keys = (F.normalize(x.to(work), dim=-1) for x in (projection, keys))
         if negatives != "image":  # one pool for all queries
             queries, keys = (x.reshape(1, -1, x.shape[-1]) for x in (queries, keys))
         losses = CrossEntropy.apply(queries, keys, first, temperature, chunk)
@@ -143,19 +138,12 @@ class CrossEntropy(torch.autograd.Function):
         return dlosses[..., None] * gradient, None, None, None, None
 
 
-def teacher_times(t: torch.Tensor, u: torch.Tensor, t_max: float) -> torch.Tensor:
-    """Return the teacher's times for flow: t - t_max u, clamped to [0, 1].
+def teacher_times(t: Tensor, u: Tensor, t_max: float) -> Tensor:
+    """Return the teacher's times for flow, (B): t - t_max u, clamped to [0, 1].
 
-    Args:
-        t: (B), times of the student in [0, 1], 1 is noise.
-        u: (B), uniform in [0, 1].
-        t_max: largest difference, in [0, 1]; 0.2 for the released SiT-XL/2.
-
-    Returns:
-        (B), in the dtype of t and u.
-
-    Raises:
-        ValueError: t_max out of range, or shapes that differ.
+    t (B) are the student's times in [0, 1], 1 is noise; u (B) is uniform in [0, 1]; t_max is the
+    largest difference, in [0, 1], 0.2 for the released SiT-XL/2. ValueError for a t_max out of
+    range, or shapes that differ.
     """
     expect_shape("teacher_times", "u", u, t.shape)
     if not 0 <= t_max <= 1:
@@ -163,21 +151,13 @@ def teacher_times(t: torch.Tensor, u: torch.Tensor, t_max: float) -> torch.Tenso
     return (t - t_max * u).clamp(0, 1)
 
 
-def teacher_steps(t: torch.Tensor, u: torch.Tensor, t_max: float) -> torch.Tensor:
-    """Return the teacher's steps for DDPM: t - r, clamped to 1..999.
+def teacher_steps(t: Tensor, u: Tensor, t_max: float) -> Tensor:
+    """Return the teacher's steps for DDPM, (B): t - r, clamped to 1..999.
 
-    r is uniform on 0..int(1000 t_max) - 1.
-
-    Args:
-        t: (B), integer steps of the student in 0..999. At step 0 the teacher is at 1, as released.
-        u: (B), uniform in [0, 1]; r = floor(u int(1000 t_max)).
-        t_max: largest difference as a fraction of the steps; 0.2 for the released DiT-XL/2.
-
-    Returns:
-        (B), in the dtype of t.
-
-    Raises:
-        ValueError: a t_max without any step or above 1, shapes that differ, or a t of fractions.
+    t (B) are the student's integer steps in 0..999; at step 0 the teacher is at 1, as released.
+    r = floor(u int(1000 t_max)), with u (B) uniform in [0, 1] and t_max a fraction of the steps,
+    0.2 for the released DiT-XL/2. ValueError for a t_max without any step or above 1, shapes that
+    differ, or a t of fractions.
     """
     expect_shape("teacher_steps", "u", u, t.shape)
     if t.is_floating_point():
@@ -191,7 +171,7 @@ def teacher_steps(t: torch.Tensor, u: torch.Tensor, t_max: float) -> torch.Tenso
     return (t - offset).clamp(1, NUM_STEPS - 1)
 
 
-def sra_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str) -> torch.Tensor:
+def sra_loss(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
     """Compute the distance of the student's hidden states to the teacher's, per sample.
 
     Args:
@@ -213,12 +193,11 @@ def sra_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str) -> torch.T
     expect_choice("kind", kind, KINDS)
     work = torch.promote_types(student.dtype, torch.float32)
     student, teacher = student.to(work), teacher.detach().to(work)
-    if kind == "cos":
-        return 1 - F.cosine_similarity(student, teacher, dim=1).mean(1)
-    if kind == "cos-features":
-        return 1 - F.cosine_similarity(student, teacher, dim=2).mean(1)
+    if kind.startswith("cos"):
+        over = 1 if kind == "cos" else 2
+        return 1 - F.cosine_similarity(student, teacher, dim=over).mean(1)
     if kind == "sml1":
-        distance = F.smooth_l1_loss(student, teacher, reduction="none", beta=SMOOTH_L1_BETA)
+        distance = F.smooth_l1_loss(student, teacher, reduction="none", beta=0.05)
     elif kind == "l1":
         distance = (student - teacher).abs()
     else:

@@ -18,16 +18,14 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from repa_fast.contracts import expect_shape
 from repa_fast.diffusion.path import Coefficients, Path
 
 NUM_STEPS = 1000
-BETA_FIRST, BETA_LAST = 1e-4, 0.02
-HALF_BIN = 1 / 255
-"""Half the distance of two of the 256 values that lie evenly in [-1, 1]."""
-OUTERMOST = 0.999
-"""Beyond this, on either side, lie the last of them."""
+HALF_BIN = 1 / 255  # half the distance of two of the 256 values that lie evenly in [-1, 1]
+OUTERMOST = 0.999  # beyond this, on either side, lie the last of them
 
 
 class Diffusion(NamedTuple):
@@ -43,22 +41,22 @@ class Diffusion(NamedTuple):
             second.
     """
 
-    times: torch.Tensor
-    betas: torch.Tensor
-    alphas_cumprod: torch.Tensor
-    alphas_cumprod_prev: torch.Tensor
-    posterior_clean: torch.Tensor
-    posterior_noisy: torch.Tensor
-    posterior_log_variance: torch.Tensor
+    times: Tensor
+    betas: Tensor
+    alphas_cumprod: Tensor
+    alphas_cumprod_prev: Tensor
+    posterior_clean: Tensor
+    posterior_noisy: Tensor
+    posterior_log_variance: Tensor
 
     @classmethod
     def linear(cls) -> "Diffusion":
         """Return DDPM's and DiT's chain: 1000 betas, evenly from 0.0001 to 0.02."""
-        betas = torch.linspace(BETA_FIRST, BETA_LAST, NUM_STEPS, dtype=torch.float64)
+        betas = torch.linspace(1e-4, 0.02, NUM_STEPS, dtype=torch.float64)
         return cls.from_betas(betas, torch.arange(NUM_STEPS))
 
     @classmethod
-    def from_betas(cls, betas: torch.Tensor, times: torch.Tensor) -> "Diffusion":
+    def from_betas(cls, betas: Tensor, times: Tensor) -> "Diffusion":
         """Return the chain of betas, (T) fp64 with T at least 2, at these times, (T) int64."""
         cumprod = (1 - betas).cumprod(0)
         previous = torch.cat([torch.ones_like(cumprod[:1]), cumprod[:-1]])
@@ -102,7 +100,7 @@ class Diffusion(NamedTuple):
         ratios = torch.cat([cumprod[:1], cumprod[1:] / cumprod[:-1]])
         return Diffusion.from_betas(1 - ratios, self.times[steps])
 
-    def q_sample(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def q_sample(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return noisy latents x_t, in fp32 at least.
 
         Args:
@@ -121,7 +119,7 @@ def chain(device: torch.device) -> Diffusion:
     return Diffusion.linear().to(device)
 
 
-def _coefficients(t: torch.Tensor) -> Coefficients:
+def _coefficients(t: Tensor) -> Coefficients:
     """Return the factors of x and of the noise at integer steps, fp32, with zero derivatives."""
     of_chain = chain(t.device).alphas_cumprod
     cumprod = of_chain.index_select(0, t.flatten()).view(t.shape)
@@ -129,19 +127,19 @@ def _coefficients(t: torch.Tensor) -> Coefficients:
     return Coefficients(cumprod.sqrt().float(), (1 - cumprod).sqrt().float(), zero, zero)
 
 
-def _steps(t: torch.Tensor) -> torch.Tensor:
-    """Return the steps, int64, of uniform t in [0, 1]."""
-    return (t * NUM_STEPS).long().clamp(max=NUM_STEPS - 1)
-
-
-def _time_of_ratio(ratio: torch.Tensor) -> torch.Tensor:
+def _time_of_ratio(ratio: Tensor) -> Tensor:
     """Return the middle of the first step with sigma / alpha at least `ratio`, or of the last."""
     cumprod = chain(ratio.device).alphas_cumprod
     steps = torch.searchsorted((1 / cumprod - 1).sqrt().to(ratio.dtype), ratio)
     return (steps.clamp(max=NUM_STEPS - 1) + 0.5) / NUM_STEPS
 
 
-path = Path("ddpm", _coefficients, _time_of_ratio, model_times=_steps)
+path = Path(
+    "ddpm",
+    _coefficients,
+    _time_of_ratio,
+    model_times=lambda t: (t * NUM_STEPS).long().clamp(max=NUM_STEPS - 1),
+)
 """The chain as a path: noisy latents at steps; it has no velocity and no flow sampler."""
 
 
@@ -152,16 +150,12 @@ class DDPMLosses(NamedTuple):
     bound, in bits per dimension.
     """
 
-    simple: torch.Tensor
-    variational: torch.Tensor
+    simple: Tensor
+    variational: Tensor
 
 
 def ddpm_losses(
-    diffusion: Diffusion,
-    output: torch.Tensor,
-    x: torch.Tensor,
-    noise: torch.Tensor,
-    t: torch.Tensor,
+    diffusion: Diffusion, output: Tensor, x: Tensor, noise: Tensor, t: Tensor
 ) -> DDPMLosses:
     """Compute the losses of a model's output at `diffusion.q_sample(x, noise, t)`.
 
@@ -192,19 +186,14 @@ def ddpm_losses(
     error = predicted.to(work) - noise.to(work)
     simple = error.square().flatten(1).mean(1)
     error = error.detach()
-    betas, cumprod, of_clean, low = (
-        table.index_select(0, t)
-        for table in (
-            diffusion.betas,
-            diffusion.alphas_cumprod,
-            diffusion.posterior_clean,
-            diffusion.posterior_log_variance,
-        )
-    )
+    names = ("betas", "alphas_cumprod", "posterior_clean", "posterior_log_variance")
+    betas, cumprod, of_clean, low = (getattr(diffusion, name).index_select(0, t) for name in names)
     to_clean = (1 / cumprod - 1).sqrt()
-    # Log variance of p less that of q, and the difference of their means in deviations of q.
+    # Log variance of p less that of q, and the difference of their means in deviations of q;
+    # KL(N(0, 1) || N(shift, exp(excess))), in nats.
     excess = (v.to(work) + 1) / 2 * _broadcast(betas.log() - low, error)
-    kl = _kl(excess, _broadcast(of_clean * to_clean / (low / 2).exp(), error) * error)
+    shift = _broadcast(of_clean * to_clean / (low / 2).exp(), error) * error
+    kl = (excess + torch.expm1(-excess) + shift.square() * (-excess).exp()) / 2
     first = (t == 0).view(-1, *[1] * (x.ndim - 1))
     # Elsewhere the likelihood is not used: a difference of 0 keeps its gradient finite there.
     difference = torch.where(first, _broadcast(to_clean, error) * error, 0)
@@ -213,15 +202,13 @@ def ddpm_losses(
     return DDPMLosses(simple, nats.flatten(1).mean(1) / math.log(2))
 
 
-def split_output(output: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+def split_output(output: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """Split a model's output (B, 2 C, ...) into noise and v, each of the latents' shape."""
     expect_shape("ddpm", "the model's output", output, (shape[0], 2 * shape[1], *shape[2:]))
     return output.chunk(2, dim=1)
 
 
-def log_likelihood(
-    x: torch.Tensor, difference: torch.Tensor, log_variance: torch.Tensor
-) -> torch.Tensor:
+def log_likelihood(x: Tensor, difference: Tensor, log_variance: Tensor) -> Tensor:
     """Return the log probability of the bin around x under N(x - difference, exp(log_variance)).
 
     In nats; all of one shape, as is the result. With the normal distribution function itself; the
@@ -240,12 +227,7 @@ def log_likelihood(
     )
 
 
-def _kl(excess: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Return KL(N(0, 1) || N(shift, exp(excess))) in nats."""
-    return (excess + torch.expm1(-excess) + shift.square() * (-excess).exp()) / 2
-
-
-def _broadcast(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def _broadcast(values: Tensor, like: Tensor) -> Tensor:
     """Return (B) fp64 values broadcastable to `like` (B, ...), in its dtype, fp32 at least."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     return values.to(dtype).view(-1, *[1] * (like.ndim - 1))

@@ -1,6 +1,7 @@
 """The losses of flow models: of the velocity (REPA eq. 4), and of score or noise (SiT)."""
 
 import torch
+from torch import Tensor
 
 from repa_fast.contracts import expect_choice, expect_shape
 from repa_fast.diffusion.path import Path
@@ -9,7 +10,7 @@ from repa_fast.diffusion.prediction import PREDICTIONS
 LOSS_WEIGHTS = ("none", "velocity", "likelihood")
 
 
-def velocity_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def velocity_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """Return each sample's mean squared error: two (B, C, h, w) tensors -> (B), at least fp32."""
     expect_shape("velocity_loss", "target", target, prediction.shape)
     work = torch.promote_types(prediction.dtype, torch.float32)
@@ -17,13 +18,8 @@ def velocity_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tenso
 
 
 def noise_loss(
-    prediction: str,
-    output: torch.Tensor,
-    noise: torch.Tensor,
-    t: torch.Tensor,
-    path: Path,
-    loss_weight: str = "none",
-) -> torch.Tensor:
+    prediction: str, output: Tensor, noise: Tensor, t: Tensor, path: Path, loss_weight: str = "none"
+) -> Tensor:
     """Return the weighted mean squared error of the noise that a score or noise stands for.
 
     The weights are SiT's (arXiv 2401.08740, its released code): none is 1; with the factor

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from repa_fast.contracts import expect_choice
 
@@ -19,10 +20,10 @@ BETA_MIN, BETA_MAX = 0.1, 20.0
 class Coefficients(NamedTuple):
     """alpha, sigma and their time derivatives: of the shape and dtype of t, or Python floats."""
 
-    alpha: torch.Tensor | float
-    sigma: torch.Tensor | float
-    d_alpha: torch.Tensor | float
-    d_sigma: torch.Tensor | float
+    alpha: Tensor | float
+    sigma: Tensor | float
+    d_alpha: Tensor | float
+    d_sigma: Tensor | float
 
 
 @dataclass(frozen=True)
@@ -40,21 +41,19 @@ class Path:
     """
 
     name: str
-    coefficients: Callable[[torch.Tensor], Coefficients]
-    time_of_ratio: Callable[[torch.Tensor], torch.Tensor]
+    coefficients: Callable[[Tensor], Coefficients]
+    time_of_ratio: Callable[[Tensor], Tensor]
     train_eps: float = 0.0
     sample_eps: float = 0.0
     ends_in_noise: bool = True
-    model_times: Callable[[torch.Tensor], torch.Tensor] = lambda t: t
+    model_times: Callable[[Tensor], Tensor] = lambda t: t
 
     def at(self, t: float) -> Coefficients:
         """Return the coefficients at t as Python floats, computed in fp64."""
         values = self.coefficients(torch.tensor(t, dtype=torch.float64))
         return Coefficients(*(value.item() for value in values))
 
-    def interpolate(
-        self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def interpolate(self, x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return noisy latents and their velocity (REPA eq. 2 to 4), both of the shape of x.
 
         x and noise are (B, ...), t is (B).
@@ -62,7 +61,7 @@ class Path:
         alpha, sigma, d_alpha, d_sigma = self.coefficients(t.view(-1, *[1] * (x.ndim - 1)))
         return alpha * x + sigma * noise, d_alpha * x + d_sigma * noise
 
-    def score(self, velocity: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def score(self, velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """Return the score that the velocity implies (REPA eq. 7), without dividing by d_alpha.
 
         t must be positive: at t = 0 there is no noise and the score is not defined.
@@ -71,18 +70,18 @@ class Path:
         return (alpha * velocity - d_alpha * x) / (sigma * (d_alpha * sigma - alpha * d_sigma))
 
 
-def _linear(t: torch.Tensor) -> Coefficients:
+def _linear(t: Tensor) -> Coefficients:
     one = torch.ones_like(t)
     return Coefficients(1 - t, t, -one, one)
 
 
-def _cosine(t: torch.Tensor) -> Coefficients:
+def _cosine(t: Tensor) -> Coefficients:
     angle = t * (math.pi / 2)
     alpha, sigma = angle.cos(), angle.sin()
     return Coefficients(alpha, sigma, -math.pi / 2 * sigma, math.pi / 2 * alpha)
 
 
-def _vp(t: torch.Tensor) -> Coefficients:
+def _vp(t: Tensor) -> Coefficients:
     """Return the coefficients of VP (arXiv 2011.13456): alpha = exp(l), sigma^2 = 1 - alpha^2.
 
     l = -(max - min) t^2 / 4 - min t / 2, with the noise rates BETA_MIN and BETA_MAX.
@@ -93,7 +92,7 @@ def _vp(t: torch.Tensor) -> Coefficients:
     return Coefficients(alpha, sigma, d_log_alpha * alpha, -d_log_alpha * alpha**2 / sigma)
 
 
-def _vp_time_of_ratio(ratio: torch.Tensor) -> torch.Tensor:
+def _vp_time_of_ratio(ratio: Tensor) -> Tensor:
     """Return the positive root of -l(t) = log(1 + ratio^2) / 2, at most 1."""
     a, b, c = (BETA_MAX - BETA_MIN) / 4, BETA_MIN / 2, ratio.square().log1p() / 2
     return (2 * c / (b + (b**2 + 4 * a * c).sqrt())).clamp(max=1)

@@ -14,7 +14,7 @@ The first divides by alpha, which is 0 at t = 1 on the linear and cosine paths. 
 noise and score start at 1 - 0.001; on every path they stop at 0.001, as SiT's do.
 """
 
-import torch
+from torch import Tensor
 
 from repa_fast.contracts import expect_choice
 from repa_fast.diffusion.path import Path
@@ -26,9 +26,7 @@ TRAIN_EPS = 1e-3
 """Distance that scores and noise keep in training from both ends of paths that end in noise."""
 
 
-def to_velocity(
-    prediction: str, output: torch.Tensor, x: torch.Tensor, t: torch.Tensor, path: Path
-) -> torch.Tensor:
+def to_velocity(prediction: str, output: Tensor, x: Tensor, t: Tensor, path: Path) -> Tensor:
     """Return the velocity of a model's output.
 
     Args:

@@ -49,11 +49,7 @@ def normalize(images: Tensor) -> Tensor:
 
 
 class _DigitsNet(nn.Module):
-    """A frozen net: eval mode, no gradients.
-
-    Args:
-        pretrained: load the packaged weights (needs safetensors); else random initialisation.
-    """
+    """A frozen net, with the packaged weights (needs safetensors) or randomly initialised."""
 
     name: str
     num_classes: int
@@ -65,21 +61,17 @@ class _DigitsNet(nn.Module):
         if pretrained:
             from safetensors.torch import load
 
-            file = (
-                resources.files("repa_fast") / "encoders" / "weights" / f"{self.name}.safetensors"
-            )
-            state = load(file.read_bytes())
+            folder = resources.files("repa_fast") / "encoders" / "weights"
+            state = load((folder / f"{self.name}.safetensors").read_bytes())
             self.vit.load_state_dict({key: value.float() for key, value in state.items()})
         self.eval().requires_grad_(False)
 
     def tokens(self, images: Tensor) -> Tensor:
-        """Map uint8 (B, 3, 16, 16) to patch tokens after the final norm, (B, 16, 96), row-major.
+        """Map uint8 (B, 3, 16, 16), or raise ValueError, to patch tokens after the final norm.
 
-        Raises:
-            ValueError: if `images` has another dtype or shape.
+        They are (B, 16, 96), row-major.
         """
-        expected = (3, RESOLUTION, RESOLUTION)
-        if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != expected:
+        if images.dtype != torch.uint8 or images.shape[1:] != (3, RESOLUTION, RESOLUTION):
             raise ValueError(
                 f"images: expected uint8 (B, 3, {RESOLUTION}, {RESOLUTION}), "
                 f"got {images.dtype} {tuple(images.shape)}"
@@ -88,19 +80,12 @@ class _DigitsNet(nn.Module):
 
 
 class DigitsViT(_DigitsNet):
-    """Self-supervised teacher whose patch tokens are alignment targets for 16x16 digits.
-
-    Its tokens have zero mean over the train split.
-    """
+    """Self-supervised teacher for 16x16 digits; its tokens' mean over the train split is zero."""
 
     name, num_classes = "digits-vit", 0
 
     def num_tokens(self, resolution: int) -> int:
-        """Return the number of patch tokens for square images of `resolution` pixels a side.
-
-        Raises:
-            ValueError: if `resolution` is not 16.
-        """
+        """Return the number of patch tokens of square images; ValueError for other than 16."""
         if resolution != RESOLUTION:
             raise ValueError(f"resolution: expected {RESOLUTION}, got {resolution}")
         return (resolution // PATCH_SIZE) ** 2

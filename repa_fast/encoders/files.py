@@ -14,14 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-SHOWN_NAMES = 6
+Weights = dict[str, Tensor]
 
-Weights = dict[str, torch.Tensor]
-Renames = tuple[tuple[str, str], ...]
-
-CLIP: Renames = (  # timm's filter would also resample another table, which is to be refused
+CLIP = (  # timm's filter would also resample another table, which is to be refused
     (r"^class_embedding$", "cls_token"),
     (r"^positional_embedding$", "pos_embed"),
     (r"^conv1\.", "patch_embed.proj."),
@@ -34,7 +31,7 @@ CLIP: Renames = (  # timm's filter would also resample another table, which is t
     (r"\.mlp\.c_fc\.", ".mlp.fc1."),
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
 )
-SIGLIP: Renames = (  # timm knows big_vision's names only
+SIGLIP = (  # timm knows big_vision's names only
     (r"^embeddings\.position_embedding\.weight$", "pos_embed"),
     (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),
     (r"^post_layernorm\.", "norm."),
@@ -43,14 +40,12 @@ SIGLIP: Renames = (  # timm knows big_vision's names only
     (r"\.self_attn\.out_proj\.", ".attn.proj."),
     (r"\.self_attn\.([qkv])_proj\.", r".attn.\1."),
 )
-MOCO: Renames = (  # slips in the ViT-L file
+MOCO = (  # slips in the ViT-L file
     (r"^blocks\.13\.norm13\.", "blocks.13.norm1."),
     (r"^blocks\.13\.mlp\.fc13\.", "blocks.13.mlp.fc1."),
     (r"^blocks\.14\.norm14\.", "blocks.14.norm2."),
     (r"^blocks\.14\.mlp\.fc14\.", "blocks.14.mlp.fc2."),
 )
-DINOV2_STEM = {"patch_embed.proj.weight": 4, "cls_token": 3, "pos_embed": 3}
-"""What every DINOv2 state dict has -> its number of axes."""
 
 
 def load_safely(path: str | Path, allow_namespace: bool = False) -> object:
@@ -81,11 +76,16 @@ def read(path: str | Path, allow_namespace: bool = False) -> dict:
     """
     if not Path(path).is_file():
         raise ValueError(f"--enc-weights: {path} is not a file")
+    fault = f"--enc-weights: {path} cannot be read as .safetensors or as weights of torch.save"
     try:
-        is_script = _is_torchscript(path)
-        content = None if is_script else load_safely(path, allow_namespace)
+        names = []
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        is_script = any(name.endswith("/constants.pkl") for name in names)
+        content = {} if is_script else load_safely(path, allow_namespace)
     except Exception as error:  # a damaged file fails in any way
-        raise _unreadable(path, type(error).__name__) from error
+        raise ValueError(f"{fault}: {type(error).__name__}") from error
     if is_script:
         raise ValueError(
             f"--enc-weights: {path} is a TorchScript archive, which holds code; expected weights. "
@@ -94,22 +94,8 @@ def read(path: str | Path, allow_namespace: bool = False) -> dict:
             "and give weights.pth"
         )
     if not isinstance(content, dict):
-        raise _unreadable(path, f"expected a dictionary, got {type(content).__name__}")
+        raise ValueError(f"{fault}: expected a dictionary, got {type(content).__name__}")
     return content
-
-
-def _unreadable(path: str | Path, reason: str) -> ValueError:
-    return ValueError(
-        f"--enc-weights: {path} cannot be read as .safetensors or as weights of torch.save: "
-        f"{reason}"
-    )
-
-
-def _is_torchscript(path: str | Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def unwrap(content: dict, *keys: str) -> Weights:
@@ -118,7 +104,7 @@ def unwrap(content: dict, *keys: str) -> Weights:
     return {
         name.removeprefix("module."): value
         for name, value in inner.items()
-        if isinstance(name, str) and isinstance(value, torch.Tensor)
+        if isinstance(name, str) and isinstance(value, Tensor)
     }
 
 
@@ -147,7 +133,7 @@ def differences(state: Weights, wanted: Weights) -> list[str]:
 
 def some(names: Sequence[str]) -> str:
     """Join the first of `names`."""
-    return ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
 
 
 def dino(content: dict) -> Weights:
@@ -158,7 +144,8 @@ def dino(content: dict) -> Weights:
 def dinov2(content: dict) -> Weights:
     """Return facebookresearch/dinov2's state dict; ValueError where it lacks what each has."""
     state = unwrap(content, "state_dict", "model")
-    missing = [n for n, axes in DINOV2_STEM.items() if getattr(state.get(n), "ndim", 0) != axes]
+    axes = {"patch_embed.proj.weight": 4, "cls_token": 3, "pos_embed": 3}
+    missing = [name for name in axes if getattr(state.get(name), "ndim", 0) != axes[name]]
     if missing:
         raise ValueError(
             f"is not a DINOv2 state dict: expected {', '.join(missing)}, "
@@ -177,16 +164,13 @@ def clip(content: dict) -> Weights:
     """Convert openai/CLIP's state dict: the image tower without its projection."""
     state = _without(_within(unwrap(content, "state_dict"), "visual."), "head.")
     state.pop("proj", None)
-    state = _with_batch_axis(_rename(state, CLIP))
-    if "cls_token" in state:
-        state["cls_token"] = state["cls_token"].reshape(1, 1, -1)
-    return state
+    return _rename(state, CLIP)
 
 
 def siglip(content: dict) -> Weights:
     """Convert google/siglip2-* in Hugging Face's naming: the image tower without its head."""
     state = _without(_within(unwrap(content), "vision_model."), "head.", "attn_pool.")
-    state = _with_batch_axis(_rename(state, SIGLIP))
+    state = _rename(state, SIGLIP)
     for name in [name for name in state if ".attn.q." in name]:
         parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
         if all(part in state for part in parts):
@@ -230,16 +214,13 @@ def _without(state: Weights, *prefixes: str) -> Weights:
     return {name: value for name, value in state.items() if not name.startswith(prefixes)}
 
 
-def _with_batch_axis(state: Weights) -> Weights:
-    """Give a position table (N, width) timm's shape (1, N, width)."""
-    table = state.get("pos_embed")
-    return state if table is None or table.ndim != 2 else state | {"pos_embed": table[None]}
-
-
-def _rename(state: Weights, renames: Renames) -> Weights:
+def _rename(state: Weights, renames: Sequence[tuple[str, str]]) -> Weights:
+    """Rename tensors, and give class token and position table timm's shape (1, N, width)."""
     renamed = {}
     for name, value in state.items():
         for pattern, replacement in renames:
             name = re.sub(pattern, replacement, name)
+        if name in ("cls_token", "pos_embed") and value.ndim in (1, 2):
+            value = value.reshape(1, -1, value.shape[-1])
         renamed[name] = value
     return renamed

@@ -7,10 +7,6 @@ alone. DINOv3 and SigLIP 2 are not REPA's; they are defined at 512 where their a
 from repa_fast.encoders import files
 from repa_fast.encoders.vit import Recipe
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-HALF = (0.5, 0.5, 0.5)
-
 DINO = Recipe(
     name="dinov1-vit-b",  # arXiv 2104.14294
     model="vit_base_patch16_224.dino",
@@ -42,8 +38,8 @@ CLIP = Recipe(
     input_sizes={256: 224},
     convert=files.clip,
     resize="before",
-    mean=CLIP_MEAN,
-    std=CLIP_STD,
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
     final_norm=False,
 )
 
@@ -60,7 +56,6 @@ IJEPA = Recipe(
     convert=lambda content: files.unwrap(content, "encoder", "target_encoder"),
     resize="after",
 )
-
 
 DINOV2_SIZES = {
     "s": ("small", 384, 12),
@@ -102,12 +97,12 @@ def dinov2(letter: str, registers: bool) -> Recipe:
     )
 
 
-def mocov3(letter: str, size: str, width: int, depth: int, heads: int, file: str) -> Recipe:
+def mocov3(letter: str, size: str, width: int, depth: int, heads: int, file: str = "") -> Recipe:
     """Return MoCo v3 (arXiv 2104.02057); timm has its architecture, but not its weights."""
     return Recipe(
         name=f"mocov3-vit-{letter}",
         model=f"vit_{size}_patch16_224",
-        file=file,
+        file=file or f"vit-{letter}-300ep.pth.tar of facebookresearch/moco-v3",
         width=width,
         depth=depth,
         convert=files.mocov3,
@@ -147,20 +142,18 @@ def siglip2(letter: str, size: str, width: int, depth: int, mlp: int, *, has_512
         prefix=0,
         input_sizes={256: 256, 512: 512} if has_512 else {256: 256},
         convert=files.siglip,
-        mean=HALF,
-        std=HALF,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
         options={"act_layer": "gelu_tanh"},  # as in big_vision, at every size
         mlp_ratio=mlp / width,
     )
 
 
-MOCO_FILE = "vit-{}-300ep.pth.tar of facebookresearch/moco-v3"
-
 DINOV2 = tuple(dinov2(letter, registers) for registers in (False, True) for letter in DINOV2_SIZES)
 RECIPES = (
     DINO,
-    mocov3("s", "small", 384, 12, 12, MOCO_FILE.format("s")),
-    mocov3("b", "base", 768, 12, 12, MOCO_FILE.format("b")),
+    mocov3("s", "small", 384, 12, 12),
+    mocov3("b", "base", 768, 12, 12),
     mocov3("l", "large", 1024, 24, 16, "vitl.pth.tar that the README of LTH14/rcg links to"),
     MAE,
     CLIP,

@@ -3,7 +3,7 @@
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from repa_fast.contracts import expect_choice
 from repa_fast.encoders.recipes import DINOV2, RECIPES
@@ -16,7 +16,7 @@ class Encoder(Protocol):
     It does its own resize and normalisation, in its official order.
     """
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, images: Tensor) -> Tensor: ...
 
 
 class _Digits(EncoderSpec):
@@ -39,9 +39,7 @@ DIGITS = _Digits(
     input_sizes={16: 16},
     mlp_ratio=3.0,
 )
-REGISTRY: dict[str, EncoderSpec] = {
-    encoder.name: encoder for encoder in (DIGITS, *DINOV2, *RECIPES)
-}
+REGISTRY: dict[str, EncoderSpec] = {one.name: one for one in (DIGITS, *DINOV2, *RECIPES)}
 
 
 def spec(name: str) -> EncoderSpec:
@@ -79,9 +77,7 @@ def weight_files(enc_type: str, enc_weights: str) -> list[str]:
 
 
 def load(name: str, resolution: int, device: torch.device | str, weights: str = "") -> nn.Module:
-    """Load an encoder with its weights, in eval mode, without gradients, on `device`.
-
-    `weights` is a file to read them from; empty is the encoder's own source.
+    """Load an encoder, frozen, on `device`; `weights` is a file, or "" for its own source.
 
     Raises:
         ValueError: unknown name, a resolution it has no input size for, or a wrong file.

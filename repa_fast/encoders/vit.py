@@ -3,19 +3,17 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from repa_fast.encoders.files import Weights, differences, measure, read, some
 from repa_fast.models.flops import vit_flops
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-RESIZES = ("none", "before", "after")
-SIZES = "width {}, depth {}, patch size {}"
-PERIODS = "rope_embed.periods"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +91,7 @@ class Recipe(EncoderSpec):
     file: str
     convert: Callable[[dict], Weights]
     adapt: Callable[[Weights, nn.Module], Weights] | None = None
-    resize: str = "none"
+    resize: Literal["none", "before", "after"] = "none"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     final_norm: bool = True
@@ -101,9 +99,6 @@ class Recipe(EncoderSpec):
     flags: bool = True
     options: Mapping[str, object] = field(default_factory=dict)
     siblings: Mapping[tuple[int, ...], str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        assert self.resize in RESIZES
 
     def build(self, input_size: int, weights: str = "", pretrained: bool = True) -> "FrozenViT":
         return FrozenViT(self, input_size, weights, pretrained)
@@ -142,7 +137,7 @@ class FrozenViT(nn.Module):
         self.register_buffer("std", torch.tensor(recipe.std).view(1, 3, 1, 1))
         self.eval().requires_grad_(False)
 
-    def preprocess(self, images: torch.Tensor) -> torch.Tensor:
+    def preprocess(self, images: Tensor) -> Tensor:
         """Normalise uint8 (B, 3, R, R) to fp32 (B, 3, input_size, input_size).
 
         Raises:
@@ -162,7 +157,7 @@ class FrozenViT(nn.Module):
             x = F.interpolate(x, size, mode="bicubic")
         return x
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """Map uint8 (B, 3, R, R) to floating point (B, N, width), tokens in row-major order."""
         tokens = self.vit.forward_features(self.preprocess(images))
         return tokens[:, self.vit.num_prefix_tokens :]
@@ -211,7 +206,7 @@ def load_file(vit: nn.Module, path: str | Path, recipe: Recipe) -> None:
     _, expected = _described(wanted, recipe)
     if kind != expected:
         raise ValueError(f"{path} holds {found}, expected {expected}")
-    periods = state.pop(PERIODS, None)
+    periods = state.pop("rope_embed.periods", None)
     if recipe.adapt is not None:
         state = recipe.adapt(state, vit)
     problems = differences(state, wanted)
@@ -219,8 +214,16 @@ def load_file(vit: nn.Module, path: str | Path, recipe: Recipe) -> None:
         has = "" if found == recipe.name else f" as {recipe.name} has"
         raise ValueError(f"{path} holds {found}{has}, but {'; '.join(problems)}")
     vit.load_state_dict(state)
-    if periods is not None:
-        _set_periods(vit, periods, path)
+    if periods is None:
+        return
+    rope = vit.rope  # its periods are taken over, which official files have rounded to bf16
+    if periods.shape != rope.periods.shape:
+        raise ValueError(
+            f"{path} has other shapes 1: rope_embed.periods {tuple(periods.shape)}, "
+            f"expected {tuple(rope.periods.shape)}"
+        )
+    rope.periods.copy_(periods)
+    rope.pos_embed_cached.copy_(rope.get_embed(shape=list(vit.patch_embed.grid_size)))
 
 
 def _described(state: Weights, recipe: Recipe) -> tuple[str, str]:
@@ -228,17 +231,5 @@ def _described(state: Weights, recipe: Recipe) -> tuple[str, str]:
     sizes = measure(state)
     if sizes in recipe.siblings:
         return recipe.siblings[sizes], recipe.siblings[sizes]
-    text = SIZES.format(*sizes)
+    text = "width {}, depth {}, patch size {}".format(*sizes)
     return f"a ViT of {text}", f"{text} of {recipe.name}"
-
-
-def _set_periods(vit: nn.Module, periods: torch.Tensor, path: str | Path) -> None:
-    """Take over the periods of the rotary embedding, which official files have rounded to bf16."""
-    rope = vit.rope
-    if periods.shape != rope.periods.shape:
-        raise ValueError(
-            f"{path} has other shapes 1: {PERIODS} {tuple(periods.shape)}, "
-            f"expected {tuple(rope.periods.shape)}"
-        )
-    rope.periods.copy_(periods)
-    rope.pos_embed_cached.copy_(rope.get_embed(shape=list(vit.patch_embed.grid_size)))

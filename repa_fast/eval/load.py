@@ -147,9 +147,10 @@ def _described(source: Path) -> tuple[dict, int | None, Metadata | None]:
     if source.suffix == ".safetensors":
         beside = source.with_suffix(".json")
         described = json.loads(beside.read_text()) if beside.exists() else {}
-        if described.keys() != {"model", "dataset"}:  # not that of `repa-fast export`
+        if not {"model", "dataset"} <= described.keys():  # not that of `repa-fast export`
             return {}, None, None
-        return described["model"], None, Metadata.from_dict(described["dataset"])
+        config = described["model"] | described.get("objective", {})
+        return config, None, Metadata.from_dict(described["dataset"])
     contents = formats.read_file(source)
     if not isinstance(contents, dict):
         raise ValueError(f"{source} holds no weights but a {type(contents).__name__}")

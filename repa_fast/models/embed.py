@@ -6,12 +6,12 @@ Shapes: B batch, N tokens, D width, C latent channels.
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 T_FREQUENCIES = 256
 
 
-def sincos_position_embedding(hidden_size: int, grid: int) -> torch.Tensor:
+def sincos_position_embedding(hidden_size: int, grid: int) -> Tensor:
     """Return a fixed 2-D sine-cosine table (1, grid * grid, hidden_size), fp32, made in fp64.
 
     The first half of the width encodes the column, the second the row; each is [sin | cos].
@@ -31,7 +31,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
 
 
@@ -44,7 +44,7 @@ class TimestepEmbedder(nn.Module):
             nn.Linear(T_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
 
-    def forward(self, t: torch.Tensor) -> torch.Tensor:
+    def forward(self, t: Tensor) -> Tensor:
         t = t.to(torch.promote_types(t.dtype, torch.float32))
         half = T_FREQUENCIES // 2
         exponents = torch.arange(half, dtype=t.dtype, device=t.device) / half
@@ -61,15 +61,15 @@ class LabelEmbedder(nn.Module):
         self.num_classes = num_classes
         self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
 
-    def forward(self, y: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, y: Tensor, drop: Tensor | None = None) -> Tensor:
         self._check(y)
         if drop is not None:
             y = torch.where(drop, self.num_classes, y)
         return self.embedding_table(y)
 
-    def _check(self, y: torch.Tensor) -> None:
+    def _check(self, y: Tensor) -> None:
         # On a GPU reading the labels would stall the step; there the dataset has checked them.
-        if type(y) is torch.Tensor and y.device.type == "cpu" and y.numel():
+        if type(y) is Tensor and y.device.type == "cpu" and y.numel():
             low, high = int(y.min()), int(y.max())
             if low < 0 or high > self.num_classes:
                 raise ValueError(

@@ -1,7 +1,7 @@
 """Projection heads from hidden states to an encoder's feature space."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from repa_fast.contracts import expect_shape, expect_tokens
 
@@ -21,7 +21,7 @@ class Projector(nn.Sequential):
             nn.Linear(projector_dim, z_dim),
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Map (B, N, hidden_size), any floating dtype, to (B, N, z_dim) in the compute dtype."""
         return super().forward(x.to(self[0].weight.dtype))
 
@@ -42,7 +42,7 @@ class SimpleHead(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Map (B, N, hidden_size), any floating dtype, to that shape in the compute dtype."""
         return self.linear2(self.act(self.linear1(x.to(self.linear1.weight.dtype))))
 
@@ -64,7 +64,7 @@ class ConvProjector(nn.Module):
         self.grid = grid
         self.projection_layer = nn.Conv2d(hidden_size, z_dim, kernel_size=3, padding=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Map (B, grid^2, hidden_size), any floating dtype, to (B, grid^2, z_dim), compute dtype.
 
         Raises:
@@ -77,7 +77,7 @@ class ConvProjector(nn.Module):
         return convolution(image.permute(0, 3, 1, 2)).flatten(2).mT
 
 
-def spatial_normalize(target: torch.Tensor, *, gamma: float = 0.6) -> torch.Tensor:
+def spatial_normalize(target: Tensor, *, gamma: float = 0.6) -> Tensor:
     """Normalise an encoder's patch tokens as iREPA, per sample and channel over the tokens.
 
     (z - gamma mean(z)) / (std(z) + 1e-6), the standard deviation with N - 1 degrees of freedom:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from repa_fast import ops
 from repa_fast.contracts import expect_choice
@@ -34,19 +34,14 @@ PATCH_SIZES = (2, 4, 8)
 
 
 def size(name: str) -> dict[str, int]:
-    """Return the arguments (depth, hidden_size, num_heads, patch_size) of, say, "SiT-XL/2".
-
-    Raises:
-        ValueError: the name is not SiT- or DiT-{S,B,L,XL}/{2,4,8}.
-    """
+    """Return depth, hidden_size, num_heads and patch_size of {SiT,DiT}-{S,B,L,XL}/{2,4,8}."""
     known = {
         f"{kind}-{size}/{patch}": {**arguments, "patch_size": patch}
         for kind in ("SiT", "DiT")
         for size, arguments in SIZES.items()
         for patch in PATCH_SIZES
     }
-    if name not in known:
-        raise ValueError(f"model is {name!r}, expected one of {', '.join(known)}")
+    expect_choice("model", name, tuple(known))
     return known[name]
 
 
@@ -63,7 +58,7 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, K) each
@@ -80,7 +75,7 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(hidden_size, mlp_hidden)
         self.fc2 = nn.Linear(mlp_hidden, hidden_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
@@ -99,12 +94,8 @@ class SiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(
-        self,
-        x: torch.Tensor,
-        branch: torch.Tensor | None,
-        gate: torch.Tensor | None,
-        modulation: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, x: Tensor, branch: Tensor | None, gate: Tensor | None, modulation: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Add the pending gate * branch to x (B, N, D), then run attention and MLP.
 
         branch (B, N, D) and gate (B, D) are None where nothing is pending; modulation is (B, 6D).
@@ -124,25 +115,15 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        branch: torch.Tensor | None,
-        gate: torch.Tensor | None,
-        c: torch.Tensor,
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, branch: Tensor | None, gate: Tensor | None, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
         _, normed = add_and_norm(x, branch, gate, shift, scale)
         return self.linear(normed)
 
 
 def add_and_norm(
-    x: torch.Tensor,
-    branch: torch.Tensor | None,
-    gate: torch.Tensor | None,
-    shift: torch.Tensor,
-    scale: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return (x with the pending branch added, if any; its adaLN)."""
     if branch is None:
         return x, ops.adaln(x, shift, scale)
@@ -203,7 +184,12 @@ class SiT(nn.Module):
         learn_sigma: bool = False,
     ) -> None:
         super().__init__()
-        _check_sizes(input_size, patch_size, hidden_size, num_heads)
+        if input_size % patch_size:
+            raise ValueError(f"patch_size {patch_size} does not divide input_size {input_size}")
+        if hidden_size % num_heads:
+            raise ValueError(f"num_heads {num_heads} does not divide hidden_size {hidden_size}")
+        if hidden_size % 4:
+            raise ValueError(f"hidden_size is {hidden_size}, expected a multiple of 4")
         if (z_dims or self_align) and not 1 <= encoder_depth <= depth:
             raise ValueError(f"encoder_depth is {encoder_depth}, expected 1..{depth} (the depth)")
         self.in_channels = in_channels
@@ -214,13 +200,11 @@ class SiT(nn.Module):
         self.encoder_depth = encoder_depth
         grid = input_size // patch_size
         self.num_tokens = grid * grid
-
         self.x_embedder = PatchEmbed(in_channels, hidden_size, patch_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
-        self.pos_embed = nn.Parameter(
-            sincos_position_embedding(hidden_size, grid), requires_grad=False
-        )
+        table = sincos_position_embedding(hidden_size, grid)
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.blocks = nn.ModuleList(
             SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm, fused_attn) for _ in range(depth)
         )
@@ -232,7 +216,7 @@ class SiT(nn.Module):
             for z_dim in z_dims
         )
         self.ap_head = SimpleHead(hidden_size) if self_align else None
-        self.joint_adaln: Callable[[torch.Tensor], Iterable[torch.Tensor]] | None = None
+        self.joint_adaln: Callable[[Tensor], Iterable[Tensor]] | None = None
         self.residual_dtype: torch.dtype | None = None
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
@@ -256,13 +240,13 @@ class SiT(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,
-        t: torch.Tensor,
-        y: torch.Tensor,
-        drop: torch.Tensor | None = None,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        drop: Tensor | None = None,
         *,
         project: bool | None = None,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    ) -> tuple[Tensor, list[Tensor]]:
         """Compute the velocity of noisy latents and, for training, the projected hidden states.
 
         Args:
@@ -282,7 +266,7 @@ class SiT(nn.Module):
         project = self.training if project is None else project
         heads = [*self.projectors, *([] if self.ap_head is None else [self.ap_head])]
         residual, c = self._embed(x, t, y, drop)
-        projections: list[torch.Tensor] = []
+        projections: list[Tensor] = []
         branch = gate = None
         for index, (block, modulation) in enumerate(zip(self.blocks, self.modulations(c)), start=1):
             residual, branch, gate = block(residual, branch, gate, modulation)
@@ -293,14 +277,8 @@ class SiT(nn.Module):
         return self.unpatchify(patches).to(x.dtype), projections
 
     def hidden(
-        self,
-        x: torch.Tensor,
-        t: torch.Tensor,
-        y: torch.Tensor,
-        drop: torch.Tensor | None = None,
-        *,
-        depth: int,
-    ) -> torch.Tensor:
+        self, x: Tensor, t: Tensor, y: Tensor, drop: Tensor | None = None, *, depth: int
+    ) -> Tensor:
         """Compute the hidden state (B, N, D) after block `depth` (1-based), in the residual dtype.
 
         Later blocks do not run. Other arguments and errors as for `forward`.
@@ -311,7 +289,7 @@ class SiT(nn.Module):
             residual, branch, gate = block(residual, branch, gate, modulation)
         return ops.gate_residual(residual, branch, gate)
 
-    def modulations(self, c: torch.Tensor) -> Iterable[torch.Tensor]:
+    def modulations(self, c: Tensor) -> Iterable[Tensor]:
         """Yield (B, 6D) of each block, from the condition c (B, D), each when its block is next.
 
         Where `joint_adaln` is set, all of them are computed at once under autocast.
@@ -320,11 +298,11 @@ class SiT(nn.Module):
             return self.joint_adaln(c)
         return (block.adaLN_modulation(c) for block in self.blocks)
 
-    def _embed(
-        self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, drop: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _embed(self, x: Tensor, t: Tensor, y: Tensor, drop: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the residual stream (B, N, D) before the first block, and the condition (B, D)."""
-        self._check_latents(x)
+        expected = (self.in_channels, self.input_size, self.input_size)
+        if tuple(x.shape[1:]) != expected:
+            raise ValueError(f"latents have shape {tuple(x.shape)}, expected (B, {expected})")
         # a view of (B, D, N) would be the layout of the first residual state alone, and compiled
         # blocks would be two: one for it, and one with symbolic strides
         tokens = self.x_embedder(x).contiguous()
@@ -333,7 +311,7 @@ class SiT(nn.Module):
             residual = residual.to(self.residual_dtype)
         return residual, self.t_embedder(t) + self.y_embedder(y, drop)
 
-    def unpatchify(self, patches: torch.Tensor) -> torch.Tensor:
+    def unpatchify(self, patches: Tensor) -> Tensor:
         """Arrange (B, N, P * P * C) as (B, C, h, w), C the output channels."""
         grid = self.input_size // self.patch_size
         return (
@@ -343,17 +321,3 @@ class SiT(nn.Module):
             .flatten(4, 5)
             .flatten(2, 3)
         )
-
-    def _check_latents(self, x: torch.Tensor) -> None:
-        expected = (self.in_channels, self.input_size, self.input_size)
-        if tuple(x.shape[1:]) != expected:
-            raise ValueError(f"latents have shape {tuple(x.shape)}, expected (B, {expected})")
-
-
-def _check_sizes(input_size: int, patch_size: int, hidden_size: int, num_heads: int) -> None:
-    if input_size % patch_size:
-        raise ValueError(f"patch_size {patch_size} does not divide input_size {input_size}")
-    if hidden_size % num_heads:
-        raise ValueError(f"num_heads {num_heads} does not divide hidden_size {hidden_size}")
-    if hidden_size % 4:
-        raise ValueError(f"hidden_size is {hidden_size}, expected a multiple of 4")

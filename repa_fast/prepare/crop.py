@@ -17,7 +17,7 @@ The content decides the format, never the name. Whatever does not decode whole i
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,8 +28,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 MAX_PIXELS = 89_478_485
 """Of an image as stored and as resized: 0.25 GiB, where Pillow warns of decompression bombs."""
 EXIF_ORIENTATION = 0x0112
-
-Encoding = Literal["jpeg", "png"]
 
 
 def center_crop(data: bytes, resolution: int, name: str = "image") -> np.ndarray:
@@ -59,26 +57,6 @@ def center_crop(data: bytes, resolution: int, name: str = "image") -> np.ndarray
     image = image.resize((width, height), Resampling.BICUBIC)
     left, top = (width - resolution) // 2, (height - resolution) // 2
     return np.asarray(image)[top : top + resolution, left : left + resolution].copy()
-
-
-def encode(pixels: np.ndarray, kind: Encoding = "png", quality: int = 95) -> bytes:
-    """Encode uint8 RGB (R, R, 3) as PNG, or as JPEG with chroma at full resolution (4:4:4).
-
-    Raises:
-        ValueError: another kind, dtype or shape, or a quality of a JPEG outside of 1..100.
-    """
-    from PIL import Image
-
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise ValueError(f"image is {pixels.dtype} {pixels.shape}, expected uint8 (R, R, 3)")
-    if kind not in ("jpeg", "png"):
-        raise ValueError(f"image kind is {kind!r}, expected 'jpeg' or 'png'")
-    if kind == "jpeg" and not 1 <= quality <= 100:
-        raise ValueError(f"JPEG quality is {quality}, expected 1..100")
-    options = {"quality": quality, "subsampling": 0} if kind == "jpeg" else {}
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format=kind.upper(), **options)
-    return buffer.getvalue()
 
 
 def original(data: bytes, resolution: int, name: str = "image") -> bytes:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,9 +37,6 @@ WARMUP = 0.05  # fraction of the steps
 THREADS = 1  # fixed, because the order of summation and so the weights depend on it
 SEEDS = {"digits-vit": 0, "digits-judge": 1}
 EPOCHS = {"digits-vit": 80, "digits-judge": 150}
-TEMPERATURE = 0.3
-PIXEL_WEIGHT, REDUNDANCY_WEIGHT = 1.0, 2.0
-LABEL_SMOOTHING = 0.1
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -84,17 +80,12 @@ def corrupt(images: Tensor) -> Tensor:
     return (images * contrast + noise).clamp(0, 255).masked_fill(hole[:, None], 0)
 
 
-def patch_pixels(images: Tensor) -> Tensor:
-    """Cut normalised images (B, 3, 16, 16) into the grey patch of each token: (B, N, 16)."""
-    return F.unfold(images[:, :1], PATCH_SIZE, stride=PATCH_SIZE).transpose(1, 2)
-
-
-def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
-    """Return SimCLR's loss (scalar) for embeddings (B, E) of two views; negatives are the batch."""
-    both = F.normalize(torch.cat([first, second]), dim=-1)  # (2B, E)
+def nt_xent(embeddings: Tensor, temperature: float) -> Tensor:
+    """Return SimCLR's loss (scalar) of two views, (2B, E); negatives are the batch."""
+    both = F.normalize(embeddings, dim=-1)
     logits = both @ both.T / temperature
     logits.fill_diagonal_(float("-inf"))
-    return F.cross_entropy(logits, torch.arange(len(both)).roll(len(first)))
+    return F.cross_entropy(logits, torch.arange(len(both)).roll(len(both) // 2))
 
 
 def token_redundancy(tokens: Tensor) -> Tensor:
@@ -119,10 +110,11 @@ def self_supervised_loss(vit: nn.Module) -> tuple[Loss, list[nn.Module]]:
     def loss(images: Tensor, _labels: Tensor) -> Tensor:
         clean = warp(images.float().repeat(2, 1, 1, 1))  # (2B, 3, 16, 16): two views
         tokens = vit.forward_features(normalize(corrupt(clean)))
-        contrast = nt_xent(*projector(tokens.mean(dim=1)).chunk(2), TEMPERATURE)
-        pixels = F.mse_loss(decoder(tokens), patch_pixels(normalize(clean)))
-        redundancy = token_redundancy(tokens)
-        return contrast + PIXEL_WEIGHT * pixels + REDUNDANCY_WEIGHT * redundancy
+        contrast = nt_xent(projector(tokens.mean(dim=1)), temperature=0.3)
+        grey = normalize(clean)[:, :1]
+        patches = F.unfold(grey, PATCH_SIZE, stride=PATCH_SIZE).transpose(1, 2)  # (2B, N, 16)
+        pixels = F.mse_loss(decoder(tokens), patches)
+        return contrast + pixels + 2 * token_redundancy(tokens)
 
     return loss, [projector, decoder]
 
@@ -132,7 +124,7 @@ def supervised_loss(vit: nn.Module) -> tuple[Loss, list[nn.Module]]:
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
         logits = vit(normalize(corrupt(warp(images.float()))))
-        return F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
+        return F.cross_entropy(logits, labels, label_smoothing=0.1)
 
     return loss, []
 
@@ -146,8 +138,7 @@ def fit(vit: nn.Module, heads: list[nn.Module], loss: Loss, epochs: int) -> None
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, PEAK_LR, total_steps=steps, pct_start=WARMUP, cycle_momentum=False
     )
-    started = time.monotonic()
-    for epoch in range(epochs):
+    for epoch in range(1, epochs + 1):
         total = 0.0
         batches = torch.randperm(len(images)).split(BATCH)
         for batch in batches:
@@ -158,51 +149,39 @@ def fit(vit: nn.Module, heads: list[nn.Module], loss: Loss, epochs: int) -> None
             optimizer.step()
             schedule.step()
             total += value.item()
-        if (epoch + 1) % 10 == 0 or epoch + 1 == epochs:
-            seconds = time.monotonic() - started
-            mean = total / len(batches)
-            print(f"epoch {epoch + 1}/{epochs}  loss {mean:.4f}  {seconds:.0f} s", flush=True)
+        if epoch % 10 == 0 or epoch == epochs:
+            print(f"epoch {epoch}/{epochs}  loss {total / len(batches):.4f}", flush=True)
 
 
 @torch.no_grad()
-def center_tokens(vit: nn.Module) -> None:
-    """Shift the final norm's bias so that the mean token over the train split is zero."""
-    images, _ = load_split("train")
-    vit.norm.bias -= vit.forward_features(normalize(images)).mean(dim=(0, 1))
+def finished(vit: nn.Module, teacher: bool) -> tuple[dict[str, Tensor], float]:
+    """Round the weights to float16; return them as a state_dict, and the held-out accuracy.
 
-
-def round_to_half(vit: nn.Module) -> dict[str, Tensor]:
-    """Round the weights of `vit` to float16 in place and return them as a float16 state_dict."""
+    A teacher's final bias is shifted first, so that the mean token over the train split is zero;
+    its accuracy in [0, 1] is that of a linear probe on mean tokens.
+    """
+    images, labels = load_split("train")
+    if teacher:
+        vit.norm.bias -= vit.forward_features(normalize(images)).mean(dim=(0, 1))
     state = {key: value.half().contiguous() for key, value in vit.state_dict().items()}
     vit.load_state_dict({key: value.float() for key, value in state.items()})
-    return state
-
-
-@torch.no_grad()
-def probe_accuracy(vit: nn.Module) -> float:
-    """Return held-out accuracy in [0, 1] of a linear probe on mean tokens, fit on train."""
+    held_out, truth = load_split("val")
+    if not teacher:
+        return state, (vit(normalize(held_out)).argmax(dim=-1) == truth).float().mean().item()
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    pooled, labels = {}, {}
-    for split in ("train", "val"):
-        images, labels[split] = load_split(split)
-        pooled[split] = vit.forward_features(normalize(images)).mean(dim=1).numpy()
+    pooled, unseen = (
+        vit.forward_features(normalize(split)).mean(dim=1).numpy() for split in (images, held_out)
+    )
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    probe.fit(pooled["train"], labels["train"].numpy())
-    return float(probe.score(pooled["val"], labels["val"].numpy()))
-
-
-@torch.no_grad()
-def judge_accuracy(vit: nn.Module) -> float:
-    """Return held-out classification accuracy in [0, 1]."""
-    images, labels = load_split("val")
-    return (vit(normalize(images)).argmax(dim=-1) == labels).float().mean().item()
+    probe.fit(pooled, labels.numpy())
+    return state, float(probe.score(unseen, truth.numpy()))
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train one net and write `DIR/<net>.safetensors`, float16, with recipe and accuracy inside."""
+    """Train one net and write `DIR/<net>.safetensors`, with recipe and accuracy inside."""
     parser = argparse.ArgumentParser(description="Train one of the two digits nets.")
     parser.add_argument("--net", required=True, choices=sorted(SEEDS))
     parser.add_argument("--out", required=True, type=Path, help="folder for the weights")
@@ -217,11 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     vit = build_vit(num_classes=0 if teacher else NUM_CLASSES)
     loss, heads = (self_supervised_loss if teacher else supervised_loss)(vit)
     fit(vit, heads, loss, epochs)
-    vit.eval()
-    if teacher:
-        center_tokens(vit)
-    state = round_to_half(vit)
-    accuracy = probe_accuracy(vit) if teacher else judge_accuracy(vit)
+    state, accuracy = finished(vit.eval(), teacher)
     metadata = {
         "net": args.net,
         "accuracy": f"{accuracy:.4f}",

@@ -1,19 +1,13 @@
 """`repa-fast prepare features`: an encoder's features as further columns of a dataset.
 
-The unit of work is a fragment of the table (4,096 rows as prepare writes them). A process takes
-every WORLD_SIZE-th one, decodes its images as training would, encodes them in batches of one size,
-the last one padded, and writes the new columns beside the old ones and then a record; so the
-columns do not depend on who computed them. When every fragment has a record, the first process
-commits all at once: before that the table is as it was.
+The unit of work is a fragment of the table (4,096 rows as prepare writes them), whose images are
+decoded as training would, and encoded in batches of one size, the last one padded.
 """
 
 import functools
 import itertools
-import json
 import re
-import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,16 +16,20 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from repa_fast.data.dataset import LatentDataset
+from repa_fast.data.dataset import Fetched, LatentDataset
 from repa_fast.data.features import FeatureColumn, Storage
+from repa_fast.data.store import to_lists, unwrapped
 from repa_fast.distributed import own_device, progress_bar, rank_and_size
-from repa_fast.ledger import Ledger, share, write_whole
-from repa_fast.prepare.build import AHEAD, ahead, expect_checksums
+from repa_fast.prepare.fragments import (
+    Fragments,
+    Parts,
+    checksum,
+    encode_padded,
+    expect_checksums,
+)
 
 if TYPE_CHECKING:
-    import lance
     import pyarrow as pa
-    from lance.schema import LanceSchema
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 RESERVED = ("index", "image", "moments", "label")
@@ -105,206 +103,125 @@ def prepare_features(config: FeaturesConfig) -> str:
     encoder = encoders.load(spec.name, resolution, device, config.enc_weights)
     if config.compile:
         encoder.compile()
-    encode = functools.partial(_encode, encoder, device, config.precision)
+
+    @torch.no_grad()
+    def encode(images: np.ndarray) -> torch.Tensor:
+        on_device = torch.from_numpy(images).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            return encoder(on_device)
+
     with progress_bar(f"{dataset.uri} {name}", rank == 0) as progress:
-        finished = extract(
-            dataset,
-            column,
-            encode,
-            batch=config.batch_size,
+        rows = Extraction(dataset, column, encode, config.batch_size).run(
             rank=rank,
             world_size=world_size,
             workers=config.num_workers,
             progress=progress(len(dataset)),
         )
+    if rows is None:
+        return ""
     size = column.bytes_per_image
-    total = f"{size * len(dataset) / 1e9:.2f} GB, {size / 1000:.1f} kB per image"
-    return f"{dataset.uri}: {len(dataset)} rows of {name} ({total})" if finished else ""
+    total = f"{size * rows / 1e9:.2f} GB, {size / 1000:.1f} kB per image"
+    return f"{dataset.uri}: {rows} rows of {name} ({total})"
 
 
-@torch.no_grad()
-def _encode(
-    encoder: torch.nn.Module, device: torch.device, precision: str, images: np.ndarray
-) -> torch.Tensor:
-    on_device = torch.from_numpy(images).to(device)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        return encoder(on_device)
-
-
-def extract(
-    dataset: LatentDataset,
-    column: FeatureColumn,
-    encode: EncodeImages,
-    *,
-    batch: int,
-    rank: int = 0,
-    world_size: int = 1,
-    workers: int = 4,
-    progress: Callable[[int], None] = lambda done: None,
-) -> bool:
-    """Add `column` to the table; every process calls it; return whether this one committed it.
+class Extraction(Fragments):
+    """A table while a column is being added.
 
     Args:
         encode: for exactly `batch` images.
-        rank, world_size: which process this is, of how many.
-        workers: threads that decode images.
-        progress: called with the rows that are done, of all processes.
 
     Raises:
-        ValueError: a bad image (named), a name that is taken, or another recipe than before.
-        RuntimeError: the disk is full, or the table was changed meanwhile.
+        ValueError: the name of the column cannot be one.
     """
-    if not NAME.fullmatch(column.name) or column.name in RESERVED:
-        raise ValueError(
-            f"column is {column.name!r}, expected letters, digits and underscores, and none of "
-            f"{', '.join(RESERVED)}"
-        )
-    table, uri = dataset.table, Path(dataset.uri)
-    taken = functools.partial(_taken, column, uri)
-    if rank == 0 and (names := taken()):
-        raise ValueError(f"{uri} has a column {names[0]} already; --verify it")
-    recipe = asdict(column) | {"batch": batch, "version": table.version}
-    folder, fragments = uri.parent / f".{uri.stem}.features", table.get_fragments()
-    shared = share(folder, recipe, len(fragments), rank, world_size, lambda: bool(taken()))
-    if shared is None:
-        return False
-    ledger, left = shared
-    starts = np.cumsum([0, *(fragment.count_rows() for fragment in fragments)])
 
-    def finish(unit: int) -> None:
-        indices = range(starts[unit], starts[unit + 1])
-        packed = _packed(dataset, column, encode, indices, batch, pool)
-        ledger.write(unit, _add(fragments[unit], column, packed))
+    def __init__(
+        self, dataset: LatentDataset, column: FeatureColumn, encode: EncodeImages, batch: int
+    ) -> None:
+        if not NAME.fullmatch(column.name) or column.name in RESERVED:
+            raise ValueError(
+                f"column is {column.name!r}, expected letters, digits and underscores, and none "
+                f"of {', '.join(RESERVED)}"
+            )
+        self.dataset, self.column, self.encode, self.batch = dataset, column, encode, batch
+        self.uri, self.version = Path(dataset.uri), dataset.table.version
+        self.folder = self.uri.parent / f".{self.uri.stem}.features"
+        self.settings = asdict(column) | {"batch": batch, "version": self.version}
+        self.fragments = dataset.table.get_fragments()
+        self.starts = np.cumsum([0, *(fragment.count_rows() for fragment in self.fragments)])
+        self.checks_file = _checks_file(dataset, column.name)
+        self.kept = "fragments"
 
-    def report() -> None:
-        progress(int(sum(starts[unit + 1] - starts[unit] for unit in ledger.done())))
+    def taken(self) -> str:
+        """Return "", or that the newest version of the table has the column already."""
+        import lance
 
-    with ThreadPoolExecutor(workers, thread_name_prefix="repa-fast-decode") as pool:
-        ledger.work(left, finish, report, "fragments")
-    if rank:
-        return False
-    ledger.wait_for(len(fragments), report)
-    progress(len(dataset))
-    _commit(dataset, column, ledger, len(fragments))
-    return True
+        names = set(self.column.columns) & set(lance.dataset(str(self.uri)).schema.names)
+        return f"{self.uri} has a column {min(names)} already; --verify it" if names else ""
 
+    def write(self, unit: int) -> None:
+        """Write the new columns of a fragment, then its record."""
+        import pyarrow as pa
 
-def _taken(column: FeatureColumn, uri: Path) -> list[str]:
-    """Return which of its columns the newest version of the table has."""
-    import lance
+        schema, crc32 = pa.schema(self.column.fields()), 0
 
-    return sorted(set(column.columns) & set(lance.dataset(str(uri)).schema.names))
-
-
-def _packed(
-    dataset: LatentDataset,
-    column: FeatureColumn,
-    encode: EncodeImages,
-    indices: range,
-    batch: int,
-    pool: ThreadPoolExecutor,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Yield the features of some rows as they are stored, batch by batch."""
-    parts = [indices[i : i + batch] for i in range(0, len(indices), batch)]
-    fetched = itertools.chain.from_iterable(dataset.fetch(np.array(part)) for part in parts)
-    images = ahead(pool, lambda row: dataset.decode(row)["image"], fetched, AHEAD * batch)
-    while part := list(itertools.islice(images, batch)):
-        padded = np.stack(part + [part[0]] * (batch - len(part)))
-        yield column.pack(encode(padded)[: len(part)])
-
-
-def _add(
-    fragment: "lance.LanceFragment",
-    column: FeatureColumn,
-    packed: Iterator[dict[str, np.ndarray]],
-) -> dict:
-    """Write the new columns of a fragment and return its record."""
-    import pyarrow as pa
-
-    schema = pa.schema(column.fields())
-    failed: list[Exception] = []  # Lance wraps what the generator raises
-    checksum = 0
-
-    def batches() -> Iterator["pa.RecordBatch"]:
-        nonlocal checksum
-        try:
-            for arrays in packed:
-                checksum = _checksum(arrays, column, checksum)
+        def batches() -> Iterator[pa.RecordBatch]:
+            nonlocal crc32
+            for arrays in self._packed(unit):
+                # row by row, so that batches do not matter
+                for row in zip(*(arrays[name] for name in self.column.columns), strict=True):
+                    crc32 = checksum(crc32, row)
                 yield _record_batch(arrays, schema)
-        except Exception as error:
-            failed.append(error)
-            raise
 
-    try:
-        metadata, merged = fragment.merge_columns(
-            pa.RecordBatchReader.from_batches(schema, batches())
-        )
-    except (OSError, RuntimeError):
-        if failed:
-            raise failed[0] from None
-        raise
-    return {
-        "rows": fragment.count_rows(),
-        "crc32": checksum,
-        "fragment": metadata.to_json(),
-        "schema": _stored(merged),
-    }
+        with unwrapped(batches()) as given:
+            reader = pa.RecordBatchReader.from_batches(schema, given)
+            metadata, merged = self.fragments[unit].merge_columns(reader)
+        # Arrow's form of Lance's schema would lose the numbers of the fields
+        text, *fields = merged.__reduce__()[1]
+        record = {
+            "rows": self.fragments[unit].count_rows(),
+            "crc32": crc32,
+            "fragments": [metadata.to_json()],
+            "schema": [text, *(field.hex() for field in fields)],
+        }
+        self.ledger.write(unit, record)
+
+    def _packed(self, unit: int) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the features of a fragment as they are stored, batch by batch."""
+        indices = np.arange(self.starts[unit], self.starts[unit + 1])
+        parts = (indices[i : i + self.batch] for i in range(0, len(indices), self.batch))
+        fetched = itertools.chain.from_iterable(map(self.dataset.fetch, parts))
+        decode = self.dataset.decode
+        for part in self.batched(lambda row: decode(row)["image"], fetched, self.batch):
+            yield self.column.pack(encode_padded(self.encode, part, self.batch))
+
+    def operation(self, records: list[dict], fragments: list) -> object:
+        """Return the replacing of all fragments."""
+        import lance
+
+        rebuild = self.dataset.table.lance_schema.__reduce__()[0]
+        text, *fields = records[0]["schema"]
+        return lance.LanceOperation.Merge(fragments, rebuild(text, *map(bytes.fromhex, fields)))
+
+    def commit(self) -> int:
+        """Commit all fragments; remove what a kill cut off between columns and their record."""
+        import lance
+        from lance.commit import CommitConflictError
+
+        try:
+            rows = super().commit()
+        except CommitConflictError as error:
+            raise RuntimeError(
+                f"{self.uri} was changed while the features were computed; remove {self.folder} "
+                f"and begin again ({error})"
+            ) from error
+        lance.dataset(str(self.uri)).cleanup_old_versions(older_than=NEVER, delete_unverified=True)
+        return rows
 
 
 def _record_batch(arrays: dict[str, np.ndarray], schema: "pa.Schema") -> "pa.RecordBatch":
     import pyarrow as pa
 
-    columns = [
-        pa.FixedSizeListArray.from_arrays(
-            pa.array(arrays[field.name].reshape(-1)), field.type.list_size
-        )
-        for field in schema
-    ]
-    return pa.record_batch(columns, schema=schema)
-
-
-def _checksum(arrays: dict[str, np.ndarray], column: FeatureColumn, value: int) -> int:
-    """Extend a CRC-32 by values and scales, row by row, so that batches do not matter."""
-    for row in zip(*(arrays[name] for name in column.columns), strict=True):
-        for stored in row:
-            value = zlib.crc32(np.ascontiguousarray(stored), value)
-    return value
-
-
-def _commit(dataset: LatentDataset, column: FeatureColumn, ledger: Ledger, units: int) -> None:
-    import lance
-    from lance.commit import CommitConflictError
-
-    records = [ledger.read(unit) for unit in range(units)]
-    fragments = [
-        lance.FragmentMetadata.from_json(json.dumps(record["fragment"])) for record in records
-    ]
-    schema = _restored(records[0]["schema"], dataset.table.lance_schema)
-    checks = [{"rows": record["rows"], "crc32": record["crc32"]} for record in records]
-    write_whole(_checks_file(dataset, column.name), json.dumps(checks, indent=1))
-    operation = lance.LanceOperation.Merge(fragments, schema)
-    try:
-        lance.LanceDataset.commit(dataset.uri, operation, read_version=dataset.table.version)
-    except (OSError, CommitConflictError) as error:
-        raise RuntimeError(
-            f"{dataset.uri} was changed while the features were computed; remove {ledger.folder} "
-            f"and begin again ({error})"
-        ) from error
-    ledger.remove()
-    # what a kill cut off between the columns of a fragment and their record
-    lance.dataset(dataset.uri).cleanup_old_versions(older_than=NEVER, delete_unverified=True)
-
-
-def _stored(schema: "LanceSchema") -> list[str]:
-    """Return a schema as text: Arrow's form of it would lose the numbers of the fields."""
-    metadata, *fields = schema.__reduce__()[1]
-    return [metadata, *(field.hex() for field in fields)]
-
-
-def _restored(stored: list[str], like: "LanceSchema") -> "LanceSchema":
-    """Return the schema that `_stored` wrote; `like` is any schema."""
-    rebuild = like.__reduce__()[0]
-    return rebuild(stored[0], *map(bytes.fromhex, stored[1:]))
+    return pa.record_batch([to_lists(arrays[name]) for name in schema.names], schema=schema)
 
 
 def _checks_file(dataset: LatentDataset, name: str) -> Path:
@@ -320,15 +237,10 @@ def verify(
     Raises:
         ValueError: there is none, it is not finite, or a checksum is not what it was.
     """
-    checks_file = _checks_file(dataset, name)
-    if not checks_file.exists():
-        raise ValueError(f"{checks_file} is missing: {name} was not written by prepare features")
+    fetch = functools.partial(dataset.fetch, images=False, features=[name])
 
-    def checksum_of(indices: np.ndarray, value: int) -> int:
-        for fetched in dataset.fetch(indices, images=False, features=[name]):
-            for stored in dataset.decode(fetched)["features"].values():
-                value = zlib.crc32(np.ascontiguousarray(stored), value)
-        return value
+    def parts(fetched: Fetched) -> Parts:
+        return dataset.decode(fetched)["features"].values()
 
-    parts = json.loads(checks_file.read_text())
-    expect_checksums(parts, checksum_of, f"{dataset.uri}: {name}", "part", progress)
+    names = (name, "part", "features")
+    expect_checksums(dataset, _checks_file(dataset, name), fetch, parts, names, progress)

@@ -11,7 +11,7 @@ from repa_fast.data.digits import pixel_metadata, pixel_moments
 from repa_fast.data.latents import VAE
 from repa_fast.distributed import own_device, progress_bar, rank_and_size
 from repa_fast.prepare import build
-from repa_fast.prepare.sources import open_source, subset
+from repa_fast.prepare.sources import Subset, open_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def prepare_images(config: ImagesConfig) -> str:
         config.data_dir, config.kind, config.labels or None, config.classes or None
     )
     if config.subset:
-        source = subset(source, config.subset, config.seed)
+        source = Subset(source, config.subset, config.seed)
     device = own_device()
     metadata, encode, encoder = _latents(config, source.class_names, device)
     recipe = build.Recipe(
@@ -90,12 +90,7 @@ def prepare_images(config: ImagesConfig) -> str:
         on_bad_image=config.on_bad_image,
     )
     with progress_bar(str(out), rank == 0) as progress:
-        rows = build.build(
-            source,
-            out,
-            config.split,
-            recipe,
-            encode,
+        rows = build.Building(source, out, config.split, recipe, encode).run(
             rank=rank,
             world_size=world_size,
             workers=config.num_workers,

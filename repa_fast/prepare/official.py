@@ -118,7 +118,8 @@ def export_official(source: str | Path, out: str | Path, split: str = "train") -
         starts = range(0, len(table), EXPORTED_ROWS)
         for start in track(starts, description=f"{out}", disable=not sys.stdout.isatty()):
             rows = table.rows(np.arange(start, min(start + EXPORTED_ROWS, len(table))))
-            for index, image, moments, label in zip(*rows.values(), strict=True):
+            names = ("index", "image", "moments", "label")
+            for index, image, moments, label in zip(*(rows[n] for n in names), strict=True):
                 folder = f"{index // FILES_PER_FOLDER:05d}"
                 latent = f"{folder}/img-mean-std-{index:08d}.npy"
                 (partial / "vae-sd" / folder).mkdir(parents=True, exist_ok=True)

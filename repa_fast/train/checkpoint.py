@@ -37,9 +37,6 @@ from repa_fast.distributed import World
 from repa_fast.train.spikes import History
 from repa_fast.train.state import TrainState
 
-SAME = ("objective", "prediction", "path_type", "latent_shape", "vae", "scale", "bias")
-"""Settings that a run does not go on with others of: tensors would fit, and mean something else."""
-
 
 class CheckpointFailed(RuntimeError):
     """A checkpoint that had to be written was not, or two in a row were not."""
@@ -64,14 +61,13 @@ class Checkpointer:
     """Writes a run's checkpoints; every process has one and calls `save` and `settle` alike.
 
     A save copies this process's part of the tensors into host memory and returns; from there a
-    thread writes it while training goes on, one save at a time. A checkpoint is announced when it
-    is complete, on the disks of all processes.
+    thread writes it while training goes on, one save at a time. On the first process `announce`
+    takes a line when it is complete, on the disks of all processes.
 
-    A save that fails (a full disk, a folder that is read-only) does not stop training, which may
-    have cost hours: what it wrote is removed and a warning says why. If the next one fails too,
-    the one after that is waited for, and the run stops with CheckpointFailed if it fails as well.
-    So it does at once where a checkpoint is waited for anyway: at the end, on a signal, and when
-    training has diverged. On the first process `announce` takes a line about each save.
+    A save that fails (a full disk, a folder that is read-only) does not stop training: what it
+    wrote is removed and a warning says why. If the next one fails too, the one after that is waited
+    for, and CheckpointFailed stops the run if it fails as well; at once where a checkpoint is
+    waited for anyway, which is at the end, on a signal, and when training has diverged.
     """
 
     def __init__(self, folder: Path, world: World) -> None:
@@ -91,7 +87,7 @@ class Checkpointer:
         return len(self._failures) > 1
 
     def save(self, state: TrainState, *, wait: bool = False) -> Path:
-        """Begin to write the checkpoint of the current step; returns its directory.
+        """Begin to write the checkpoint of the current step; return its directory.
 
         A whole checkpoint of this step is left as it is; a damaged one is written again.
 
@@ -204,8 +200,10 @@ def load(source: Path, state: TrainState) -> None:
     expect_complete(source)
     _expect_same_model(source, state)
     stored = read_settings(source)
+    # with other values of these the tensors would fit, and mean something else
+    names = ("objective", "prediction", "path_type", "latent_shape", "vae", "scale", "bias")
     theirs, ours = ({**vars(of.config), **vars(of.metadata)} for of in (stored, state))
-    problems = [f"{n} {theirs[n]!r}, expected {ours[n]!r}" for n in SAME if theirs[n] != ours[n]]
+    problems = [f"{n} {theirs[n]!r}, expected {ours[n]!r}" for n in names if theirs[n] != ours[n]]
     if problems:
         raise ValueError(
             f"{source} is of a run with {'; '.join(problems)}: it cannot be gone on from; start a "

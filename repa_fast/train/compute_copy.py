@@ -29,8 +29,6 @@ class ReadCopy(torch.autograd.Function):
 class CopiedLinear(nn.Linear):
     """A linear layer's parameters, under autocast with `weight_copy` (bf16) for the weight."""
 
-    weight_copy: torch.Tensor
-
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__(layer.in_features, layer.out_features, device="meta")
         self.weight, self.bias = layer.weight, layer.bias

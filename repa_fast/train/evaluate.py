@@ -1,7 +1,7 @@
 """Samples of the EMA while it is trained: grids to look at, and scores with `--eval-every`."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from repa_fast import ops
 from repa_fast.data import latents
 from repa_fast.diffusion.draws import stream
 from repa_fast.eval.load import Trained
-from repa_fast.eval.metrics import ScoreConfig, Scorer
+from repa_fast.eval.metrics import Batches, ScoreConfig, Scorer
 from repa_fast.eval.pictures import arrange
 from repa_fast.eval.sampling import ImageSampler, labels_of
 from repa_fast.models.sit import SiT
@@ -80,30 +80,29 @@ class Evaluator:
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """Return every score by its name; all processes call it."""
-        count = state.config.eval_samples
-        average = state.whole_average(everywhere=True)
+        average, count = state.whole_average(everywhere=True), state.config.eval_samples
         try:
-            batches = self._batches(state, average, count)
             with ops.use_attention_backend("sdpa"):
+                batches = own_batches(state, average)
                 generated = self._scorer.measure(f"step {state.step}", batches, count)
         finally:
             configure_backends(state.config)
         return self._scorer.compare(generated)
 
-    def _batches(
-        self, state: TrainState, average: SiT, count: int
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        config, world = state.config, state.world
-        settings = config.sampler(
-            mixed_precision="bf16" if state.autocast_dtype is torch.bfloat16 else "no",
-            tf32=config.allow_tf32,
-            vae_path=config.vae_path,
-        )
-        trained = Trained(model=average, metadata=state.metadata, objective=state.objective)
-        sampler = ImageSampler(trained, settings, world.device)
-        for start in range(world.rank * BATCH, count, world.size * BATCH):
-            index = np.arange(start, start + BATCH)
-            labels = labels_of(index, len(state.metadata.class_names), config.seed, "balanced")
-            images = sampler.images(index, labels, config.seed)
-            kept = min(BATCH, count - start)
-            yield torch.arange(start, start + kept), images[:kept]
+
+def own_batches(state: TrainState, average: SiT) -> Batches:
+    """Yield this process's share of the images to evaluate, BATCH at a time."""
+    config, world, count = state.config, state.world, state.config.eval_samples
+    settings = config.sampler(
+        mixed_precision="bf16" if state.autocast_dtype is torch.bfloat16 else "no",
+        tf32=config.allow_tf32,
+        vae_path=config.vae_path,
+    )
+    trained = Trained(model=average, metadata=state.metadata, objective=state.objective)
+    sampler = ImageSampler(trained, settings, world.device)
+    for start in range(world.rank * BATCH, count, world.size * BATCH):
+        index = np.arange(start, start + BATCH)
+        labels = labels_of(index, len(state.metadata.class_names), config.seed, "balanced")
+        images = sampler.images(index, labels, config.seed)
+        kept = min(BATCH, count - start)
+        yield torch.arange(start, start + kept), images[:kept]

@@ -102,9 +102,7 @@ def stepper(state: TrainState) -> Callable[[Batch], None]:
     asked, reason = state.config.cuda_graph, why_not(state)
     if asked == "on" and reason:
         raise ValueError(f"cuda_graph is on, but {reason}")
-    if asked == "off" or reason:
-        return partial(train_step, state)
-    return GraphedStep(state)
+    return partial(train_step, state) if asked == "off" or reason else GraphedStep(state)
 
 
 def capture(work: Work, stream: torch.cuda.Stream) -> Work:

@@ -68,7 +68,7 @@ class AdamWEMA(torch.optim.AdamW):
         self.register_state_dict_post_hook(_lr_to_host)
 
     def add_param_group(self, param_group: dict) -> None:
-        """Add a group as torch does, at construction; later there would be no averages for it."""
+        """Add a group as torch does, at construction; later it would have no averages."""
         if hasattr(self, "averages"):
             raise ValueError("AdamWEMA: groups are fixed at construction, as their averages are")
         super().add_param_group(param_group)
@@ -96,10 +96,10 @@ class AdamWEMA(torch.optim.AdamW):
         """Return the norm of all gradients together, over all shards; 0-d fp32 on the device."""
         by_layout: dict = {}
         for p in self._averages_of:
-            if p.grad is not None:
-                sharded = isinstance(p.grad, DTensor)
-                layout = (p.grad.device_mesh, p.grad.placements) if sharded else None
-                by_layout.setdefault(layout, []).append(_local(p.grad))
+            grad = p.grad
+            if grad is not None:
+                layout = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
+                by_layout.setdefault(layout, []).append(_local(grad))
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for layout, gradients in by_layout.items():
             if self.implementation == "cuda":
@@ -121,12 +121,10 @@ class AdamWEMA(torch.optim.AdamW):
         grad_scale: torch.Tensor | None = None,
         skip: torch.Tensor | None = None,
     ) -> None:
-        """Take one step of parameters and averages.
+        """Take one step of parameters and averages; closures are not supported.
 
         Args:
-            closure: not supported.
-            grad_scale: 0-d fp32, multiplies the gradients; what `.grad` holds afterwards is
-                undefined.
+            grad_scale: 0-d fp32, multiplies gradients; `.grad` is undefined afterwards.
             skip: 0-d fp32; where it is 1, nothing changes.
         """
         if closure is not None:
@@ -134,20 +132,20 @@ class AdamWEMA(torch.optim.AdamW):
         one = torch.ones((), dtype=torch.float32, device=self.device)
         grad_scale = one if grad_scale is None else grad_scale
         skip = one - 1 if skip is None else skip
+        cuda = self.implementation == "cuda"
         self.begin_states()
         for group in self.param_groups:
             stepped = [p for p in group["params"] if p.grad is not None]
             resting = [p for p in group["params"] if p.grad is None]
-            if self.implementation == "cuda":
-                for copied in (True, False):  # the kernel takes a copy of all tensors or of none
-                    part = [p for p in stepped if (p in self.copies) == copied]
-                    self._step_group(group, part, grad_scale, skip)
-                self._move_averages(stepped, skip, first=1)
-            else:
-                self._step_group(group, stepped, grad_scale, skip)
-                self._move_averages(stepped, skip)
+            parts = [stepped]
+            if cuda:  # the kernel takes a copy of all tensors or of none
+                copied = [p for p in stepped if p in self.copies]
+                parts = [copied, [p for p in stepped if p not in self.copies]]
+            for part in parts:
+                self._step_group(group, part, grad_scale, skip)
+            self._move_averages(stepped, skip, first=int(cuda))  # the kernel moves the first
             self._move_averages(resting, skip)
-        if self.implementation == "torch":
+        if not cuda:
             self.write_copies()
 
     @torch.no_grad()

@@ -4,10 +4,10 @@ The order is torchtitan's: activation checkpointing, torch.compile of each block
 each block, the root last. None of them changes a parameter's name.
 """
 
-import contextlib
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -45,10 +45,8 @@ def shard_count(config: TrainConfig, processes: int) -> int:
     Raises:
         ValueError: the processes do not divide into groups of that size.
     """
-    if config.parallel == "ddp":
-        return 1
-    if config.parallel == "fsdp":
-        return processes
+    if config.parallel != "hsdp":
+        return 1 if config.parallel == "ddp" else processes
     size = config.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     if processes % size:
         source = "shard_size" if config.shard_size else "a node's processes"
@@ -88,11 +86,9 @@ def parallelize(
 ) -> None:
     """Checkpoint activations, compile blocks and shard, in place, as far as the config asks for it.
 
-    Args:
-        model: with whole weights, the same on all processes.
-        averages: its EMAs, whole; the first `teacher_depth` blocks of the first run in every step.
-        mesh: what to shard on; None shards nothing.
-        dtype: of the compute; None is fp32.
+    Weights of the model and of `averages`, its EMAs, are whole and the same on all processes. The
+    first `teacher_depth` blocks of the first EMA run in every step. `mesh` is what to shard on,
+    None for nothing; `dtype` that of the compute, None for fp32.
     """
     checkpoint_activations(model.blocks, config.activation_checkpointing)
     if config.compile:
@@ -114,13 +110,9 @@ def shard(model: SiT, options: dict, *, reshard: bool, reshard_last: bool) -> No
     """Shard a model: blocks, heads and the final layer are units, the root has the rest.
 
     `adaLN_modulation` is a unit of its own, as the model calls it outside its block. The position
-    table is frozen and added to the fp32 residual stream: it stays whole and fp32.
-
-    Args:
-        options: of every `fully_shard`.
-        reshard: drop a unit's gathered weights after its forward pass, and gather them again for
-            its backward pass.
-        reshard_last: the same for the final layer and the root, which backward needs first.
+    table is frozen and added to the fp32 residual stream: it stays whole and fp32. `reshard` drops
+    a unit's gathered weights between its forward and its backward pass; `reshard_last` does so for
+    the final layer and the root, which backward needs first.
     """
     units = [unit for block in model.blocks for unit in (block.adaLN_modulation, block)]
     for unit in (*units, *heads_of(model)):
@@ -173,9 +165,7 @@ def wrap(model: SiT, config: TrainConfig, world: World) -> nn.Module:
     return wrapped
 
 
-def accumulation(
-    wrapped: nn.Module, config: TrainConfig, *, last: bool
-) -> contextlib.AbstractContextManager:
+def accumulation(wrapped: nn.Module, config: TrainConfig, *, last: bool) -> AbstractContextManager:
     """Return a micro-batch's context, in which gradients are reduced if it is the `last` alone.
 
     Between micro-batches sharded weights stay gathered, unless RESHARD_AFTER_FORWARD saves memory.
@@ -185,7 +175,7 @@ def accumulation(
         wrapped.set_reshard_after_backward(last or config.reshard_after_forward)
     if isinstance(wrapped, DistributedDataParallel) and not last:
         return wrapped.no_sync()
-    return contextlib.nullcontext()
+    return nullcontext()
 
 
 def checkpoint_activations(blocks: Sequence[nn.Module], kind: str) -> None:
@@ -200,5 +190,5 @@ def checkpoint_activations(blocks: Sequence[nn.Module], kind: str) -> None:
     options: dict = {"use_reentrant": False, "preserve_rng_state": False}  # blocks draw nothing
     if kind == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT)
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, **options)
+    for block in blocks:  # a function of ours, as torch.compile begins at none of torch's
+        block.forward = lambda *x, forward=block.forward: checkpoint(forward, *x, **options)

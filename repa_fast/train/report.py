@@ -72,9 +72,10 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-def open_tracker(
-    config: RunConfig, run: Path, start_step: int
-) -> TensorBoard | WeightsAndBiases | None:
+Tracker = TensorBoard | WeightsAndBiases
+
+
+def open_tracker(config: RunConfig, run: Path, start_step: int) -> Tracker | None:
     """Open the tracker `--report-to` names; what it holds after `start_step` is superseded."""
     if config.report_to == "tensorboard":
         return TensorBoard(run / config.logging_dir, start_step)
@@ -96,11 +97,7 @@ class Reporter:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        total_steps: int,
-        start_step: int,
-        tracker: TensorBoard | WeightsAndBiases | None,
+        self, folder: Path, total_steps: int, start_step: int, tracker: Tracker | None
     ) -> None:
         self._evals = folder / "evals.jsonl"
         for path in (folder / "metrics.jsonl", self._evals):
@@ -207,16 +204,16 @@ class Clock:
 
     def read(self, steps: int, remaining: int) -> dict[str, float | None]:
         """Return rates over `steps` steps since the last reading; reset."""
-        now = time.perf_counter()
+        now, counted = time.perf_counter(), max(steps, 1)
         seconds = max(now - self._since - self._paused, 1e-9)
-        stalled = 1e3 * self._stalled / max(steps, 1)
+        stalled = 1e3 * self._stalled / counted
         self._since, self._paused, self._stalled = now, 0.0, 0.0
         rate, peak = steps * self.images_per_step / seconds, peak_flops(self.device_name)
         return {
             "images_per_second": rate,
             "mfu": None if peak is None else rate * self.train_flops / (peak * self.world_size),
             "stall_ms": stalled,
-            "eta_seconds": seconds / max(steps, 1) * remaining,
+            "eta_seconds": seconds / counted * remaining,
         }
 
 

@@ -162,7 +162,11 @@ def build_state(
     objective, alignment = build_objective(config), build_alignment(config)
     alignment.choose_features(columns or {})
     others = [*objective.others, *(f"align/{name}" for name in alignment.heads)]
-    copies = reduce_precision(model, config)
+    if config.residual_dtype == "bf16":
+        model.residual_dtype = torch.bfloat16
+    copies = add_copies(model) if config.compute_copy == "optimizer" else {}
+    if config.joint_adaln:
+        join_adaln(model, copies)
     parallelize(model, emas, config, mesh, dtype, alignment.teacher_depth)
     optimizer = build_optimizer(model, emas, config, copies)
     notes.append(f"optimizer: {optimizer.implementation}, {optimizer.reason}")
@@ -187,18 +191,6 @@ def build_state(
     if not encoders_later:
         state.load_encoders()
     return state
-
-
-def reduce_precision(model: SiT, config: TrainConfig) -> dict[nn.Parameter, torch.Tensor]:
-    """Let the model compute with what the config asks for, beside autocast; {weight: copy}."""
-    if config.residual_dtype == "bf16":
-        model.residual_dtype = torch.bfloat16
-    if config.compute_copy == "autocast":
-        return {}
-    copies = add_copies(model)
-    if config.joint_adaln:
-        join_adaln(model, copies)
-    return copies
 
 
 def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:

@@ -74,21 +74,19 @@ def accumulate(state: TrainState, batch: Batch, draws: Draws) -> StepValues:
     """Leave gradients of the mean loss over this process's batch, micro-batch by micro-batch."""
     size = len(draws.t)
     weights = other_weights(state)
-    starts = range(0, size, state.micro_batch)
     each, others = [], []
-    for start in starts:
+    for start in range(0, size, state.micro_batch):
         stop = min(start + state.micro_batch, size)
         micro = {name: tensor[start:stop] for name, tensor in batch.items()}
         with accumulation(state.wrapped, state.config, last=stop == size):
             denoise, parts = losses(state, state.wrapped, micro, draws.part(start, stop))
-            loss = denoise.sum()
-            for weight, part in zip(weights, parts):  # fewer parts once alignment has ended
-                loss = loss + weight * part.sum()
+            loss, sums = denoise.sum(), [part.sum() for part in parts]
+            for weight, part in zip(weights, sums):  # fewer parts once alignment has ended
+                loss = loss + weight * part
             state.scaler.scale(loss / size).backward()
         each.append(denoise.detach())
-        sums = [part.detach().sum() for part in parts]
-        sums += [denoise.new_zeros(())] * (len(weights) - len(parts))
-        others.append(torch.stack(sums) if sums else denoise.new_zeros(0))
+        sums += [denoise.new_zeros(())] * (len(weights) - len(sums))
+        others.append(torch.stack(sums).detach() if sums else denoise.new_zeros(0))
     each, others = torch.cat(each), torch.stack(others).sum(0) / size
     denoise = each.mean()
     loss = denoise + sum(weight * other for weight, other in zip(weights, others))

@@ -20,13 +20,13 @@ def pixels(seed: int = 0, height: int = R, width: int = R, channels: int = 3) ->
 
 
 def test_png_round_trip_is_exact():
-    decoded = dataset.decode(dataset.encode_png(pixels()), R)
+    decoded = dataset.decode(dataset.encode(pixels()), R)
     assert decoded.dtype == np.uint8 and decoded.shape == (3, R, R)
     assert np.array_equal(decoded, pixels().transpose(2, 0, 1))
 
 
 def test_png_is_what_other_readers_read():
-    with Image.open(io.BytesIO(dataset.encode_png(pixels()))) as image:
+    with Image.open(io.BytesIO(dataset.encode(pixels()))) as image:
         assert image.format == "PNG" and np.array_equal(np.asarray(image), pixels())
 
 
@@ -98,7 +98,7 @@ def test_a_batch_names_the_row_of_a_bad_image(tmp_path, broken):
     pytest.importorskip("lance")
     stack = np.stack([pixels(seed) for seed in range(6)])
     rows = [
-        {"image": dataset.encode_png(image), "moments": moments, "label": 0}
+        {"image": dataset.encode(image), "moments": moments, "label": 0}
         for image, moments in zip(stack, pixel_moments(stack))
     ]
     rows[4]["image"] = broken

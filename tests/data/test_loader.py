@@ -29,7 +29,7 @@ PROCESSES = 20
 def write_table(uri: Path, broken: int | None = None) -> LatentDataset:
     pixels = np.random.default_rng(0).integers(0, 256, (COUNT, 16, 16, 3), dtype=np.uint8)
     rows = [
-        {"image": dataset.encode_png(image), "moments": moments, "label": index % 10}
+        {"image": dataset.encode(image), "moments": moments, "label": index % 10}
         for index, (image, moments) in enumerate(zip(pixels, pixel_moments(pixels)))
     ]
     if broken is not None:

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("lance")
 
 from repa_fast.data import official
-from repa_fast.data.dataset import encode_png
+from repa_fast.data.dataset import encode
 from repa_fast.data.loader import Loader, read_batch
 from repa_fast.data.official import OfficialFolder
 from repa_fast.data.open import open_dataset
@@ -48,7 +48,7 @@ def root(tmp_path):
     for number in range(ROWS):
         latent, image = names(number)
         save_npy(folder / "vae-sd" / latent, moments(number))
-        write(folder / "images" / image, encode_png(pixels(number)))
+        write(folder / "images" / image, encode(pixels(number)))
     listing = [[names(number)[0], number % 3] for number in range(ROWS)]
     random.Random(0).shuffle(listing)
     write(folder / "vae-sd" / "dataset.json", json.dumps({"labels": listing}).encode())
@@ -122,7 +122,7 @@ def test_a_missing_file_is_named(root, part, message):
 
 
 def test_extra_files_are_named(root):
-    write(root / "images" / "00009" / "img00000099.png", encode_png(pixels(0)))
+    write(root / "images" / "00009" / "img00000099.png", encode(pixels(0)))
     with pytest.raises(ValueError, match=r"1 images have no counterpart among latents: 00009/"):
         OfficialFolder(root)
     (root / "images" / "00009" / "img00000099.png").unlink()
@@ -174,7 +174,7 @@ def test_a_folder_that_cannot_be_written_is_cached_at_home(root, monkeypatch, tm
 BAD = {
     "image": (lambda root: write(root / "images" / names(4)[1], b"no image"), "cannot be decoded"),
     "size": (
-        lambda root: write(root / "images" / names(4)[1], encode_png(pixels(4)[:16])),
+        lambda root: write(root / "images" / names(4)[1], encode(pixels(4)[:16])),
         "is 32x16, expected 32x32",
     ),
     "latent": (lambda root: write(root / "vae-sd" / names(4)[0], b"no array"), "not a .npy array"),

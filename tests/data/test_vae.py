@@ -182,10 +182,10 @@ def test_without_it_one_line_warns_and_training_goes_on(
 def test_a_run_to_its_end_with_and_without_it(tmp_path, folder, capsys):
     pytest.importorskip("lance")
     from repa_fast.data import dataset
-    from repa_fast.data.dataset import encode_png
+    from repa_fast.data.dataset import encode
 
     row = {
-        "image": encode_png(np.zeros((16, 16, 3), np.uint8)),
+        "image": encode(np.zeros((16, 16, 3), np.uint8)),
         "moments": np.ones((8, 8, 8), np.float32),
         "label": 0,
     }

@@ -9,6 +9,7 @@ pytest.importorskip("timm")
 
 from repa_fast.analysis.hidden import hidden_states
 from repa_fast.analysis.probe import ProbeConfig, probe
+from repa_fast.checkpoint.export import export
 from repa_fast.configs.sampler import SamplerConfig
 from repa_fast.data.digits import digits_metadata, prepare_digits
 from repa_fast.diffusion.ddpm import Diffusion
@@ -63,6 +64,15 @@ def test_the_original_s_weights_are_sampled_as_they_are(run, tmp_path):
     torch.save(loaded.model.state_dict(), tmp_path / "DiT.pt")
     original = load(tmp_path / "DiT.pt", origin="dit", num_heads=4)
     assert original.objective.name == "ddpm" and original.digest == loaded.digest
+
+
+@pytest.mark.parametrize("trained", [{"objective": "ddpm"}, {"prediction": "noise"}])
+def test_an_exported_safetensors_says_what_its_weights_predict(trained, tmp_path):
+    loaded = load(checkpoints.run(tmp_path / "run", **trained))
+    export(loaded.source, "safetensors", tmp_path / "weights.safetensors")
+    exported = load(tmp_path / "weights.safetensors")
+    assert vars(exported.objective) == vars(loaded.objective)
+    assert (exported.digest, exported.name) == (loaded.digest, loaded.name)
 
 
 def test_hidden_states_are_at_the_chain_s_noise_and_times(run):

@@ -51,16 +51,9 @@ def encode(pixels):
 
 
 def run(out, rows=45, rank=0, world_size=1, split="train", bad=(), **changes):
-    return build.build(
-        Photographs(rows, bad),
-        Path(out),
-        split,
-        recipe(rows, **changes),
-        encode,
-        rank=rank,
-        world_size=world_size,
-        workers=2,
-    )
+    photographs = Photographs(rows, bad)
+    building = build.Building(photographs, Path(out), split, recipe(rows, **changes), encode)
+    return building.run(rank=rank, world_size=world_size, workers=2)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from repa_fast.data import dataset
-from repa_fast.data.dataset import LatentDataset, encode_png
+from repa_fast.data.dataset import LatentDataset
 from repa_fast.data.digits import pixel_metadata, pixel_moments
 from repa_fast.data.features import FeatureColumn
 from repa_fast.prepare import features as extract
@@ -39,7 +39,7 @@ def write(out, rows=45, rows_per_file=6, bad=()):
     """OUT/train.lance in fragments of `rows_per_file`; the images of rows in `bad` are none."""
     pixels = pixels_of(rows)
     whole, dataset.ROWS_PER_FILE = dataset.ROWS_PER_FILE, rows_per_file
-    images = [b"no image" if i in bad else encode_png(pixels[i]) for i in range(rows)]
+    images = [b"no image" if i in bad else dataset.encode(pixels[i]) for i in range(rows)]
     moments = pixel_moments(pixels)
     made = (
         {"image": image, "moments": m, "label": i % 2}
@@ -60,9 +60,8 @@ def encode(images):
 
 def run(out, rank=0, world_size=1, **changes):
     table = LatentDataset(out)
-    return extract.extract(
-        table, column(**changes), encode, batch=4, rank=rank, world_size=world_size, workers=2
-    )
+    extraction = extract.Extraction(table, column(**changes), encode, 4)
+    return extraction.run(rank=rank, world_size=world_size, workers=2)
 
 
 if __name__ == "__main__":

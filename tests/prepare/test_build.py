@@ -12,7 +12,7 @@ import pytest
 
 from repa_fast import ledger
 from repa_fast.data.dataset import LatentDataset
-from repa_fast.prepare import build
+from repa_fast.prepare import build, fragments
 from tests.prepare.building import Photographs, encode, recipe, run
 
 ROOT = Path(__file__).parents[2]
@@ -210,9 +210,8 @@ def test_verify_finds_a_changed_byte_and_a_missing_row(tmp_path):
 
 def test_progress_counts_all_images(tmp_path):
     seen = []
-    build.build(
-        Photographs(20), tmp_path, "train", recipe(20), encode, workers=2, progress=seen.append
-    )
+    building = build.Building(Photographs(20), tmp_path, "train", recipe(20), encode)
+    building.run(workers=2, progress=seen.append)
     assert seen == sorted(seen) and seen[-1] == 20
 
 
@@ -226,7 +225,7 @@ def test_results_come_in_order_and_not_too_far_ahead():
         return 2 * i
 
     with ThreadPoolExecutor(1) as pool:
-        results = build.ahead(pool, double, range(100), depth=5)
+        results = fragments.ahead(pool, double, range(100), depth=5)
         assert [next(results) for _ in range(3)] == [0, 2, 4]
         time.sleep(0.1)
         assert max(started) <= 8

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from repa_fast.data import dataset
-from repa_fast.prepare.crop import center_crop, encode, original
+from repa_fast.data.dataset import encode
+from repa_fast.prepare.crop import center_crop, original
 from tests.data.encoding import encode as saved
 
 SKIMAGE_NAMES = (

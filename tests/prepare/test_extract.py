@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from repa_fast import ledger
 from repa_fast.data.dataset import LatentDataset
 from repa_fast.data.loader import Loader, read_batch
 from repa_fast.data.order import SampleOrder
@@ -99,11 +100,11 @@ def test_cut_off_and_gone_on_with(table, monkeypatch, moment):
         if moment == "columns":
             patch.setattr(extract, "_record_batch", second(extract._record_batch))
         elif moment == "record":
-            patch.setattr(extract.Ledger, "write", second(extract.Ledger.write))
+            patch.setattr(ledger.Ledger, "write", second(ledger.Ledger.write))
         elif moment == "commit":
-            patch.setattr(extract, "_commit", cut)
+            patch.setattr(extract.Extraction, "commit", cut)
         else:
-            patch.setattr(extract.Ledger, "remove", cut)
+            patch.setattr(ledger.Ledger, "remove", cut)
         with pytest.raises(Cut):
             run(table)
     if moment == "cleaning":  # the table is whole, and says so
@@ -145,7 +146,7 @@ def test_killed_at_ten_random_moments_and_gone_on_with(tmp_path):
 
 def test_another_recipe_than_the_one_begun_is_refused(table, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(extract, "_commit", lambda *_: 1 / 0)
+        patch.setattr(extract.Extraction, "commit", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(table)
     with pytest.raises(ValueError, match=r"another recipe .*storage: 'fp16', now 'int8'"):
@@ -154,15 +155,15 @@ def test_another_recipe_than_the_one_begun_is_refused(table, monkeypatch):
 
 def test_a_table_that_was_changed_meanwhile_is_left_alone(table, monkeypatch):
     dataset = LatentDataset(table)
-    commit = extract._commit
+    commit = extract.Extraction.commit
 
     def after_a_change(*arguments):
         LatentDataset(table).table.delete("label = 1")
-        commit(*arguments)
+        return commit(*arguments)
 
-    monkeypatch.setattr(extract, "_commit", after_a_change)
+    monkeypatch.setattr(extract.Extraction, "commit", after_a_change)
     with pytest.raises(RuntimeError, match="changed while the features were computed"):
-        extract.extract(dataset, column(), encode, batch=4)
+        extract.Extraction(dataset, column(), encode, 4).run()
     assert LatentDataset(table).features == {} and len(LatentDataset(table)) == 23
 
 
@@ -182,7 +183,7 @@ def test_a_bad_image_is_named_and_nothing_is_changed(tmp_path):
 def test_features_that_overflow_are_refused(table):
     dataset = LatentDataset(table)
     with pytest.raises(ValueError, match="made-up: features reach"):
-        extract.extract(dataset, column(), lambda x: encode(x) * 1e6, batch=4)
+        extract.Extraction(dataset, column(), lambda x: encode(x) * 1e6, 4).run()
 
 
 def test_a_full_disk_keeps_what_is_done(table, monkeypatch):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repa_fast.prepare.sources import Item, Source, huggingface, open_source, subset
+from repa_fast.prepare.sources import Item, Source, Subset, huggingface, open_source
 from tests.prepare.writing import tar, write
 
 pa = pytest.importorskip("pyarrow")
@@ -353,13 +353,13 @@ def test_beyond_the_end_is_an_error(source):
 
 def test_a_subset_is_a_function_of_the_seed_in_the_sources_order(source):
     everything = [item.name for item in items(source)]
-    part = subset(source, 5, seed=3)
+    part = Subset(source, 5, seed=3)
     chosen = [item.name for item in items(part)]
     assert len(part) == len(set(chosen)) == 5 and part.class_names == source.class_names
     assert chosen == sorted(chosen, key=everything.index)
-    assert chosen == [item.name for item in items(subset(source, 5, seed=3))]
-    assert chosen != [item.name for item in items(subset(source, 5, seed=4))]
-    assert items(subset(source, 12, seed=0)) == items(source)
+    assert chosen == [item.name for item in items(Subset(source, 5, seed=3))]
+    assert chosen != [item.name for item in items(Subset(source, 5, seed=4))]
+    assert items(Subset(source, 12, seed=0)) == items(source)
     for count in (0, 13):
         with pytest.raises(ValueError, match=rf"subset of {count} images, expected 1\.\.12"):
-            subset(source, count, seed=0)
+            Subset(source, count, seed=0)

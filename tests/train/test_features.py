@@ -13,7 +13,7 @@ from repa_fast.data import dataset as dataset_module
 from repa_fast.data.dataset import LatentDataset
 from repa_fast.data.digits import prepare_digits
 from repa_fast.data.loader import read_batch
-from repa_fast.prepare.features import FeaturesConfig, extract, prepare_features
+from repa_fast.prepare.features import Extraction, FeaturesConfig, prepare_features
 from repa_fast.train import run as runs
 from repa_fast.train import step
 from repa_fast.train.report import read_metrics
@@ -33,7 +33,7 @@ def data_dir(tmp_path_factory):
         assert "all as they were" in prepare_features(dataclasses.replace(config, verify=True))
     table = LatentDataset(out)
     other = dataclasses.replace(table.features["small"], name="other", encoder="mae-vit-l")
-    extract(table, other, lambda images: torch.zeros(len(images), 16, 96), batch=256)
+    Extraction(table, other, lambda images: torch.zeros(len(images), 16, 96), 256).run()
     return str(out)
 
 

@@ -1,6 +1,6 @@
 """Where images come from, behind one protocol."""
 
-from .base import Item, Source, Subset, subset
-from .open import KINDS, open_source
+from .base import Item, Source, Subset
+from .open import open_source
 
-__all__ = ["KINDS", "Item", "Source", "Subset", "open_source", "subset"]
+__all__ = ["Item", "Source", "Subset", "open_source"]

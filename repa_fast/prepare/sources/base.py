@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,59 +14,40 @@ from repa_fast.data.official import read_bytes, some
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 SHARD_NUMBER = re.compile(r"[-_.]?\d+(-of-\d+)?(-[0-9a-f]{16})?$")
+NO_CLASSES = "(names need the list of classes)"
 LABEL = re.compile(r"-?[0-9]{1,9}")
-WNID_LINE = re.compile(r"(n\d{8})\s")
+WNID_LINE = re.compile(r"^(n\d{8})\s.*")
 
 Classes = Sequence[str] | str | Path
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image.
+    """One image."""
 
-    Attributes:
-        name: unique in its source, for errors.
-        data: the encoded file, untouched.
-        label: class index.
-    """
-
-    name: str
-    data: bytes
-    label: int
+    name: str  # unique in its source, for errors
+    data: bytes  # the encoded file, untouched
+    label: int  # class index
 
 
 class Source(Protocol):
-    """Labelled images by index, in an order that depends on the names alone.
+    """Labelled images by index, in an order that depends on the names alone."""
 
-    Attributes:
-        class_names: one per class; labels index it.
-    """
-
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...]  # one per class; labels index it
 
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> Item:
-        """Read one image, 0 <= index < len; any thread may call.
-
-        Raises:
-            ValueError: it cannot be read; names it.
-        """
+        """Read one image, 0 <= index < len; any thread may call; ValueError names a bad one."""
         ...
 
 
 class Files:
-    """Images that are files, in order.
-
-    Args:
-        root: the folder that `names` are relative to.
-        names: of the files.
-        labels: one per file.
-    """
+    """Images that are files, in order: `names`, relative to `root`, have `labels`."""
 
     def __init__(self, root: Path, names: Sequence[str], labels: Sequence[int]) -> None:
         self.root = root
-        self._names = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
+        self._names = np.array(list(map(os.fsencode, names)), dtype=np.bytes_)
         self._labels = np.array(labels, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -78,12 +60,18 @@ class Files:
 
 
 class Subset:
-    """Images of a source at `indices`, int64, in their order, with all its classes."""
+    """`n` different images of a source, drawn by `seed`, in its order and with all its classes.
 
-    def __init__(self, source: Source, indices: np.ndarray) -> None:
-        self.class_names = source.class_names
-        self._source = source
-        self._indices = indices
+    Raises:
+        ValueError: `n` is not in 1..len(source).
+    """
+
+    def __init__(self, source: Source, n: int, seed: int) -> None:
+        if not 1 <= n <= len(source):
+            raise ValueError(f"subset of {n} images, expected 1..{len(source)}")
+        self.class_names, self._source = source.class_names, source
+        drawn = np.random.default_rng(seed).choice(len(source), n, replace=False)
+        self._indices = np.sort(drawn)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -91,18 +79,6 @@ class Subset:
     def read(self, index: int) -> Item:
         """Read an image as the source does."""
         return self._source.read(int(self._indices[index]))
-
-
-def subset(source: Source, n: int, seed: int) -> Subset:
-    """Draw `n` different images by `seed`, in the source's order.
-
-    Raises:
-        ValueError: `n` is not in 1..len(source).
-    """
-    if not 1 <= n <= len(source):
-        raise ValueError(f"subset of {n} images, expected 1..{len(source)}")
-    drawn = np.random.default_rng(seed).choice(len(source), n, replace=False)
-    return Subset(source, np.sort(drawn))
 
 
 def read_classes(classes: Classes | None) -> tuple[str, ...] | None:
@@ -123,51 +99,35 @@ def read_classes(classes: Classes | None) -> tuple[str, ...] | None:
         if Path(classes).is_dir():
             classes = [entry.name for entry in scan(classes) if is_dir(entry)]
         else:
-            lines = [line.strip() for line in read_text(Path(classes)).splitlines()]
-            classes = [
-                wnid[1] if (wnid := WNID_LINE.match(line)) else line for line in lines if line
-            ]
+            lines = map(str.strip, read_text(Path(classes)).splitlines())
+            classes = [WNID_LINE.sub(r"\1", line) for line in lines if line]
     if not classes:
         raise ValueError(f"{where}: no class, expected at least one")
-    repeated = repeats(classes)
-    if repeated:
+    if repeated := repeats(classes):
         raise ValueError(f"{where}: {some(repeated)} twice, expected different classes")
     return tuple(classes)
 
 
 class Labeller:
-    """Reads labels that are class indices, or names where the classes are known.
-
-    Args:
-        classes: as read_classes returns it.
-    """
+    """Reads labels that are class indices, or names where the classes are known."""
 
     def __init__(self, classes: tuple[str, ...] | None) -> None:
         self.classes = classes
         self._index = {name: index for index, name in enumerate(classes or ())}
 
     def label(self, value: object, where: str) -> int:
-        """Return the class index that an int or a text means.
-
-        Raises:
-            ValueError: neither an integer nor the name of a class.
-        """
+        """Return the class index that an int or a text means; ValueError where it means none."""
         if isinstance(value, str) and value in self._index:
             return self._index[value]
         if isinstance(value, int | str) and LABEL.fullmatch(str(value)):
             return int(value)
-        if self.classes is None:
-            expected = "an integer (names need the list of classes)"
-        else:
-            expected = f"an integer or one of {len(self.classes)} classes"
-        raise ValueError(f"{where}: label is {value!r}, expected {expected}")
+        known = f"or one of {len(self._index)} classes" if self._index else NO_CLASSES
+        raise ValueError(f"{where}: label is {value!r}, expected an integer {known}")
 
     def names(self, labels: np.ndarray, name_of: Callable[[int], str]) -> tuple[str, ...]:
-        """Check the labels' range; return the classes, or "0", "1", ... if they are not known.
+        """Return the classes, or "0", "1", ... if they are not known.
 
-        Args:
-            labels: int64 (N).
-            name_of: the name of image i, for errors.
+        Labels are int64 (N); `name_of` is the name of image i, for errors.
 
         Raises:
             ValueError: a label has no class; or the classes are not known and some number below
@@ -186,18 +146,17 @@ class Labeller:
             return self.classes
         present = np.unique(labels)
         if len(present) < count:
-            missing = next(label for label, got in enumerate(present) if label != got)
+            missing = np.flatnonzero(present != np.arange(len(present)))
             raise ValueError(
                 f"{name_of(int(labels.argmax()))}: label is {count - 1}, but no image has label "
-                f"{missing}; expected every one from 0, or the list of classes"
+                f"{missing[0]}; expected every one from 0, or the list of classes"
             )
-        return tuple(str(label) for label in range(count))
+        return tuple(map(str, range(count)))
 
 
 def repeats(names: Sequence[str]) -> list[str]:
     """Return the names that occur more than once, in order."""
-    seen: set[str] = set()
-    return [name for name in names if name in seen or seen.add(name)]
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def scan(folder: str | Path) -> list[os.DirEntry]:
@@ -212,28 +171,22 @@ def scan(folder: str | Path) -> list[os.DirEntry]:
     except OSError as error:
         raise ValueError(f"{folder}: cannot be listed ({error.strerror})") from error
     for entry in found:
-        if not entry.name.isascii():
-            try:
-                entry.name.encode()
-            except UnicodeEncodeError:
-                raise ValueError(f"{folder}: name {entry.name!a} is not UTF-8") from None
+        try:
+            entry.name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{folder}: name {entry.name!a} is not UTF-8") from None
     return sorted(found, key=lambda entry: entry.name)
 
 
 def is_dir(entry: os.DirEntry) -> bool:
-    """Return whether an entry is a folder or a link to one.
-
-    Raises:
-        ValueError: it is a link to nothing, or to itself.
-    """
+    """Return whether an entry is a folder or a link to one; ValueError of a link to nothing."""
     try:
         if entry.is_symlink():
             os.stat(entry.path)
         return entry.is_dir()
     except OSError as error:
-        raise ValueError(
-            f"{entry.path}: is a link that leads nowhere ({error.strerror})"
-        ) from error
+        reason = f"is a link that leads nowhere ({error.strerror})"
+        raise ValueError(f"{entry.path}: {reason}") from error
 
 
 def is_image(name: str) -> bool:
@@ -257,23 +210,16 @@ def shard_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    if path.is_dir():
-        files = [Path(entry.path) for entry in scan(path) if entry.name.endswith(suffixes)]
-    else:
-        found = sorted(path.parent.glob(path.name))
-        files = [file for file in found if file.name.endswith(suffixes)]
+    found = map(Path, scan(path)) if path.is_dir() else sorted(path.parent.glob(path.name))
+    files = [file for file in found if file.name.endswith(suffixes)]
     if not files:
         raise ValueError(f"{path}: no file, expected some that end in {', '.join(suffixes)}")
-    splits = sorted({_split(file.name, suffixes) for file in files})
+    endings = re.compile(f"({'|'.join(map(re.escape, suffixes))})$")
+    # train-00000-of-00294.parquet -> train
+    splits = sorted({SHARD_NUMBER.sub("", endings.sub("", file.name)) for file in files})
     if path.is_dir() and len(splits) > 1:
         raise ValueError(
             f"{path} has files of {len(splits)} splits ({some(splits)}), expected one; "
             f"give a pattern such as {path}/{splits[0]}*"
         )
     return files
-
-
-def _split(name: str, suffixes: tuple[str, ...]) -> str:
-    """Return the split of a shard: train-00000-of-00294.parquet -> train."""
-    ending = next(suffix for suffix in suffixes if name.endswith(suffix))
-    return SHARD_NUMBER.sub("", name.removesuffix(ending))

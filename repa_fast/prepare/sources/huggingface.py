@@ -1,9 +1,8 @@
 """A Hugging Face dataset on disk: Parquet files as downloaded, or Arrow files of save_to_disk."""
 
+import functools
 import json
 import threading
-from collections import OrderedDict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,23 +20,13 @@ ARROW_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 GROUPS_KEPT = 2
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Rows that are read together: `number` is a row group's of a Parquet file, or a batch's."""
-
-    file: Path
-    number: int
-    first_row: int
-    rows: int
-
-
 class HuggingFaceDataset:
     """Rows of all files, sorted by file name.
 
     The image column is a struct with the field `bytes`, or binary; the label column, `label` or
     `labels`, holds integers. Class names come from the schema's metadata where `datasets` left
-    them. Opening reads the labels; of the images a row group at a time is read when needed and the
-    last two are kept, so that reading in order reads everything once.
+    them. Opening reads the labels; of the images a row group (or a batch of Arrow) at a time is
+    read when needed and the last two are kept, so that reading in order reads everything once.
 
     Args:
         path: a folder of .parquet or .arrow files, one such file, or a pattern.
@@ -53,21 +42,21 @@ class HuggingFaceDataset:
         kinds = sorted({file.suffix for file in files})
         if len(kinds) > 1:
             raise ValueError(f"{path} has {' and '.join(kinds)} files, expected one kind")
-        self._columns: dict[Path, str] = {}
-        self._groups: list[_Group] = []
-        self._kept: OrderedDict[int, pa.Array] = OrderedDict()
+        self._groups: list[tuple[Path, int, str, int]] = []  # file, number in it, column, row in it
         self._lock = threading.Lock()
-        labels, names = [], None
+        self._images = functools.lru_cache(GROUPS_KEPT)(self._read_group)
+        labels, names, sizes = [], None, [0]
         for file in files:
-            found, of_file = self._index(file)
-            labels.append(found)
+            found, of_file, groups = self._index(file)
             if names is not None and of_file != names:
                 raise ValueError(f"{file}: has other class names than {files[0]}")
             names = of_file
+            labels.append(found)
+            sizes += groups
         self._labels = np.concatenate(labels)
         if not len(self._labels):
             raise ValueError(f"{path}: no row in {len(files)} files, expected some")
-        self._starts = np.cumsum([0] + [group.rows for group in self._groups])
+        self._starts = np.cumsum(sizes)
         labeller = Labeller(read_classes(classes) or names or None)
         self.class_names = labeller.names(self._labels, self._name)
 
@@ -77,62 +66,55 @@ class HuggingFaceDataset:
     def read(self, index: int) -> Item:
         """Read one image; the name is FILE:ROW; see `Source.read`."""
         label, name = int(self._labels[index]), self._name(index)
-        number = self._group_of(index)
-        value = self._images(number)[index - int(self._starts[number])].as_py()
+        group, row = self._find(index)
+        with self._lock:
+            images = self._images(group)
+        value = images[row].as_py()
         if isinstance(value, dict):
-            outside = value.get("path")
-            value = value["bytes"]
+            outside, value = value.get("path"), value["bytes"]
             if value is None and outside:
                 raise ValueError(f"{name}: has only a path, {outside!r}, expected the image itself")
         if value is None:
             raise ValueError(f"{name}: image is null, expected bytes")
         return Item(name, value, label)
 
-    def _group_of(self, index: int) -> int:
-        return int(np.searchsorted(self._starts, index, side="right")) - 1
+    def _find(self, index: int) -> tuple[int, int]:
+        """Return the group of a row, and the row in it."""
+        group = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return group, index - int(self._starts[group])
 
     def _name(self, index: int) -> str:
-        number = self._group_of(index)
-        group = self._groups[number]
-        return f"{group.file.name}:{group.first_row + index - int(self._starts[number])}"
+        group, row = self._find(index)
+        file, _, _, first = self._groups[group]
+        return f"{file.name}:{first + row}"
 
-    def _index(self, file: Path) -> tuple[np.ndarray, tuple[str, ...]]:
-        """Note a file's groups; return its labels, int64, and class names, () without any."""
+    def _index(self, file: Path) -> tuple[np.ndarray, tuple[str, ...], list[int]]:
+        """Note a file's groups; return labels, int64, class names, () without any, and sizes."""
         import pyarrow as pa
 
         try:
             reader = _reader(file)
             image, label = _image_column(reader.schema, file), _label_column(reader.schema, file)
             column = pa.chunked_array(reader.read(label), reader.schema.field(label).type)
-            sizes = reader.group_sizes
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"{file}: cannot be read ({error})") from error
         if column.null_count:
-            row = column.is_null().to_pylist().index(True)
+            row = column.is_null().index(True).as_py()
             raise ValueError(f"{file.name}:{row}: label is null, expected an integer")
-        self._columns[file] = image
-        first = 0
-        for number, rows in enumerate(sizes):
-            self._groups.append(_Group(file, number, first, rows))
-            first += rows
-        return column.to_numpy().astype(np.int64), _class_names(reader.schema, label, file)
+        sizes = reader.group_sizes
+        firsts = np.cumsum([0, *sizes[:-1]]).tolist()
+        self._groups += [(file, number, image, firsts[number]) for number in range(len(sizes))]
+        return column.to_numpy().astype(np.int64), _class_names(reader.schema, label, file), sizes
 
-    def _images(self, number: int) -> "pa.Array":
-        """Return the image column of a group, kept for the next rows."""
+    def _read_group(self, group: int) -> "pa.Array":
+        """Return the image column of a group."""
         import pyarrow as pa
 
-        with self._lock:
-            if number not in self._kept:
-                group = self._groups[number]
-                try:
-                    image = _reader(group.file).read_group(group.number, self._columns[group.file])
-                except (OSError, pa.ArrowException) as error:
-                    raise ValueError(f"{group.file}: cannot be read ({error})") from error
-                self._kept[number] = image
-                if len(self._kept) > GROUPS_KEPT:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end(number)
-            return self._kept[number]
+        file, number, column, _ = self._groups[group]
+        try:
+            return _reader(file).read_group(number, column)
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(f"{file}: cannot be read ({error})") from error
 
 
 class _Parquet:
@@ -192,13 +174,9 @@ def _image_column(schema: "pa.Schema", file: Path) -> str:
         return types.is_binary(kind) or types.is_large_binary(kind)
 
     fits = [field.name for field in schema if holds_bytes(field.type)]
-    if "image" in fits:
-        return "image"
-    if len(fits) != 1:
-        raise ValueError(
-            f"{file}: no column image of bytes, expected one; columns are {_columns(schema)}"
-        )
-    return fits[0]
+    if "image" not in fits and len(fits) != 1:
+        raise _no_column(schema, file, "image of bytes")
+    return "image" if "image" in fits else fits[0]
 
 
 def _label_column(schema: "pa.Schema", file: Path) -> str:
@@ -206,18 +184,16 @@ def _label_column(schema: "pa.Schema", file: Path) -> str:
 
     found = [name for name in LABEL_COLUMNS if name in schema.names]
     if not found:
-        raise ValueError(
-            f"{file}: no column {' or '.join(LABEL_COLUMNS)}, expected one; columns are "
-            f"{_columns(schema)}"
-        )
+        raise _no_column(schema, file, " or ".join(LABEL_COLUMNS))
     kind = schema.field(found[0]).type
     if not types.is_integer(kind):
         raise ValueError(f"{file}: column {found[0]} is {kind}, expected integers")
     return found[0]
 
 
-def _columns(schema: "pa.Schema") -> str:
-    return ", ".join(f"{field.name} ({field.type})" for field in schema)
+def _no_column(schema: "pa.Schema", file: Path, name: str) -> ValueError:
+    columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    return ValueError(f"{file}: no column {name}, expected one; columns are {columns}")
 
 
 def _class_names(schema: "pa.Schema", label: str, file: Path) -> tuple[str, ...]:

@@ -43,17 +43,15 @@ class WebDataset:
         labeller = Labeller(read_classes(classes))
         names, shard_of, spans, labels = [], [], [], []
         for number, file in enumerate(self._shards):
-            for name, (start, size), label in _Shard(file, labeller).samples():
+            for name, span, label in _Shard(file, labeller).samples():
                 names.append(os.fsencode(name))
                 shard_of.append(number)
-                spans.append((start, size))
+                spans.append(span)
                 labels.append(label)
         if not names:
             raise ValueError(f"{path}: no image in {len(self._shards)} shards, expected some")
-        self._names = np.array(names, dtype=np.bytes_)
-        self._shard_of = np.array(shard_of, dtype=np.int32)
-        self._spans = np.array(spans, dtype=np.int64)
-        self._labels = np.array(labels, dtype=np.int64)
+        self._names, self._labels = np.array(names, dtype=np.bytes_), np.array(labels, np.int64)
+        self._shard_of, self._spans = np.array(shard_of, np.int32), np.array(spans, np.int64)
         self.class_names = labeller.names(self._labels, self._name)
 
     def __len__(self) -> int:
@@ -103,32 +101,26 @@ class _Shard:
     def _pass(self) -> None:
         try:
             with open(self.file, "rb") as stream:
-                self._refuse_compressed(stream)
+                begin = stream.read(BLOCK)
+                for magic, name in COMPRESSIONS.items():
+                    if begin.startswith(magic):
+                        raise ValueError(
+                            f"{self.file}: is compressed with {name}, expected a plain tar; unpack "
+                            "it once (images do not shrink)"
+                        )
+                stream.seek(0)
                 with tarfile.open(fileobj=stream, mode="r:") as archive:
                     while (member := archive.next()) is not None:
                         archive.members.clear()  # or it keeps them all
                         self._take(member, stream)
-                    self._expect_end(stream, archive.offset)
+                # zeros, since tarfile takes a damaged header for the end
+                if _read_at(stream, archive.offset, BLOCK) != bytes(BLOCK):
+                    raise ValueError(
+                        f"{self.file}: is truncated or damaged at byte {archive.offset}, expected "
+                        "a member or the end mark"
+                    )
         except (OSError, tarfile.TarError) as error:
             raise ValueError(f"{self.file}: is not a whole tar ({error})") from error
-
-    def _refuse_compressed(self, stream: BinaryIO) -> None:
-        start = stream.read(BLOCK)
-        for magic, name in COMPRESSIONS.items():
-            if start.startswith(magic):
-                raise ValueError(
-                    f"{self.file}: is compressed with {name}, expected a plain tar; unpack it once "
-                    "(images do not shrink)"
-                )
-        stream.seek(0)
-
-    def _expect_end(self, stream: BinaryIO, offset: int) -> None:
-        """Expect the block of zeros: tarfile takes a damaged header for the end."""
-        if _read_at(stream, offset, BLOCK) != bytes(BLOCK):
-            raise ValueError(
-                f"{self.file}: is truncated or damaged at byte {offset}, expected a member or the "
-                "end mark"
-            )
 
     def _take(self, member: tarfile.TarInfo, stream: BinaryIO) -> None:
         folder, _, base = member.name.rpartition("/")
@@ -159,14 +151,12 @@ class _Shard:
         where = f"{self.file}: {member.name}"
         try:
             text = data.decode().strip()
-            value = text if extension == "cls" else json.loads(text)
+            value = {"label": text} if extension == "cls" else json.loads(text)
         except ValueError as error:
             raise ValueError(f"{where}: is not {extension} text ({error})") from error
-        if extension == "json":
-            if not isinstance(value, dict) or "label" not in value:
-                return None
-            value = value["label"]
-        return self.labeller.label(value, where)
+        if not isinstance(value, dict) or "label" not in value:
+            return None
+        return self.labeller.label(value["label"], where)
 
 
 def _read_at(stream: BinaryIO, start: int, size: int) -> bytes:

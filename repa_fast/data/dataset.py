@@ -25,29 +25,20 @@ Encoding = Literal["jpeg", "png"]
 
 @dataclass(frozen=True, kw_only=True)
 class Metadata:
-    """What holds for every row.
+    """What holds for every row. Moments are (2C, h, w), mean then standard deviation, unscaled."""
 
-    Attributes:
-        resolution: height and width of the images, in pixels.
-        latent_shape: (C, h, w); moments are (2C, h, w), mean then standard deviation, unscaled.
-        vae: name of the autoencoder; "none" for pixel latents x / 127.5 - 1.
-        scale, bias: the model's latents are sample * scale + bias.
-        class_names: one per class; labels index it.
-    """
-
-    resolution: int
-    latent_shape: tuple[int, int, int]
-    vae: str
-    scale: float
+    resolution: int  # height and width of the images, in pixels
+    latent_shape: tuple[int, int, int]  # (C, h, w)
+    vae: str  # name of the autoencoder; "none" for pixel latents x / 127.5 - 1
+    scale: float  # the model's latents are sample * scale + bias
     bias: float
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...]  # one per class; labels index it
 
     @classmethod
     def from_dict(cls, fields: dict) -> "Metadata":
         """Return the metadata that `asdict` and JSON wrote, where tuples are lists."""
-        return cls(
-            **fields | {name: tuple(fields[name]) for name in ("latent_shape", "class_names")}
-        )
+        lists = {name: tuple(fields[name]) for name in ("latent_shape", "class_names")}
+        return cls(**fields | lists)
 
     @property
     def moments_shape(self) -> tuple[int, int, int]:
@@ -184,8 +175,8 @@ def decode(data: bytes, resolution: int, name: str = "image") -> np.ndarray:
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{name}: cannot be decoded ({error})") from error
     if pixels.shape[:2] != (resolution, resolution):
-        height, width = pixels.shape[:2]
-        raise ValueError(f"{name}: is {width}x{height}, expected {resolution}x{resolution}")
+        size = f"{pixels.shape[1]}x{pixels.shape[0]}"
+        raise ValueError(f"{name}: is {size}, expected {resolution}x{resolution}")
     return pixels.transpose(2, 0, 1)
 
 

@@ -16,21 +16,13 @@ from repa_fast.data.dataset import Metadata, Row, encode
 DIGITS_DIR = Path("data/digits")
 RESOLUTION = 16
 NUM_CLASSES = 10
-SPLIT_SEED = 0
-VAL_SIZE = 297
 
 
 def digit_images(split: Literal["train", "val"]) -> tuple[np.ndarray, np.ndarray]:
     """Return one split of the 1,797 digit scans (8x8, 17 grey levels), upscaled to 16x16 RGB.
 
-    The split is stratified by class with seed `SPLIT_SEED`: 1,500 images train, 297 held out.
-
-    Returns:
-        images: uint8 (N, 16, 16, 3), 0 = paper, 255 = ink; the three channels are equal.
-        labels: int64 (N,), 0..9.
-
-    Raises:
-        ValueError: if `split` is neither "train" nor "val".
+    The split is stratified by class: 1,500 images train, 297 held out. Images are uint8
+    (N, 16, 16, 3), 0 = paper, 255 = ink, with three equal channels; labels int64 (N,), 0..9.
     """
     if split not in ("train", "val"):
         raise ValueError(f"split: expected 'train' or 'val', got {split!r}")
@@ -40,7 +32,7 @@ def digit_images(split: Literal["train", "val"]) -> tuple[np.ndarray, np.ndarray
 
     scans, labels = load_digits(return_X_y=True)
     train, val = train_test_split(
-        np.arange(len(labels)), test_size=VAL_SIZE, random_state=SPLIT_SEED, stratify=labels
+        np.arange(len(labels)), test_size=297, random_state=0, stratify=labels
     )
     chosen = train if split == "train" else val
     grey8 = np.rint(scans[chosen].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
@@ -74,10 +66,7 @@ def pixel_moments(pixels: np.ndarray) -> np.ndarray:
 
 
 def prepare_digits(out: str | Path = DIGITS_DIR) -> Path:
-    """Write the digits with pixel latents to OUT/{train,val}.lance, whole or not at all.
-
-    Returns:
-        `out`.
+    """Write the digits to OUT/{train,val}.lance, whole or not at all; return `out`.
 
     Raises:
         ValueError: `out` exists already.

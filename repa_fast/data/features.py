@@ -27,25 +27,15 @@ FP16_MAX = 65504.0
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureColumn:
-    """What a column of features holds.
-
-    Attributes:
-        name: of the column.
-        encoder: as in `--enc-type`.
-        resolution: of the images it saw, in pixels.
-        tokens: N, patch tokens per image.
-        width: D, features per token.
-        storage: "fp16" or "int8".
-        precision: in which the encoder ran, "fp32" or "bf16".
-    """
+    """What a column of features holds."""
 
     name: str
-    encoder: str
-    resolution: int
-    tokens: int
-    width: int
+    encoder: str  # as in `--enc-type`
+    resolution: int  # of the images it saw, in pixels
+    tokens: int  # N, patch tokens per image
+    width: int  # D, features per token
     storage: Storage
-    precision: str
+    precision: str  # in which the encoder ran, "fp32" or "bf16"
 
     @property
     def scale_name(self) -> str:

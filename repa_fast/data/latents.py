@@ -75,22 +75,21 @@ class VAE:
             RuntimeError: they cannot be loaded; says what to install or fetch.
             ValueError: the autoencoder's latents are not the dataset's.
         """
-        if self._model is None:
-            self.unavailable = True
-            model = self._read()
-            got = _latent_shape(model, metadata.resolution)
-            if got != tuple(metadata.latent_shape):
-                raise ValueError(
-                    f"the autoencoder {self.source} has latents {got} for images of "
-                    f"{metadata.resolution} pixels, expected the dataset's "
-                    f"{metadata.latent_shape}; give another with --vae-path"
-                )
-            self._model = model
-            self.unavailable = False
-        return self._model
+        if self._model is not None:
+            return self._model
+        self.unavailable = True
+        model = self._read()
+        got = _latent_shape(model, metadata.resolution)
+        if got != tuple(metadata.latent_shape):
+            raise ValueError(
+                f"the autoencoder {self.source} has latents {got} for images of "
+                f"{metadata.resolution} pixels, expected the dataset's {metadata.latent_shape}; "
+                "give another with --vae-path"
+            )
+        self._model, self.unavailable = model, False
+        return model
 
     def _read(self) -> torch.nn.Module:
-        remedy = "give --vae-path a folder that holds config.json and the weights, or a hub name"
         try:
             from diffusers import AutoencoderKL
         except ImportError as error:
@@ -105,7 +104,8 @@ class VAE:
         except Exception as error:  # of diffusers, the hub's client, json or safetensors
             reason = next(iter(str(error).splitlines()), "")
             raise RuntimeError(
-                f"the autoencoder {name} is neither a folder nor can it be fetched; {remedy} "
+                f"the autoencoder {name} is neither a folder nor can it be fetched; give "
+                "--vae-path a folder that holds config.json and the weights, or a hub name "
                 f"({type(error).__name__}: {reason})"
             ) from error
         return model.eval().requires_grad_(False)
@@ -113,9 +113,7 @@ class VAE:
     def metadata(self, resolution: int, class_names: tuple[str, ...]) -> Metadata:
         """Return the metadata of a dataset of this autoencoder's latents, with its own scale.
 
-        Raises:
-            RuntimeError: as `load`.
-            ValueError: the resolution is no multiple of what the autoencoder reduces it by.
+        ValueError if the resolution is no multiple of what the autoencoder reduces it by.
         """
         model = self._read()
         if resolution % _factor(model):
@@ -137,9 +135,6 @@ class VAE:
 
         Moments are the mean and standard deviation of the latent, unscaled, of images scaled to
         [-1, 1]. The autoencoder stays on `device`; `dtype` is autocast's (fp32: none).
-
-        Raises:
-            RuntimeError, ValueError: as `load`.
         """
         model = self.load(metadata).to(device)
         run = torch.compile(model.encode) if compiled else model.encode
@@ -173,9 +168,6 @@ class VAE:
             batch_size: images at a time.
             dtype: autocast's (fp32: none).
             tiled: in overlapping tiles of 512 pixels, for less memory; a little other than whole.
-
-        Raises:
-            RuntimeError, ValueError: as `load`.
         """
         model = self.load(metadata).to(device)
         if tiled:

@@ -80,7 +80,7 @@ class OfficialFolder:
         return [(int(index), images) for index in indices]
 
     def decode(self, fetched: tuple[int, bool]) -> Sample:
-        """Read one row's files; ValueError names one that is missing, damaged or of another shape."""
+        """Read one row's files; ValueError names one that is missing, damaged or misshapen."""
         index, images = fetched
         moments, label = self._read_moments(index), int(self._labels[index])
         sample: Sample = {"index": index, "moments": moments, "label": label}

@@ -72,9 +72,8 @@ def prepare_images(config: ImagesConfig) -> str:
         with progress_bar("verifying", rank == 0) as progress:
             rows = build.verify(out, config.split, progress(None))
         return f"{uri}: {rows} rows, all as they were written"
-    source = open_source(
-        config.data_dir, config.kind, config.labels or None, config.classes or None
-    )
+    given = (config.labels or None, config.classes or None)
+    source = open_source(config.data_dir, config.kind, *given)
     if config.subset:
         source = Subset(source, config.subset, config.seed)
     device = own_device()
@@ -100,13 +99,11 @@ def prepare_images(config: ImagesConfig) -> str:
 
 
 def _described(config: ImagesConfig) -> str:
-    parts = {
-        f"labels {config.labels}": config.labels,
-        f"classes {config.classes}": config.classes,
-        f"{config.subset} by seed {config.seed}": config.subset,
-    }
-    asked = [part for part, given in parts.items() if given]
-    return ", ".join([str(Path(config.data_dir).resolve()), *asked])
+    parts = [str(Path(config.data_dir).resolve())]
+    parts += [f"labels {config.labels}"] if config.labels else []
+    parts += [f"classes {config.classes}"] if config.classes else []
+    parts += [f"{config.subset} by seed {config.seed}"] if config.subset else []
+    return ", ".join(parts)
 
 
 def _latents(

@@ -18,11 +18,6 @@ class FlatFolder(Files):
     Labels count from 0. Names (wnids) need `classes`. The devkit's ids count from 1 in an order of
     its own; meta.mat turns them into wnids, whose sorted order is everyone's.
 
-    Args:
-        root: the folder.
-        labels: the file.
-        classes: the classes in the order of their labels.
-
     Raises:
         ValueError: an image without a label, a label without an image, one given twice, a
             malformed line, a label out of range.
@@ -89,11 +84,8 @@ class _LabelFile:
                 f"{self.path}: labels start at {min(map(int, values))}, expected 0; the devkit's "
                 "ids need its meta.mat beside the file, some of the classes lines IMAGE LABEL"
             )
-        labels = (
-            self.labeller.label(value, f"{self.path} line {number}")
-            for number, value in enumerate(values, 1)
-        )
-        return dict(zip(names, labels))
+        where = (f"{self.path} line {number}" for number in range(1, len(values) + 1))
+        return dict(zip(names, map(self.labeller.label, values, where)))
 
     def _wnids(self, values: list[str], meta: Path) -> list[str]:
         """Return the devkit's ids as wnids, which are the classes unless others were given."""
@@ -127,7 +119,6 @@ class _LabelFile:
         return [(name, self.labeller.label(label, f"{self.path}: {name}")) for name, label in named]
 
     def _unique(self, pairs: list[tuple[str, int]]) -> dict[str, int]:
-        repeated = repeats([name for name, _ in pairs])
-        if repeated:
+        if repeated := repeats([name for name, _ in pairs]):
             raise ValueError(f"{self.path}: {some(repeated)} twice, expected each image once")
         return dict(pairs)

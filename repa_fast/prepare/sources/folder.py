@@ -15,9 +15,7 @@ class ImageFolder(Files):
     Images are ordered by class, then by path below it, at any depth. Links to folders are followed;
     hidden files and files with other suffixes are passed over.
 
-    Args:
-        root: the folder of the class folders.
-        classes: the classes in the order of their labels, where the tree has only some of them.
+    `classes` are all of them in the order of their labels, where the tree has only some.
 
     Raises:
         ValueError: no class folder, one that is empty or not among `classes`, an image outside of
@@ -28,12 +26,9 @@ class ImageFolder(Files):
         folders = _class_folders(Path(root))
         names = [folder.name for folder in folders]
         self.class_names = read_classes(classes) or tuple(names)
-        unknown = sorted(set(names) - set(self.class_names))
-        if unknown:
-            raise ValueError(
-                f"{root}: class folder {some(unknown)}, expected one of "
-                f"{len(self.class_names)} classes"
-            )
+        if unknown := sorted(set(names) - set(self.class_names)):
+            expected = f"expected one of {len(self.class_names)} classes"
+            raise ValueError(f"{root}: class folder {some(unknown)}, {expected}")
         label_of = {name: label for label, name in enumerate(self.class_names)}
         images, labels, empty = [], [], []
         for folder in folders:
@@ -62,8 +57,9 @@ def _class_folders(root: Path) -> list[os.DirEntry]:
         raise ValueError(f"{root}: no folder, expected one per class")
     names = [folder.name for folder in folders]
     if SPLITS.issuperset(names):
+        splits = ", ".join(names)
         raise ValueError(
-            f"{root} has the splits {', '.join(names)}, expected classes; give {root / names[0]}"
+            f"{root} has the splits {splits}, expected classes; give {root / names[0]}"
         )
     return folders
 
@@ -71,20 +67,15 @@ def _class_folders(root: Path) -> list[os.DirEntry]:
 def walk(folder: str, prefix: str = "", above: dict | None = None) -> Iterator[str]:
     """Yield images at any depth below a folder, relative to it, each after `prefix`.
 
-    Args:
-        folder, prefix: where to look; "" or a path that ends in a slash.
-        above: (device, inode) -> path of the folders that led here.
+    `above` is {real path: path} of the folders that led here.
 
     Raises:
         ValueError: a link leads back to a folder above it, or a folder cannot be read.
     """
-    entries = scan(folder)
-    status = os.stat(folder)
-    identity = (status.st_dev, status.st_ino)
-    above = above or {}
-    if identity in above:
-        raise ValueError(f"{folder}: is a link back to {above[identity]}, expected no circle")
-    above = above | {identity: folder}
+    entries, real, above = scan(folder), os.path.realpath(folder), above or {}
+    if real in above:
+        raise ValueError(f"{folder}: is a link back to {above[real]}, expected no circle")
+    above = above | {real: folder}
     for entry in entries:
         if is_dir(entry):
             yield from walk(entry.path, f"{prefix}{entry.name}/", above)

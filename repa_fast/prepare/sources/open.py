@@ -36,30 +36,27 @@ def open_source(
     if kind not in KINDS:
         raise ValueError(f"source kind is {kind!r}, expected one of {', '.join(KINDS)}")
     if kind == "auto":
-        path, kind = recognise(path, labels)
+        path, kind = _recognise(path, labels)
     if kind == "flat":
         if labels is None and not (path / DATASET_JSON).is_file():
             raise ValueError(f"{path}: no labels given and no {DATASET_JSON} in it, expected one")
         return FlatFolder(path, labels or path / DATASET_JSON, classes)
     if labels is not None:
-        raise ValueError(
-            f"labels are given for {path} of kind {kind}, expected them for a flat folder"
-        )
-    if kind == "imagefolder":
-        return ImageFolder(path, classes)
-    if kind == "huggingface":
-        return HuggingFaceDataset(path, classes)
-    return WebDataset(path, classes)
+        given = f"labels are given for {path} of kind {kind}"
+        raise ValueError(f"{given}, expected them for a flat folder")
+    opens = {"imagefolder": ImageFolder, "huggingface": HuggingFaceDataset}
+    return opens.get(kind, WebDataset)(path, classes)
 
 
-def recognise(path: Path, labels: str | Path | None = None) -> tuple[Path, str]:
-    """Return the folder or files to open, and their kind.
-
-    Raises:
-        ValueError: nothing that was looked for is there.
-    """
+def _recognise(path: Path, labels: str | Path | None) -> tuple[Path, str]:
+    """Return the folder or files to open, and their kind."""
     if not path.is_dir():
-        return path, _kind_of_files(path)
+        files = [path] if path.exists() else sorted(path.parent.glob(path.name))
+        if not files:
+            raise ValueError(f"{path} does not exist. {_looked_for(path)}")
+        if kind := _kind_of([files[0].name]):
+            return path, kind
+        raise ValueError(f"{files[0]}: no source of images. {_looked_for(path)}")
     if labels is not None or (path / DATASET_JSON).is_file():
         return path, "flat"
     if (path / "dataset_dict.json").is_file():
@@ -67,10 +64,8 @@ def recognise(path: Path, labels: str | Path | None = None) -> tuple[Path, str]:
         raise ValueError(f"{path} has the splits {', '.join(splits)}, expected one: {path}/...")
     for folder in (path, path / "data"):
         entries = scan(folder) if folder.is_dir() else []
-        if any(entry.name.endswith(huggingface.SUFFIXES) for entry in entries):
-            return folder, "huggingface"
-        if any(entry.name.endswith(webdataset.SUFFIXES) for entry in entries):
-            return folder, "webdataset"
+        if kind := _kind_of([entry.name for entry in entries]):
+            return folder, kind
     entries = scan(path)
     if any(is_dir(entry) for entry in entries):
         return path, "imagefolder"
@@ -81,16 +76,11 @@ def recognise(path: Path, labels: str | Path | None = None) -> tuple[Path, str]:
     raise ValueError(f"{path}: no source of images. {_looked_for(path)}")
 
 
-def _kind_of_files(path: Path) -> str:
-    files = [path] if path.exists() else sorted(path.parent.glob(path.name))
-    if not files:
-        raise ValueError(f"{path} does not exist. {_looked_for(path)}")
-    name = files[0].name
-    if name.endswith(huggingface.SUFFIXES):
-        return "huggingface"
-    if name.endswith(webdataset.SUFFIXES):
-        return "webdataset"
-    raise ValueError(f"{files[0]}: no source of images. {_looked_for(path)}")
+def _kind_of(names: list[str]) -> str:
+    for kind, module in (("huggingface", huggingface), ("webdataset", webdataset)):
+        if any(name.endswith(module.SUFFIXES) for name in names):
+            return kind
+    return ""
 
 
 def _looked_for(path: Path) -> str:

@@ -5,7 +5,6 @@ import importlib
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from repa_fast.backend.launch import tracing
@@ -43,7 +42,7 @@ def _show_kernels(name: str, run: Callable) -> None:
     """
 
     def traced(mode, op, types, args, kwargs):
-        if not all(tensor.is_cuda for tensor in args if isinstance(tensor, Tensor)):
+        if not all(tensor.is_cuda for tensor in args if isinstance(tensor, torch.Tensor)):
             return mode.__torch_dispatch__(op, types, args, kwargs)
         with mode, tracing():
             return run(*args)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from repa_fast.backend.launch import Launch
 
@@ -101,7 +100,7 @@ def sum_chunks_kernel(
     store_row(out, k * batch + sample, total, cols, mask, D)
 
 
-def vector_of(tensor: Tensor) -> Tensor:
+def vector_of(tensor: torch.Tensor) -> torch.Tensor:
     """Return a (B, D) tensor as the kernels address it: any row stride, unit column stride."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
@@ -112,7 +111,7 @@ def backward_chunks(tokens: int) -> tuple[int, int]:
     return triton.cdiv(tokens, rows), rows
 
 
-def empty_partials(rows: Tensor, count: int) -> Tensor:
+def empty_partials(rows: torch.Tensor, count: int) -> torch.Tensor:
     """Return (B, chunks, count, D) fp32, for sums over the tokens of `rows` (B, N, D)."""
     batch, tokens, width = rows.shape
     shape = (batch, backward_chunks(tokens)[0], count, width)
@@ -157,7 +156,7 @@ def sum_chunks_launch(partials, out) -> Launch:
     )
 
 
-def sum_chunks(partials: Tensor, dtype: torch.dtype) -> Tensor:
+def sum_chunks(partials: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Sum (B, chunks, K, D) fp32 -> (K, B, D) in `dtype`, always in the same order."""
     batch, _, count, width = partials.shape
     out = torch.empty(count, batch, width, dtype=dtype, device=partials.device)

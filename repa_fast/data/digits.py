@@ -23,6 +23,7 @@ def digit_images(split: Literal["train", "val"]) -> tuple[np.ndarray, np.ndarray
 
     The split is stratified by class: 1,500 images train, 297 held out. Images are uint8
     (N, 16, 16, 3), 0 = paper, 255 = ink, with three equal channels; labels int64 (N,), 0..9.
+    ValueError for another split than "train" and "val".
     """
     if split not in ("train", "val"):
         raise ValueError(f"split: expected 'train' or 'val', got {split!r}")

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from repa_fast.contracts import expect_choice
 from repa_fast.diffusion.path import Path
@@ -26,11 +25,11 @@ class Draws(NamedTuple):
     (B), uniform on [0, 1), by which SRA's teacher is ahead of the student.
     """
 
-    t: Tensor
-    noise: Tensor
-    posterior_noise: Tensor
-    drop: Tensor
-    offset: Tensor
+    t: torch.Tensor
+    noise: torch.Tensor
+    posterior_noise: torch.Tensor
+    drop: torch.Tensor
+    offset: torch.Tensor
 
     def part(self, start: int, stop: int) -> "Draws":
         """Return the draws of batch positions start..stop - 1."""

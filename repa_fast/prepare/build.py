@@ -13,13 +13,7 @@ import numpy as np
 from repa_fast.data import dataset
 from repa_fast.data.dataset import Fetched, Metadata, Row, encode
 from repa_fast.prepare.crop import center_crop, original
-from repa_fast.prepare.fragments import (
-    Fragments,
-    Parts,
-    checksum,
-    encode_padded,
-    expect_checksums,
-)
+from repa_fast.prepare.fragments import Fragments, Parts, checksum, encode_padded, expect_checksums
 from repa_fast.prepare.sources import Source
 
 BLOCK = 4096
@@ -137,7 +131,7 @@ class Building(Fragments):
             if recipe.on_bad_image == "error":
                 raise
             return error
-        return pixels.transpose(2, 0, 1), data, item.label
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1)), data, item.label
 
 
 def _parts(row: Row) -> Parts:

@@ -20,13 +20,7 @@ from repa_fast.data.dataset import Fetched, LatentDataset
 from repa_fast.data.features import FeatureColumn, Storage
 from repa_fast.data.store import to_lists, unwrapped
 from repa_fast.distributed import own_device, progress_bar, rank_and_size
-from repa_fast.prepare.fragments import (
-    Fragments,
-    Parts,
-    checksum,
-    encode_padded,
-    expect_checksums,
-)
+from repa_fast.prepare.fragments import Fragments, Parts, checksum, encode_padded, expect_checksums
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -54,16 +54,6 @@ def write_digits(config: DigitsConfig) -> Path:
 
 
 def import_folder(config: ImportConfig) -> Path:
-    """Import an official folder; return the dataset's."""
-    return import_official(config.data_dir, config.out, with_images=config.images)
-
-
-def export_folder(config: ExportConfig) -> Path:
-    """Export a dataset; return the official folder."""
-    return export_official(config.data_dir, config.out, config.split)
-
-
-def import_official(source: str | Path, out: str | Path, *, with_images: bool = True) -> Path:
     """Copy an official folder into OUT/train.lance: moments bit for bit, image files untouched.
 
     The folder appears at once, whole, or not at all; one batch of rows is held in memory. Without
@@ -74,29 +64,28 @@ def import_official(source: str | Path, out: str | Path, *, with_images: bool = 
     """
     from rich.progress import track
 
-    folder = OfficialFolder(source)
-    with_images = with_images and folder.has_images
+    folder = OfficialFolder(config.data_dir)
+    images = config.images and folder.has_images
 
     def rows() -> Iterator[dataset.Row]:
-        for index in track(
-            range(len(folder)), description=f"{out}", disable=not sys.stdout.isatty()
-        ):
-            sample = folder.decode((index, with_images))
+        hidden = not sys.stdout.isatty()
+        for index in track(range(len(folder)), description=f"{config.out}", disable=hidden):
+            sample = folder.decode((index, images))
             yield {
-                "image": folder.image_bytes(index) if with_images else b"",
+                "image": folder.image_bytes(index) if images else b"",
                 "moments": sample["moments"],
                 "label": sample["label"],
             }
 
-    with whole_or_not(Path(out)) as partial:
+    with whole_or_not(config.out) as partial:
         dataset.write(partial / "train.lance", rows(), folder.metadata)
-    return Path(out)
+    return config.out
 
 
-def export_official(source: str | Path, out: str | Path, split: str = "train") -> Path:
+def export_folder(config: ExportConfig) -> Path:
     """Write a native dataset as an official folder: moments bit for bit, image files untouched.
 
-    What import_official makes of the result equals the source row by row. Images keep their
+    What import_folder makes of the result equals the source row by row. Images keep their
     encoding (.png or .jpg); the folder appears at once, whole, or not at all.
 
     Raises:
@@ -104,7 +93,7 @@ def export_official(source: str | Path, out: str | Path, split: str = "train") -
     """
     from rich.progress import track
 
-    table = dataset.LatentDataset(source, split)
+    table = dataset.LatentDataset(config.data_dir, config.split)
     stored = table.metadata
     expected = replace(stored, scale=SD_VAE_SCALE, bias=0.0)
     if stored != expected or stored.latent_shape[1] * SD_VAE_FACTOR != stored.resolution:
@@ -114,12 +103,11 @@ def export_official(source: str | Path, out: str | Path, split: str = "train") -
             f"{SD_VAE_SCALE}"
         )
     labels = []
-    with whole_or_not(Path(out)) as partial:
+    with whole_or_not(config.out) as partial:
         starts = range(0, len(table), EXPORTED_ROWS)
-        for start in track(starts, description=f"{out}", disable=not sys.stdout.isatty()):
-            rows = table.rows(np.arange(start, min(start + EXPORTED_ROWS, len(table))))
-            names = ("index", "image", "moments", "label")
-            for index, image, moments, label in zip(*(rows[n] for n in names), strict=True):
+        for start in track(starts, description=f"{config.out}", disable=not sys.stdout.isatty()):
+            rows = table.fetch(np.arange(start, min(start + EXPORTED_ROWS, len(table))))
+            for index, image, moments, label, _ in rows:
                 folder = f"{index // FILES_PER_FOLDER:05d}"
                 latent = f"{folder}/img-mean-std-{index:08d}.npy"
                 (partial / "vae-sd" / folder).mkdir(parents=True, exist_ok=True)
@@ -131,4 +119,4 @@ def export_official(source: str | Path, out: str | Path, split: str = "train") -
                     file = partial / "images" / folder / f"img{index:08d}.{suffix}"
                     file.write_bytes(image)
         (partial / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": labels}))
-    return Path(out)
+    return config.out

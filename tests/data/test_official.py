@@ -14,7 +14,7 @@ from repa_fast.data.loader import Loader, read_batch
 from repa_fast.data.official import OfficialFolder
 from repa_fast.data.open import open_dataset
 from repa_fast.data.order import SampleOrder
-from repa_fast.prepare.official import import_official
+from repa_fast.prepare.official import ImportConfig, import_folder
 from repa_fast.train import run as runs
 from repa_fast.train.report import read_metrics
 from tests.prepare.writing import write
@@ -227,7 +227,7 @@ def test_a_folder_with_no_good_row_is_an_error_even_when_skipping(root):
 
 
 def test_imported_twin_gives_the_same_batches(root, tmp_path):
-    out = import_official(root, tmp_path / "native")
+    out = import_folder(ImportConfig(data_dir=root, out=tmp_path / "native"))
     ours, twin = OfficialFolder(root), open_dataset(out)
     assert twin.metadata == ours.metadata
     order = SampleOrder(ROWS, 4, seed=0)
@@ -247,12 +247,12 @@ def test_imported_twin_gives_the_same_batches(root, tmp_path):
 def test_import_leaves_nothing_behind_when_a_file_is_bad(root, tmp_path):
     write(root / "vae-sd" / names(11)[0], b"")
     with pytest.raises(ValueError, match="00000011"):
-        import_official(root, tmp_path / "native")
+        import_folder(ImportConfig(data_dir=root, out=tmp_path / "native"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["imagenet"]
 
 
 def test_import_without_images(root, tmp_path):
-    out = import_official(root, tmp_path / "native", with_images=False)
+    out = import_folder(ImportConfig(data_dir=root, out=tmp_path / "native", images=False))
     twin = open_dataset(out)
     assert twin.rows(np.arange(2))["image"] == [b"", b""]
     assert torch.equal(

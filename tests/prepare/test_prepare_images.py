@@ -16,7 +16,7 @@ from repa_fast.cli import main
 from repa_fast.data.dataset import LatentDataset
 from repa_fast.prepare.crop import center_crop
 from repa_fast.prepare.images import ImagesConfig, prepare_images
-from repa_fast.prepare.official import export_official, import_official
+from repa_fast.prepare.official import ExportConfig, ImportConfig, export_folder, import_folder
 from tests.data import encoding
 
 ROOT = Path(__file__).parents[2]
@@ -160,7 +160,7 @@ def test_from_photographs_to_training_by_commands_alone(photographs, tmp_path, c
 def test_pixel_latents_cannot_be_an_official_folder(photographs, tmp_path):
     prepare_images(settings(photographs, tmp_path / "a"))
     with pytest.raises(ValueError, match="an official folder means 1/8 of the side"):
-        export_official(tmp_path / "a", tmp_path / "b")
+        export_folder(ExportConfig(data_dir=tmp_path / "a", out=tmp_path / "b"))
 
 
 @pytest.mark.xdist_group("diffusers")
@@ -179,7 +179,7 @@ def test_exported_and_imported_again_it_is_the_same_table(photographs, tmp_path,
     assert moments.tobytes() == before["moments"][3].tobytes()
     labels = json.loads((tmp_path / "official/vae-sd/dataset.json").read_text())["labels"]
     assert labels[5] == ["00000/img-mean-std-00000005.npy", 1]
-    import_official(folder, tmp_path / "b")
+    import_folder(ImportConfig(data_dir=Path(folder), out=tmp_path / "b"))
     after = LatentDataset(tmp_path / "b").rows(np.arange(10))
     assert after["image"] == before["image"] and (after["label"] == before["label"]).all()
     assert after["moments"].tobytes() == before["moments"].tobytes()

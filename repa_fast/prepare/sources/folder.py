@@ -57,25 +57,24 @@ def _class_folders(root: Path) -> list[os.DirEntry]:
         raise ValueError(f"{root}: no folder, expected one per class")
     names = [folder.name for folder in folders]
     if SPLITS.issuperset(names):
-        splits = ", ".join(names)
-        raise ValueError(
-            f"{root} has the splits {splits}, expected classes; give {root / names[0]}"
-        )
+        expected = f"expected classes; give {root / names[0]}"
+        raise ValueError(f"{root} has the splits {', '.join(names)}, {expected}")
     return folders
 
 
 def walk(folder: str, prefix: str = "", above: dict | None = None) -> Iterator[str]:
     """Yield images at any depth below a folder, relative to it, each after `prefix`.
 
-    `above` is {real path: path} of the folders that led here.
+    `above` is {(device, inode): path} of the folders that led here.
 
     Raises:
         ValueError: a link leads back to a folder above it, or a folder cannot be read.
     """
-    entries, real, above = scan(folder), os.path.realpath(folder), above or {}
-    if real in above:
-        raise ValueError(f"{folder}: is a link back to {above[real]}, expected no circle")
-    above = above | {real: folder}
+    entries, status, above = scan(folder), os.stat(folder), above or {}
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        raise ValueError(f"{folder}: is a link back to {above[identity]}, expected no circle")
+    above = above | {identity: folder}
     for entry in entries:
         if is_dir(entry):
             yield from walk(entry.path, f"{prefix}{entry.name}/", above)

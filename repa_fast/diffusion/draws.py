@@ -78,12 +78,10 @@ def draw(
     )
     first, last = training_interval(path, prediction)
     if weighting == "uniform":
-        t = torch.rand(batch, generator=times, device=device)
-        t = first + (last - first) * t
+        t = first + (last - first) * torch.rand(batch, generator=times, device=device)
     else:
-        t = path.time_of_ratio(torch.randn(batch, generator=times, device=device).exp()).clamp(
-            first, last
-        )
+        ratio = torch.randn(batch, generator=times, device=device).exp()
+        t = path.time_of_ratio(ratio).clamp(first, last)
     shape = (batch, *latent_shape)
     return Draws(
         t=t,

@@ -72,9 +72,9 @@ class _DigitsNet(nn.Module):
         They are (B, 16, 96), row-major.
         """
         if images.dtype != torch.uint8 or images.shape[1:] != (3, RESOLUTION, RESOLUTION):
+            found = f"{images.dtype} {tuple(images.shape)}"
             raise ValueError(
-                f"images: expected uint8 (B, 3, {RESOLUTION}, {RESOLUTION}), "
-                f"got {images.dtype} {tuple(images.shape)}"
+                f"images: expected uint8 (B, 3, {RESOLUTION}, {RESOLUTION}), got {found}"
             )
         return self.vit.forward_features(normalize(images))
 

@@ -65,11 +65,7 @@ class ConvProjector(nn.Module):
         self.projection_layer = nn.Conv2d(hidden_size, z_dim, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, grid^2, hidden_size), any floating dtype, to (B, grid^2, z_dim), compute dtype.
-
-        Raises:
-            ValueError: x does not have that shape.
-        """
+        """Map (B, grid^2, hidden_size), or ValueError, to (B, grid^2, z_dim) in the compute dtype."""
         convolution = self.projection_layer
         shape = (len(x), self.grid**2, convolution.in_channels)
         expect_shape("ConvProjector", "x", x, shape)
@@ -85,8 +81,7 @@ def spatial_normalize(target: Tensor, *, gamma: float = 0.6) -> Tensor:
 
     Args:
         target: (B, N, Z), any floating dtype, N at least 2.
-        gamma: share of the mean that is removed; 0.6 is the default of the released code
-            (arXiv 2512.10794).
+        gamma: share of the mean that is removed; 0.6 in the released code (arXiv 2512.10794).
 
     Returns:
         (B, N, Z), fp32 (fp64 for fp64 targets).

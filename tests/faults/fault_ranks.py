@@ -4,8 +4,8 @@ import os
 
 import torch
 
-from repa_fast.distributed import session
 from repa_fast.data.digits import digits_metadata
+from repa_fast.distributed import session
 from repa_fast.train.state import TrainState, build_state
 from repa_fast.train.step import synthetic_batch, train_step
 from tests.train.conftest import randomise, tiny_config

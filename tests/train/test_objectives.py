@@ -347,7 +347,8 @@ def test_scores_and_noise_are_trained_on_the_noise(make_state, prediction, path,
     batch, draws = moving(state)
     clean = batch["moments"].chunk(2, 1)[0]
     clean = clean + batch["moments"].chunk(2, 1)[1] * draws.posterior_noise
-    alpha, sigma, d_alpha, d_sigma = (c.view(-1, 1, 1, 1) for c in state.objective.path.coefficients(draws.t))
+    coefficients = state.objective.path.coefficients(draws.t)
+    alpha, sigma, d_alpha, d_sigma = (c.view(-1, 1, 1, 1) for c in coefficients)
     noisy = alpha * clean + sigma * draws.noise
     output, _ = state.model(noisy, draws.t, batch["label"], draws.drop)
     noise = -sigma * output if prediction == "score" else output

@@ -21,9 +21,9 @@ from repa_fast.checkpoint.export import export
 from repa_fast.testing import assert_within_budget, seeded
 from repa_fast.train import checkpoint, optim
 from repa_fast.train.optim import AdamWEMA, clip_factor, learning_rate
-from repa_fast.train.torch_private import record_overflow
 from repa_fast.train.resume import resume
 from repa_fast.train.step import synthetic_batch, train_step
+from repa_fast.train.torch_private import record_overflow
 from tests.train.optim_ranks import MAX_NORM, steps
 
 ROOT = Path(__file__).parents[2]

@@ -44,7 +44,8 @@ class OfficialFolder:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         self.uri = str(root)
-        self._latents, self._images, self._labels = load_index(self.root)
+        index = load_index(self.root)
+        self._latents, self._images, self._labels = map(index.get, ("latents", "images", "labels"))
         first = self._read_moments(0)
         channels, side = first.shape[0] // 2, first.shape[-1]
         self.metadata = Metadata(
@@ -120,16 +121,14 @@ class OfficialFolder:
         path, side = self._image_path(index), self.metadata.resolution
         if path.suffix != ".npy":
             return decode(read_bytes(path), side, str(path))
-        pixels = _npy(path)
-        if pixels.shape != (3, side, side) or pixels.dtype != np.uint8:
-            raise ValueError(
-                f"{path}: {pixels.dtype} {pixels.shape}, expected uint8 {(3, side, side)}"
-            )
+        pixels, shape = _npy(path), (3, side, side)
+        if pixels.shape != shape or pixels.dtype != np.uint8:
+            raise ValueError(f"{path}: {pixels.dtype} {pixels.shape}, expected uint8 {shape}")
         return pixels
 
 
-def load_index(root: Path) -> list[np.ndarray]:
-    """Return the names of latents and of images (empty without images/) and the labels, by row.
+def load_index(root: Path) -> dict[str, np.ndarray]:
+    """Return the names of "latents" and of "images" (empty without images/) and "labels", by row.
 
     They come from the cache where it belongs to this dataset.json; else they are paired and cached.
     """
@@ -142,21 +141,21 @@ def load_index(root: Path) -> list[np.ndarray]:
         if cache.is_file():
             with np.load(cache) as stored:
                 if np.array_equal(stored["state"], state):
-                    return [stored[name] for name in ("latents", "images", "labels")]
-    latents, images, labels = pair(root, listing)
+                    return dict(stored)
+    index = pair(root, listing)
     for cache in caches:
         partial = cache.with_name(f"{cache.name}.{os.getpid()}.npz")
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(partial, state=state, latents=latents, images=images, labels=labels)
+            np.savez(partial, state=state, **index)
             partial.replace(cache)
             break
         except OSError:
             partial.unlink(missing_ok=True)
-    return [latents, images, labels]
+    return index
 
 
-def pair(root: Path, listing: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def pair(root: Path, listing: Path) -> dict[str, np.ndarray]:
     """Walk the folder once and pair latents, labels and images by folder and number.
 
     Raises:
@@ -169,11 +168,11 @@ def pair(root: Path, listing: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     if (root / "images").is_dir():
         images = dict(_walk(root / "images", IMAGE_SUFFIXES))
         _expect_same(latents, images, "latents", "images")
-    return (
-        np.array([latents[key] for key in labels], dtype=np.bytes_),
-        np.array([images[key] for key in labels] if images else [], dtype=np.bytes_),
-        np.array(list(labels.values()), dtype=np.int64),
-    )
+    return {
+        "latents": np.array([latents[key] for key in labels], dtype=np.bytes_),
+        "images": np.array([images[key] for key in labels if images], dtype=np.bytes_),
+        "labels": np.array(list(labels.values()), dtype=np.int64),
+    }
 
 
 def _listing(root: Path) -> Path:

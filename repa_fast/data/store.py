@@ -42,34 +42,24 @@ def open_table(uri: str | Path, split: str) -> "tuple[lance.LanceDataset, str]":
     Raises:
         ValueError: there is no such table, or its store cannot be reached or refuses.
     """
-    return _open_remote(str(uri), split) if is_url(uri) else _open_local(Path(uri), split)
-
-
-def _open_local(path: Path, split: str) -> "tuple[lance.LanceDataset, str]":
     import lance
 
-    inside = path / f"{split}.lance"
-    found = str(inside if inside.exists() else path)
-    try:
-        return lance.dataset(found), found
-    except (ValueError, OSError) as error:
-        raise _no_dataset(path, inside) from error
-
-
-def _open_remote(url: str, split: str) -> "tuple[lance.LanceDataset, str]":
-    import lance
-
+    remote = is_url(uri)
+    base = str(uri).rstrip("/") if remote else str(Path(uri))
+    inside = f"{base}/{split}.lance" if remote else str(Path(uri) / f"{split}.lance")
     options = {"client_max_retries": str(MAX_RETRIES), "client_retry_timeout": str(RETRY_SECONDS)}
-    url = url.rstrip("/")
-    inside = f"{url}/{split}.lance"
-    for candidate in (inside, url):
+    for candidate in (inside, base):
         start = time.monotonic()
         try:
-            return lance.dataset(candidate, storage_options=options), candidate
+            return lance.dataset(candidate, storage_options=options if remote else None), candidate
         except (ValueError, OSError) as error:
-            if "was not found" not in str(error):
-                raise ValueError(_failure(candidate, "cannot open it", start, error)) from error
-    raise _no_dataset(url, inside)
+            reason = error
+        if remote and "was not found" not in str(reason):
+            raise ValueError(_failure(candidate, "cannot open it", start, reason)) from reason
+    raise ValueError(
+        f"no dataset at {base} (looked for {inside} and for a Lance table); "
+        "make one with `repa-fast prepare`"
+    ) from reason
 
 
 def take(
@@ -121,13 +111,6 @@ def from_lists(column: "pa.ChunkedArray", shape: tuple[int, ...]) -> np.ndarray:
     """Convert B lists to an array (B, *shape)."""
     values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return values.reshape(len(column), *shape)
-
-
-def _no_dataset(uri: str | Path, inside: str | Path) -> ValueError:
-    return ValueError(
-        f"no dataset at {uri} (looked for {inside} and for a Lance table); "
-        "make one with `repa-fast prepare`"
-    )
 
 
 def _failure(uri: str, what: str, start: float, error: Exception) -> str:

@@ -72,10 +72,8 @@ class _DigitsNet(nn.Module):
         They are (B, 16, 96), row-major.
         """
         if images.dtype != torch.uint8 or images.shape[1:] != (3, RESOLUTION, RESOLUTION):
-            found = f"{images.dtype} {tuple(images.shape)}"
-            raise ValueError(
-                f"images: expected uint8 (B, 3, {RESOLUTION}, {RESOLUTION}), got {found}"
-            )
+            found, side = f"{images.dtype} {tuple(images.shape)}", RESOLUTION
+            raise ValueError(f"images: expected uint8 (B, 3, {side}, {side}), got {found}")
         return self.vit.forward_features(normalize(images))
 
 

@@ -65,7 +65,7 @@ class ConvProjector(nn.Module):
         self.projection_layer = nn.Conv2d(hidden_size, z_dim, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, grid^2, hidden_size), or ValueError, to (B, grid^2, z_dim) in the compute dtype."""
+        """Map (B, grid^2, hidden_size), or ValueError, to (B, grid^2, z_dim), compute dtype."""
         convolution = self.projection_layer
         shape = (len(x), self.grid**2, convolution.in_channels)
         expect_shape("ConvProjector", "x", x, shape)

@@ -37,13 +37,9 @@ def center_crop(data: bytes, resolution: int, name: str = "image") -> np.ndarray
     bicubic filter then makes the short side R, the long one to the nearest pixel; the centre
     stays, an odd pixel more at the right or the bottom being cut.
 
-    Args:
-        data: a JPEG, PNG, WebP, BMP or GIF file.
-        resolution: R, in pixels.
-        name: of the image, for errors.
-
     Raises:
-        ValueError: not such a file, damaged, or more than `MAX_PIXELS` as stored or as resized.
+        ValueError: no JPEG, PNG, WebP, BMP or GIF, damaged, or more than `MAX_PIXELS` as stored or
+            as resized; says so of `name`.
     """
     from PIL.Image import Resampling
 
@@ -120,9 +116,8 @@ def _named(name: str) -> Iterator[None]:
     except MemoryError:  # is no fault of the image: MAX_PIXELS bounds its needs
         raise
     except UnidentifiedImageError as error:
-        raise ValueError(
-            f"{name}: is not an image, expected one of {', '.join(FORMATS)}"
-        ) from error
+        expected = f"expected one of {', '.join(FORMATS)}"
+        raise ValueError(f"{name}: is not an image, {expected}") from error
     except Exception as error:
         raise ValueError(f"{name}: cannot be decoded ({error})") from error
 

@@ -193,7 +193,8 @@ def test_a_run_to_its_end_with_and_without_it(tmp_path, folder, capsys):
     config = dataclasses.replace(
         presets.get("digits"), data_dir=str(tmp_path / "data.lance"), output_dir=str(tmp_path),
         num_classes=2, hidden_size=32, depth=2, num_heads=2, encoder_depth=1, patch_size=2,
-        enc_type="none", batch_size=4, max_train_steps=2, sampling_steps=1, num_steps=2, report_to="none",
+        enc_type="none", batch_size=4, max_train_steps=2, sampling_steps=1, num_steps=2,
+        report_to="none",
     )  # fmt: skip
     run = runs.train(dataclasses.replace(config, exp_name="with", vae_path=folder))
     assert sorted(path.name for path in (run / "samples").iterdir()) == [

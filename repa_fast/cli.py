@@ -71,8 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = next((name for name in COMMANDS if argv[: len(name.split())] == name.split()), "")
     if name:
         return command.main(lambda: run(name, argv[len(name.split()) :]))
-    if not argv or argv[-1] in ("-h", "--help"):
-        print(usage(argv[0] if len(argv) > 1 else ""))
+    groups = ("", *(name.split()[0] for name in COMMANDS if " " in name))
+    group = argv[0] if len(argv) > 1 else ""
+    if not argv or (argv[-1] in ("-h", "--help") and group in groups):
+        print(usage(group))
         return 0 if argv else 2
     print(f"repa-fast: {unknown(argv)}", file=sys.stderr)
     return 2

@@ -153,6 +153,7 @@ def test_the_version_is_the_packages(capsys):
     "argv, said",
     [
         (["trian", "--x"], "the command is 'trian', expected one of train, presets, prepare"),
+        (["trian", "--help"], "the command is 'trian', expected one of train, presets, prepare"),
         (["prepare", "imags"], "prepare: the command is 'imags', expected one of images, features"),
         (["prepare"], "prepare: the command is '', expected one of images"),
     ],

@@ -76,9 +76,9 @@ class AdamWEMA(torch.optim.AdamW):
     def __getstate__(self) -> dict:
         raise TypeError("AdamWEMA cannot be copied or pickled: use state_dict()")
 
-    def begin_states(self) -> None:
-        """Set moments and step counts of zero for every trainable parameter that has none yet."""
-        for p in self._averages_of:
+    def begin_states(self, params: Iterable[torch.Tensor] | None = None) -> None:
+        """Set moments and step counts of zero for trainable parameters (all) that have none yet."""
+        for p in self._averages_of if params is None else params:
             if p.requires_grad and not self.state[p]:
                 self.state[p] = {
                     "step": torch.zeros((), dtype=torch.float32, device=p.device),
@@ -133,9 +133,9 @@ class AdamWEMA(torch.optim.AdamW):
         grad_scale = one if grad_scale is None else grad_scale
         skip = one - 1 if skip is None else skip
         cuda = self.implementation == "cuda"
-        self.begin_states()
         for group in self.param_groups:
             stepped = [p for p in group["params"] if p.grad is not None]
+            self.begin_states(stepped)
             resting = [p for p in group["params"] if p.grad is None]
             parts = [stepped]
             if cuda:  # the kernel takes a copy of all tensors or of none
@@ -255,6 +255,8 @@ def _choose(implementation: str, params: Sequence[torch.Tensor]) -> tuple[str, s
 def _check_averages(params, averages, decays) -> None:
     if len(averages) != len(decays):
         raise ValueError(f"{len(averages)} averages for {len(decays)} ema_decays, expected as many")
+    if not all(0 <= decay < 1 for decay in decays):
+        raise ValueError(f"ema_decays are {decays}, expected values in [0, 1)")
     for average in averages:
         if [p.shape for p in params] != [a.shape for a in average]:
             raise ValueError(

@@ -858,3 +858,10 @@ def test_fsdp_on_two_processes_equals_one(tmp_path):
             difference = (found[name] - values).norm()
             assert difference <= 1e-6 * values.norm(), name
     assert expected["first.weight.step"].item() == len(expected["norms"]) - 1
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0])
+def test_a_decay_that_is_none_is_refused_without_a_config_too(decay):
+    parameters = [torch.nn.Parameter(torch.ones(3))]
+    with pytest.raises(ValueError, match=r"ema_decays are \(.*\), expected values in \[0, 1\)"):
+        AdamWEMA(parameters, [[torch.ones(3)]], (decay,))

@@ -37,11 +37,11 @@ lint: $(VENV)/.installed ## ruff check and ruff format --check
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-test: $(VENV)/.csrc ## the tests that need no GPU, without the slow ones
-	@$(PYTEST) -m "not slow and not gpu and not smoke_full"
-
-test-full: $(VENV)/.csrc ## all tests that need no GPU
+test: $(VENV)/.csrc ## the fast tier of the tests that need no GPU; five minutes on two cores
 	@$(PYTEST) -m "not gpu and not smoke_full"
+
+test-full: $(VENV)/.csrc ## all tests that need no GPU, with every case of their grids; half an hour
+	@$(PYTEST) --full -m "not gpu and not smoke_full"
 
 smoke-full: $(VENV)/.installed ## SiT-XL/2 with DINOv2-B: a step, save, resume, sample; 22 GiB of memory
 	$(VENV)/bin/python -m pytest -p no:benchmark -m smoke_full --durations=1 tests/train/test_smoke.py

@@ -8,23 +8,32 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuB
 import pytest
 import torch
 
+from tests import tiers
+from tests.launching import torchrun  # noqa: F401  (fixture)
 from tests.optional import (  # noqa: F401  (hooks)
     pytest_make_collect_report,
     pytest_runtest_call,
     pytest_runtest_setup,
 )
+from tests.ranks import ranks  # noqa: F401  (fixture)
+from tests.tiers import build, heavy, inductor  # noqa: F401  (fixtures)
 
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name != "test_smoke.py")  # the longest test goes first
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="heavy tests, and every case of a grid")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is applied
+def pytest_collection_modifyitems(config, items):
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+        tiers.mark(item)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    chosen = items if config.getoption("full") else tiers.fast(items)
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    items[:] = sorted(chosen, key=lambda item: "ranks" not in item.keywords)  # the longest first
 
 
 @pytest.fixture(autouse=True)

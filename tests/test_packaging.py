@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 OPS = sorted(init.parent.name for init in ROOT.glob("kernels/*/__init__.py"))
 
-pytestmark = pytest.mark.xdist_group("packaging")
+pytestmark = pytest.mark.usefixtures("build")
 
 
 def python(*args, cwd, path=None):

@@ -69,7 +69,7 @@ STREAM_OPS = ("gate_residual_adaln", "adaln", "gate_residual")
 ITEMS = (
     Item("card", 10, ("benchmarks.gpu.card",)),
     Item("step", 70, ladder("e", "g")),
-    Item("tests", 90, tests("-m", "gpu and not slow", *TESTS)),
+    Item("tests", 90, tests("--full", "-m", "gpu and not heavy", *TESTS)),
     Item("recipe", 45, ladder("a", "o"), needs="REPA_OFFICIAL"),
     Item("kernels", 60, kernels(*STREAM_OPS, batches=("32", "256"))),
     Item("optimizer", 20, ("benchmarks.step.optim", "--provider", "cuda", "stock", "official")),
@@ -86,7 +86,7 @@ ITEMS = (
     Item("features", 30, ladder("h")),
     Item("tuned", 30, ladder("b")),
     Item("parity", 90, ("benchmarks.step.parity", "--train", "100", "--rung", "e", "i")),
-    Item("all-tests", 120, tests("-m", "gpu", "tests")),
+    Item("all-tests", 120, tests("--full", "-m", "gpu", "tests")),
 )
 
 

@@ -183,7 +183,7 @@ def test_the_gpu_tests_are_collected():
 
 
 @needs_card
-@pytest.mark.slow
+@pytest.mark.usefixtures("heavy")
 def test_a_rung_is_rehearsed(tmp_path):
     report = tmp_path / "report.jsonl"
     flags = ("--preset", "sit-s2-repa", "--batch", 4, "--rung", "e", "--steps", 2, "--warmup", 1)
@@ -283,7 +283,7 @@ def copied(target):
 
 
 @needs_csrc
-@pytest.mark.slow
+@pytest.mark.usefixtures("heavy")
 def test_the_tree_and_the_library_are_all_that_a_gpu_machine_needs(tmp_path):
     if reason := not_a_gpu_machine():
         pytest.skip(reason)

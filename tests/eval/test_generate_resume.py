@@ -94,7 +94,7 @@ def test_killed_and_gone_on_with(make, tmp_path):
     assert_same(out, generate(make(tmp_path / "whole", **settings)))
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("heavy")
 def test_killed_at_ten_random_moments_and_gone_on_with(make, tmp_path):
     generator = random.Random(0)
     settings = {"num_fid_samples": 30 * BATCH, "num_steps": 30}

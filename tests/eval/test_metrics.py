@@ -317,7 +317,7 @@ def test_measured_moments_are_of_all_batches(keep, monkeypatch):
         assert np.allclose(cov, means.var(ddof=1) * np.outer(scale, scale), rtol=1e-4)
 
 
-@pytest.mark.xdist_group("distributed")
+@pytest.mark.usefixtures("torchrun")
 def test_two_processes_find_what_one_finds(files, tmp_path):
     """Also a reference, and fewer batches than processes."""
     changes = {

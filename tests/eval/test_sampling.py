@@ -254,7 +254,7 @@ def test_compiled_is_close_to_eager(tmp_path):
     assert torch.allclose(drawn.latents(INDEX, LABELS, 0), eager, rtol=0, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("heavy")
 @pytest.mark.parametrize("settings", [{}, {"mode": "sde", "mixed_precision": "bf16"}])
 def test_compiled_images_do_not_depend_on_what_was_sampled_before(tmp_path, settings):
     """With guidance in an interval the model meets two batch sizes."""

@@ -74,7 +74,7 @@ def test_a_restored_state_does_not_share_memory():
     assert_moments(moments, seeded((5, F), seed=0))
 
 
-@pytest.mark.xdist_group("distributed")
+@pytest.mark.usefixtures("torchrun")
 def test_three_processes_have_the_moments_and_rows_of_one(tmp_path):
     env = {**os.environ, "OUT": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

@@ -5,7 +5,7 @@ import pytest
 from benchmarks.faults import chaos
 from benchmarks.faults.chaos import Kill
 
-pytestmark = pytest.mark.xdist_group("distributed")
+pytestmark = pytest.mark.usefixtures("torchrun")
 
 KILLS = [
     Kill("training", "rank 1", after=8, wait=0.3),

@@ -15,7 +15,7 @@ import torch
 from benchmarks.faults import chaos
 from repa_fast.data.official import OfficialFolder
 
-pytestmark = pytest.mark.xdist_group("distributed")
+pytestmark = pytest.mark.usefixtures("torchrun")
 
 ROOT = Path(__file__).parents[2]
 NAMESPACE = ("unshare", "-rm")
@@ -53,7 +53,7 @@ def test_a_read_only_folder_is_named_in_one_line(disk):
     assert "Read-only file system" in disk["finished, read-only"]
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("heavy")
 def test_a_nan_on_one_process_is_skipped_by_both(tmp_path):
     out = tmp_path / "found"
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")

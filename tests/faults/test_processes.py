@@ -11,7 +11,7 @@ from benchmarks.faults.chaos_run import PATIENCE
 from repa_fast.checkpoint.layout import path_of, steps
 from tests.faults.conftest import STEPS
 
-pytestmark = [pytest.mark.xdist_group("distributed"), pytest.mark.slow]
+pytestmark = pytest.mark.usefixtures("torchrun", "heavy")
 
 CLOCK = r"""
 #include <errno.h>

@@ -656,7 +656,7 @@ def test_a_stale_use_of_a_parameter_raises_after_the_kernel(cuda):
 
 
 @pytest.mark.gpu
-@pytest.mark.slow
+@pytest.mark.usefixtures("heavy")
 def test_kernel_takes_a_tensor_above_2_to_the_31_elements(cuda):
     count = 2**31 + 8195
     if torch.cuda.mem_get_info(cuda)[0] < count * 24:

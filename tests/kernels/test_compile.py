@@ -94,7 +94,7 @@ def test_ampere_and_blackwell(name, capability, width, stream, dtype):
     check(name, capability, width, stream, dtype)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("heavy")
 @pytest.mark.parametrize(
     "name, capability, width, stream, dtype",
     [*cases(80, WIDTHS, DTYPES), *cases(100, WIDTHS, DTYPES)],

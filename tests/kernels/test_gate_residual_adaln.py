@@ -259,7 +259,7 @@ def test_rows_of_vectors_may_lie_beyond_2_31_elements(interpreter):
 
 
 @pytest.mark.gpu
-@pytest.mark.slow
+@pytest.mark.usefixtures("heavy")
 def test_a_sample_beyond_2_31_elements_is_within_budget():
     tokens, width = 256, 1152
     batch = 2**31 // (tokens * width) + 2

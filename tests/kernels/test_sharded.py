@@ -9,10 +9,10 @@ import torch
 from tests.kernels.sharded import gradients
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.xdist_group("distributed")
+pytestmark = pytest.mark.usefixtures("torchrun")
 
 
-@pytest.mark.parametrize("compiled", (pytest.param(False, marks=pytest.mark.slow), True))
+@pytest.mark.parametrize("compiled", (pytest.param(False, marks=pytest.mark.heavy), True))
 def test_fsdp_on_two_processes_gives_the_gradients_of_one(tmp_path, can_interpret, compiled):
     out = tmp_path / "gradients.pt"
     env = {

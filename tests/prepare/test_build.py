@@ -76,7 +76,7 @@ def test_a_process_that_starts_after_the_table_is_made_has_nothing_to_do(tmp_pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["train.blocks.json", "train.lance"]
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("heavy")
 def test_killed_at_twenty_random_moments_and_gone_on_with(tmp_path):
     generator = random.Random(0)
     rows, killed, done = 300, tmp_path / "killed", 0

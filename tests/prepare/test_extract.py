@@ -126,7 +126,7 @@ def start(out, seconds):
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("heavy")
 def test_killed_at_ten_random_moments_and_gone_on_with(tmp_path):
     write(tmp_path, rows=200)
     generator = random.Random(0)

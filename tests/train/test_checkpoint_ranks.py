@@ -11,11 +11,11 @@ from repa_fast.checkpoint.export import export
 from repa_fast.checkpoint.layout import MARKER, path_of, read_native, steps
 from repa_fast.distributed import World
 from repa_fast.train import checkpoint
+from tests.launching import launch
 from tests.train import checkpoint_ranks
 from tests.train.checkpoint_ranks import FAILING, LOADS, SAVED, SAVES
-from tests.train.launching import torchrun
 
-pytestmark = pytest.mark.xdist_group("distributed")
+pytestmark = pytest.mark.usefixtures("torchrun")
 
 WORLD = World(0, 1, torch.device("cpu"))
 
@@ -24,7 +24,7 @@ WORLD = World(0, 1, torch.device("cpu"))
 def out(tmp_path_factory):
     """The folder with the checkpoints of all jobs and what each process found."""
     folder = tmp_path_factory.mktemp("ranks")
-    process = torchrun("tests.train.checkpoint_ranks", 4, OUT=str(folder))
+    process = launch("tests.train.checkpoint_ranks", 4, OUT=str(folder))
     assert process.returncode == 0, process.stderr
     return folder
 

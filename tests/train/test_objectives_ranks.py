@@ -10,11 +10,11 @@ pytest.importorskip("lance")
 pytest.importorskip("timm")
 
 from repa_fast.distributed import World
+from tests.launching import launch
 from tests.train import objective_ranks
-from tests.train.launching import torchrun
 from tests.train.objective_ranks import OBJECTIVES, STEPS, UNTIL
 
-pytestmark = pytest.mark.xdist_group("distributed")
+pytestmark = pytest.mark.usefixtures("torchrun")
 
 WORLD = World(0, 1, torch.device("cpu"))
 COMPILED = ("repa",)
@@ -31,7 +31,7 @@ def alone(name):
 def ranks(tmp_path_factory):
     """Of each of two processes, {objective: (metrics of each step, final weights)}."""
     out = tmp_path_factory.mktemp("ranks") / "found"
-    process = torchrun("tests.train.objective_ranks", 2, OUT=str(out))
+    process = launch("tests.train.objective_ranks", 2, OUT=str(out))
     assert process.returncode == 0, process.stderr
     return [torch.load(f"{out}.{rank}") for rank in range(2)]
 
@@ -91,7 +91,7 @@ def test_negatives_of_a_process_are_fewer_than_those_of_all(ranks):
 @pytest.mark.parametrize(
     "name",
     [
-        name if name in COMPILED else pytest.param(name, marks=pytest.mark.slow)
+        name if name in COMPILED else pytest.param(name, marks=pytest.mark.heavy)
         for name in OBJECTIVES
     ],
 )

@@ -837,8 +837,7 @@ def test_a_step_does_not_wait_for_the_gpu(implementation):
 # Several processes.
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("distributed")
+@pytest.mark.usefixtures("torchrun", "heavy")
 def test_fsdp_on_two_processes_equals_one(tmp_path):
     env = {**os.environ, "OUT": str(tmp_path / "found"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

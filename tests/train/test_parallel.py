@@ -15,9 +15,9 @@ from repa_fast.configs import presets
 from repa_fast.configs.build import expected_metadata
 from repa_fast.train.memory import budget, describe
 from repa_fast.train.parallel import checkpoint_activations, shard_count
+from tests import launching
 from tests.train import parallel_ranks
 from tests.train.conftest import tiny_config
-from tests.train.launching import torchrun
 from tests.train.parallel_ranks import (
     ALONE,
     CASES,
@@ -30,7 +30,7 @@ from tests.train.parallel_ranks import (
     WHOLE,
 )
 
-pytestmark = pytest.mark.xdist_group("distributed")
+pytestmark = pytest.mark.usefixtures("torchrun")
 
 LR = 1e-4
 
@@ -38,7 +38,7 @@ LR = 1e-4
 def launch(folder, part, processes):
     """What each of several processes found."""
     module, where = "tests.train.parallel_ranks", {"OUT": str(folder), "PART": part}
-    process = torchrun(module, processes, timeout=900, **where)
+    process = launching.launch(module, processes, timeout=900, **where)
     assert process.returncode == 0, process.stderr
     return [torch.load(folder / f"found.{rank}") for rank in range(processes)]
 
@@ -104,14 +104,14 @@ def test_two_processes_equal_one(few, name):
         assert_same_run(found[name], expected(CASES[name]))
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("heavy")
 @pytest.mark.parametrize("name", MORE_CASES)
 def test_two_processes_equal_one_in_more_cases(more, name):
     for found in more:
         assert_same_run(found[name], expected(MORE_CASES[name]))
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("heavy")
 @pytest.mark.parametrize("name", SQUARES)
 def test_four_processes_equal_one(four, name):
     for found in four:
@@ -183,7 +183,7 @@ def test_gradients_are_reduced_in_bf16_where_asked_for(few):
     assert not torch.equal(values, values.bfloat16().float())
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("heavy")
 def test_fp16_gradients_are_those_of_ddp(more):
     """Scaled, as they are before the scaler's unscaling."""
     assert distance(more[0]["fsdp fp16"], more[0]["ddp fp16"]) < 2**-10
@@ -250,7 +250,7 @@ def test_tracing_blocks_breaks_no_graph_and_ends_in_the_first_step(few):
         assert_same_run(found["traced"], expected(COMPILED[TRACED]), 1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("heavy")
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_blocks_equal_eager_ones(compiled, name):
     for found in compiled:

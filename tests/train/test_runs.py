@@ -22,7 +22,7 @@ from repa_fast.data.digits import digits_metadata, prepare_digits
 from repa_fast.train import checkpoint
 from repa_fast.train.report import read_metrics
 
-pytestmark = pytest.mark.xdist_group("distributed")
+pytestmark = pytest.mark.usefixtures("torchrun")
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40
@@ -127,13 +127,13 @@ def killed_and_resumed(arguments: list[str], moments: list[tuple[int, float]]) -
     finish(arguments)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("heavy")
 def test_killed_and_resumed_run_is_bit_identical(digits_dir, undisturbed, tmp_path):
     killed_and_resumed(command(digits_dir, tmp_path), [(8, 0.01), (24, 0.0)])
     assert_bit_identical(tmp_path / "run", undisturbed)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("heavy")
 @pytest.mark.parametrize("ranks, extra", [(1, []), (2, ["--compile"])])
 def test_five_kills_at_random_moments(digits_dir, tmp_path, ranks, extra):
     finish(command(digits_dir, tmp_path / "undisturbed", ranks, extra))
@@ -161,14 +161,14 @@ def assert_close_curves(run: Path, undisturbed: Path) -> None:
             assert a[name] == pytest.approx(b[name], abs=1e-6, rel=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("heavy")
 def test_two_ranks_equal_one_process(digits_dir, undisturbed, tmp_path):
     finish(command(digits_dir, tmp_path, ranks=2))
     assert_close_curves(tmp_path / "run", undisturbed)
     assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] == STEPS
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("heavy")
 def test_two_ranks_compiled(digits_dir, undisturbed, tmp_path):
     finish(command(digits_dir, tmp_path, ranks=2, extra=["--compile"]))
     ours, theirs = curve(tmp_path / "run"), curve(undisturbed)

@@ -27,7 +27,7 @@ from tests.train.test_runs import (
     start,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
+pytestmark = pytest.mark.usefixtures("torchrun", "heavy")
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 STANDALONE = ["--standalone", "--nproc-per-node=2"]

@@ -9,10 +9,10 @@ pytest.importorskip("lance")
 
 from repa_fast.checkpoint.layout import path_of
 from repa_fast.data.digits import prepare_digits
-from tests.train.launching import ROOT, torchrun
+from tests.launching import ROOT, launch
 from tests.train.watch_ranks import STEPS, TIMEOUT
 
-pytestmark = pytest.mark.xdist_group("distributed")
+pytestmark = pytest.mark.usefixtures("torchrun")
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def ended(tmp_path_factory):
     """(torchrun's stderr, folder of what the processes left)."""
     folder = tmp_path_factory.mktemp("ranks")
     digits = str(prepare_digits(folder / "digits"))
-    process = torchrun("tests.train.watch_ranks", 2, OUT=str(folder), DIGITS=digits)
+    process = launch("tests.train.watch_ranks", 2, OUT=str(folder), DIGITS=digits)
     assert process.returncode == 1, process.stderr
     return process.stderr, folder
 
@@ -34,7 +34,7 @@ def test_both_stop_together_and_say_the_same(ended):
     assert "--skip-steps=4" in command and "--parallel=fsdp" in command
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("heavy")
 def test_the_command_goes_on_with_both(ended):
     command = json.loads((ended[1] / "stopping.0").read_text())["message"].split("\n")[1]
     process = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)

@@ -256,7 +256,7 @@ def test_without_the_flag_a_spike_is_left_alone(run_config, record):
     assert [step for step, _, _ in steps.seen] == list(range(20))
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("heavy")
 def test_a_spike_before_the_first_checkpoint_leaves_none_to_go_on_from(run_config, record):
     record(poisoned=[17])
     message, command = diverged(run_config(checkpointing_steps=50, max_train_steps=20))
@@ -293,7 +293,7 @@ def test_non_finite_steps_name_a_good_checkpoint_as_well(run_config, record, tmp
     assert all(p.isfinite().all() for p in parameters(steps.state))
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("heavy")
 def test_a_damaged_checkpoint_is_passed_over(run_config, record, monkeypatch, tmp_path):
     steps = record(poisoned=[17])
     stepped = steps.__call__
@@ -313,7 +313,7 @@ def test_a_damaged_checkpoint_is_passed_over(run_config, record, monkeypatch, tm
     assert (Path(config.resume).name, config.skip_steps) == ("0000010", 9)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("heavy")
 def test_checkpoints_with_encoders_that_were_dropped_are_not_gone_back_to(run_config, record):
     """Alignment ends at 16, after the last checkpoint; before, going back is fine."""
     aligned = {"enc_type": "digits-vit", "align_until": 16, "max_train_steps": 20}
@@ -345,7 +345,7 @@ def test_fp16_goes_on_exactly_with_its_scale(make_state, tmp_path):
     assert_same(state, other)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("heavy")
 def test_qk_norm_trains_samples_and_resumes(run_config, record):
     sampling = {"sampling_steps": 8, "num_steps": 2, "cfg_scale": 1.0}
     whole = record()

@@ -1,14 +1,16 @@
-"""Tests that need several processes start them here."""
+"""Tests that need processes of torchrun's start them here."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+import pytest
+
+ROOT = Path(__file__).parents[1]
 
 
-def torchrun(
+def launch(
     module: str, processes: int, *, timeout: float = 240, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a module of the tests under torchrun, on one thread per process."""
@@ -18,3 +20,9 @@ def torchrun(
     return subprocess.run(
         command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
     )
+
+
+@pytest.fixture(scope="session")
+def torchrun():
+    """`launch`, for what two processes that live on cannot show: more of them, or how they end."""
+    return launch

@@ -4,7 +4,7 @@ import io
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -22,6 +22,8 @@ from repa_fast.eval.metrics import EvalConfig
 from repa_fast.testing import seeded
 
 SIDE = 16
+TRAIN, VAL = 120, 60
+"""Rows of the room's tables."""
 COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255), (20, 20, 20))
 """Of the classes."""
 WIDTHS = {"pool": 6, "spatial": 5, "logits": 4}
@@ -49,13 +51,9 @@ def write_table(
 ) -> Path:
     """A table of images (N, 16, 16, 3) with pixel latents."""
     metadata = dataset.Metadata(
-        resolution=SIDE,
-        latent_shape=(3, SIDE, SIDE),
-        vae="none",
-        scale=1.0,
-        bias=0.0,
+        resolution=SIDE, latent_shape=(3, SIDE, SIDE), vae="none", scale=1.0, bias=0.0,
         class_names=tuple(f"class {number}" for number in range(classes)),
-    )
+    )  # fmt: skip
     columns = zip(map(png, images), pixel_moments(images), map(int, labels), strict=True)
     rows: list[dataset.Row] = [
         {"image": image, "moments": moments, "label": label} for image, moments, label in columns
@@ -87,15 +85,7 @@ def assert_picture(path: Path) -> None:
     assert 0.005 < drawn < 0.9
 
 
-def cknna(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    k: int = 10,
-    *,
-    definition: str = "paper",
-    normalize: bool | None = None,
-    chunk: int = CHUNK,
-) -> float:
+def cknna(a, b, k=10, *, definition="paper", normalize=None, chunk=CHUNK) -> float:
     """CKNNA of two sets of features; the platonic one normalises them if nothing is said."""
     normalize = definition == "platonic" if normalize is None else normalize
     near = [
@@ -123,20 +113,13 @@ class SmallInception:
 def small_inception() -> Iterator[None]:
     """SmallInception in the place of the Inception, and its widths in that of the published."""
     pool, spatial, logits = WIDTHS.values()
-    shapes = {
-        "mu": (pool,),
-        "sigma": (pool, pool),
-        "mu_s": (spatial,),
-        "sigma_s": (spatial, spatial),
-    }
+    shapes = {"mu": (pool,), "sigma": (pool, pool), "mu_s": (spatial,), "sigma_s": (spatial,) * 2}
     widths = {"POOL_WIDTH": pool, "SPATIAL_WIDTH": spatial, "CLASSES": logits}
-    with ExitStack() as patches:
-        for module, names in (
-            (inception, widths),
-            (metrics, {"Inception": SmallInception}),
-            (reference, {"SHAPES": shapes}),
-        ):
-            patches.enter_context(mock.patch.multiple(module, **names))
+    with (
+        mock.patch.multiple(inception, **widths),
+        mock.patch.object(metrics, "Inception", SmallInception),
+        mock.patch.object(reference, "SHAPES", shapes),
+    ):
         yield
 
 

@@ -1,6 +1,7 @@
 """Features for the analyses: what decides them, what the cache keeps, which rows are looked at."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -26,35 +27,33 @@ from repa_fast.data.open import open_dataset
 from repa_fast.diffusion.path import get
 from repa_fast.eval.load import load
 from repa_fast.objective import build_objective
-from tests.analysis.analysing import coloured, noise_images, planes, write_table
+from tests.analysis.analysing import TRAIN, VAL, coloured, noise_images, planes, write_table
 from tests.eval import checkpoints
+from tests.refusals import refused
 
 CPU = torch.device("cpu")
-COUNT = 23
 ROWS = np.array([0, 3, 4, 9, 11, 20, 22])
 VIT = ["digits-vit"]
 
 
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
-    return load(checkpoints.run(tmp_path_factory.mktemp("run")))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data")
-    write_table(path / "train.lance", *coloured(COUNT, seed=0))
-    return path
-
-
 @pytest.fixture
-def data(folder):
-    return open_dataset(folder)
+def dataset(data):
+    return open_dataset(data)
 
 
-def settings(cache, **changes) -> AnalysisConfig:
+def settings(cache="", **changes) -> AnalysisConfig:
     fields = {"ckpt": "run", "times": (0.2, 0.7), "batch_size": 3, "num_workers": 1}
     return AnalysisConfig(**fields | {"cache": str(cache)} | changes)
+
+
+def gathered(loaded, dataset, config=None, rows=ROWS, names=VIT):
+    return gather(loaded, dataset, rows, names, config or settings(), CPU)
+
+
+@pytest.fixture(scope="module")
+def whole(loaded, data):
+    """Features of the rows."""
+    return gathered(loaded, open_dataset(data))
 
 
 def assert_same(a, b):
@@ -63,10 +62,10 @@ def assert_same(a, b):
     assert all(torch.equal(a.tokens[name], b.tokens[name]) for name in a.tokens)
 
 
-def test_features_are_those_of_the_rows(loaded, data):
+def test_features_are_those_of_the_rows(loaded, dataset):
     """Also an encoder's, from images that are made here."""
-    found = gather(loaded, data, ROWS, VIT, settings("", seed=3), CPU)
-    images, labels = coloured(COUNT, seed=0)
+    found = gathered(loaded, dataset, settings(seed=3))
+    images, labels = coloured(TRAIN, seed=0)
     assert found.hidden.shape == (2, 3, len(ROWS), 32) and found.hidden.dtype == torch.float32
     assert found.label.dtype == torch.int64 and found.label.tolist() == labels[ROWS].tolist()
     tokens = encoders.load("digits-vit", 16, CPU)(planes(images[ROWS])).mean(1)
@@ -87,75 +86,63 @@ def test_features_are_those_of_the_rows(loaded, data):
 
 
 @pytest.mark.parametrize("changes", [{"batch_size": 7}, {"batch_size": 64}, {"num_workers": 3}])
-def test_batches_and_threads_do_not_matter(loaded, data, changes):
-    one = gather(loaded, data, ROWS, VIT, settings(""), CPU)
-    other = gather(loaded, data, ROWS, VIT, settings("", **changes), CPU)
-    assert torch.equal(one.label, other.label)
-    assert torch.allclose(one.hidden, other.hidden, rtol=1e-4, atol=1e-4)
-    assert torch.allclose(one.tokens["digits-vit"], other.tokens["digits-vit"], atol=1e-5)
+def test_batches_and_threads_do_not_matter(loaded, dataset, whole, changes):
+    other = gathered(loaded, dataset, settings(**changes))
+    assert torch.equal(whole.label, other.label)
+    assert torch.allclose(whole.hidden, other.hidden, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(whole.tokens["digits-vit"], other.tokens["digits-vit"], atol=1e-5)
 
 
 @pytest.mark.parametrize("layers", [(1,), (2, 3), (3, 1)])
-def test_some_layers_are_a_slice_of_all(loaded, data, layers):
-    whole = gather(loaded, data, ROWS, [], settings(""), CPU)
-    config = settings("", layers=layers)
-    some = gather(loaded, data, ROWS, [], config, CPU)
+def test_some_layers_are_a_slice_of_all(loaded, dataset, whole, layers):
+    config = settings(layers=layers)
+    some = gathered(loaded, dataset, config, names=[])
     assert torch.equal(some.hidden, whole.hidden[:, [layer - 1 for layer in layers]])
     assert some.tokens == {}
     assert config.layers_of(loaded) == list(layers)
-    assert settings("").layers_of(loaded) == [1, 2, 3]
+    assert settings().layers_of(loaded) == [1, 2, 3]
 
 
-def test_bf16_is_the_models_alone(loaded, data):
-    exact = gather(loaded, data, ROWS, VIT, settings(""), CPU)
-    rounded = gather(loaded, data, ROWS, VIT, settings("", mixed_precision="bf16"), CPU)
-    assert torch.equal(exact.tokens["digits-vit"], rounded.tokens["digits-vit"])
-    assert not torch.equal(exact.hidden, rounded.hidden)
-    error = (exact.hidden - rounded.hidden).norm() / exact.hidden.norm()
+def test_bf16_is_the_models_alone(loaded, dataset, whole):
+    rounded = gathered(loaded, dataset, settings(mixed_precision="bf16"))
+    assert torch.equal(whole.tokens["digits-vit"], rounded.tokens["digits-vit"])
+    assert not torch.equal(whole.hidden, rounded.hidden)
+    error = (whole.hidden - rounded.hidden).norm() / whole.hidden.norm()
     assert error < 0.05  # a few roundings of 2^-9 in each of 3 blocks
 
 
-@pytest.mark.parametrize("layer", [0, 4])
-def test_layers_that_are_not_there_are_refused(loaded, data, tmp_path, layer):
-    with pytest.raises(ValueError, match=f"block is {layer}, expected 1..3"):
-        gather(loaded, data, ROWS, [], settings(tmp_path, layers=(1, layer)), CPU)
+def test_other_layers_and_latents_than_there_are_are_refused(loaded, dataset, tmp_path):
+    for layer in (0, 4):
+        call = functools.partial(gathered, loaded, dataset, settings(tmp_path, layers=(1, layer)))
+        refused(call, f"block is {layer}, expected 1..3")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_dataset_of_other_latents_is_refused(data, tmp_path):
     other = load(checkpoints.run(tmp_path, checkpoints.LATENTS, enc_type="none", patch_size=2))
-    with pytest.raises(ValueError, match=r"3, 16, 16|4, 8, 8"):
-        gather(other, data, ROWS, [], settings(""), CPU)
+    refused(lambda: gathered(other, dataset, names=[]), r"3, 16, 16|4, 8, 8")
 
 
-def test_the_second_time_nothing_is_computed(loaded, data, tmp_path, monkeypatch):
+def test_the_second_time_nothing_is_computed_with_a_cache(
+    loaded, dataset, whole, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    gathered(loaded, dataset, names=[])
+    assert not list(tmp_path.iterdir())
     cache = tmp_path / "new" / "cache"
-    first = gather(loaded, data, ROWS, VIT, settings(cache), CPU)
+    assert_same(whole, gathered(loaded, dataset, settings(cache)))
     [file] = cache.iterdir()
     assert file.suffix == ".safetensors"
-    stored = load_file(file)
-    assert torch.equal(stored["hidden"], first.hidden)
+    assert torch.equal(load_file(file)["hidden"], whole.hidden)
     for name in ("encoders.load", "collect", "Loader"):
         monkeypatch.setattr(f"repa_fast.analysis.gather.{name}", None)
-    second = gather(loaded, data, ROWS, VIT, settings(cache), CPU)
-    assert_same(first, second)
-    assert_same(first, gather(loaded, data, ROWS, VIT, settings(str(cache)), CPU))
+    assert_same(whole, gathered(loaded, dataset, settings(cache)))
     with pytest.raises(TypeError):
-        gather(loaded, data, ROWS, VIT, settings(""), CPU)
-
-
-def test_nothing_is_kept_without_a_cache(loaded, data, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    gather(loaded, data, ROWS, [], settings(""), CPU)
-    assert not list(tmp_path.iterdir())
+        gathered(loaded, dataset)
 
 
 def test_a_pass_that_fails_leaves_nothing(loaded, tmp_path, monkeypatch):
     monkeypatch.setattr("tests.analysis.analysing.png", lambda pixels: b"no image")
     write_table(tmp_path / "data" / "train.lance", *coloured(5, seed=0))
-    data, config = open_dataset(tmp_path / "data"), settings(tmp_path / "c")
-    with pytest.raises(ValueError, match=r"train\.lance row 2"):
-        gather(loaded, data, np.array([2, 3]), VIT, config, CPU)
+    bad, config = open_dataset(tmp_path / "data"), settings(tmp_path / "c")
+    refused(lambda: gathered(loaded, bad, config, np.array([2, 3])), r"train\.lance row 2")
     assert not (tmp_path / "c").exists()
 
 
@@ -173,123 +160,96 @@ def computed(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"digest": "other"},
-        {"objective": build_objective(ObjectiveConfig(path_type="cosine"))},
-        {"rows": ROWS[:-1]},
-        {"rows": ROWS + 1},
-        {"times": (0.2, 0.6)},
-        {"times": (0.2,)},
-        {"layers": (1, 2)},
-        {"seed": 1},
-        {"names": []},
-        {"names": ["digits-vit", "dinov2-vit-b"]},
-        {"enc_weights": "file.pth"},
-        {"mixed_precision": "bf16"},
-    ],
-    ids=lambda changes: ",".join(changes),
-)
-def test_what_decides_features_decides_the_cache(loaded, data, tmp_path, computed, changes):
-    gather(loaded, data, ROWS, VIT, settings(tmp_path), CPU)
-    of_model = {k: v for k, v in changes.items() if k in ("digest", "objective")}
-    rest = {k: v for k, v in changes.items() if k not in (*of_model, "rows", "names")}
-    arguments = (
-        dataclasses.replace(loaded, **of_model), data, changes.get("rows", ROWS),
-        changes.get("names", VIT), settings(tmp_path, **rest), CPU,
-    )  # fmt: skip
-    gather(*arguments)
-    assert len(computed) == 2
-    gather(*arguments)
-    gather(loaded, data, ROWS, VIT, settings(tmp_path), CPU)
-    assert len(computed) == 2 and len(list(tmp_path.iterdir())) == 2
+OTHER_PATH = build_objective(ObjectiveConfig(path_type="cosine"))
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "of_model, of_call, of_config, decides",
     [
-        {"batch_size": 5},
-        {"num_workers": 2},
-        {"out": "elsewhere"},
-        {"ckpt": "elsewhere"},
-        {"data_dir": "elsewhere"},
-        {"encoders": "digits-vit"},
-        {"enc_weights": ""},
+        ({"digest": "other"}, {}, {}, True),
+        ({"objective": OTHER_PATH}, {}, {}, True),
+        ({}, {"rows": ROWS[:-1]}, {}, True),
+        ({}, {"rows": ROWS + 1}, {}, True),
+        ({}, {"names": []}, {}, True),
+        ({}, {"names": ["digits-vit", "dinov2-vit-b"]}, {}, True),
+        ({}, {}, {"times": (0.2, 0.6)}, True),
+        ({}, {}, {"times": (0.2,)}, True),
+        ({}, {}, {"layers": (1, 2)}, True),
+        ({}, {}, {"seed": 1}, True),
+        ({}, {}, {"enc_weights": "file.pth"}, True),
+        ({}, {}, {"mixed_precision": "bf16"}, True),
+        ({}, {}, {"batch_size": 5}, False),
+        ({}, {}, {"num_workers": 2}, False),
+        ({}, {}, {"out": "elsewhere"}, False),
+        ({}, {}, {"ckpt": "elsewhere"}, False),
+        ({}, {}, {"data_dir": "elsewhere"}, False),
+        ({}, {}, {"encoders": "digits-vit"}, False),
+        ({}, {}, {"enc_weights": ""}, False),
     ],
-    ids=lambda changes: ",".join(changes),
 )
-def test_what_does_not_decide_features_does_not(loaded, data, tmp_path, computed, changes):
-    gather(loaded, data, ROWS, VIT, settings(tmp_path), CPU)
-    gather(loaded, data, ROWS, VIT, settings(tmp_path, **changes), CPU)
-    assert computed == [{"digits-vit": ""}]
+def test_what_decides_features_decides_the_cache(
+    loaded, dataset, tmp_path, computed, of_model, of_call, of_config, decides
+):
+    changed, times = dataclasses.replace(loaded, **of_model), 1 + decides
+    gathered(loaded, dataset, settings(tmp_path))
+    for _ in range(2):
+        gathered(changed, dataset, settings(tmp_path, **of_config), **of_call)
+        gathered(loaded, dataset, settings(tmp_path))
+        assert len(computed) == len(list(tmp_path.iterdir())) == times
+    assert computed[0] == {"digits-vit": ""}
 
 
-def test_each_encoder_gets_its_file(loaded, data, tmp_path, computed):
+def test_each_encoder_gets_its_file(loaded, dataset, tmp_path, computed):
     names = ["dinov2-vit-b", "digits-vit"]
-    gather(loaded, data, ROWS, names, settings(tmp_path, enc_weights="a.pth,"), CPU)
+    gathered(loaded, dataset, settings(tmp_path, enc_weights="a.pth,"), names=names)
     assert computed == [{"dinov2-vit-b": "a.pth", "digits-vit": ""}]
-    with pytest.raises(ValueError, match=r"enc_weights has 1 entries .* expected 2"):
-        gather(loaded, data, ROWS, names, settings(tmp_path, enc_weights="a.pth"), CPU)
-
-
-def test_a_dataset_written_again_is_another(loaded, folder, tmp_path, computed):
-    shutil.copytree(folder, tmp_path / "data")
-    data = tmp_path / "data"
-    cache = settings(tmp_path / "cache")
-    gather(loaded, open_dataset(data), ROWS, VIT, cache, CPU)
-    gather(loaded, open_dataset(data), ROWS, VIT, cache, CPU)
-    assert len(computed) == 1
-    shutil.rmtree(data)
-    write_table(data / "train.lance", noise_images(COUNT), [0] * COUNT)
-    gather(loaded, open_dataset(data), ROWS, VIT, cache, CPU)
-    assert len(computed) == 2
-
-
-def test_relative_paths_are_not_mixed_up(loaded, folder, tmp_path, computed, monkeypatch):
-    for name in ("a", "b"):
-        shutil.copytree(folder, tmp_path / name / "data")
-        monkeypatch.chdir(tmp_path / name)
-        gather(loaded, open_dataset("data"), ROWS, VIT, settings(tmp_path / "cache"), CPU)
-    assert len(computed) == 2
-    absolute = open_dataset(tmp_path / "b" / "data")
-    gather(loaded, absolute, ROWS, VIT, settings(tmp_path / "cache"), CPU)
-    assert len(computed) == 2
+    few = settings(tmp_path, enc_weights="a.pth")
+    words = r"enc_weights has 1 entries .* expected 2"
+    refused(lambda: gathered(loaded, dataset, few, names=names), words)
 
 
 def official(root, label: int):
     """An official folder of one latent."""
-    (root / "vae-sd" / "00000").mkdir(parents=True)
     name = "00000/img-mean-std-00000000.npy"
+    (root / "vae-sd" / "00000").mkdir(parents=True, exist_ok=True)
     np.save(root / "vae-sd" / name, np.ones((8, 4, 4), np.float32))
-    relabel(root, label)
+    (root / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": [[name, label]]}))
     return root
 
 
-def relabel(root, label: int) -> None:
-    listing = {"labels": [["00000/img-mean-std-00000000.npy", label]]}
-    (root / "vae-sd" / "dataset.json").write_text(json.dumps(listing))
+def noise_table(folder, seed: int):
+    shutil.rmtree(folder, ignore_errors=True)
+    write_table(folder / "train.lance", noise_images(23, seed), [0] * 23)
+    return folder
 
 
-def test_an_official_folder_with_new_labels_is_another(loaded, tmp_path, computed):
-    root, rows = official(tmp_path / "data", 3), np.array([0])
-    config = settings(tmp_path / "cache")
-    gather(loaded, open_dataset(root), rows, [], config, CPU)
-    gather(loaded, open_dataset(root), rows, [], config, CPU)
-    assert len(computed) == 1
-    relabel(root, 11)
-    gather(loaded, open_dataset(root), rows, [], config, CPU)
+@pytest.mark.parametrize(
+    "write, rows", [(noise_table, ROWS), (official, np.array([0]))], ids=["table", "official"]
+)
+def test_a_dataset_written_again_is_another(loaded, tmp_path, computed, write, rows):
+    for version in (3, 11):  # of the images, or of their labels
+        folder = write(tmp_path / "data", version)
+        for _ in range(2):
+            gathered(loaded, open_dataset(folder), settings(tmp_path / "cache"), rows, [])
     assert len(computed) == 2
 
 
-def test_tables_apart_or_one_that_is_both(folder, tmp_path):
-    train, val, apart = open_splits(str(folder))
-    assert train is val and not apart and len(train) == COUNT
-    assert open_splits(str(folder / "train.lance"))[2] is False
-    for split, count in (("train", 4), ("val", 3)):
-        write_table(tmp_path / f"{split}.lance", *coloured(count, seed=0))
-    train, val, apart = open_splits(str(tmp_path))
-    assert apart and (len(train), len(val)) == (4, 3)
+def test_relative_paths_are_not_mixed_up(loaded, data, tmp_path, computed, monkeypatch):
+    for name in ("a", "b"):
+        shutil.copytree(data, tmp_path / name / "data")
+        monkeypatch.chdir(tmp_path / name)
+        gathered(loaded, open_dataset("data"), settings(tmp_path / "cache"))
+    assert len(computed) == 2
+    gathered(loaded, open_dataset(tmp_path / "b" / "data"), settings(tmp_path / "cache"))
+    assert len(computed) == 2
+
+
+def test_tables_apart_or_one_that_is_both(data, tmp_path):
+    train, val, apart = open_splits(str(data))
+    assert apart and (len(train), len(val)) == (TRAIN, VAL)
+    assert open_splits(str(data / "train.lance"))[2] is False
+    train, val, apart = open_splits(str(noise_table(tmp_path / "one", 0)))
+    assert train is val and not apart and len(train) == 23
     train, val, apart = open_splits(str(official(tmp_path / "official", 0)))
     assert isinstance(train, OfficialFolder) and train is val and not apart
 
@@ -300,20 +260,27 @@ def test_digits_are_made_where_they_are_not(tmp_path, monkeypatch):
     assert apart and (len(train), len(val)) == (1500, 297)
 
 
-def test_a_url_arrives_as_it_is(data, monkeypatch):
-    opened = []
-    monkeypatch.setattr(module, "open_dataset", lambda uri: opened.append(uri) or data)
-    assert open_splits("s3://bucket/digits") == (data, data, False)
+def test_a_url_arrives_as_it_is(tmp_path, monkeypatch):
+    dataset, opened = open_dataset(noise_table(tmp_path, 0)), []
+    monkeypatch.setattr(module, "open_dataset", lambda uri: opened.append(uri) or dataset)
+    assert open_splits("s3://bucket/digits") == (dataset, dataset, False)
     assert opened == ["s3://bucket/digits"]
+
+
+def assert_rows(chosen, lengths, end: int) -> None:
+    """So many, ascending."""
+    assert tuple(map(len, chosen)) == lengths
+    for rows in chosen:
+        assert rows.dtype == np.int64
+        assert (np.diff(rows) > 0).all() and rows.min() >= 0 and rows.max() < end
 
 
 @pytest.mark.parametrize("count, expected", [(0, 50), (7, 7), (50, 50), (51, 50)])
 def test_chosen_rows(count, expected):
-    rows = chosen_rows(50, count, 3)
-    assert len(rows) == len(set(rows.tolist())) == expected and rows.dtype == np.int64
-    assert (np.diff(rows) > 0).all() and rows.min() >= 0 and rows.max() < 50
-    assert np.array_equal(rows, chosen_rows(50, count, 3))
-    assert np.array_equal(rows, chosen_rows(50, count, 4)) == (expected == 50)
+    rows, again, other = (chosen_rows(50, count, seed) for seed in (3, 3, 4))
+    assert_rows([rows], (expected,), 50)
+    assert np.array_equal(rows, again)
+    assert np.array_equal(rows, other) == (expected == 50)
 
 
 def test_every_row_can_be_chosen():
@@ -326,22 +293,11 @@ def test_every_row_can_be_chosen():
     "counts, lengths", [((0, 0), (90, 10)), ((12, 4), (12, 4)), ((99, 99), (90, 10))]
 )
 def test_split_rows(counts, lengths):
-    train, val = split_rows(100, *counts, seed=3)
-    assert (len(train), len(val)) == lengths
-    assert not set(train.tolist()) & set(val.tolist())
-    for rows in (train, val):
-        assert (np.diff(rows) > 0).all() and rows.min() >= 0 and rows.max() < 100
-    again, other = split_rows(100, *counts, seed=3), split_rows(100, *counts, seed=4)
-    assert all(np.array_equal(one, two) for one, two in zip((train, val), again, strict=True))
-    assert not np.array_equal(train, other[0]) and not np.array_equal(val, other[1])
-
-
-def test_what_is_held_out_does_not_depend_on_the_counts():
-    whole, some = split_rows(100, 0, 0, 0), split_rows(100, 12, 4, 0)
-    for every, few in zip(whole, some, strict=True):
-        assert set(few.tolist()) <= set(every.tolist())
-
-
-def test_a_row_is_held_out_of_few():
-    train, val = split_rows(3, 0, 0, 0)
-    assert (len(train), len(val)) == (2, 1)
+    first, again, other = (split_rows(100, *counts, seed=seed) for seed in (3, 3, 4))
+    assert_rows(first, lengths, 100)
+    assert not set(first[0].tolist()) & set(first[1].tolist())
+    assert all(map(np.array_equal, first, again))
+    assert not any(map(np.array_equal, first, other))
+    for every, few in zip(split_rows(100, 0, 0, seed=3), first, strict=True):
+        assert set(few.tolist()) <= set(every.tolist()), "what is held out depends on the counts"
+    assert_rows(split_rows(3, 0, 0, 0), (2, 1), 3)

@@ -1,6 +1,7 @@
 """Hidden states against what the projectors are fed, and noise that belongs to the image."""
 
 import inspect
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from repa_fast.data.dataset import Metadata
 from repa_fast.diffusion.path import cosine, linear
 from repa_fast.models.sit import SiT
 from repa_fast.testing import seeded
+from tests.refusals import refused
 
 CLASSES, DEPTH, WIDTH, ROWS = 7, 3, 24, 10
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -17,29 +19,18 @@ ROUNDED = {"rtol": 2**-23, "atol": 2**-40}
 """The model computes in fp64, from latents whose fp32 values do not depend on the batch; what is
 collected is rounded to fp32 once, to neighbouring numbers at worst."""
 METADATA = Metadata(
-    resolution=8,
-    latent_shape=(2, 8, 8),
-    vae="made up",
-    scale=0.5,
-    bias=0.25,
+    resolution=8, latent_shape=(2, 8, 8), vae="made up", scale=0.5, bias=0.25,
     class_names=tuple("abcdefg"),
-)
+)  # fmt: skip
 
 
 def small(dtype=torch.float64):
     """A tiny model in eval mode whose every layer does something."""
     torch.manual_seed(0)
     model = SiT(
-        input_size=8,
-        in_channels=2,
-        hidden_size=WIDTH,
-        depth=DEPTH,
-        num_heads=4,
-        encoder_depth=1,
-        num_classes=CLASSES,
-        z_dims=(5,),
-        projector_dim=6,
-    )
+        input_size=8, in_channels=2, hidden_size=WIDTH, depth=DEPTH, num_heads=4, encoder_depth=1,
+        num_classes=CLASSES, z_dims=(5,), projector_dim=6,
+    )  # fmt: skip
     for layer in (*model.blocks, model.final_layer):
         torch.nn.init.normal_(layer.adaLN_modulation[1].weight, std=0.3)
         torch.nn.init.normal_(layer.adaLN_modulation[1].bias, std=0.3)
@@ -47,8 +38,8 @@ def small(dtype=torch.float64):
     return model.to(dtype).eval().requires_grad_(False)
 
 
-def pair(rows=4, dtype=torch.float64):
-    return [seeded((rows, 2, 8, 8), seed=seed, dtype=dtype) for seed in (1, 2)]
+def pair(dtype=torch.float64):
+    return [seeded((4, 2, 8, 8), seed=seed, dtype=dtype) for seed in (1, 2)]
 
 
 def rows(index):
@@ -68,6 +59,14 @@ def collected(model, parts, times=(0.3, 0.8), count=ROWS, **options):
     return collect(model, parts, times, count=count, metadata=METADATA, **options)
 
 
+@contextmanager
+def fed_to_the_projector(model, depth):
+    """What the projector of the block at this depth is fed."""
+    model.encoder_depth, fed = depth, []
+    with model.projectors[0].register_forward_hook(lambda _, inputs, __: fed.append(inputs[0])):
+        yield fed
+
+
 @pytest.mark.parametrize("mode", [True, False])
 @pytest.mark.parametrize("depth", range(1, DEPTH + 1))
 @pytest.mark.parametrize("path, alpha, sigma", [
@@ -75,29 +74,21 @@ def collected(model, parts, times=(0.3, 0.8), count=ROWS, **options):
     (cosine, 0.8910065241883679, 0.45399049973954675),  # cos and sin of 0.3 * 90 degrees
 ])  # fmt: skip
 def test_a_hidden_state_is_what_a_projector_there_is_fed(depth, path, alpha, sigma, mode):
-    model = small().train(mode)
-    clean, noise = pair()
+    model, (clean, noise) = small().train(mode), pair()
     states = hidden_states(model, clean, noise, 0.3, path=path)
-    fed = []
-    model.encoder_depth = depth
-    with model.projectors[0].register_forward_hook(lambda _, inputs, __: fed.append(inputs[0])):
-        null = torch.full((4,), CLASSES)
+    with fed_to_the_projector(model, depth) as fed:
         time = torch.full((4,), 0.3, dtype=torch.float64)
-        model(alpha * clean + sigma * noise, time, null, project=True)
+        model(alpha * clean + sigma * noise, time, torch.full((4,), CLASSES), project=True)
     assert states.shape == (DEPTH, 4, WIDTH) and fed[0].shape == (4, 16, WIDTH)
     torch.testing.assert_close(states[depth - 1], fed[0].mean(1), **EXACT)
 
 
 def test_under_autocast_the_state_is_still_fp32():
-    model, (clean, noise) = small(torch.float32), pair(dtype=torch.float32)
-    model.encoder_depth, fed = 2, []
-    with (
-        torch.autocast("cpu", torch.bfloat16),
-        model.projectors[0].register_forward_hook(lambda _, inputs, __: fed.append(inputs[0])),
-    ):
+    model, (clean, noise) = small(torch.float32), pair(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), fed_to_the_projector(model, 2) as fed:
         states = hidden_states(model, clean, noise, 0.3)
-        null = torch.full((4,), CLASSES)
-        model(0.7 * clean + 0.3 * noise, torch.full((4,), 0.3), null, project=True)
+        time, null = torch.full((4,), 0.3), torch.full((4,), CLASSES)
+        model(0.7 * clean + 0.3 * noise, time, null, project=True)
     assert states.dtype == fed[0].dtype == torch.float32
     assert torch.equal(states[1], fed[0].mean(1))
 
@@ -115,48 +106,36 @@ def test_no_label_can_come_in_and_the_model_sees_the_null_label_alone():
     ]  # fmt: skip
     model, seen = small(), []
     model.y_embedder.register_forward_hook(lambda _, inputs, __: seen.append(inputs))
-    collected(model, batches(4, 6))
+    parts = batches(4, 6)
+    first = collected(model, parts)
     assert len(seen) == 4 and {tuple(y.tolist()) for y, _ in seen} == {(7,) * 4, (7,) * 6}
     assert all(drop is None for _, drop in seen)
-
-
-def test_labels_of_the_batch_change_nothing_but_the_labels():
-    parts = batches(10)
-    other = [part | {"label": part["label"].flip(0)} for part in parts]
-    first, second = (collected(small(), given) for given in (parts, other))
-    assert torch.equal(first.hidden, second.hidden)
-    assert torch.equal(first.label, second.label.flip(0))
     assert first.label.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]
+    second = collected(model, [part | {"label": part["label"] + 1} for part in parts])
+    assert torch.equal(first.hidden, second.hidden)
+    assert torch.equal(first.label + 1, second.label)
 
 
-def test_the_model_is_left_as_it_was():
-    model, (clean, noise) = small(), pair()
-    hidden_states(model, clean, noise, 0.5)
-    with pytest.raises(ValueError, match="latents have shape"):
-        hidden_states(model, clean[:, :1], noise[:, :1], 0.5)
-    assert not any(block._forward_hooks for block in model.blocks)
-
-
-def test_neither_projectors_nor_gradients_run():
+def test_the_model_is_left_as_it_was_and_neither_projectors_nor_gradients_run():
     model, (clean, noise) = small().requires_grad_(), pair()
     model.train().projectors[0].register_forward_hook(lambda *_: pytest.fail("projected"))
     assert not hidden_states(model, clean, noise, 0.5).requires_grad
+    refused(lambda: hidden_states(model, clean[:, :1], noise[:, :1], 0.5), "latents have shape")
+    assert not any(block._forward_hooks for block in model.blocks)
 
 
 @pytest.mark.parametrize("sizes", [(1,) * 10, (3, 3, 3, 1), (4, 6)])
-def test_batches_change_nothing(sizes):
+def test_an_image_brings_its_noise_in_any_batch_wherever_it_stands(sizes):
     model = small()
-    whole, parts = collected(model, batches(10)), collected(model, batches(*sizes))
-    torch.testing.assert_close(parts.hidden, whole.hidden, **ROUNDED)
-    assert torch.equal(parts.label, whole.label)
-
-
-def test_an_image_brings_its_noise_wherever_it_stands():
-    model = small()
-    order = [7, 2, 9, 0, 4, 1, 8, 3, 6, 5]
-    whole, shuffled = (collected(model, [rows(index)]) for index in (range(10), order))
-    torch.testing.assert_close(shuffled.hidden, whole.hidden[:, :, order], **ROUNDED)
-    assert torch.equal(shuffled.label, whole.label[order])
+    order = torch.tensor([7, 2, 9, 0, 4, 1, 8, 3, 6, 5])
+    whole = collected(model, batches(10))
+    parts, shuffled = batches(*sizes), [rows(part.tolist()) for part in order.split(sizes)]
+    for found, index in (
+        (collected(model, parts), slice(None)),
+        (collected(model, shuffled), order),
+    ):
+        torch.testing.assert_close(found.hidden, whole.hidden[:, :, index], **ROUNDED)
+        assert torch.equal(found.label, whole.label[index])
 
 
 @pytest.mark.parametrize("path", [linear, cosine])
@@ -174,8 +153,8 @@ def test_collected_states_are_those_of_the_posterior_sample(path):
 def test_noise_is_a_function_of_seed_and_index():
     noise = sample_noise(3, torch.tensor([4, 0, 9]), (2, 8, 8))
     assert noise.shape == (3, 2, 2, 8, 8) and noise.dtype == torch.float32
-    assert torch.equal(sample_noise(3, torch.tensor([9]), (2, 8, 8))[0], noise[2])
-    assert not torch.equal(sample_noise(4, torch.tensor([9]), (2, 8, 8))[0], noise[2])
+    same, other = (sample_noise(seed, torch.tensor([9]), (2, 8, 8))[0] for seed in (3, 4))
+    assert torch.equal(same, noise[2]) and not torch.equal(other, noise[2])
 
 
 def test_noise_is_standard_normal_and_independent():
@@ -195,25 +174,26 @@ def test_collected_states_are_on_the_cpu_in_fp32():
     assert got.label.dtype == torch.int64 and got.hidden.device.type == "cpu"
 
 
-@pytest.mark.parametrize("parts, message", [
-    (lambda: batches(4, 5), "have 9 rows, expected 10"),
-    (lambda: batches(4, 4, 2) + batches(2), "have 12 rows or more, expected 10"),
-    (list, "have 0 rows"),
-])  # fmt: skip
-def test_another_number_of_rows_is_refused(parts, message):
-    with pytest.raises(ValueError, match=message):
-        collected(small(), parts())
-
-
-def test_states_beyond_single_precision_are_refused():
+def infinite() -> SiT:
+    """A model whose states single precision cannot hold."""
     model = small()
     model.x_embedder.proj.bias.fill_(1e39)
     assert hidden_states(model, *pair(), 0.3).isfinite().all()
-    with pytest.raises(ValueError, match=r"t = 0\.3 are not finite in torch\.float32, rows 0 to 9"):
-        collected(model, batches(10))
+    return model
 
 
-@pytest.mark.parametrize("t", [-0.1, 1.5, float("nan")])
-def test_times_outside_the_unit_interval_are_refused(t):
-    with pytest.raises(ValueError, match=r"expected a time in \[0, 1\]"):
-        hidden_states(small(), *pair(), t)
+TIMES = r"expected a time in \[0, 1\]"
+UNBOUNDED = r"t = 0\.3 are not finite in torch\.float32, rows 0 to 9"
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: collected(small(), []), "have 0 rows"),
+    (lambda: collected(small(), batches(4, 5)), "have 9 rows, expected 10"),
+    (lambda: collected(small(), 3 * batches(4)), "have 12 rows or more, expected 10"),
+    (lambda: collected(infinite(), batches(10)), UNBOUNDED),
+    (lambda: hidden_states(small(), *pair(), -0.1), TIMES),
+    (lambda: hidden_states(small(), *pair(), 1.5), TIMES),
+    (lambda: hidden_states(small(), *pair(), float("nan")), TIMES),
+])  # fmt: skip
+def test_other_numbers_of_rows_states_beyond_fp32_and_times_are_refused(call, message):
+    refused(call, message)

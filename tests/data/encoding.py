@@ -85,6 +85,24 @@ def png16(array: np.ndarray) -> bytes:
     return png_of(header, zlib.compress(lines))
 
 
+def bomb(width: int, height: int) -> bytes:
+    """A PNG that claims a size and has no pixels."""
+    return png_of(struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), zlib.compress(b""))
+
+
+def damaged(png: bytes) -> bytes:
+    """Its body has a hole."""
+    start = png.index(b"IDAT") + 10
+    return png[:start] + bytes(40) + png[start + 40 :]
+
+
+def turned(pixels: np.ndarray | Image.Image, kind: str = "PNG", **options) -> bytes:
+    """An image whose EXIF orientation is 6."""
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6
+    return encode(pixels, kind, exif=exif, **options)
+
+
 def png_of(header: bytes, body: bytes) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
         crc = zlib.crc32(kind + data)
@@ -98,16 +116,14 @@ def png_of(header: bytes, body: bytes) -> bytes:
 def usual(photo: np.ndarray) -> list[bytes]:
     """Files of every kind that DALI decodes."""
     image = Image.fromarray(photo)
-    turned = Image.Exif()
-    turned[EXIF_ORIENTATION] = 6
     alpha = image.convert("RGBA")
     alpha.putalpha(image.convert("L"))
     modes = [image.convert(mode) for mode in ("1", "L", "P")] + [alpha, alpha.convert("LA")]
     return [
         *[encode(mode) for mode in modes],
         encode(image.convert("P"), transparency=0),
-        encode(image, exif=turned),
-        encode(image, "JPEG", exif=turned),
+        turned(image),
+        turned(image, "JPEG"),
         encode(image.convert("L"), "JPEG"),
     ]
 

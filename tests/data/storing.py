@@ -25,10 +25,6 @@ Behaviour = Callable[[int, int], Fault]
 """The fault of a request by its number, from 0, and by how often the same one was made before."""
 
 
-def well(number: int, repeats: int) -> Fault:
-    return None
-
-
 def always(fault: Fault, after: int = 0) -> Behaviour:
     return lambda number, repeats: fault if number >= after else None
 
@@ -39,22 +35,16 @@ def at_first(*faults: Fault) -> Behaviour:
 
 
 class Proxy:
-    """What becomes of each request.
-
-    Attributes:
-        requests: how many there were since `behave`.
-        failed: how many of these were met with a fault.
-    """
+    """What becomes of each request: how many there were since `behave`, how many of them failed."""
 
     def __init__(self, store: tuple[str, int]) -> None:
-        self.store = store
-        self._lock = threading.Lock()
+        self.store, self._lock = store, threading.Lock()
         self.behave()
 
-    def behave(self, behaviour: Behaviour = well) -> None:
+    def behave(self, behaviour: Behaviour | None = None) -> None:
         with self._lock:
             self.requests = self.failed = 0
-            self._behaviour = behaviour
+            self._behaviour = behaviour or always(None)
             self._made: Counter[str] = Counter()
 
     def next(self, request: str) -> Fault:
@@ -64,6 +54,16 @@ class Proxy:
             self.failed += fault is not None
             self._made[request] += 1
         return fault
+
+
+def ask(store: tuple[str, int], method: str, path: str, body: bytes = b"", headers=None):
+    """Return status, headers and body of a response."""
+    connection = HTTPConnection(*store)
+    connection.request(method, path, body, headers or {})
+    response = connection.getresponse()
+    found = response.status, response.getheaders(), response.read()
+    connection.close()
+    return found
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -76,26 +76,18 @@ class Handler(BaseHTTPRequestHandler):
         end = self.headers.get("Range", "").rpartition("-")[2]
         fault = self.proxy.next(f"{self.command} {self.path} {end}")
         if isinstance(fault, tuple):
-            status, code = fault
-            self.answer(status, {}, f"<Error><Code>{code}</Code></Error>".encode())
-            return
-        connection = HTTPConnection(*self.proxy.store)
-        connection.request(self.command, self.path, sent, dict(self.headers))
-        response = connection.getresponse()
-        body = response.read()
-        headers = {k: v for k, v in response.getheaders() if k.lower() not in PER_CONNECTION}
-        connection.close()
-        self.answer(response.status, headers, body, cut=fault == CUT)
-
-    def answer(
-        self, status: int, headers: dict[str, str], body: bytes, *, cut: bool = False
-    ) -> None:
+            status, headers = fault[0], []
+            body = f"<Error><Code>{fault[1]}</Code></Error>".encode()
+        else:
+            given = self.proxy.store, self.command, self.path, sent, dict(self.headers)
+            status, headers, body = ask(*given)
         self.send_response_only(status)
+        headers = {k: v for k, v in headers if k.lower() not in PER_CONNECTION}
         for name, value in ({"Content-Length": str(len(body))} | headers).items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body[: len(body) // 2] if cut else body)
-        if cut:
+        self.wfile.write(body[: len(body) // 2] if fault == CUT else body)
+        if fault == CUT:
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
 
@@ -106,8 +98,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def served() -> Iterator[tuple[str, Proxy]]:
-    """An endpoint's URL, and its faults, with the empty bucket BUCKET."""
+def served(folder: Path, prefix: str) -> Iterator[tuple[str, Proxy]]:
+    """An endpoint's URL, and its faults, with a folder's files at a prefix of BUCKET."""
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -118,23 +110,13 @@ def served() -> Iterator[tuple[str, Proxy]]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        put(proxy.store, BUCKET)
+        assert ask(proxy.store, "PUT", f"/{BUCKET}")[0] == 200
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                url = f"/{BUCKET}/{prefix}/{path.relative_to(folder)}"
+                assert ask(proxy.store, "PUT", url, path.read_bytes())[0] == 200
         yield f"http://127.0.0.1:{server.server_port}", proxy
     finally:
         server.shutdown()
         server.server_close()
         store.stop()
-
-
-def upload(store: tuple[str, int], folder: Path, prefix: str) -> None:
-    """Copy a folder, file by file."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            put(store, f"{BUCKET}/{prefix}/{path.relative_to(folder)}", path.read_bytes())
-
-
-def put(store: tuple[str, int], path: str, body: bytes = b"") -> None:
-    connection = HTTPConnection(*store)
-    connection.request("PUT", f"/{path}", body)
-    assert connection.getresponse().status == 200
-    connection.close()

@@ -9,27 +9,12 @@ from torch.nn.functional import cosine_similarity
 from repa_fast.data import dali, dataset
 from repa_fast.data.dali import GPU_MAX, GPU_MEAN, TOKEN_COSINE, DaliDecoder, well_formed
 from repa_fast.data.loader import read_batch
-from tests.data.encoding import (
-    R,
-    assert_equal_batches,
-    encode,
-    noise,
-    unusual,
-    usual,
-    write_table,
-)
+from tests.data.encoding import R, assert_equal_batches, encode, noise, unusual, usual, write_table
 
 pytest.importorskip("lance")
 
 CUDA = torch.device("cuda")
-CHROMA = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
-
-
-@pytest.fixture(scope="module")
-def with_dali():
-    reason = dali.why_not(gpu=False)
-    if reason:
-        pytest.skip(reason)
+CHROMA = (0, 1, 2)  # 4:4:4, 4:2:2, 4:2:0
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +31,7 @@ def jpegs(photographs) -> list[bytes]:
     options = [
         {"quality": quality, "subsampling": chroma}
         for quality in (50, 75, 90, 95, 100)
-        for chroma in CHROMA.values()
+        for chroma in CHROMA
     ]
     options += [{"quality": 90, "subsampling": 2, "progressive": True}]
     return [encode(photo, "JPEG", **option) for photo in photographs for option in options]
@@ -61,20 +46,17 @@ def by_dali(encoded: list[bytes], device: torch.device | None = None, resolution
         return decoder.pixels(encoded)
 
 
-def test_png_is_equal(with_dali, photographs):
+def test_png_and_jpeg_on_the_cpu_are_equal(with_dali, photographs):
     encoded = [encode(photo) for photo in photographs]
     pixels = by_dali(encoded)
     assert pixels.dtype == torch.uint8 and pixels.shape == (4, 3, 256, 256)
     assert torch.equal(pixels, by_pillow(encoded))
     assert pixels.stride() == by_pillow(encoded).stride()
-
-
-def test_jpeg_on_the_cpu_is_equal(with_dali, photographs):
     encoded = jpegs(photographs)
     assert torch.equal(by_dali(encoded), by_pillow(encoded))
 
 
-def test_kinds_that_dali_decodes_are_equal(with_dali, caplog):
+def test_kinds_that_dali_decodes_are_equal(with_dali):
     encoded = usual(noise())
     for data in encoded:
         dali.expect_usual(data, R, "image")
@@ -92,11 +74,12 @@ def test_other_kinds_are_left_to_pillow_and_logged(with_dali, tmp_path, caplog, 
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_damage_is_never_painted_over(with_dali, kind):
+@pytest.mark.parametrize("trials", [60, pytest.param(300, marks=pytest.mark.heavy)])
+def test_damage_is_never_painted_over(with_dali, kind, trials):
     whole = encode(noise(), kind, **({"quality": 95} if kind == "JPEG" else {}))
     random = np.random.default_rng(0)
     decoder, refused = DaliDecoder(R, 1, None), 0
-    for trial in range(300):
+    for trial in range(trials):
         data = bytearray(whole)
         start, length = random.integers(len(data)), random.integers(1, 20)
         if trial % 3 == 0:
@@ -110,7 +93,7 @@ def test_damage_is_never_painted_over(with_dali, kind):
             refused += 1
             continue
         assert np.array_equal(pixels, dataset.decode(bytes(data), R))
-    assert refused >= 100
+    assert refused >= trials / 3
 
 
 def test_a_marker_in_a_scan_is_seen():
@@ -140,7 +123,7 @@ def lowest_cosine(pixels: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def test_tokens_agree(with_dali, photographs):
-    encoded = [encode(photo, "JPEG", quality=95, subsampling=0) for photo in photographs]
+    encoded = [encode(photo, "JPEG", quality=95, subsampling=0) for photo in photographs[1:3]]
     expected = by_pillow(encoded)
     assert lowest_cosine(by_dali(encoded), expected) >= TOKEN_COSINE
     shaken = expected + torch.randint(-2, 3, expected.shape)

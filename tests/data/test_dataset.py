@@ -5,18 +5,15 @@ import pytest
 
 from repa_fast.data import dataset
 from repa_fast.data.dataset import LatentDataset, Metadata
+from tests.refusals import refused
 
 lance = pytest.importorskip("lance")
 pa = pytest.importorskip("pyarrow")
 
 METADATA = Metadata(
-    resolution=32,
-    latent_shape=(2, 4, 4),
-    vae="some-vae",
-    scale=0.18215,
-    bias=-0.125,
+    resolution=32, latent_shape=(2, 4, 4), vae="some-vae", scale=0.18215, bias=-0.125,
     class_names=("ant", "bee", "cicada"),
-)
+)  # fmt: skip
 COUNT = 23
 
 
@@ -40,7 +37,19 @@ def folder(tmp_path_factory):
     return root
 
 
-def assert_equal_rows(got: dataset.Rows, indices: list[int], expected: list[dataset.Row]) -> None:
+@pytest.fixture
+def written(tmp_path):
+    """(count) -> path of a table of so many rows."""
+
+    def write(count: int, seed: int = 0):
+        dataset.write(tmp_path / "a.lance", make_rows(count, seed), METADATA)
+        return tmp_path / "a.lance"
+
+    return write
+
+
+def assert_rows(table: LatentDataset, indices: list[int], expected: list[dataset.Row]) -> None:
+    got = table.rows(np.array(indices))
     assert got["index"].tolist() == indices and got["index"].dtype == np.int64
     assert got["image"] == [expected[index]["image"] for index in indices]
     assert got["moments"].dtype == np.float32
@@ -49,108 +58,74 @@ def assert_equal_rows(got: dataset.Rows, indices: list[int], expected: list[data
     assert got["label"].tolist() == [expected[index]["label"] for index in indices]
 
 
-def test_moments_hold_mean_and_standard_deviation_of_each_channel():
-    assert METADATA.moments_shape == (4, 4, 4)
-
-
 @pytest.mark.parametrize(
     "indices",
-    [
-        list(range(COUNT)),
-        list(reversed(range(COUNT))),
-        [7],
-        [22, 0, 11, 5, 4],
-        [3, 3, 19, 3, 0, 0],
-    ],
+    [[*range(COUNT)], [*reversed(range(COUNT))], [7], [22, 0, 11, 5, 4], [3, 3, 19, 3, 0, 0]],
 )
 def test_rows_come_back_exactly_in_the_order_asked_for(folder, indices):
-    table = LatentDataset(folder)
-    assert_equal_rows(table.rows(np.array(indices)), indices, make_rows())
+    assert_rows(LatentDataset(folder), indices, make_rows())
 
 
 def test_metadata_comes_back(folder):
-    table = LatentDataset(folder)
-    assert table.metadata == METADATA
-    assert len(table) == COUNT
+    assert LatentDataset(folder).metadata == METADATA
+    assert METADATA.moments_shape == (4, 4, 4)  # mean and standard deviation of each channel
 
 
 @pytest.mark.parametrize("split, count, seed", [("train", COUNT, 0), ("val", 4, 1)])
-def test_a_folder_resolves_to_its_split(folder, split, count, seed):
+def test_a_folder_resolves_to_its_split_and_a_table_can_be_named_itself(folder, split, count, seed):
     table = LatentDataset(folder, split)
     assert len(table) == count and table.uri == str(folder / f"{split}.lance")
-    assert_equal_rows(table.rows(np.array([2, 1])), [2, 1], make_rows(count, seed))
+    assert_rows(table, [2, 1], make_rows(count, seed))
+    assert len(LatentDataset(str(folder / f"{split}.lance"))) == count
 
 
-def test_a_table_can_be_named_itself(folder):
-    assert len(LatentDataset(str(folder / "val.lance"))) == 4
-
-
-def test_a_missing_split_is_refused(folder):
-    with pytest.raises(ValueError, match="no dataset"):
-        LatentDataset(folder, "test")
-
-
-def test_a_missing_table_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no dataset at .*nowhere"):
-        LatentDataset(tmp_path / "nowhere")
-
-
-def test_a_table_of_another_origin_is_refused(tmp_path):
+def test_what_is_no_table_is_refused(folder, tmp_path):
+    refused(lambda: LatentDataset(folder, "test"), "no dataset")
+    refused(lambda: LatentDataset(tmp_path / "nowhere"), r"no dataset at .*nowhere")
     lance.write_dataset(pa.table({"label": [1, 2]}), str(tmp_path / "other.lance"))
-    with pytest.raises(ValueError, match=r"other\.lance.*without repa-fast's metadata"):
-        LatentDataset(tmp_path / "other.lance")
+    words = r"other\.lance.*without repa-fast's metadata"
+    refused(lambda: LatentDataset(tmp_path / "other.lance"), words)
 
 
-def test_an_existing_table_is_refused_and_kept(tmp_path):
-    dataset.write(tmp_path / "a.lance", make_rows(2), METADATA)
-    with pytest.raises(ValueError, match="exists already"):
-        dataset.write(tmp_path / "a.lance", make_rows(3, seed=1), METADATA)
-    table = LatentDataset(tmp_path / "a.lance")
-    assert len(table) == 2
-    assert_equal_rows(table.rows(np.array([0, 1])), [0, 1], make_rows(2))
+def test_an_existing_table_is_refused_and_kept(written):
+    path = written(2)
+    refused(lambda: written(3, seed=1), "exists already")
+    assert len(LatentDataset(path)) == 2
+    assert_rows(LatentDataset(path), [0, 1], make_rows(2))
 
 
-def test_moments_of_another_shape_are_refused_by_row(tmp_path):
-    rows = make_rows()
-    rows[13]["moments"] = rows[13]["moments"][:2]
-    with pytest.raises(ValueError, match=r"row 13: .*\(2, 4, 4\).*expected \(4, 4, 4\)"):
-        dataset.write(tmp_path / "a.lance", rows, METADATA)
-
-
-@pytest.mark.parametrize("label", [-1, 3])
-def test_a_label_without_a_class_is_refused_by_row(tmp_path, label):
-    rows = make_rows()
-    rows[13]["label"] = label
-    with pytest.raises(ValueError, match=rf"row 13: label is {label}, expected 0\.\.2"):
-        dataset.write(tmp_path / "a.lance", rows, METADATA)
-
-
-def test_a_failed_write_leaves_no_table(tmp_path):
-    rows = make_rows()
-    rows[13]["label"] = 3
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"moments": make_rows()[13]["moments"][:2]}, r".*\(2, 4, 4\).*expected \(4, 4, 4\)"),
+        ({"label": -1}, r"label is -1, expected 0\.\.2"),
+        ({"label": 3}, r"label is 3, expected 0\.\.2"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named_and_leaves_no_table(tmp_path, written, changes, words):
+    rows, path = make_rows(), tmp_path / "a.lance"
+    rows[13] |= changes
+    refused(lambda: dataset.write(path, rows, METADATA), f"row 13: {words}")
     with pytest.raises((ValueError, OSError)):
-        dataset.write(tmp_path / "a.lance", rows, METADATA, batch_rows=5)
-    with pytest.raises(ValueError, match="no dataset"):
-        LatentDataset(tmp_path / "a.lance")
-    dataset.write(tmp_path / "a.lance", make_rows(), METADATA)
-    assert len(LatentDataset(tmp_path / "a.lance")) == COUNT
+        dataset.write(path, rows, METADATA, batch_rows=5)
+    refused(lambda: LatentDataset(path), "no dataset")
+    assert len(LatentDataset(written(COUNT))) == COUNT
 
 
-def test_images_are_not_read_where_not_asked_for(tmp_path):
-    dataset.write(tmp_path / "a.lance", make_rows(4), METADATA)
-    lance.dataset(str(tmp_path / "a.lance")).drop_columns(["image"])
-    rows = LatentDataset(tmp_path / "a.lance").rows(np.array([2, 0]), images=False)
+def test_images_are_not_read_where_not_asked_for(written):
+    path = written(4)
+    lance.dataset(str(path)).drop_columns(["image"])
+    rows = LatentDataset(path).rows(np.array([2, 0]), images=False)
     assert rows["image"] == []
     assert np.array_equal(rows["moments"][1], make_rows(4)[0]["moments"])
     assert rows["label"].tolist() == [2, 0] and rows["index"].tolist() == [2, 0]
 
 
-def test_a_column_can_be_added_later(tmp_path):
-    dataset.write(tmp_path / "a.lance", make_rows(6), METADATA)
-    before = LatentDataset(tmp_path / "a.lance")
+def test_a_column_can_be_added_later(written):
+    before = LatentDataset(written(6))
     lance.dataset(before.uri).add_columns({"twice": "label * 2"})
-    after = LatentDataset(tmp_path / "a.lance")
+    after = LatentDataset(before.uri)
     assert "twice" in lance.dataset(after.uri).schema.names
     assert after.metadata == METADATA
     for table in (before, after):
-        assert_equal_rows(table.rows(np.array([5, 1])), [5, 1], make_rows(6))
+        assert_rows(table, [5, 1], make_rows(6))

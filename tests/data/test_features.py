@@ -4,75 +4,71 @@ import torch
 
 from repa_fast.data.features import feature_columns
 from tests.prepare.extracting import column
+from tests.refusals import refused
+
+either_storage = pytest.mark.parametrize("storage", ["fp16", "int8"])
 
 
-def features(seed=0, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn((5, 4, 6), generator=generator) * scale
+def features(scale=1.0, **changes):
+    """(5, 4, 6) normal numbers; `last` and `first` replace two of them."""
+    values = torch.randn((5, 4, 6), generator=torch.Generator().manual_seed(0)) * scale
+    values[0, 0, 0] = changes.get("first", values[0, 0, 0])
+    values[4, 3, 5] = changes.get("last", values[4, 3, 5])
+    return values
 
 
-def unpacked(of, values):
-    packed = of.pack(values)
-    return of.unpack({name: torch.from_numpy(array) for name, array in packed.items()})
+def unpacked(storage, values):
+    of = column(storage=storage)
+    return of.unpack({name: torch.from_numpy(array) for name, array in of.pack(values).items()})
 
 
 def test_fp16_is_rounding():
-    assert torch.equal(unpacked(column(), features()), features().half())
+    assert torch.equal(unpacked("fp16", features()), features().half())
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_int8_is_off_by_half_a_level_at_most(scale):
-    values = features(scale=scale)
+    values = features(scale)
     level = values.abs().amax(-1, keepdim=True) / 127
-    error = (unpacked(column(storage="int8"), values).double() - values.double()).abs()
+    error = (unpacked("int8", values).double() - values.double()).abs()
     assert (error <= level.double() * (0.5 + 1e-4)).all() and error.max() > 0.3 * level.min()
 
 
-def test_a_token_of_zeros_stays_one():
+@either_storage
+def test_a_token_of_zeros_stays_one_and_bytes_are_those_of_the_arrays(storage):
     values = features()
     values[2, 1] = 0
-    for storage in ("fp16", "int8"):
-        assert (unpacked(column(storage=storage), values)[2, 1] == 0).all()
-
-
-@pytest.mark.parametrize("storage", ["fp16", "int8"])
-def test_bytes_per_image_are_those_of_the_arrays(storage):
+    assert (unpacked(storage, values)[2, 1] == 0).all()
     of = column(storage=storage)
-    packed = of.pack(features())
+    packed = of.pack(values)
     assert list(packed) == of.columns
     assert sum(array.nbytes for array in packed.values()) == 5 * of.bytes_per_image
 
 
-@pytest.mark.parametrize("storage", ["fp16", "int8"])
+@either_storage
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_numbers_that_are_none_are_refused(storage, value):
-    values = features()
-    values[4, 3, 5] = value
-    with pytest.raises(ValueError, match="made-up: features reach"):
-        column(storage=storage).pack(values)
+    refused(lambda: column(storage=storage).pack(features(last=value)), "made-up: features reach")
 
 
 def test_fp16_refuses_what_it_cannot_hold_and_int8_holds_it():
-    values = features()
-    values[0, 0, 0] = 7e4
-    with pytest.raises(ValueError, match="at most 65504 for fp16"):
-        column().pack(values)
-    assert unpacked(column(storage="int8"), values)[0, 0, 0] == pytest.approx(7e4)
+    values = features(first=7e4)
+    refused(lambda: column().pack(values), "at most 65504 for fp16")
+    assert unpacked("int8", values)[0, 0, 0] == pytest.approx(7e4)
 
 
 def test_other_shapes_are_refused():
-    with pytest.raises(ValueError, match=r"shape \(5, 3, 6\), expected \(5, 4, 6\)"):
-        column().pack(features()[:, :3])
+    words = r"shape \(5, 3, 6\), expected \(5, 4, 6\)"
+    refused(lambda: column().pack(features()[:, :3]), words)
 
 
 @pytest.mark.parametrize(
-    "asked",
-    [("other", 8, 4, 6), ("made-up", 16, 4, 6), ("made-up", 8, 5, 6), ("made-up", 8, 4, 7)],
+    "asked", [("other", 8, 4, 6), ("made-up", 16, 4, 6), ("made-up", 8, 5, 6), ("made-up", 8, 4, 7)]
 )
 def test_a_column_of_something_else_is_refused(asked):
     column().expect("made-up", 8, 4, 6)
-    with pytest.raises(ValueError, match="column made_up holds 4 tokens of width 6 by made-up"):
-        column().expect(*asked)
+    words = "column made_up holds 4 tokens of width 6 by made-up"
+    refused(lambda: column().expect(*asked), words)
 
 
 def test_the_description_travels_in_the_schema():

@@ -1,6 +1,7 @@
-"""Batches ahead of time: right, in order, and without a thread left behind."""
+"""Batches ahead of time: right, in order, and without a thread or a pipeline left behind."""
 
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -13,44 +14,42 @@ import torch
 
 from repa_fast.data import dataset
 from repa_fast.data.dataset import LatentDataset
-from repa_fast.data.digits import digits_metadata, pixel_moments, prepare_digits
 from repa_fast.data.loader import Loader, read_batch
-from repa_fast.data.order import SampleOrder
-from tests.data.encoding import assert_equal_batches, own_threads
+from repa_fast.data.order import Consecutive, SampleOrder
+from tests.data.encoding import COUNT, R, assert_equal_batches, own_threads, write_table
+from tests.refusals import refused
 
 pytest.importorskip("lance")
 
 ROOT = Path(__file__).resolve().parents[2]
-COUNT, BATCH = 40, 6
+BATCH = 6
 BROKEN_ROW = 17
-PROCESSES = 20
-
-
-def write_table(uri: Path, broken: int | None = None) -> LatentDataset:
-    pixels = np.random.default_rng(0).integers(0, 256, (COUNT, 16, 16, 3), dtype=np.uint8)
-    rows = [
-        {"image": dataset.encode(image), "moments": moments, "label": index % 10}
-        for index, (image, moments) in enumerate(zip(pixels, pixel_moments(pixels)))
-    ]
-    if broken is not None:
-        rows[broken]["image"] = b"not an image"
-    dataset.write(uri, rows, digits_metadata())
-    return LatentDataset(uri)
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory):
-    return write_table(tmp_path_factory.mktemp("loader") / "train.lance")
-
-
-@pytest.fixture(scope="module")
-def broken_table(tmp_path_factory):
-    return write_table(tmp_path_factory.mktemp("broken") / "train.lance", BROKEN_ROW)
+ENDLESS = {"start": 0, "stop": 10**6}
 
 
 @pytest.fixture
 def order():
     return SampleOrder(COUNT, BATCH, 0)
+
+
+@pytest.fixture(params=["torch", "dali-cpu"])
+def decode(request):
+    if request.param == "dali-cpu":
+        request.getfixturevalue("with_dali")
+    return request.param
+
+
+@pytest.fixture
+def nothing_left(decode, built):
+    """(pipelines) -> asserts that so many were built by DALI and that nothing is left."""
+
+    def check(pipelines: int = 1) -> None:
+        gc.collect()
+        assert own_threads() == []
+        assert len(built) == pipelines * (decode == "dali-cpu")
+        assert all(reference() is None for reference in built)
+
+    return check
 
 
 def ends_within(seconds: float, function) -> bool:
@@ -68,31 +67,29 @@ def ends_within(seconds: float, function) -> bool:
 
 def test_a_batch_holds_the_rows_asked_for(table):
     indices = np.array([31, 2, 2, 7])
-    batch = read_batch(table, indices)
-    rows = table.rows(indices)
+    batch, rows = read_batch(table, indices), table.rows(indices)
     assert batch["index"].tolist() == [31, 2, 2, 7] and batch["index"].dtype == torch.int64
-    assert batch["moments"].dtype == torch.float32 and batch["moments"].shape == (4, 6, 16, 16)
+    assert batch["moments"].dtype == torch.float32 and batch["moments"].shape == (4, 2, 2, 2)
     assert np.array_equal(batch["moments"].numpy(), rows["moments"])
-    assert batch["label"].dtype == torch.int64 and batch["label"].tolist() == [1, 2, 2, 7]
-    assert batch["image"].dtype == torch.uint8 and batch["image"].shape == (4, 3, 16, 16)
-    mean = batch["image"].numpy().astype(np.float32) / 127.5 - 1
-    assert np.array_equal(batch["moments"][:, :3].numpy(), mean)
-
-
-def test_images_are_left_out_where_not_asked_for(table):
+    assert batch["moments"][:, 0, 0, 0].tolist() == [31, 2, 2, 7]
+    assert batch["label"].dtype == torch.int64 and batch["label"].tolist() == [1, 0, 0, 1]
+    assert batch["image"].dtype == torch.uint8 and batch["image"].shape == (4, 3, R, R)
+    images = np.stack([dataset.decode(data, R) for data in rows["image"]])
+    assert np.array_equal(batch["image"].numpy(), images)
     assert set(read_batch(table, np.arange(3), images=False)) == {"index", "moments", "label"}
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
-@pytest.mark.parametrize("with_images", [True, False])
-def test_batches_come_in_order(table, order, num_workers, with_images):
-    options = {"start": 3, "stop": 15, "images": with_images, "num_workers": num_workers}
-    with Loader(table, order, **options) as loader:
-        batches = list(loader)
-    assert len(batches) == 12
-    for step, batch in zip(range(3, 15), batches):
+def test_batches_come_in_order(table, decode, num_workers, nothing_left):
+    options = {"start": 3, "stop": 15, "num_workers": num_workers, "decode": decode}
+    for images in (False, True):  # without images DALI builds no pipeline
+        with Loader(table, SampleOrder(COUNT, BATCH, 0), images=images, **options) as loader:
+            batches = list(loader)
+        assert len(batches) == 12
         fresh = SampleOrder(COUNT, BATCH, 0)
-        assert_equal_batches(batch, read_batch(table, fresh.rows(step), images=with_images))
+        for step, batch in zip(range(3, 15), batches):
+            assert_equal_batches(batch, read_batch(table, fresh.rows(step), images=images))
+        nothing_left(pipelines=int(images))
 
 
 def test_two_ranks_together_read_the_global_batch(table):
@@ -107,6 +104,15 @@ def test_two_ranks_together_read_the_global_batch(table):
         assert_equal_batches({k: torch.cat([p[k] for p in parts]) for k in parts[0]}, expected)
 
 
+def test_given_rows_come_with_a_short_last_batch(table):
+    rows = Consecutive(np.array([8, 1, 3, 2, 7]), 2)
+    with Loader(table, rows, start=0, stop=rows.steps, num_workers=2) as loader:
+        batches = list(loader)
+    for batch, given in zip(batches, ([8, 1], [3, 2], [7]), strict=True):
+        assert batch["index"].tolist() == given
+        assert_equal_batches(batch, read_batch(table, np.array(given)))
+
+
 def test_no_step_left_is_an_empty_iteration(table, order):
     for start, stop in ((4, 4), (7, 2)):
         with Loader(table, order, start=start, stop=stop) as loader:
@@ -114,14 +120,15 @@ def test_no_step_left_is_an_empty_iteration(table, order):
     assert own_threads() == []
 
 
-def test_an_error_in_a_decode_thread_reaches_the_consumer(broken_table, order):
+def test_an_error_in_a_decode_thread_reaches_the_consumer(tmp_path, order, decode, nothing_left):
+    broken = write_table(tmp_path / "train.lance", {BROKEN_ROW: b"not an image"})
     step = next(s for s in range(order.steps_per_epoch * 2) if BROKEN_ROW in order.rows(s))
-    loader = Loader(broken_table, order, start=0, stop=100, num_workers=2)
+    loader = Loader(broken, order, start=0, stop=100, num_workers=2, decode=decode)
     read = []
-    with pytest.raises(ValueError, match=rf"row {BROKEN_ROW}: cannot be decoded"):
-        read.extend(batch["index"] for batch in loader)
+    words = rf"row {BROKEN_ROW}: cannot be decoded"
+    refused(lambda: read.extend(batch["index"] for batch in loader), words)
     assert len(read) <= step
-    assert own_threads() == []
+    nothing_left()
 
 
 def test_an_error_outside_exception_reaches_the_consumer(table, order, monkeypatch):
@@ -143,96 +150,54 @@ def test_an_exhausted_loader_stays_exhausted(table, order):
         assert ends_within(2, lambda: list(loader)), "the second iteration waits for ever"
 
 
-def test_leaving_early_joins_all_threads(table, order):
-    with Loader(table, order, start=0, stop=10**6, num_workers=3) as loader:
+def left(loader):
+    with loader:
         next(iter(loader))
         assert "repa-fast-prefetch" in own_threads()
-    assert own_threads() == []
 
 
-def test_leaving_by_an_exception_joins_all_threads(table, order):
+def left_by_an_exception(loader):
     def leave():
-        with Loader(table, order, start=0, stop=10**6, num_workers=3) as loader:
+        with loader:
             for _ in loader:
                 raise KeyError
 
     with pytest.raises(KeyError):
         leave()
-    assert own_threads() == []
 
 
-def test_a_dropped_loader_joins_all_threads(table, order):
-    loader = Loader(table, order, start=0, stop=10**6)
+def dropped(loader):
     next(iter(loader))
-    del loader
-    assert own_threads() == []
 
 
-def test_closing_again_is_harmless(table, order):
-    loader = Loader(table, order, start=0, stop=10**6)
+def closed_twice(loader):
+    next(iter(loader))
     loader.close()
     loader.close()
-    assert own_threads() == []
 
 
-# Nothing forks after lance is imported: the children import it, each for itself.
-EXIT_SCRIPT = """
-import os, signal, sys
-import numpy, torch
-
-uri, processes = sys.argv[1], int(sys.argv[2])
-
-def fork_children():
-    '''The number of a child, in it; None in the parent, with all children ended.'''
-    statuses, running = [], 0
-    for number in range(processes):
-        if os.fork() == 0:
-            signal.alarm(30)
-            return number
-        running += 1
-        if running == 3:
-            statuses.append(os.wait()[1])
-            running -= 1
-    statuses += [os.wait()[1] for _ in range(running)]
-    codes = [os.waitstatus_to_exitcode(status) for status in statuses]
-    assert codes == [0] * processes, codes
-    print("ended cleanly:", len(codes))
-    return None
-
-assert "lance" not in sys.modules
-number = fork_children()
-if number is not None:
-    from repa_fast.data.dataset import LatentDataset
-    from repa_fast.data.loader import Loader
-    from repa_fast.data.order import SampleOrder
-
-    dataset = LatentDataset(uri)
-    order = SampleOrder(len(dataset), 1000, 0)  # large, so that exiting meets a read under way
-    loader = Loader(dataset, order, start=0, stop=10**6, images=False)
-    batches = iter(loader)
-    assert next(batches)["moments"].shape == (1000, 6, 16, 16)
-    if number % 3 == 1:
-        sys.exit(0)
-    if number % 3 == 2:
-        try:
-            for count, batch in enumerate(batches):
-                if count == 3:
-                    raise RuntimeError
-        except RuntimeError as error:
-            kept = error
-"""
+@pytest.mark.parametrize("end", [left, left_by_an_exception, dropped, closed_twice])
+def test_a_loader_that_is_left_leaves_nothing(table, order, decode, nothing_left, end):
+    end(Loader(table, order, num_workers=3, decode=decode, **ENDLESS))
+    nothing_left()
 
 
-def test_an_interpreter_can_exit_with_an_open_loader(tmp_path):
-    pytest.importorskip("sklearn")
-    uri = prepare_digits(tmp_path / "digits")
+@pytest.mark.parametrize(
+    "decode, processes",
+    [
+        ("torch", 3),
+        pytest.param("torch", 6, marks=pytest.mark.heavy),
+        pytest.param("dali-cpu", 6, marks=pytest.mark.heavy),
+    ],
+)
+def test_a_process_can_end_with_an_open_loader(request, digits, decode, processes):
+    if decode == "dali-cpu":
+        request.getfixturevalue("with_dali")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.data.ending", digits / "train.lance", decode]
     process = subprocess.run(
-        [sys.executable, "-c", EXIT_SCRIPT, str(uri), str(PROCESSES)],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=120,
+        [*map(str, command), str(processes)], env=env, capture_output=True, text=True, timeout=400
     )
     assert process.returncode == 0, process.stderr
-    assert process.stdout.strip() == f"ended cleanly: {PROCESSES}"
+    assert process.stdout.strip() == f"ended as they should: {processes}"
+    assert process.stderr == ""

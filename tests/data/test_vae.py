@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 pytest.importorskip("diffusers")
 
 from repa_fast.configs import presets
-from repa_fast.data import latents
+from repa_fast.data import dataset, latents
 from repa_fast.data.dataset import Metadata
 from repa_fast.data.latents import VAE
 from repa_fast.distributed import World
@@ -21,17 +22,22 @@ from repa_fast.train import run as runs
 from repa_fast.train.report import Reporter
 from repa_fast.train.state import build_state
 from tests.data import encoding
+from tests.refusals import refused
 
 pytestmark = pytest.mark.xdist_group("diffusers")
 
 METADATA = Metadata(
-    resolution=16,
-    latent_shape=(4, 8, 8),
-    vae="sd-vae-ft-mse",
-    scale=0.18215,
-    bias=0.25,
+    resolution=16, latent_shape=(4, 8, 8), vae="sd-vae-ft-mse", scale=0.18215, bias=0.25,
     class_names=("a", "b"),
-)
+)  # fmt: skip
+TINY = {
+    "hidden_size": 32, "depth": 2, "num_heads": 2, "encoder_depth": 1, "patch_size": 2,
+    "num_classes": 2, "enc_type": "none", "num_steps": 2, "report_to": "none",
+}  # fmt: skip
+
+
+def config(**changes):
+    return dataclasses.replace(presets.get("digits"), **TINY, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -52,32 +58,18 @@ def samples():
 
 
 @pytest.fixture
-def state(tmp_path):
-    """(vae_path) -> state of a tiny run on a dataset of an autoencoder's latents."""
+def snapshot(tmp_path):
+    """(vae_path, *steps) -> sample grids of a tiny run at these steps, in `tmp_path`."""
 
-    def make(vae_path: str):
-        config = dataclasses.replace(
-            presets.get("digits"),
-            vae_path=vae_path,
-            hidden_size=32,
-            depth=2,
-            num_heads=2,
-            encoder_depth=1,
-            patch_size=2,
-            num_classes=2,
-            enc_type="none",
-            num_steps=2,
-        )
-        return build_state(config, METADATA, World(0, 1, torch.device("cpu")))
+    def snap(vae_path: str, *steps: int) -> None:
+        world = World(0, 1, torch.device("cpu"))
+        running = build_state(config(vae_path=vae_path), METADATA, world)
+        reporter = Reporter(tmp_path, 10, 0, None)
+        for running.step in steps:
+            loop.snapshot(SimpleNamespace(state=running, folder=tmp_path, reporter=reporter))
+        reporter.close()
 
-    return make
-
-
-@pytest.fixture
-def reporter(tmp_path):
-    made = Reporter(tmp_path, 10, 0, None)
-    yield made
-    made.close()
+    return snap
 
 
 def test_decoding_is_that_of_diffusers(model, folder, samples):
@@ -92,6 +84,8 @@ def test_decoding_is_that_of_diffusers(model, folder, samples):
     assert torch.equal(rounded, levels.round().to(torch.uint8))
     assert torch.equal(cut, levels.to(torch.uint8))  # a cast cuts
     assert not torch.equal(cut, rounded)
+    pixels = latents.to_pixels(samples, METADATA, decoder)
+    assert torch.equal(pixels, decoder.decode(samples, METADATA))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
@@ -123,89 +117,60 @@ def test_it_leaves_the_device_after_use(folder, samples):
     assert {p.device.type for p in decoder.load(METADATA).parameters()} == {"cpu"}
 
 
-def test_to_pixels_takes_it(folder, samples):
-    decoder = VAE(folder)
-    expected = decoder.decode(samples, METADATA)
-    assert torch.equal(latents.to_pixels(samples, METADATA, decoder), expected)
-
-
 @pytest.mark.parametrize("name", sorted(latents.HUB))
 def test_known_names_come_from_the_hub(name, monkeypatch):
     from diffusers import AutoencoderKL
 
-    asked = []
+    asked, decoder = [], VAE(name)
 
     def offline(source, **_):
         asked.append(source)
         raise OSError("no route to host\nsecond line")
 
     monkeypatch.setattr(AutoencoderKL, "from_pretrained", offline)
-    decoder = VAE(name)
-    with pytest.raises(RuntimeError, match=rf"{name} is neither .*--vae-path.*no route to host\)"):
-        decoder.load(METADATA)
+    words = rf"{name} is neither .*--vae-path.*no route to host\)"
+    refused(lambda: decoder.load(METADATA), words, error=RuntimeError)
     assert asked == [f"stabilityai/{name}"]
     assert decoder.unavailable
 
 
 def test_an_autoencoder_of_other_latents_is_refused(folder):
     metadata = dataclasses.replace(METADATA, resolution=64)
-    with pytest.raises(ValueError, match=r"latents \(4, 32, 32\).*dataset's \(4, 8, 8\).*vae-path"):
-        VAE(folder).load(metadata)
+    words = r"latents \(4, 32, 32\).*dataset's \(4, 8, 8\).*vae-path"
+    refused(lambda: VAE(folder).load(metadata), words)
 
 
-def test_a_run_gets_its_sample_grid(state, folder, reporter, tmp_path):
-    running = state(folder)
-    running.step = 3
-    loop.snapshot(SimpleNamespace(state=running, folder=tmp_path, reporter=reporter))
-    picture = np.asarray(Image.open(tmp_path / "samples" / "0000003.png"))
-    assert picture.ndim == 3 and picture.shape[2] == 3
-    assert picture.std() > 1
-
-
-@pytest.mark.parametrize("missing", ["folder", "package"])
+@pytest.mark.parametrize(
+    "missing, advice", [("folder", "--vae-path"), ("package", "pip install diffusers")]
+)
 def test_without_it_one_line_warns_and_training_goes_on(
-    state, reporter, tmp_path, monkeypatch, capsys, missing
+    snapshot, tmp_path, monkeypatch, capsys, missing, advice
 ):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     if missing == "package":
-        monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
-    running = state(str(tmp_path / "absent"))
-    for running.step in (3, 6, 9):
-        loop.snapshot(SimpleNamespace(state=running, folder=tmp_path, reporter=reporter))
+        monkeypatch.setitem(sys.modules, "diffusers", None)
+    snapshot(str(tmp_path / "absent"), 3, 6, 9)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("warning: no sample grids in this run: ")
-    assert ("pip install diffusers" if missing == "package" else "--vae-path") in line
-    assert str(tmp_path / "absent") in line
+    assert advice in line and str(tmp_path / "absent") in line
     assert not (tmp_path / "samples").exists()
 
 
 def test_a_run_to_its_end_with_and_without_it(tmp_path, folder, capsys):
     pytest.importorskip("lance")
-    from repa_fast.data import dataset
-    from repa_fast.data.dataset import encode
-
-    row = {
-        "image": encode(np.zeros((16, 16, 3), np.uint8)),
-        "moments": np.ones((8, 8, 8), np.float32),
-        "label": 0,
-    }
+    image = dataset.encode(np.zeros((16, 16, 3), np.uint8))
+    row = {"image": image, "moments": np.ones((8, 8, 8), np.float32), "label": 0}
     dataset.write(tmp_path / "data.lance", [row] * 24, METADATA)
-    config = dataclasses.replace(
-        presets.get("digits"), data_dir=str(tmp_path / "data.lance"), output_dir=str(tmp_path),
-        num_classes=2, hidden_size=32, depth=2, num_heads=2, encoder_depth=1, patch_size=2,
-        enc_type="none", batch_size=4, max_train_steps=2, sampling_steps=1, num_steps=2,
-        report_to="none",
-    )  # fmt: skip
-    run = runs.train(dataclasses.replace(config, exp_name="with", vae_path=folder))
-    assert sorted(path.name for path in (run / "samples").iterdir()) == [
-        "0000001.png",
-        "0000002.png",
-    ]
+    options = {"batch_size": 4, "max_train_steps": 2, "sampling_steps": 1}
+    options |= {"data_dir": str(tmp_path / "data.lance"), "output_dir": str(tmp_path)}
+    run = runs.train(config(exp_name="with", vae_path=folder, **options))
+    grids = sorted(path.name for path in (run / "samples").iterdir())
+    assert grids == ["0000001.png", "0000002.png"] and (run / "samples.png").exists()
+    picture = np.asarray(Image.open(run / "samples" / "0000001.png"))
+    assert picture.ndim == 3 and picture.shape[2] == 3 and picture.std() > 1
     assert json.loads((run / "args.json").read_text())["vae_path"] == folder
-    assert (run / "samples.png").exists()
     capsys.readouterr()
-    run = runs.train(
-        dataclasses.replace(config, exp_name="without", vae_path=str(tmp_path / "absent"))
-    )
+    absent = str(tmp_path / "absent")
+    run = runs.train(config(exp_name="without", vae_path=absent, **options))
     assert capsys.readouterr().out.count("no sample grids in this run") == 1
     assert (run / "loss.png").exists() and not (run / "samples.png").exists()

@@ -3,19 +3,17 @@
 The chain is the 1000 betas, one after the other; nothing here uses a closed form of it.
 """
 
+import functools
 import math
 
 import torch
 
-from repa_fast.testing import seeded
+from tests.diffusion.gaussians import STD, Recorder, means
 
 BETAS = [1e-4 + (0.02 - 1e-4) * step / 999 for step in range(1000)]
-SHAPE = (3, 4, 2, 2)
-LABELS = torch.tensor([0, 4, 9])
-NULL = 10
-STD = 0.5
 
 
+@functools.cache
 def forward(start, stop):
     """(a, variance): x_stop = a x_start + sqrt(variance) z; start -1 is the data."""
     factor, variance = 1.0, 0.0
@@ -37,12 +35,6 @@ def posterior(previous, time):
     )
 
 
-def means(labels, channels):
-    """Mean of the data, (B, C, 1, 1), another for each label and channel."""
-    label = labels.double().view(-1, 1, 1, 1)
-    return 0.1 * label - 0.3 + 0.2 * torch.arange(channels).double().view(1, -1, 1, 1)
-
-
 def exact_noise(x, time, labels):
     """E[noise | x_time] of data N(mean, STD^2), fp64."""
     factor, variance = forward(-1, time)
@@ -59,26 +51,14 @@ def exact_v(previous, time):
     return 2 * math.log((low + of_clean**2 * clean_variance) / low) / math.log(high / low) - 1
 
 
-class Model:
-    """The exact noise, and v as a function of the time, of a model that records its calls."""
-
-    num_classes = NULL
+class Model(Recorder):
+    """The exact noise, and v as a function of the time."""
 
     def __init__(self, v=lambda time: 0.0):
+        super().__init__()
         self.v = v
-        self.calls = []
 
-    def __call__(self, x, t, y):
-        assert t.shape == y.shape == x.shape[:1] and (t == t[0]).all() and t.dtype == torch.int64
-        self.calls.append((x.clone(), t.clone(), y.clone()))
-        time = t[0].item()
+    def answer(self, x, time, y):
+        assert self.calls[-1][1].dtype == torch.int64
         noise = exact_noise(x, time, y)
-        return torch.cat([noise, torch.full_like(noise, self.v(time))], dim=1).to(x.dtype), []
-
-    @property
-    def times(self):
-        return [t[0].item() for _, t, _ in self.calls]
-
-
-def latents(dtype=torch.float64):
-    return seeded(SHAPE, seed=1, dtype=dtype)
+        return torch.cat([noise, torch.full_like(noise, self.v(time))], dim=1)

@@ -1,15 +1,12 @@
-"""NT-Xent with the pool of all processes: the batch is shared out among gloo processes."""
-
-import os
+"""NT-Xent with the pool of all processes: the batch is shared out among them."""
 
 import torch
 
 from repa_fast.diffusion.alignment import nt_xent
-from repa_fast.distributed import World, session
+from repa_fast.distributed import World
 from repa_fast.testing import seeded
 
 BATCH, TOKENS, WIDTH = 4, 3, 5
-SIZE = 2
 
 
 def tensors(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,15 +24,3 @@ def collect(world: World, negatives: str, dtype: torch.dtype) -> dict[str, torch
     losses = nt_xent(projection, target, negatives=negatives, world=world, chunk=2)
     losses.sum().backward()
     return {"losses": losses.detach(), "gradient": projection.grad}
-
-
-def main() -> None:
-    """Under torchrun: every process saves what it found for two dtypes."""
-    with session() as world:
-        for dtype in (torch.float64, torch.bfloat16):
-            found = collect(world, "global", dtype)
-            torch.save(found, f"{os.environ['OUT']}/{dtype}-{world.rank}.pt")
-
-
-if __name__ == "__main__":
-    main()

@@ -15,6 +15,7 @@ SHAPE = (3, 4, 2, 2)
 LABELS = torch.tensor([0, 4, 9])
 NULL = 10
 STD = 0.5
+EPS = 1e-3
 
 
 def coefficients(path, tau):
@@ -61,22 +62,22 @@ def means(labels, channels):
 
 
 def predictions(path, x, tau, labels):
-    """Velocity in SiT's time, score and noise of data N(mean, STD^2) at x, fp64."""
+    """Velocity in SiT's time, score, noise and data, of data N(mean, STD^2) at x, fp64."""
     alpha, sigma, d_alpha, d_sigma = coefficients(path, tau)
     variance = alpha**2 * STD**2 + sigma**2
     deviation = x.double() - alpha * means(labels, x.shape[1])
     clean = means(labels, x.shape[1]) + alpha * STD**2 / variance * deviation
     noise = sigma / variance * deviation
     velocity = d_alpha * clean + d_sigma * noise
-    return {"v": velocity, "score": -deviation / variance, "noise": noise}
+    return {"v": velocity, "score": -deviation / variance, "noise": noise, "clean": clean}
 
 
-def clean_mean(path, x, tau, labels):
-    """E[data | x]."""
-    alpha, sigma, *_ = coefficients(path, tau)
-    mean = means(labels, x.shape[1])
-    gain = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)
-    return mean + gain * (x - alpha * mean)
+def bounds(path, *, singular, size=0.0):
+    """SiT's first and last time of the steps; size is that of a last step, 0 without one."""
+    first = EPS if singular and path != "VP" else 0.0
+    if size:
+        return first, 1 - size
+    return first, 1 - EPS if singular or path == "VP" else 1.0
 
 
 def flow(path, x, start, stop):
@@ -87,21 +88,18 @@ def flow(path, x, start, stop):
     return a1 * mean + ratio * (x - a0 * mean)
 
 
-class Model:
-    """The exact prediction, in our time, of a model that records its calls."""
+class Recorder:
+    """A model that records its calls; `answer` gives its output."""
 
     num_classes = NULL
 
-    def __init__(self, path, prediction="v"):
-        self.path = path
-        self.prediction = prediction
+    def __init__(self):
         self.calls = []
 
     def __call__(self, x, t, y):
         assert t.shape == y.shape == x.shape[:1] and (t == t[0]).all()
         self.calls.append((x.clone(), t.clone(), y.clone()))
-        value = predictions(self.path, x, 1 - t[0].item(), y)[self.prediction]
-        return (-value if self.prediction == "v" else value).to(x.dtype), []
+        return self.answer(x, t[0].item(), y).to(x.dtype), []
 
     @property
     def times(self):
@@ -111,6 +109,19 @@ class Model:
     def states(self):
         """x at every call, the conditional half."""
         return [x[: len(LABELS)] for x, _, _ in self.calls]
+
+
+class Model(Recorder):
+    """The exact prediction, in our time."""
+
+    def __init__(self, path="linear", prediction="v"):
+        super().__init__()
+        self.path = path
+        self.prediction = prediction
+
+    def answer(self, x, t, y):
+        value = predictions(self.path, x, 1 - t, y)[self.prediction]
+        return -value if self.prediction == "v" else value
 
 
 def latents(dtype=torch.float64):

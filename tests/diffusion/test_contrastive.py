@@ -1,10 +1,6 @@
 """NT-Xent against loops over queries and keys, and across processes."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +10,8 @@ from repa_fast.diffusion.alignment import nt_xent
 from repa_fast.distributed import World
 from repa_fast.testing import assert_within_budget, seeded
 from tests.diffusion import contrasting
+from tests.refusals import refused
 
-ROOT = Path(__file__).parents[2]
 ALONE = World(0, 1, torch.device("cpu"))
 POOLS = ("image", "batch", "global")
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -64,17 +60,13 @@ def of_autograd(projection, target, temperature, negatives):
 @pytest.mark.parametrize("negatives", POOLS)
 @pytest.mark.parametrize("temperature", (0.07, 0.1, 1.0))
 def test_it_is_the_definition(negatives, temperature):
+    """By default with negatives of the image and a temperature of a tenth."""
     projection, target = pair()
+    default = of_loops(projection, target, 0.1, "image")
+    torch.testing.assert_close(nt_xent(projection, target), default, **EXACT)
     losses = nt_xent(projection, target, temperature=temperature, negatives=negatives, world=ALONE)
     expected = of_loops(projection, target, temperature, negatives)
     torch.testing.assert_close(losses, expected, **EXACT)
-
-
-def test_by_default_negatives_are_of_the_image_and_the_temperature_is_a_tenth():
-    projection, target = pair()
-    torch.testing.assert_close(
-        nt_xent(projection, target), of_loops(projection, target, 0.1, "image"), **EXACT
-    )
 
 
 @pytest.mark.parametrize("negatives", POOLS)
@@ -89,22 +81,6 @@ def test_gradients_are_those_of_autograd_for_every_chunk(negatives, chunk):
     (losses * weights).sum().backward()
     (reference * weights).sum().backward()
     torch.testing.assert_close(found.grad, expected.grad, **EXACT)
-
-
-@pytest.mark.parametrize("negatives", ("image", "batch"))
-def test_gradients_are_finite_differences(negatives):
-    projection, target = pair((2, 3, 4))
-
-    def loss(projection):
-        return nt_xent(projection, target, temperature=0.5, negatives=negatives, chunk=2)
-
-    assert torch.autograd.gradcheck(loss, (projection.requires_grad_(),))
-
-
-def test_targets_receive_no_gradient():
-    projection, target = (tensor.requires_grad_() for tensor in pair())
-    nt_xent(projection, target).sum().backward()
-    assert target.grad is None and projection.grad.any()
 
 
 def test_it_is_not_differentiated_twice():
@@ -165,43 +141,34 @@ def test_a_pool_of_one_key_has_no_loss():
     assert torch.equal(nt_xent(projection, target), torch.zeros(3, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("zeros", ("projection", "target", "both"))
-def test_zero_vectors_have_cosine_zero_and_finite_gradients(zeros):
+@pytest.mark.parametrize(
+    "zeros, temperature",
+    (("projection", 0.1), ("target", 0.1), ("projection, target", 0.1), ("", 1e-3)),
+)
+def test_zero_vectors_and_low_temperatures_are_finite_with_their_gradients(zeros, temperature):
     projection, target = pair(dtype=torch.float32)
-    if zeros != "target":
+    if "projection" in zeros:
         projection[0, 1] = 0
-    if zeros != "projection":
+    if "target" in zeros:
         target[0] = 0
-    losses = nt_xent(projection.requires_grad_(), target)
+    losses = nt_xent(projection.requires_grad_(), target, temperature=temperature)
     losses.sum().backward()
     assert losses.isfinite().all() and projection.grad.isfinite().all()
-    if zeros != "projection":  # all keys of the image are alike
+    if "target" in zeros:  # all keys of the image have the cosine 0
         assert losses[0].item() == pytest.approx(math.log(4), rel=1e-6)
 
 
-def test_a_low_temperature_neither_overflows_nor_underflows():
-    projection, target = pair(dtype=torch.float32)
-    losses = nt_xent(projection.requires_grad_(), target, temperature=1e-3)
-    losses.sum().backward()
-    assert losses.isfinite().all() and projection.grad.isfinite().all()
-
-
-def test_two_processes_are_one_with_the_pool_of_both(tmp_path):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    process = subprocess.run(
-        [*command, f"--nproc-per-node={contrasting.SIZE}", "-m", "tests.diffusion.contrasting"],
-        cwd=ROOT, env=env, capture_output=True, text=True,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.bfloat16, torch.finfo().eps * 16)):
-        expected = contrasting.collect(ALONE, "batch", dtype)
-        parts = [torch.load(tmp_path / f"{dtype}-{rank}.pt") for rank in range(contrasting.SIZE)]
-        losses = torch.cat([part["losses"] for part in parts])
-        torch.testing.assert_close(losses, expected["losses"], rtol=tolerance, atol=tolerance)
-        gradient = torch.cat([part["gradient"] for part in parts])
-        torch.testing.assert_close(gradient, expected["gradient"])
-        assert not torch.allclose(losses, contrasting.collect(ALONE, "image", dtype)["losses"])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, torch.finfo().eps * 16)]
+)
+def test_two_processes_are_one_with_the_pool_of_both(ranks, dtype, tolerance):
+    expected = contrasting.collect(ALONE, "batch", dtype)
+    parts = ranks(contrasting.collect, "global", dtype)
+    losses = torch.cat([part["losses"] for part in parts])
+    torch.testing.assert_close(losses, expected["losses"], rtol=tolerance, atol=tolerance)
+    gradient = torch.cat([part["gradient"] for part in parts])
+    torch.testing.assert_close(gradient, expected["gradient"])
+    assert not torch.allclose(losses, contrasting.collect(ALONE, "image", dtype)["losses"])
 
 
 @pytest.mark.parametrize(
@@ -216,13 +183,4 @@ def test_two_processes_are_one_with_the_pool_of_both(tmp_path):
     ),
 )
 def test_options_that_do_not_fit_are_named(options, parts):
-    with pytest.raises(ValueError) as error:
-        nt_xent(*pair(), **options)
-    assert all(part in str(error.value) for part in parts)
-
-
-@pytest.mark.parametrize("shape", ((3, 4, 5), (3, 5, 6), (12, 6)))
-def test_a_target_of_another_shape_is_named(shape):
-    with pytest.raises(ValueError) as error:
-        nt_xent(torch.ones(3, 4, 6), torch.ones(shape))
-    assert str(shape) in str(error.value) and "expected (3, 4, 6)" in str(error.value)
+    refused(lambda: nt_xent(*pair(), **options), *parts)

@@ -7,8 +7,19 @@ from scipy import stats
 from repa_fast.diffusion import path as paths
 from repa_fast.diffusion.draws import draw, stream
 from repa_fast.diffusion.prediction import PREDICTIONS, training_interval
+from tests.refusals import refused
 
 SHAPE = (4, 4, 4)
+MANY = 20_000
+LOG_RATIOS = {
+    paths.linear: lambda t: torch.log(t / (1 - t)),
+    paths.cosine: lambda t: torch.log(torch.tan(math.pi * t / 2)),
+    paths.vp: lambda t: (9.95 * t.square() + 0.1 * t).expm1().log() / 2,
+}
+"""Logarithm of sigma / alpha at t."""
+every_path = pytest.mark.parametrize("path", LOG_RATIOS, ids=lambda path: path.name)
+every_prediction = pytest.mark.parametrize("prediction", PREDICTIONS)
+every_weighting = pytest.mark.parametrize("weighting", ("uniform", "lognormal"))
 
 
 def drawn(seed=0, step=3, batch=32, *, path=paths.linear, **options):
@@ -19,14 +30,17 @@ def equal(a, b):
     return [torch.equal(x, y) for x, y in zip(a, b)]
 
 
+def fits(values, *distribution):
+    return stats.kstest(values.double().numpy(), *distribution).pvalue > 1e-3
+
+
 def test_shapes_and_dtypes():
     draws = drawn(batch=5)
     assert [tuple(f.shape) for f in draws] == [(5,), (5, *SHAPE), (5, *SHAPE), (5,), (5,)]
     assert [f.dtype for f in draws] == [torch.float32] * 3 + [torch.bool, torch.float32]
-    assert draws.t.min() >= 0 and draws.t.max() <= 1
 
 
-@pytest.mark.parametrize("weighting", ("uniform", "lognormal"))
+@every_weighting
 def test_draws_repeat_whatever_the_global_generator_did(weighting):
     first = drawn(weighting=weighting, drop_prob=0.5)
     torch.manual_seed(123)
@@ -45,9 +59,7 @@ def test_other_seeds_and_steps_give_other_draws(other):
 def test_parts_of_all_ranks_make_up_the_global_draws(world_size):
     whole = drawn(drop_prob=0.5)
     local = 32 // world_size
-    parts = [
-        drawn(drop_prob=0.5).part(rank * local, (rank + 1) * local) for rank in range(world_size)
-    ]
+    parts = [whole.part(rank * local, (rank + 1) * local) for rank in range(world_size)]
     assert all(equal((torch.cat(fields) for fields in zip(*parts)), whole))
 
 
@@ -61,24 +73,19 @@ def test_drop_probability_changes_only_the_mask():
 
 
 @pytest.mark.parametrize("batch", (6, 32))
-def test_weighting_and_path_change_only_the_times(batch):
+@every_path
+def test_weighting_and_path_change_only_the_times(batch, path):
+    """And the path not the uniform ones, but for the end it keeps away from."""
     uniform = drawn(batch=batch, drop_prob=0.5)
-    for path in (paths.linear, paths.cosine):
-        other = drawn(batch=batch, drop_prob=0.5, weighting="lognormal", path=path)
-        assert equal(uniform, other) == [False, True, True, True, True]
+    other = drawn(batch=batch, drop_prob=0.5, weighting="lognormal", path=path)
+    assert equal(uniform, other) == [False, True, True, True, True]
+    t = drawn(batch=batch, path=path).t
+    assert torch.allclose(t, path.train_eps + (1 - path.train_eps) * uniform.t)
+    assert path is paths.vp or torch.equal(t, uniform.t)
 
 
-def test_uniform_times_do_not_depend_on_the_path():
-    assert all(equal(drawn(), drawn(path=paths.cosine)))
-
-
-def test_label_drop_is_not_drawn_from_the_times():
-    draws = drawn(batch=4096, drop_prob=0.5)
-    agreement = (draws.drop == (draws.t < 0.5)).double().mean()
-    assert abs(agreement - 0.5) < 5 * 0.5 / math.sqrt(4096)
-
-
-def test_noises_of_samples_steps_and_streams_are_uncorrelated():
+def test_what_is_drawn_separately_is_uncorrelated():
+    """Noises of samples, steps, seeds and streams; label drop and times."""
     here, next_step, other_seed = (
         drawn(batch=256, **options) for options in ({}, {"step": 4}, {"seed": 1})
     )
@@ -92,71 +99,21 @@ def test_noises_of_samples_steps_and_streams_are_uncorrelated():
     for other in others:
         correlation = (here.noise.double() * other.double()).mean()
         assert abs(correlation) < 5 / math.sqrt(here.noise.numel())
+    draws = drawn(batch=4096, drop_prob=0.5)
+    agreement = (draws.drop == (draws.t < 0.5)).double().mean()
+    assert abs(agreement - 0.5) < 5 * 0.5 / math.sqrt(4096)
 
 
 @pytest.mark.parametrize("field", ("noise", "posterior_noise"))
 def test_noise_is_standard_normal(field):
-    values = getattr(drawn(batch=400), field).flatten().double().numpy()
-    assert stats.kstest(values, "norm").pvalue > 1e-3
-
-
-def test_uniform_times_are_uniform():
-    assert stats.kstest(drawn(batch=20_000).t.double().numpy(), "uniform").pvalue > 1e-3
-
-
-@pytest.mark.parametrize(
-    "path, log_ratio",
-    (
-        (paths.linear, lambda t: torch.log(t / (1 - t))),
-        (paths.cosine, lambda t: torch.log(torch.tan(math.pi * t / 2))),
-    ),
-)
-def test_lognormal_times_have_a_normal_log_ratio(path, log_ratio):
-    t = drawn(batch=20_000, path=path, weighting="lognormal").t.double()
-    assert t.min() >= 0 and t.max() <= 1
-    assert stats.kstest(log_ratio(t).numpy(), "norm").pvalue > 1e-3
+    assert fits(getattr(drawn(batch=400), field).flatten(), "norm")
 
 
 @pytest.mark.parametrize("probability", (0.1, 0.5))
 def test_labels_are_dropped_with_the_given_probability(probability):
-    frequency = drawn(batch=20_000, drop_prob=probability).drop.double().mean()
-    error = math.sqrt(probability * (1 - probability) / 20_000)
+    frequency = drawn(batch=MANY, drop_prob=probability).drop.double().mean()
+    error = math.sqrt(probability * (1 - probability) / MANY)
     assert abs(frequency - probability) < 5 * error
-
-
-def first_numbers(*keys):
-    return tuple(torch.rand(4, generator=stream(*keys)).tolist())
-
-
-def test_a_stream_is_a_function_of_all_its_keys():
-    for keys in ((0,), (5, 1), (2**40, 3, 2)):
-        assert first_numbers(*keys) == first_numbers(*keys)
-    different = ((0, 1), (1, 0), (1, 1), (0, 1, 2), (0, 2, 1), (2**40, 3))
-    assert len({first_numbers(*keys) for keys in different}) == len(different)
-
-
-def test_streams_with_more_keys_are_other_streams():
-    """Weights, sample grid and the times of step 0 use (seed), (seed, 0) and (seed, 0, 0)."""
-    assert len({first_numbers(7), first_numbers(7, 0), first_numbers(7, 0, 0)}) == 3
-
-
-@pytest.mark.parametrize("weighting", ("logit-normal", "Uniform", ""))
-def test_an_unknown_weighting_is_named_with_the_known_ones(weighting):
-    with pytest.raises(ValueError) as error:
-        drawn(weighting=weighting)
-    assert all(part in str(error.value) for part in (repr(weighting), "uniform", "lognormal"))
-
-
-def test_times_of_the_vp_path_start_where_its_velocity_is_finite():
-    t = drawn(batch=4096, path=paths.vp).t
-    assert t.min() >= paths.vp.train_eps and t.max() <= 1
-    plain = drawn(batch=4096).t
-    assert torch.allclose(t, paths.vp.train_eps + (1 - paths.vp.train_eps) * plain)
-    clean, noise = torch.ones(4096, 1), torch.ones(4096, 1)
-    assert paths.vp.interpolate(clean, noise, t)[1].isfinite().all()
-
-
-EVERY_PATH = (paths.linear, paths.cosine, paths.vp)
 
 
 def ends(path, prediction):
@@ -164,19 +121,29 @@ def ends(path, prediction):
     return torch.tensor(training_interval(path, prediction)).tolist()
 
 
-@pytest.mark.parametrize("path", EVERY_PATH, ids=lambda path: path.name)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@every_path
+@every_prediction
 def test_uniform_times_are_uniform_on_the_interval_of_the_prediction(path, prediction):
+    """Where the velocity of the path is finite."""
     first, last = ends(path, prediction)
-    t = drawn(batch=20_000, path=path, prediction=prediction).t
+    t = drawn(batch=MANY, path=path, prediction=prediction).t
     assert t.dtype == torch.float32
     assert first <= t.min() < first + 1e-3 and last - 1e-3 < t.max() <= last
-    values = t.double().numpy()
-    assert stats.kstest(values, "uniform", (first, last - first)).pvalue > 1e-3
+    assert fits(t, "uniform", (first, last - first))
+    assert path.interpolate(torch.ones(MANY, 1), torch.ones(MANY, 1), t)[1].isfinite().all()
 
 
-@pytest.mark.parametrize("path", EVERY_PATH, ids=lambda path: path.name)
-@pytest.mark.parametrize("weighting", ("uniform", "lognormal"))
+@every_path
+@pytest.mark.parametrize("prediction", ("v", "score"))
+def test_lognormal_times_have_a_normal_log_ratio(path, prediction):
+    """On the VP path up to the ratio of 152 at its end, which one of 4 million numbers exceeds."""
+    t = drawn(batch=MANY, path=path, prediction=prediction, weighting="lognormal").t
+    assert t.min() >= 0 and t.max() <= 1
+    assert fits(LOG_RATIOS[path](t.double()), "norm")
+
+
+@every_path
+@every_weighting
 def test_the_prediction_changes_only_the_times(path, weighting):
     velocity, score, noise = (
         drawn(path=path, weighting=weighting, prediction=prediction, drop_prob=0.5)
@@ -187,8 +154,8 @@ def test_the_prediction_changes_only_the_times(path, weighting):
     assert torch.equal(score.t, velocity.t) != moved
 
 
-@pytest.mark.parametrize("path", EVERY_PATH, ids=lambda path: path.name)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@every_path
+@every_prediction
 @pytest.mark.parametrize("ratio", (-30.0, 30.0))
 def test_lognormal_times_do_not_leave_the_interval(monkeypatch, path, prediction, ratio):
     """Even ratios that no log-normal number reaches."""
@@ -199,16 +166,24 @@ def test_lognormal_times_do_not_leave_the_interval(monkeypatch, path, prediction
     assert t.min() >= first and t.max() <= last
 
 
-@pytest.mark.parametrize("prediction", ("v", "score"))
-def test_lognormal_times_of_the_vp_path_have_a_normal_log_ratio(prediction):
-    """Up to the ratio of 152 at its last time, which one of 4 million numbers exceeds."""
-    t = drawn(batch=20_000, path=paths.vp, prediction=prediction, weighting="lognormal").t
-    square = (9.95 * t.double().square() + 0.1 * t.double()).expm1()  # (sigma / alpha)^2
-    assert stats.kstest(square.log().numpy() / 2, "norm").pvalue > 1e-3
+def first_numbers(*keys):
+    return tuple(torch.rand(4, generator=stream(*keys)).tolist())
 
 
-@pytest.mark.parametrize("prediction", ("velocity", "eps", ""))
-def test_an_unknown_prediction_is_named_with_the_known_ones(prediction):
-    with pytest.raises(ValueError) as error:
-        drawn(prediction=prediction)
-    assert all(part in str(error.value) for part in (repr(prediction), *PREDICTIONS))
+def test_a_stream_is_a_function_of_all_its_keys():
+    """Weights, sample grid and the times of step 0 use (seed), (seed, 0) and (seed, 0, 0)."""
+    for keys in ((0,), (5, 1), (2**40, 3, 2)):
+        assert first_numbers(*keys) == first_numbers(*keys)
+    different = ((0, 1), (1, 0), (1, 1), (0, 1, 2), (0, 2, 1), (2**40, 3), (7,), (7, 0), (7, 0, 0))
+    assert len({first_numbers(*keys) for keys in different}) == len(different)
+
+
+@pytest.mark.parametrize(
+    "options, known",
+    (
+        *(({"weighting": w}, ("uniform", "lognormal")) for w in ("logit-normal", "Uniform", "")),
+        *(({"prediction": name}, PREDICTIONS) for name in ("velocity", "eps", "")),
+    ),
+)
+def test_an_unknown_choice_is_named_with_the_known_ones(options, known):
+    refused(lambda: drawn(**options), *map(repr, options.values()), *known)

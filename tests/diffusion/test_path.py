@@ -6,32 +6,32 @@ import torch
 from repa_fast.diffusion import path as paths
 from repa_fast.testing import seeded
 from tests.diffusion import gaussians
+from tests.refusals import refused
 
-NAMES = ("linear", "cosine", "VP")
 TIMES = torch.linspace(0.02, 0.98, 49, dtype=torch.float64)
+ENDS = torch.tensor([0.0, 1.0], dtype=torch.float64)
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
+every_path = pytest.mark.parametrize("name", gaussians.PATHS)
 
 
 def coefficients(name, t):
     """(alpha, sigma, d_alpha, d_sigma) of the papers' table, in Python floats."""
-    if name == "linear":
-        return 1 - t, t, -1.0, 1.0
-    if name == "VP":
-        alpha, sigma, d_alpha, d_sigma = gaussians.coefficients(name, 1 - t)
-        return alpha, sigma, -d_alpha, -d_sigma
-    angle = math.pi * t / 2
-    half_pi = math.pi / 2
-    return math.cos(angle), math.sin(angle), -half_pi * math.sin(angle), half_pi * math.cos(angle)
+    alpha, sigma, d_alpha, d_sigma = gaussians.coefficients(name, 1 - t)
+    return alpha, sigma, -d_alpha, -d_sigma
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_path
 def test_coefficients_are_those_of_the_table(name):
+    path = paths.get(name)
     expected = torch.tensor([coefficients(name, t) for t in TIMES.tolist()], dtype=torch.float64)
-    actual = torch.stack(paths.get(name).coefficients(TIMES), dim=1)
-    torch.testing.assert_close(actual, expected, **EXACT)
+    torch.testing.assert_close(torch.stack(path.coefficients(TIMES), dim=1), expected, **EXACT)
+    assert path.at(0.3) == pytest.approx(coefficients(name, 0.3), rel=1e-14)
+    for dtype in (torch.float32, torch.float64):
+        t = TIMES.to(dtype).view(7, 7)
+        assert {(v.shape, v.dtype) for v in path.coefficients(t)} == {(t.shape, dtype)}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_path
 def test_derivatives_are_those_of_autograd(name):
     t = TIMES.clone().requires_grad_()
     alpha, sigma, d_alpha, d_sigma = paths.get(name).coefficients(t)
@@ -40,18 +40,16 @@ def test_derivatives_are_those_of_autograd(name):
         torch.testing.assert_close(derivative, expected, **EXACT)
 
 
-@pytest.mark.parametrize("name", ("linear", "cosine"))
-def test_path_runs_from_data_to_noise(name):
-    ends = paths.get(name).coefficients(torch.tensor([0.0, 1.0], dtype=torch.float64))
+@pytest.mark.parametrize("path", (paths.linear, paths.cosine))
+def test_path_runs_from_data_to_noise(path):
     one_rounding = torch.finfo(torch.float64).eps
-    for actual, expected in zip(ends[:2], ((1.0, 0.0), (0.0, 1.0))):
-        expected = torch.tensor(expected, dtype=torch.float64)
+    for actual, expected in zip(path.coefficients(ENDS)[:2], (ENDS.flip(0), ENDS)):
         torch.testing.assert_close(actual, expected, rtol=0, atol=one_rounding)
 
 
 def test_vp_path_runs_from_data_almost_to_noise():
     """The integral of the noise rate 0.1 + 19.9 t over [0, 1] is 10.05 = -2 log alpha."""
-    alpha, sigma, *_ = paths.vp.coefficients(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    alpha, sigma, *_ = paths.vp.coefficients(ENDS)
     assert alpha[0] == 1 and sigma[0] == 0
     assert alpha[1].item() == pytest.approx(math.exp(-5.025), rel=1e-14)
 
@@ -69,23 +67,10 @@ def test_vp_path_is_exact_in_fp32_at_the_first_training_time():
     torch.testing.assert_close(actual, exact, rtol=8 * torch.finfo(torch.float32).eps, atol=0)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_coefficients_at_a_time_are_floats_in_fp64(name):
-    assert paths.get(name).at(0.3) == pytest.approx(coefficients(name, 0.3), rel=1e-14)
-
-
 @pytest.mark.parametrize("path", (paths.cosine, paths.vp))
 def test_cosine_and_vp_paths_preserve_variance(path):
     alpha, sigma, *_ = path.coefficients(TIMES)
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(TIMES), **EXACT)
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
-def test_coefficients_have_the_shape_and_dtype_of_t(name, dtype):
-    t = TIMES.to(dtype).view(7, 7)
-    for value in paths.get(name).coefficients(t):
-        assert value.shape == t.shape and value.dtype == dtype
 
 
 def test_gvp_is_the_cosine_path():
@@ -95,12 +80,10 @@ def test_gvp_is_the_cosine_path():
 
 @pytest.mark.parametrize("name", ("gvp", "vp", "", "Linear"))
 def test_an_unknown_path_is_named_with_the_known_ones(name):
-    with pytest.raises(ValueError) as error:
-        paths.get(name)
-    assert all(part in str(error.value) for part in (repr(name), "linear", "cosine", "GVP", "VP"))
+    refused(lambda: paths.get(name), repr(name), "linear", "cosine", "GVP", "VP")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_path
 def test_interpolate_gives_each_sample_its_own_time(name):
     x, noise = (seeded((3, 2, 4, 4), seed=seed, dtype=torch.float64) for seed in (1, 2))
     t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
@@ -111,7 +94,7 @@ def test_interpolate_gives_each_sample_its_own_time(name):
         torch.testing.assert_close(velocity[i], d_alpha * x[i] + d_sigma * noise[i], **EXACT)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_path
 def test_velocity_is_the_time_derivative_of_the_noisy_latents(name):
     x, noise = (seeded((49, 1), seed=seed, dtype=torch.float64) for seed in (1, 2))
     t = TIMES.clone().requires_grad_()
@@ -120,7 +103,7 @@ def test_velocity_is_the_time_derivative_of_the_noisy_latents(name):
     torch.testing.assert_close(velocity[:, 0], derivative, **EXACT)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_path
 @pytest.mark.parametrize("mean, std", ((0.0, 1.0), (1.5, 0.3), (-2.0, 4.0)))
 def test_score_of_gaussian_data_is_exact(name, mean, std):
     x = seeded((6, 50), seed=1, dtype=torch.float64)
@@ -135,11 +118,10 @@ def test_score_of_gaussian_data_is_exact(name, mean, std):
         torch.testing.assert_close(score, -deviation / variance, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_path
 def test_time_of_ratio_inverts_sigma_over_alpha(name):
     ratio = torch.logspace(-3, 2, 25, dtype=torch.float64)
-    t = paths.get(name).time_of_ratio(ratio)
-    values = [coefficients(name, value) for value in t.tolist()]
+    values = [coefficients(name, t) for t in paths.get(name).time_of_ratio(ratio).tolist()]
     actual = torch.tensor([sigma / alpha for alpha, sigma, *_ in values], dtype=torch.float64)
     torch.testing.assert_close(actual, ratio, rtol=1e-11, atol=0)
 

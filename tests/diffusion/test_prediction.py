@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 
@@ -12,34 +14,31 @@ from repa_fast.diffusion.prediction import (
 )
 from tests.diffusion import gaussians
 from tests.diffusion.gaussians import LABELS, PATHS, latents
+from tests.refusals import refused
 
-TIMES = (0.001, 0.04, 0.3, 0.7, 0.999)
 # A time of 1 - 0.999 in fp64 is 1e3 roundings from the exact one, and is divided by.
 CLOSE = {"rtol": 1e-11, "atol": 1e-11}
+every_path = pytest.mark.parametrize("path", PATHS)
+every_prediction = pytest.mark.parametrize("prediction", PREDICTIONS)
 
 
-def exact(path, t):
-    """Velocity in our time, score and noise."""
-    values = gaussians.predictions(path, latents(), 1 - t, LABELS)
-    return {**values, "v": -values["v"]}
+@every_path
+@pytest.mark.parametrize("t", (0.001, 0.04, 0.3, 0.7, 0.999))
+def test_what_is_known_of_gaussian_data_follows_from_each_prediction(path, t):
+    """Its velocity, and its clean latents, which are their posterior mean."""
+    exact = gaussians.predictions(path, latents(), 1 - t, LABELS)
+    exact["v"] = -exact["v"]  # in our time
+    time = torch.tensor(t, dtype=torch.float64)
+    for prediction in PREDICTIONS:
+        found = to_velocity(prediction, exact[prediction], latents(), time, paths.get(path))
+        torch.testing.assert_close(found, exact["v"], **CLOSE)
+    of_x, of_v = clean_factors(t, paths.get(path))
+    found = of_x * latents() + of_v * exact["v"]
+    torch.testing.assert_close(found, exact["clean"], **CLOSE)
 
 
-def at(t):
-    return torch.tensor(t, dtype=torch.float64)
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("t", TIMES)
-def test_each_prediction_of_gaussian_data_gives_its_velocity(path, prediction, t):
-    values = exact(path, t)
-    arguments = latents(), at(t), paths.get(path)
-    velocity = to_velocity(prediction, values[prediction], *arguments)
-    torch.testing.assert_close(velocity, values["v"], **CLOSE)
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@every_path
+@every_prediction
 def test_each_sample_has_its_own_time(path, prediction):
     x, output = latents(), latents().flip(0)
     t = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
@@ -47,15 +46,6 @@ def test_each_sample_has_its_own_time(path, prediction):
     for i in range(3):
         alone = to_velocity(prediction, output[i], x[i], t[i], paths.get(path))
         torch.testing.assert_close(together[i], alone, rtol=1e-14, atol=1e-14)
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("t", TIMES)
-def test_clean_latents_of_gaussian_data_are_their_posterior_mean(path, t):
-    of_x, of_v = clean_factors(t, paths.get(path))
-    actual = of_x * latents() + of_v * exact(path, t)["v"]
-    expected = gaussians.clean_mean(path, latents(), 1 - t, LABELS)
-    torch.testing.assert_close(actual, expected, **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -76,25 +66,17 @@ def test_samplers_keep_away_from_the_ends_where_sits_do(path, prediction, form, 
     assert sampling_interval(paths.get(path), prediction, form) == interval
 
 
-def sits_training_interval(path, prediction):
-    """What SiT's released code trains on by default, turned around: it is at the noise at 0."""
-    eps = 1e-5 if path == "VP" else 0.0 if prediction == "v" else 1e-3
-    first, last = (0.0 if path == "VP" else eps), 1 - eps
-    return 1 - last, 1 - first
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@every_path
+@every_prediction
 def test_training_keeps_away_from_the_ends_where_sits_does(path, prediction):
-    interval = training_interval(paths.get(path), prediction)
-    assert interval == pytest.approx(sits_training_interval(path, prediction), abs=1e-16)
+    """As SiT's released code by default, turned around: it is at the noise at 0.
 
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_targets_and_their_velocity_are_finite_all_over_the_training_interval(path, prediction):
-    """In fp32, ends included."""
+    All over the interval targets and their velocity are finite in fp32, ends included.
+    """
+    eps = 1e-5 if path == "VP" else 0.0 if prediction == "v" else 1e-3
     first, last = training_interval(paths.get(path), prediction)
+    sits = (1 - (1 - eps), 1 - (0.0 if path == "VP" else eps))
+    assert (first, last) == pytest.approx(sits, abs=1e-16)
     t = torch.linspace(first, last, 1001).view(-1, 1)
     x, noise = torch.ones(1001, 1), torch.full((1001, 1), 2.0)
     noisy, velocity = paths.get(path).interpolate(x, noise, t.flatten())
@@ -110,12 +92,10 @@ def test_the_chain_is_trained_at_all_its_times():
 
 @pytest.mark.parametrize("prediction", ("velocity", "eps", ""))
 def test_an_unknown_prediction_is_named_with_the_known_ones(prediction):
-    arguments = latents(), latents(), at(0.5), paths.linear
+    tensors = latents(), latents(), torch.tensor(0.5)
     for call in (
-        lambda: to_velocity(prediction, *arguments),
-        lambda: sampling_interval(paths.linear, prediction),
-        lambda: training_interval(paths.linear, prediction),
+        partial(to_velocity, prediction, *tensors, paths.linear),
+        partial(sampling_interval, paths.linear, prediction),
+        partial(training_interval, paths.linear, prediction),
     ):
-        with pytest.raises(ValueError) as error:
-            call()
-        assert all(part in str(error.value) for part in (repr(prediction), *PREDICTIONS))
+        refused(call, repr(prediction), *PREDICTIONS)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from repa_fast.encoders.recipes import RECIPES
+from repa_fast.encoders import spec
 from repa_fast.encoders.vit import Recipe
 
 WIDTH, DEPTH, HEADS = 48, 2, 3
@@ -38,8 +38,9 @@ def quick_gelu(x: torch.Tensor) -> torch.Tensor:
 class Official:
     """What an encoder is in its authors' code, and how REPA calls it.
 
-    `table` is the grid of the file's position table, 0 for rotary positions. `layout` turns our
-    tensors into what the official file holds.
+    `layout` turns our tensors into what the official file holds. `table` is the grid of its
+    position table, 0 for rotary positions, which go with masked biases of the keys; `mlp` is the
+    hidden width, `resized_to` is for images of 256 pixels.
     """
 
     layout: Callable[[Weights], object]
@@ -50,6 +51,7 @@ class Official:
     pre_norm: bool = False
     final_norm: bool = True
     scales: bool = False
+    mlp: int = 4 * WIDTH
     swiglu: bool = False
     eps: float = 1e-6
     activation: Callable[[torch.Tensor], torch.Tensor] = gelu
@@ -57,30 +59,26 @@ class Official:
     resized_to: int = 0
 
 
-def random_weights(
-    kind: Official, width: int = WIDTH, depth: int = DEPTH, seed: int = 0
-) -> Weights:
-    shapes = {"patch.weight": (width, 3, kind.patch, kind.patch), "norm": (width,)}
-    if not kind.pre_norm:
-        shapes["patch.bias"] = (width,)
-    if kind.pre_norm:
-        shapes["pre"] = (width,)
+def random_weights(kind: Official, depth: int = DEPTH) -> Weights:
+    vector = (WIDTH,)
+    shapes = {"patch.weight": (WIDTH, 3, kind.patch, kind.patch), "norm": vector}
+    shapes["pre" if kind.pre_norm else "patch.bias"] = vector
     if kind.cls:
-        shapes["cls"] = (width,)
+        shapes["cls"] = vector
     if kind.registers:
-        shapes["registers"] = (4, width)
+        shapes["registers"] = (4, WIDTH)
     if kind.table:
-        shapes["table"] = (kind.table**2 + (kind.cls and not kind.registers), width)
-    matrices = {"qkv": (3 * width, width), "proj": (width, width)}
-    matrices |= {"fc1": (4 * width, width), "fc2": (width, 4 * width)}
+        shapes["table"] = (kind.table**2 + kind.cls, WIDTH)
+    matrices = {"qkv": (3 * WIDTH, WIDTH), "proj": (WIDTH, WIDTH)}
+    matrices |= {"fc1": (kind.mlp, WIDTH), "fc2": (WIDTH, kind.mlp)}
     if kind.swiglu:
-        matrices["gate"] = (4 * width, width)
+        matrices["gate"] = (kind.mlp, WIDTH)
     for index in range(depth):
-        shapes |= {f"{index}.{name}": (width,) for name in ("norm1", "norm2")}
+        shapes |= {f"{index}.{name}": vector for name in ("norm1", "norm2")}
         for name, shape in matrices.items():
             shapes |= {f"{index}.{name}.weight": shape, f"{index}.{name}.bias": shape[:1]}
         if kind.scales:
-            shapes |= {f"{index}.{name}": (width,) for name in ("scale1", "scale2")}
+            shapes |= {f"{index}.{name}": vector for name in ("scale1", "scale2")}
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, shape in shapes.items():
@@ -93,10 +91,14 @@ def random_weights(
         fan = math.prod(shape[1:]) ** 0.5 if last == "weight" else 5.0
         stem = 1 if name[0].isdigit() else 0.05  # a small stream shows the epsilon of the norms
         weights[name] = stem * values / fan
-    if kind.registers:  # the official files have the periods in bfloat16
-        quarter = width // HEADS // 4
-        weights["periods"] = (100 ** (torch.arange(quarter) / quarter)).bfloat16()
+    if not kind.table:  # the official files have the periods in bfloat16
+        weights["periods"] = exact_periods().bfloat16()
     return weights
+
+
+def exact_periods() -> torch.Tensor:
+    quarter = WIDTH // HEADS // 4
+    return 100 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
 
 
 def prepared(kind: Official, images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -107,7 +109,8 @@ def prepared(kind: Official, images: torch.Tensor, dtype: torch.dtype) -> torch.
         return (F.interpolate(x, (224, 224), mode="bicubic") - mean) / std
     x = (x - mean) / std
     if kind.resized_to:
-        x = F.interpolate(x, (kind.resized_to,) * 2, mode="bicubic")
+        side = images.shape[-1] * kind.resized_to // 256
+        x = F.interpolate(x, (side, side), mode="bicubic")
     return x
 
 
@@ -158,8 +161,8 @@ def rotated(x: torch.Tensor, periods: torch.Tensor, grid: int) -> torch.Tensor:
 def attended(kind: Official, p: Weights, x: torch.Tensor, block: int, prefix: int) -> torch.Tensor:
     width = x.shape[-1]
     bias = p[f"{block}.qkv.bias"].clone()
-    if kind.registers:
-        bias[width : 2 * width] = 0  # masked
+    if "periods" in p:
+        bias[width : 2 * width] = 0
     qkv = x @ p[f"{block}.qkv.weight"].T + bias
     q, k, v = qkv.unflatten(-1, (3, HEADS, width // HEADS)).permute(2, 0, 3, 1, 4)
     if "periods" in p:
@@ -288,6 +291,22 @@ def clip_state(weights: Weights) -> Weights:
     return named | text | {"input_resolution": torch.tensor(224)}
 
 
+def dinov2_state(weights: Weights) -> Weights:
+    named = {"mask_token": torch.zeros(1, WIDTH)}
+    for name, value in facebook(weights).items():
+        if name == "registers":
+            name, value = "register_tokens", value[None]
+        if name.endswith(("scale1.", "scale2.")):
+            name = name.replace("scale", "ls") + "gamma"
+        named[name] = value
+    for name in [name for name in named if ".gate." in name]:
+        _, block, _, kind = name.split(".")
+        packed = [named.pop(name), named.pop(f"blocks.{block}.mlp.fc1.{kind}")]
+        named[f"blocks.{block}.mlp.w12.{kind}"] = torch.cat(packed)
+        named[f"blocks.{block}.mlp.w3.{kind}"] = named.pop(f"blocks.{block}.mlp.fc2.{kind}")
+    return named
+
+
 def dinov3_state(weights: Weights) -> Weights:
     gated = any(name.endswith("gate.weight") for name in weights)
     parts = {"fc1": "w2", "gate": "w1", "fc2": "w3"} if gated else {}
@@ -332,11 +351,15 @@ def siglip_state(weights: Weights) -> Weights:
 
 
 MOCO = Official(moco_checkpoint)
+DINOV2 = Official(dinov2_state, patch=14, table=37, scales=True, resized_to=224)
 DINOV3 = Official(dinov3_state, table=0, registers=True, scales=True, eps=1e-5)
 SIGLIP2 = Official(
     siglip_state, table=16, cls=False, activation=tanh_gelu, channels=((0.5,) * 3, (0.5,) * 3)
 )
 OFFICIAL = {
+    "dinov2-vit-s": DINOV2,
+    "dinov2reg-vit-s": replace(DINOV2, registers=True),
+    "dinov2reg-vit-g": replace(DINOV2, registers=True, swiglu=True, mlp=128),
     "dinov1-vit-b": Official(facebook),
     "mocov3-vit-b": MOCO,
     "mocov3-vit-l": MOCO,
@@ -360,7 +383,7 @@ OFFICIAL = {
 
 def small(name: str, depth: int = DEPTH) -> Recipe:
     """The recipe of that name with a narrow, shallow network."""
-    (recipe,) = (recipe for recipe in RECIPES if recipe.name == name)
+    recipe = spec(name)
     narrow = {"embed_dim": WIDTH, "depth": depth, "num_heads": HEADS}
     return replace(recipe, width=WIDTH, depth=depth, options={**recipe.options, **narrow})
 

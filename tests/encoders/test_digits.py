@@ -1,7 +1,6 @@
 """The packaged digits nets: format, freezing, and the worth of their features on held-out data."""
 
-from __future__ import annotations
-
+import functools
 from importlib import resources
 
 import numpy as np
@@ -12,8 +11,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from repa_fast import encoders
 from repa_fast.data.digits import digit_images
 from repa_fast.encoders.digits import DigitsJudge, DigitsViT
+from tests.refusals import refused
 
 PROBE_FLOOR = 0.97
 JUDGE_FLOOR = 0.985
@@ -22,6 +23,7 @@ MIN_EFFECTIVE_RANK = 20.0
 MAX_BYTES = 1_000_000
 
 
+@functools.cache
 def load(split: str) -> tuple[torch.Tensor, np.ndarray]:
     """Return images uint8 (N, 3, 16, 16) and labels int64 (N,)."""
     images, labels = digit_images(split)
@@ -30,7 +32,7 @@ def load(split: str) -> tuple[torch.Tensor, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def teacher() -> DigitsViT:
-    return DigitsViT()
+    return encoders.load("digits-vit", 16, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +56,8 @@ def test_splits_are_stratified_and_disjoint() -> None:
     assert np.array_equal(digit_images("val")[0], val)
 
 
-def test_unknown_split_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected 'train' or 'val', got 'test'"):
-        digit_images("test")
+def test_an_unknown_split_is_refused() -> None:
+    refused(lambda: digit_images("test"), "expected 'train' or 'val', got 'test'")
 
 
 @pytest.mark.parametrize("name", ["digits-vit", "digits-judge"])
@@ -67,30 +68,28 @@ def test_weight_files_are_small(name: str) -> None:
 
 @pytest.mark.parametrize("build", [DigitsViT, DigitsJudge])
 def test_nets_are_frozen(build: type[torch.nn.Module]) -> None:
-    for pretrained in (True, False):
-        net = build(pretrained=pretrained)
+    loaded = [encoders.load("digits-vit", 16, "cpu")] if build is DigitsViT else []
+    for net in (build(pretrained=True), build(pretrained=False), *loaded):
         assert not any(module.training for module in net.modules())
         assert not any(p.requires_grad for p in net.parameters())
         assert {p.dtype for p in net.parameters()} == {torch.float32}
 
 
-def test_teacher_shapes(teacher: DigitsViT) -> None:
-    tokens = teacher(load("val")[0][:5])
+def test_shapes_are_those_the_registry_promises(teacher: DigitsViT, judge: DigitsJudge) -> None:
+    images, spec = load("val")[0][:5], encoders.spec("digits-vit")
+    tokens, features, logits = teacher(images), judge.features(images), judge(images)
     assert tokens.shape == (5, teacher.num_tokens(16), teacher.width) == (5, 16, 96)
-    assert tokens.dtype == torch.float32
-
-
-def test_judge_shapes(judge: DigitsJudge) -> None:
-    images = load("val")[0][:5]
-    features, logits = judge.features(images), judge(images)
+    assert tokens.shape == (5, spec.num_tokens(16), spec.width)
+    assert len(teacher.vit.blocks) == spec.depth
+    assert teacher.vit.patch_embed.patch_size == (spec.patch_size,) * 2
+    assert teacher.vit.num_prefix_tokens == spec.prefix
     assert features.shape == (5, judge.width) and logits.shape == (5, 10)
-    assert features.dtype == logits.dtype == torch.float32
+    assert {tokens.dtype, features.dtype, logits.dtype} == {torch.float32}
 
 
 @pytest.mark.parametrize("resolution", [8, 15, 32, 256])
-def test_wrong_resolution_is_refused(teacher: DigitsViT, resolution: int) -> None:
-    with pytest.raises(ValueError, match=f"expected 16, got {resolution}"):
-        teacher.num_tokens(resolution)
+def test_another_resolution_is_refused(teacher: DigitsViT, resolution: int) -> None:
+    refused(lambda: teacher.num_tokens(resolution), f"expected 16, got {resolution}")
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 32, 32), (2, 1, 16, 16), (3, 16, 16)])
@@ -98,10 +97,9 @@ def test_wrong_images_are_refused(
     teacher: DigitsViT, judge: DigitsJudge, shape: tuple[int, ...]
 ) -> None:
     for forward in (teacher, judge, judge.features):
-        with pytest.raises(ValueError, match="expected uint8"):
-            forward(torch.zeros(shape, dtype=torch.uint8))
-        with pytest.raises(ValueError, match="expected uint8"):
-            forward(torch.zeros(2, 3, 16, 16))
+        for images in (torch.zeros(shape, dtype=torch.uint8), torch.zeros(2, 3, 16, 16)):
+            with pytest.raises(ValueError, match="expected uint8"):
+                forward(images)
 
 
 def test_tokens_keep_row_major_order(teacher: DigitsViT) -> None:

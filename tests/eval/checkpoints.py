@@ -1,9 +1,7 @@
 """Tiny models that predict something, as every kind of file that people have."""
 
 import argparse
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,21 +14,11 @@ from repa_fast.models.sit import SiT
 from repa_fast.train import checkpoint
 from repa_fast.train.state import build_state
 
-TINY = {
-    "hidden_size": 32,
-    "depth": 3,
-    "num_heads": 4,
-    "encoder_depth": 2,
-    "projector_dim": 16,
-}
+TINY = {"hidden_size": 32, "depth": 3, "num_heads": 4, "encoder_depth": 2, "projector_dim": 16}
 LATENTS = Metadata(
-    resolution=16,
-    latent_shape=(4, 8, 8),
-    vae="sd-vae-ft-mse",
-    scale=0.5,
-    bias=0.25,
+    resolution=16, latent_shape=(4, 8, 8), vae="sd-vae-ft-mse", scale=0.5, bias=0.25,
     class_names=("cat", "dog", "red fox", "arctic fox"),
-)
+)  # fmt: skip
 """Of latents that tests.eval.checkpoints.autoencoder decodes."""
 
 
@@ -52,12 +40,8 @@ def randomise(model: SiT) -> SiT:
 def run(folder: Path, metadata: Metadata | None = None, steps=(7,), **overrides) -> Path:
     """A run's folder with checkpoints; the average differs from the weights, and by step."""
     metadata = metadata or digits_metadata()
-    config = dataclasses.replace(
-        presets.get("digits"),
-        **TINY
-        | {"resolution": metadata.resolution, "num_classes": len(metadata.class_names)}
-        | overrides,
-    )
+    known = {"resolution": metadata.resolution, "num_classes": len(metadata.class_names)}
+    config = dataclasses.replace(presets.get("digits"), **TINY | known | overrides)
     state = build_state(config, metadata, World(0, 1, torch.device("cpu")))
     for state.step in steps:
         torch.manual_seed(state.step)
@@ -67,16 +51,15 @@ def run(folder: Path, metadata: Metadata | None = None, steps=(7,), **overrides)
     return folder
 
 
-def official(path: Path, model: SiT, step: int = 7, weights: SiT | None = None, **args) -> Path:
+def official(path: Path, model: SiT, step: int = 7, **args) -> Path:
     """{model, ema, opt, args, steps}, `model` being the average; the optimizer is AdamW's."""
-    weights = weights or sit(seed=100)
     parameters = [p for p in model.parameters() if p.requires_grad]
     moments = {
         number: {"step": torch.tensor(1.0), "exp_avg": p.clone(), "exp_avg_sq": p.clone()}
         for number, p in enumerate(parameters)
     }
     contents = {
-        "model": weights.state_dict(),
+        "model": sit(seed=100).state_dict(),
         "ema": model.state_dict(),
         "opt": {"state": moments, "param_groups": [{"lr": 1e-4, "params": list(moments)}]},
         "args": argparse.Namespace(**args),
@@ -101,22 +84,8 @@ def autoencoder(folder: Path, seed: int = 0) -> Path:
 
     torch.manual_seed(seed)
     AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4,
         layers_per_block=1,
-    ).save_pretrained(folder)
+    ).save_pretrained(folder)  # fmt: skip
     return folder
-
-
-@contextlib.contextmanager
-def precision_kept() -> Iterator[None]:
-    """Sampling chooses the precision of matrix products for the whole process; undo that."""
-    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = cudnn

@@ -4,14 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("lance")
-pytest.importorskip("timm")
-
 from repa_fast.analysis.hidden import hidden_states
 from repa_fast.analysis.probe import ProbeConfig, probe
-from repa_fast.checkpoint.export import export
 from repa_fast.configs.sampler import SamplerConfig
-from repa_fast.data.digits import digits_metadata, prepare_digits
+from repa_fast.data.digits import digits_metadata
 from repa_fast.diffusion.ddpm import Diffusion
 from repa_fast.diffusion.ddpm_samplers import ancestral, ddim
 from repa_fast.eval.generate import GenerateConfig, generate
@@ -19,6 +15,7 @@ from repa_fast.eval.load import load
 from repa_fast.eval.sampling import ImageSampler
 from repa_fast.models.dit import DiT
 from tests.eval import checkpoints
+from tests.refusals import refused
 
 CPU = torch.device("cpu")
 
@@ -28,11 +25,14 @@ def run(tmp_path_factory):
     return checkpoints.run(tmp_path_factory.mktemp("run"), objective="ddpm")
 
 
+@pytest.fixture(scope="module")
+def loaded(run):
+    return load(run)
+
+
 @pytest.mark.parametrize("mode, draw", [("sde", ancestral), ("ode", ddim)])
-def test_samples_are_those_of_the_chain(run, mode, draw):
-    loaded = load(run)
+def test_samples_are_those_of_the_chain(loaded, mode, draw):
     assert isinstance(loaded.model, DiT) and loaded.objective.name == "ddpm"
-    assert loaded.name.startswith("DiT")
     config = SamplerConfig(mode=mode, num_steps=6, cfg_scale=2.0, guidance_channels=2)
     sampler = ImageSampler(loaded, config, CPU)
     index = np.array([4, 9])
@@ -47,9 +47,9 @@ def test_samples_are_those_of_the_chain(run, mode, draw):
 @pytest.mark.parametrize(
     "flow", [{"heun": True}, {"adaptive": True}, {"guidance_high": 0.7}, {"path_type": "linear"}]
 )
-def test_what_only_flows_have_is_refused(run, flow):
-    with pytest.raises(ValueError, match="the model is a DiT, which has no flow"):
-        ImageSampler(load(run), SamplerConfig(**flow), CPU)
+def test_what_only_flows_have_is_refused(loaded, flow):
+    config = SamplerConfig(**flow)
+    refused(lambda: ImageSampler(loaded, config, CPU), "the model is a DiT, which has no flow")
 
 
 def test_generate_takes_it(run, tmp_path):
@@ -59,24 +59,13 @@ def test_generate_takes_it(run, tmp_path):
     assert np.load(path)["arr_0"].shape == (5, 16, 16, 3) and path.name.startswith("DiT")
 
 
-def test_the_original_s_weights_are_sampled_as_they_are(run, tmp_path):
-    loaded = load(run)
+def test_the_original_s_weights_are_sampled_as_they_are(loaded, tmp_path):
     torch.save(loaded.model.state_dict(), tmp_path / "DiT.pt")
     original = load(tmp_path / "DiT.pt", origin="dit", num_heads=4)
     assert original.objective.name == "ddpm" and original.digest == loaded.digest
 
 
-@pytest.mark.parametrize("trained", [{"objective": "ddpm"}, {"prediction": "noise"}])
-def test_an_exported_safetensors_says_what_its_weights_predict(trained, tmp_path):
-    loaded = load(checkpoints.run(tmp_path / "run", **trained))
-    export(loaded.source, "safetensors", tmp_path / "weights.safetensors")
-    exported = load(tmp_path / "weights.safetensors")
-    assert vars(exported.objective) == vars(loaded.objective)
-    assert (exported.digest, exported.name) == (loaded.digest, loaded.name)
-
-
-def test_hidden_states_are_at_the_chain_s_noise_and_times(run):
-    loaded = load(run)
+def test_hidden_states_are_at_the_chain_s_noise_and_times(loaded):
     clean, noise = torch.randn(2, 4, *digits_metadata().latent_shape)
     found = hidden_states(loaded.model, clean, noise, 0.3, path=loaded.objective.path)
     step = torch.full((4,), 300)
@@ -87,10 +76,9 @@ def test_hidden_states_are_at_the_chain_s_noise_and_times(run):
     assert torch.allclose(found[1], expected, atol=1e-5)
 
 
-def test_probe_takes_it(run, tmp_path):
-    data = prepare_digits(tmp_path / "digits")
+def test_probe_takes_it(run, digits, tmp_path):
     config = ProbeConfig(
-        ckpt=str(run), data_dir=str(data), times=(0.1,), encoders="none", cache="",
+        ckpt=str(run), data_dir=str(digits), times=(0.1,), encoders="none", cache="",
         out=str(tmp_path / "out"), train_rows=64, val_rows=32,
     )  # fmt: skip
     assert "| layer | t = 0.1 |" in probe(config)

@@ -10,21 +10,12 @@ import torch
 from repa_fast.configs import presets
 from repa_fast.data.digits import digit_images, digits_metadata
 from repa_fast.distributed import World
-from repa_fast.encoders.digits import DigitsJudge
 from repa_fast.eval import digits
-from repa_fast.eval.scores import frechet_distance, statistics
 from repa_fast.train import checkpoint
 from repa_fast.train.state import build_state
-
-pytest.importorskip("sklearn")
-pytest.importorskip("timm")
+from tests.refusals import refused
 
 SAMPLES = 100
-
-
-def planes(split: str) -> np.ndarray:
-    """uint8 (N, 3, 16, 16)."""
-    return digit_images(split)[0].transpose(0, 3, 1, 2).copy()
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +44,7 @@ def test_grey_is_the_mean_of_the_channels_in_the_unit_interval():
 
 
 def test_copies_have_a_neighbour_at_no_distance():
-    train = digits.grey(planes("train"))
+    train = digits.grey(digit_images("train")[0].transpose(0, 3, 1, 2))
     assert digits.nearest_neighbour(train[[5, 900, 33]], train) < 1e-6
 
 
@@ -65,24 +56,10 @@ def test_the_neighbour_is_the_nearest_in_rms_per_pixel():
     assert got == pytest.approx(rms.min(1).mean(), rel=1e-9)
 
 
-def test_noise_is_far_above_held_out_digits_for_the_judge():
-    judge = DigitsJudge()
-    noise = np.random.default_rng(0).integers(0, 256, (297, 3, 16, 16), dtype=np.uint8)
-    fitted = {
-        name: statistics(judge.features(torch.from_numpy(images)).numpy())
-        for name, images in {"noise": noise, "val": planes("val"), "train": planes("train")}.items()
-    }
-    held_out = frechet_distance(*fitted["val"], *fitted["train"])
-    assert held_out > 0
-    assert frechet_distance(*fitted["noise"], *fitted["train"]) > 10 * held_out
-
-
-def test_the_classifier_knows_held_out_digits(scores):
-    assert scores.classifier_accuracy >= 0.97
-
-
 def test_a_run_that_learnt_nothing_is_judged_so(scores):
+    assert {type(value) for value in asdict(scores).values()} == {int, float}
     assert (scores.step, scores.samples) == (7, SAMPLES)
+    assert scores.classifier_accuracy >= 0.97  # of held-out digits
     assert scores.class_accuracy < 0.3
     assert scores.frechet_distance > 10 * scores.frechet_distance_held_out > 0
     assert scores.nearest_neighbour > 2 * scores.nearest_neighbour_held_out > 0
@@ -105,24 +82,14 @@ def test_a_run_without_an_encoder_has_no_alignment(run):
 
 
 def test_a_missing_checkpoint_is_named(run, tmp_path):
-    with pytest.raises(ValueError, match=r"\[7\], expected 8"):
-        digits.load_run(run, 8)
-    with pytest.raises(ValueError, match="expected at least one"):
-        digits.load_run(tmp_path)
+    refused(lambda: digits.load_run(run, 8), r"\[7\], expected 8")
+    refused(lambda: digits.load_run(tmp_path), "expected at least one")
 
 
-def test_the_description_says_the_scores(scores):
+def test_the_description_says_the_scores_that_there_are(scores):
     text = digits.describe(replace(scores, class_accuracy=0.9876, alignment_cosine=0.123))
     assert re.search(r"class accuracy: 98\.8 % of 100 samples at step 7", text)
     assert f"{100 * scores.classifier_accuracy:.1f} %" in text
     assert f"{scores.frechet_distance:.2f}" in text and "0.123" in text
-    assert f"{scores.nearest_neighbour:.4f}" in text
-
-
-def test_the_description_leaves_out_an_alignment_that_is_not_there(scores):
-    assert "alignment" in digits.describe(scores)
+    assert f"{scores.nearest_neighbour:.4f}" in text and "alignment" in text
     assert "alignment" not in digits.describe(replace(scores, alignment_cosine=None))
-
-
-def test_scores_are_plain_numbers(scores):
-    assert {type(value) for value in asdict(scores).values()} == {int, float}

@@ -1,16 +1,18 @@
 """Features of a network with random weights, which comes through the real loading path."""
 
 import sys
+from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
+from repa_fast import encoders
 from repa_fast.eval import inception
 from repa_fast.eval.inception import Inception, mean_patch_tokens, spatial_features
-from tests.eval.random_inception import write_random_inception
-
-port = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+from tests.refusals import refused
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 
@@ -21,13 +23,8 @@ def pixels(count: int, height: int = 64, width: int = 64) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return write_random_inception(tmp_path_factory.mktemp("weights") / "inception.pth")
-
-
-@pytest.fixture(scope="module")
-def network(weights):
-    return Inception(weights)
+def network(inception_weights):
+    return Inception(inception_weights)
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +43,15 @@ def traced(network):
     return seen, features
 
 
-def test_features_have_their_widths_in_fp32(network, weights, traced):
+def test_features_have_their_widths_in_fp32(network, inception_weights, traced):
     _, features = traced
+    assert inception.SPATIAL_WIDTH == 2023
+    assert network._module.fc.weight.shape == (inception.CLASSES, inception.POOL_WIDTH)
     assert [tuple(f.shape) for f in features] == [(2, 2048), (2, 2023), (2, 1008)]
     for feature in features:
         assert feature.dtype == torch.float32 and not feature.requires_grad
         assert feature.isfinite().all() and not torch.equal(feature[0], feature[1])
-    assert network.weights == weights
+    assert network.weights == inception_weights
 
 
 def test_images_are_resized_as_by_tensorflow_1(traced):
@@ -71,14 +70,10 @@ def test_images_are_resized_as_by_tensorflow_1(traced):
     assert np.abs(got.double().numpy() - expected).max() <= 2 * tolerance
 
 
-def test_pool_is_the_mean_over_the_last_block(traced):
+def test_pool_is_the_mean_over_the_last_block_and_logits_have_no_bias(network, traced):
     seen, features = traced
     _, output = seen["Mixed_7c"]
     assert torch.allclose(features.pool, output.mean((2, 3)), rtol=1e-5)
-
-
-def test_logits_have_no_bias(network, traced):
-    _, features = traced
     layer = network._module.fc
     assert layer.bias.abs().max() > 0.1
     expected = features.pool.double() @ layer.weight.double().T
@@ -101,7 +96,7 @@ def test_spatial_features_are_of_the_1x1_branch_after_its_relu(network, traced):
     assert torch.equal(features.spatial, block_output[:, :7].permute(0, 2, 3, 1).reshape(2, -1))
 
 
-def test_spatial_features_are_in_the_order_of_tensorflow():
+def test_spatial_features_are_in_the_order_of_tensorflow_in_any_memory_layout():
     height, width, channel = np.meshgrid(*map(np.arange, (17, 17, 7)), indexing="ij")
     tensorflow = 10_000 * height + 100 * width + channel
     others = np.full((17, 17, 185), -1)
@@ -110,46 +105,36 @@ def test_spatial_features_are_in_the_order_of_tensorflow():
     assert got.shape == (1, 2023)
     assert got[0].tolist() == tensorflow.ravel().tolist()
     assert got[0, [0, 1, 7, 17 * 7]].tolist() == [0, 1, 100, 10_000]
-
-
-def test_memory_layout_does_not_change_the_order():
     activation = torch.randn(2, 192, 17, 17)
     last = activation.to(memory_format=torch.channels_last)
     assert torch.equal(spatial_features(last), spatial_features(activation))
 
 
-def test_an_image_has_its_features_in_any_batch(network):
-    images = pixels(3)
-    for whole, alone in zip(network(images), network(images[2:])):
-        assert torch.allclose(whole[2:], alone, rtol=1e-4, atol=1e-4)
+def test_an_image_has_its_features_in_any_batch(network, traced):
+    for whole, alone in zip(traced[1], network(pixels(2, 40, 64)[1:]), strict=True):
+        assert torch.allclose(whole[1:], alone, rtol=1e-4, atol=1e-4)
 
 
 def test_features_are_in_full_fp32_whatever_surrounds_them(network):
-    images, inside = pixels(1), {}
+    images, inside = pixels(1), []
 
     def look(module, inputs):
-        inside["tf32"] = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-        inside["autocast"] = torch.is_autocast_enabled("cpu")
+        tf32 = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+        inside.append((*tf32, torch.is_autocast_enabled("cpu")))
 
     expected = network(images)
-    handle = network._module.fc.register_forward_pre_hook(look)
-    handle_first = network._module.Conv2d_1a_3x3.register_forward_pre_hook(look)
-    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    try:
-        torch.backends.cudnn.allow_tf32 = True
-        torch.set_float32_matmul_precision("high")
-        with torch.autocast("cpu", torch.bfloat16):
-            got = network(images)
-        assert inside == {"tf32": (False, "highest"), "autocast": False}
-        assert torch.backends.cudnn.allow_tf32
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.backends.cudnn.allow_tf32 = before[0]
-        torch.set_float32_matmul_precision(before[1])
-        handle.remove()
-        handle_first.remove()
-    for a, b in zip(got, expected):
-        assert torch.equal(a, b)
+    layers = network._module.Conv2d_1a_3x3, network._module.Mixed_7c
+    torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("high")
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(look))
+        hooks.enter_context(torch.autocast("cpu", torch.bfloat16))
+        got = network(images)
+    assert inside == [(False, "highest", False)] * 2
+    assert torch.backends.cudnn.allow_tf32
+    assert torch.get_float32_matmul_precision() == "high"
+    assert all(map(torch.equal, got, expected))
 
 
 @pytest.mark.parametrize(
@@ -157,42 +142,44 @@ def test_features_are_in_full_fp32_whatever_surrounds_them(network):
     [torch.zeros(1, 3, 8, 8), pixels(1)[0], pixels(1).permute(0, 2, 3, 1), pixels(1)[:, :1]],
 )
 def test_other_images_are_refused(network, images):
-    with pytest.raises(ValueError, match=r"expected uint8 \(B, 3, H, W\)"):
-        network(images)
+    refused(lambda: network(images), r"expected uint8 \(B, 3, H, W\)")
 
 
-def test_weights_that_cannot_be_fetched_are_named(monkeypatch, tmp_path):
-    def refused(*args, **kwargs):
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """(what to do instead of a download) -> the file that is downloaded."""
+
+    def replaced(download):
+        monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+        return tmp_path / "checkpoints" / FILE
+
+    return replaced
+
+
+def test_weights_that_cannot_be_fetched_are_named(hub):
+    def offline(*args, **kwargs):
         raise OSError("no route")
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refused)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(RuntimeError) as caught:
-        Inception()
-    message = str(caught.value)
-    for expected in (f"{tmp_path}/checkpoints/{FILE}", "no route", "--inception-weights", "v0.2.0"):
-        assert expected in message
+    words = str(hub(offline)), "no route", "--inception-weights", "v0.2.0"
+    refused(Inception, *words, error=RuntimeError)
 
 
-def test_weights_are_fetched_once_and_checked_by_their_hash(monkeypatch, tmp_path, weights):
+def test_weights_are_fetched_once_and_checked_by_their_hash(hub, inception_weights):
     asked = []
 
     def download(url, target, hash_prefix, progress):
         asked.append((url, hash_prefix))
-        with open(target, "wb") as file:
-            file.write(weights.read_bytes())
+        Path(target).write_bytes(inception_weights.read_bytes())
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    networks = [Inception(), Inception()]
-    assert asked == [(port.URL_INCEPTION_V3, "6726825d")]
-    assert {network.weights for network in networks} == {tmp_path / "checkpoints" / FILE}
+    file = hub(download)
+    assert [Inception().weights, Inception().weights] == [file, file]
+    assert asked == [(URL_INCEPTION_V3, "6726825d")]
 
 
-def test_without_torch_fidelity_the_remedy_is_named(monkeypatch, weights):
+def test_without_torch_fidelity_the_remedy_is_named(monkeypatch, inception_weights):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(RuntimeError, match="pip install torch-fidelity"):
-        Inception(weights)
+    refused(lambda: Inception(inception_weights), "pip install torch-fidelity", error=RuntimeError)
 
 
 class Code:
@@ -217,29 +204,18 @@ def test_other_files_are_refused(tmp_path, content, message):
         path.write_bytes(content)
     elif content is not None:
         torch.save(content, path)
-    with pytest.raises(ValueError, match=f"--inception-weights: .*file.pth {message}"):
-        Inception(path)
+    refused(lambda: Inception(path), f"--inception-weights: .*file.pth {message}")
 
 
-def test_weights_of_another_shape_are_refused(tmp_path, weights):
-    state = torch.load(weights)
+def test_weights_of_another_shape_are_refused(tmp_path, inception_weights):
+    state = torch.load(inception_weights)
     state["fc.weight"] = state["fc.weight"][:1000]
     torch.save(state, tmp_path / "file.pth")
-    with pytest.raises(
-        ValueError, match=r"has \d+ tensors \(Conv2d_1a.*, \.\.\.\), expected those"
-    ):
-        Inception(tmp_path / "file.pth")
-
-
-def test_constants_are_those_of_the_network(network):
-    assert inception.SPATIAL_WIDTH == 2023
-    assert network._module.fc.weight.shape == (inception.CLASSES, inception.POOL_WIDTH)
+    words = r"has \d+ tensors \(Conv2d_1a.*, \.\.\.\), expected those"
+    refused(lambda: Inception(tmp_path / "file.pth"), words)
 
 
 def test_an_encoders_features_are_the_mean_of_its_patch_tokens():
-    pytest.importorskip("timm")
-    from repa_fast import encoders
-
     encoder = encoders.load("digits-vit", 16, "cpu")
     images = pixels(3, 16, 16)
     tokens = encoder(images)

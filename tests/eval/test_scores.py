@@ -1,15 +1,20 @@
-"""Scores of posteriors and manifolds whose scores are known, and against naive formulas."""
+"""Scores of what has a known score, and against naive formulas and independent ones."""
 
+import functools
 import math
 
 import numpy as np
 import pytest
+import scipy.linalg
+import scipy.stats
 import torch
 
 from repa_fast.eval import scores
+from repa_fast.eval.scores import frechet_distance, statistics
 from repa_fast.testing import seeded
+from tests.refusals import refused
 
-F = 6
+F, WIDE = 6, 12
 
 
 def naive_distances(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
@@ -18,20 +23,15 @@ def naive_distances(a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
     return np.sqrt((difference**2).sum(-1))
 
 
-@pytest.mark.parametrize("classes", [2, 5, 10])
-def test_sure_and_diverse_posteriors_score_the_number_of_classes(classes):
-    logits = 1000 * torch.eye(classes).repeat(20, 1)
-    assert scores.inception_score(logits) == pytest.approx(classes, rel=1e-12)
-
-
-@pytest.mark.parametrize("logits", [torch.zeros(30, 10), seeded((1, 10), seed=0).repeat(30, 1)])
-def test_equal_posteriors_score_one(logits):
-    assert scores.inception_score(logits) == pytest.approx(1, rel=1e-12)
-
-
-def test_logits_of_minus_infinity_are_not_finite():
-    with pytest.raises(ValueError, match="logits are not all finite"):
-        scores.inception_score(torch.tensor([[0.0, -torch.inf]]))
+@pytest.mark.parametrize(
+    "logits, expected",
+    [(1000 * torch.eye(classes).repeat(20, 1), classes) for classes in (2, 5, 10)]
+    + [(torch.zeros(30, 10), 1), (seeded((1, 10), seed=0).repeat(30, 1), 1)],
+)
+def test_sure_and_diverse_posteriors_score_the_number_of_classes_and_equal_ones_one(
+    logits, expected
+):
+    assert scores.inception_score(logits) == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_inception_score_is_a_mean_over_consecutive_splits():
@@ -42,31 +42,23 @@ def test_the_inception_score_is_a_mean_over_consecutive_splits():
 
 @pytest.mark.parametrize("split_size", [7, 20, 60, 100])
 def test_the_inception_score_is_the_mean_divergence_from_the_mean(split_size):
-    stats = pytest.importorskip("scipy.stats")
     logits = seeded((60, 11), seed=0, std=3)
     posteriors = torch.softmax(logits.double(), 1).numpy()
     expected = [
-        math.exp(np.mean([stats.entropy(p, part.mean(0)) for p in part]))
+        math.exp(np.mean([scipy.stats.entropy(p, part.mean(0)) for p in part]))
         for part in np.split(posteriors, range(split_size, 60, split_size))
     ]
     got = scores.inception_score(logits, split_size)
     assert got == pytest.approx(np.mean(expected), rel=1e-12)
 
 
-def test_equal_sets_have_full_precision_and_recall():
-    features = seeded((40, F), seed=0)
-    assert scores.precision_recall(features, features.clone()) == (1, 1)
-
-
-def test_disjoint_clusters_have_none():
-    features = seeded((40, F), seed=0)
-    assert scores.precision_recall(features, features + 100) == (0, 0)
-
-
-def test_one_of_two_modes_is_precise_and_recalls_half():
+def test_precision_and_recall_of_equal_disjoint_and_half_missing_sets():
     left, right = seeded((40, F), seed=0), seeded((40, F), seed=1) + 100
-    assert scores.precision_recall(torch.cat([left, right]), left) == (1, 0.5)
-    assert scores.precision_recall(left, torch.cat([left, right])) == (0.5, 1)
+    both = torch.cat([left, right])
+    assert scores.precision_recall(left, left.clone()) == (1, 1)
+    assert scores.precision_recall(left, left + 100) == (0, 0)
+    assert scores.precision_recall(both, left) == (1, 0.5)
+    assert scores.precision_recall(left, both) == (0.5, 1)
 
 
 @pytest.mark.parametrize("k, radius", [(1, 1.0), (2, 2.0), (3, 4.0)])
@@ -108,15 +100,6 @@ def test_precision_and_recall_are_those_of_all_distances_at_once(k, chunk):
     assert scores.precision_recall(real, generated, k=k, chunk=chunk) == expected
 
 
-def test_scikit_learn_finds_the_same_radii():
-    neighbors = pytest.importorskip("sklearn.neighbors")
-    features = seeded((50, F), seed=0)
-    found = neighbors.NearestNeighbors(n_neighbors=4).fit(features.double().numpy())
-    expected = found.kneighbors(features.double().numpy())[0][:, 3]
-    got = scores._squared_radii(features, 3, 16).sqrt().numpy()
-    assert np.allclose(got, expected, rtol=1e-10)
-
-
 def polynomial_mmd(x: torch.Tensor, y: torch.Tensor) -> float:
     """The unbiased estimate, from sums over pairs that are written out."""
 
@@ -151,10 +134,10 @@ def test_kid_is_unbiased_for_sets_of_one_distribution():
 
 def test_kid_repeats_with_the_seed():
     real, generated = seeded((50, F), seed=0), seeded((60, F), seed=1)
-    first = scores.kid(real, generated, subsets=4, size=20, seed=1)
-    assert scores.kid(real, generated, subsets=4, size=20, seed=1) == first
-    assert scores.kid(real, generated, subsets=4, size=20, seed=2) != first
-    assert first[1] > 0
+    first, again, other = (
+        scores.kid(real, generated, subsets=4, size=20, seed=seed) for seed in (1, 1, 2)
+    )
+    assert first == again != other and first[1] > 0
 
 
 @pytest.mark.parametrize("chunk", [3, 100])
@@ -175,29 +158,108 @@ def test_mmd_of_two_points_has_a_closed_form(sigma):
     expected = 1000 * 2 * (1 - math.exp(-4 * F / (2 * sigma**2)))
     assert scores.mmd_rbf(a, b, sigma=sigma) == pytest.approx(expected, rel=1e-12)
     assert scores.mmd_rbf(a, b, sigma=sigma, scale=1) == pytest.approx(expected / 1000, rel=1e-12)
+    same = seeded((20, F), seed=0)
+    assert scores.mmd_rbf(same, same, sigma=sigma) == pytest.approx(0, abs=1000 * 1e-15)
 
 
-def test_mmd_of_equal_sets_is_zero():
-    features = seeded((20, F), seed=0)
-    assert scores.mmd_rbf(features, features) == pytest.approx(0, abs=1000 * 1e-15)
+def kid_of_five(real: torch.Tensor, generated: torch.Tensor) -> tuple[float, float]:
+    return scores.kid(real, generated, size=5)
 
 
 @pytest.mark.parametrize(
-    "score, least",
-    [
-        (scores.precision_recall, 4),
-        (lambda a, b: scores.kid(a, b, size=5), 5),
-        (scores.mmd_rbf, 1),
-    ],
+    "score, least", [(scores.precision_recall, 4), (kid_of_five, 5), (scores.mmd_rbf, 1)]
 )
 def test_features_that_do_not_do_are_refused(score, least):
-    enough, few = torch.randn(least, F), torch.randn(least - 1, F)
+    enough, few, wide = torch.randn(least, F), torch.randn(least - 1, F), torch.randn(least, F + 1)
     score(enough, enough)
-    for pair, name in (((few, enough), "real"), ((enough, few), "generated")):
-        with pytest.raises(ValueError, match=f"{name} features .* N >= {least}"):
-            score(*pair)
-    with pytest.raises(ValueError, match="width 6, generated 7"):
-        score(enough, torch.randn(least, F + 1))
+    refused(lambda: score(few, enough), f"real features .* N >= {least}")
+    refused(lambda: score(enough, few), f"generated features .* N >= {least}")
+    refused(lambda: score(enough, wide), "width 6, generated 7")
     for bad in (torch.nan, torch.inf):
-        with pytest.raises(ValueError, match="generated features are not all finite"):
-            score(enough, torch.full((least, F), bad))
+        call = functools.partial(score, enough, torch.full((least, F), bad))
+        refused(call, "generated features are not all finite")
+
+
+def test_logits_of_minus_infinity_are_refused():
+    logits = torch.tensor([[0.0, -torch.inf]])
+    refused(lambda: scores.inception_score(logits), "logits are not all finite")
+
+
+def gaussian(seed: int, rank: int = 3 * WIDE) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    factor = generator.standard_normal((WIDE, rank))
+    return generator.standard_normal(WIDE), factor @ factor.T / rank
+
+
+def rotated(variances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean 0 and a covariance with these eigenvalues, those not given being 0, in one basis."""
+    basis = np.linalg.qr(np.random.default_rng(1).standard_normal((WIDE, WIDE)))[0]
+    return np.zeros(WIDE), (basis * np.pad(variances, (0, WIDE - len(variances)))) @ basis.T
+
+
+def line(mean: float, std: float) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([mean]), np.array([[std**2]])
+
+
+MEAN, COV = gaussian(0)
+SHIFT = np.random.default_rng(1).standard_normal(WIDE)
+FLAT = statistics(np.random.default_rng(0).standard_normal((5, WIDE)))
+A, B = np.random.default_rng(0).uniform(0, 3, (2, WIDE))
+LOW, HIGH = np.array([1, 2, 3, 4, 0, 0, 0]), np.array([0, 0, 5, 6, 7, 8, 9])
+ZERO, ONE, POINT = np.zeros(WIDE), np.ones(WIDE), np.zeros((WIDE, WIDE))
+
+
+def apart(a: np.ndarray, b: np.ndarray):
+    """The distance of covariances with these eigenvalues in one basis."""
+    return pytest.approx(((np.sqrt(a) - np.sqrt(b)) ** 2).sum(), rel=1e-6)
+
+
+CASES = {
+    "itself": (gaussian(0), gaussian(0), pytest.approx(0, abs=1e-12 * np.trace(COV))),
+    "itself, fewer rows than features": (FLAT, FLAT, pytest.approx(0, abs=1e-6)),
+    "shifted": ((MEAN, COV), (MEAN + SHIFT, COV), pytest.approx(SHIFT @ SHIFT)),
+    "shrunk": ((MEAN, COV), (MEAN, 0.25 * COV), pytest.approx(0.5**2 * np.trace(COV))),
+    "grown": ((MEAN, COV), (MEAN, 4 * COV), pytest.approx(1**2 * np.trace(COV))),
+    "much grown": ((MEAN, COV), (MEAN, 100 * COV), pytest.approx(9**2 * np.trace(COV))),
+    "one dimension": (line(0, 1), line(3, 2), pytest.approx(3**2 + 1**2)),
+    "one dimension, unlike": (line(1, 0.1), line(-1, 5), pytest.approx(2**2 + 4.9**2)),
+    "one dimension, of a point": (line(0, 0), line(2, 3), pytest.approx(2**2 + 3**2)),
+    "commuting": (rotated(A), rotated(B), apart(A, B)),
+    "singular": (rotated(LOW), rotated(HIGH), apart(LOW, HIGH)),
+    "points": ((ZERO, POINT), (ONE, POINT), WIDE),
+}
+
+
+@pytest.mark.parametrize("a, b, expected", CASES.values(), ids=CASES)
+def test_the_distance_has_closed_forms(a, b, expected):
+    assert frechet_distance(*a, *b) == expected
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_distance_agrees_with_scipys_square_root(seed):
+    (mean_a, cov_a), (mean_b, cov_b) = gaussian(seed), gaussian(seed + 100)
+    root = np.trace(scipy.linalg.sqrtm(cov_a @ cov_b)).real
+    expected = ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root
+    assert frechet_distance(mean_a, cov_a, mean_b, cov_b) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_distance_is_symmetric():
+    a, b = gaussian(2, rank=5), gaussian(3)
+    assert frechet_distance(*a, *b) == pytest.approx(frechet_distance(*b, *a), rel=1e-7)
+
+
+def test_statistics_are_mean_and_unbiased_covariance_in_fp64():
+    features = np.random.default_rng(0).standard_normal((50, WIDE)).astype(np.float32)
+    mean, cov = statistics(features)
+    assert mean.dtype == cov.dtype == np.float64 and cov.shape == (WIDE, WIDE)
+    wide = features.astype(np.float64)
+    centred = wide - wide.sum(0) / 50
+    assert np.allclose(mean, wide.sum(0) / 50, rtol=1e-13)
+    assert np.allclose(cov, centred.T @ centred / 49, rtol=1e-12)
+    mean, cov = statistics(np.array([[1.0], [3.0]]))
+    assert mean.tolist() == [2.0] and cov.tolist() == [[2.0]]
+
+
+@pytest.mark.parametrize("shape", [(1, WIDE), (0, WIDE), (WIDE,)])
+def test_too_few_rows_are_refused(shape):
+    refused(lambda: statistics(np.zeros(shape)), "expected")

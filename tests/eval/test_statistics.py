@@ -1,9 +1,6 @@
 """Streamed moments and rows against those of the whole set, in one process and in several."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import functools
 
 import numpy as np
 import pytest
@@ -14,8 +11,8 @@ from repa_fast.eval.scores import frechet_distance
 from repa_fast.eval.statistics import Moments, Rows
 from repa_fast.testing import seeded
 from tests.eval import merging
+from tests.refusals import refused
 
-ROOT = Path(__file__).parents[2]
 ALONE = World(0, 1, torch.device("cpu"))
 F = 7
 
@@ -42,7 +39,10 @@ def assert_moments(moments: Moments, rows: torch.Tensor, rtol: float = 1e-10) ->
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_however_rows_are_cut_the_moments_are_those_of_the_whole(sizes, dtype):
     rows = seeded((60, F), seed=0, dtype=dtype)
-    assert_moments(streamed(rows, sizes), rows)
+    moments = streamed(rows, sizes)
+    assert_moments(moments, rows)
+    moments.reduce(ALONE)
+    assert_moments(moments, rows)
 
 
 def test_a_mean_that_is_large_beside_the_deviations_costs_no_digits():
@@ -60,67 +60,53 @@ def test_the_order_of_rows_does_not_matter():
 
 
 @pytest.mark.parametrize("at", [0, 1, 23, 60])
-def test_two_parts_merge_to_the_whole(at):
+def test_two_parts_merge_to_the_whole_and_a_restored_one_shares_no_memory(at):
     rows = seeded((60, F), seed=0)
     first, second = streamed(rows[:at], [at]), streamed(rows[at:], [60 - at])
-    first.merge(Moments.from_state_dict(second.state_dict()))
+    restored = Moments.from_state_dict(second.state_dict())
+    first.merge(restored)
     assert_moments(first, rows)
-
-
-def test_a_restored_state_does_not_share_memory():
-    moments = streamed(seeded((5, F), seed=0), [5])
-    restored = Moments.from_state_dict(moments.state_dict())
     restored.update(seeded((5, F), seed=1))
-    assert_moments(moments, seeded((5, F), seed=0))
+    assert second.count == 60 - at
+    if second.count > 1:
+        assert_moments(second, rows[at:])
 
 
-@pytest.mark.usefixtures("torchrun")
-def test_three_processes_have_the_moments_and_rows_of_one(tmp_path):
-    env = {**os.environ, "OUT": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    process = subprocess.run(
-        [*command, f"--nproc-per-node={merging.SIZE}", "-m", "tests.eval.merging"],
-        cwd=ROOT, env=env, capture_output=True, text=True,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
+@pytest.mark.parametrize("shares", merging.SHARES)
+def test_several_processes_have_the_moments_and_rows_of_one(ranks, shares):
     rows = merging.features()
-    for rank in range(merging.SIZE):
-        found = torch.load(tmp_path / f"{rank}.pt")
+    for found in ranks(merging.collect, shares, size=len(shares)):
         assert_moments(Moments.from_state_dict(found["moments"]), rows)
         assert torch.equal(found["rows"], rows.float())
 
 
-def test_one_process_reduces_to_itself():
-    rows = seeded((20, F), seed=0)
-    moments = streamed(rows, [20])
-    moments.reduce(ALONE)
-    assert_moments(moments, rows)
-
-
-@pytest.mark.parametrize("count, at_least, expected", [(0, 2, 2), (1, 0, 2), (9, 10, 10)])
-def test_fewer_images_than_asked_for_are_refused(count, at_least, expected):
-    moments = streamed(seeded((count, F), seed=0), [count])
-    with pytest.raises(ValueError, match=f"there are {count} images, expected at least {expected}"):
-        moments.statistics(at_least)
-
-
-def test_as_many_as_asked_for_are_enough():
-    streamed(seeded((10, F), seed=0), [10]).statistics(10)
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_features_that_are_not_finite_are_refused(bad):
+def infinite() -> torch.Tensor:
     rows = seeded((10, F), seed=0)
-    rows[3, 2] = bad
-    with pytest.raises(ValueError, match="not all finite"):
-        streamed(rows, [5, 5]).statistics()
+    rows[3, 2] = torch.inf
+    return rows
+
+
+@pytest.mark.parametrize(
+    "rows, at_least, words",
+    [
+        (torch.zeros(0, F), 2, "there are 0 images, expected at least 2"),
+        (torch.zeros(1, F), 0, "there are 1 images, expected at least 2"),
+        (torch.zeros(9, F), 10, "there are 9 images, expected at least 10"),
+        (torch.full((10, F), torch.nan), 0, "not all finite"),
+        (infinite(), 0, "not all finite"),
+    ],
+)
+def test_too_few_images_and_features_that_are_not_finite_are_refused(rows, at_least, words):
+    moments = streamed(rows, [len(rows)])
+    refused(lambda: moments.statistics(at_least), words)
+    streamed(seeded((10, F), seed=0), [10]).statistics(10)
 
 
 @pytest.mark.parametrize("rows", [torch.zeros(3, F + 1), torch.zeros(F), torch.zeros(3, F).int()])
 def test_other_rows_are_refused(rows):
-    for take in (Moments(F).update, lambda r: Rows(F).add(torch.arange(3), r)):
-        with pytest.raises(ValueError, match=rf"expected floating point \(B, {F}\)"):
-            take(rows)
+    words = rf"expected floating point \(B, {F}\)"
+    refused(lambda: Moments(F).update(rows), words)
+    refused(lambda: Rows(F).add(torch.arange(3), rows), words)
 
 
 def test_rows_come_in_the_order_of_their_images():
@@ -142,24 +128,13 @@ def test_rows_come_in_the_order_of_their_images():
 def test_images_that_are_missing_or_repeated_are_named(index, message):
     rows = Rows(F)
     rows.add(torch.tensor(index, dtype=torch.int64), torch.zeros(len(index), F))
-    with pytest.raises(ValueError, match=f"expected images 0 to 3 once each; {message}"):
-        rows.gather(4, ALONE)
-
-
-def test_rows_want_one_index_each():
-    with pytest.raises(ValueError, match=r"index has shape \(2,\), expected \(3,\)"):
-        Rows(F).add(torch.arange(2), torch.zeros(3, F))
-
-
-def test_streamed_moments_go_into_the_frechet_distance():
-    rows = seeded((40, F), seed=0, dtype=torch.float64)
-    shift = torch.arange(F) / 10
-    a, b = streamed(rows, [40]).statistics(), streamed(rows + shift, [11, 29]).statistics()
-    assert frechet_distance(*a, *b) == pytest.approx((shift @ shift).item(), rel=1e-6)
+    refused(lambda: rows.gather(4, ALONE), f"expected images 0 to 3 once each; {message}")
+    few, words = torch.arange(2), r"index has shape \(2,\), expected \(3,\)"
+    refused(lambda: rows.add(few, torch.zeros(3, F)), words)
 
 
 def test_the_distance_refuses_statistics_of_other_features():
     a, b = (streamed(seeded((9, width), seed=0), [9]).statistics() for width in (F, F + 1))
     for given in ((*a, *b), (a[0], b[1], *a), (a[0], a[1][0], *a)):
-        with pytest.raises(ValueError, match=r"expected \(F\), \(F, F\), \(F\), \(F, F\)"):
-            frechet_distance(*given)
+        call = functools.partial(frechet_distance, *given)
+        refused(call, r"expected \(F\), \(F, F\), \(F\), \(F, F\)")

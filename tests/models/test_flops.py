@@ -10,41 +10,22 @@ PROJECTOR = {"tokens": 256, "width": 1152, "projector_dim": 2048, "z_dim": 768}
 DINOV2_B = {"patches": 256, "prefix": 1, "width": 768, "depth": 12, "patch_size": 14}
 
 
-def giga(flops):
-    return round(flops / 1e9, 2)
-
-
-def test_parts_of_xl_are_those_of_the_floor():
+def test_xl_costs_what_the_floor_says():
     whole = transformer_flops(**XL)
     mlp = whole - transformer_flops(**XL, mlp_ratio=0)
     # Attention alone grows with the square of the tokens.
     attention = (transformer_flops(**XL | {"tokens": 512}) - 2 * whole) / 2
     linear = whole - mlp - attention  # qkv and proj, as 6 to 2
-    assert [giga(p) for p in (0.75 * linear, attention, 0.25 * linear, mlp)] == [
-        57.08,
-        8.46,
-        19.03,
-        152.20,
-    ]
-
-
-def test_modulation_patches_and_time_of_xl_are_those_of_the_floor():
+    projector = projector_flops(**PROJECTOR)
+    parts = (0.75 * linear, attention, 0.25 * linear, mlp, projector)
+    assert [round(part / 1e9, 2) for part in parts] == [57.08, 8.46, 19.03, 152.20, 4.16]
     model = sit_flops(**XL, mlp_ratio=4.0, patch_values=16)
-    rest = model - transformer_flops(**XL)
-    assert rest / 1e9 == pytest.approx(0.45 + 0.02, abs=0.01)  # two figures of two decimals
-    parts = (57.08, 8.46, 19.03, 152.20, 0.45, 0.02)
-    assert model / 1e9 == pytest.approx(sum(parts), abs=0.005 * len(parts))
-
-
-def test_projector_of_xl_is_that_of_the_floor():
-    assert giga(projector_flops(**PROJECTOR)) == 4.16
-
-
-def test_training_xl_with_dinov2_b_costs_770_5_gflop_an_image():
-    model = sit_flops(**XL, mlp_ratio=4.0, patch_values=16) + projector_flops(**PROJECTOR)
+    # Modulation, patches and time have two figures of two decimals.
+    assert (model - whole) / 1e9 == pytest.approx(0.45 + 0.02, abs=0.01)
+    assert model / 1e9 == pytest.approx(57.08 + 8.46 + 19.03 + 152.20 + 0.45 + 0.02, abs=0.03)
     encoder = vit_flops(**DINOV2_B)
     assert round(encoder / 1e9, 1) == 46.3
-    assert round((3 * model + encoder) / 1e9, 1) == 770.5
+    assert round((3 * (model + projector) + encoder) / 1e9, 1) == 770.5
 
 
 @pytest.mark.parametrize("patch, depth, mlp_ratio", ((2, 3, 4.0), (4, 1, 2.0)))

@@ -1,4 +1,4 @@
-import math
+from functools import partial
 
 import pytest
 import torch
@@ -6,19 +6,9 @@ import torch
 from repa_fast import ops
 from repa_fast.models.sit import SiT, SiTBlock
 from repa_fast.testing import assert_within_budget, seeded
+from tests.models.plain import SMALL, adaln, attention, functional_sit, gelu_tanh, linear, project
+from tests.refusals import refused
 
-SMALL = {
-    "input_size": 8,
-    "patch_size": 2,
-    "in_channels": 3,
-    "hidden_size": 24,
-    "depth": 3,
-    "num_heads": 4,
-    "encoder_depth": 2,
-    "num_classes": 10,
-    "z_dims": (5, 7),
-    "projector_dim": 11,
-}
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 
@@ -37,97 +27,6 @@ def small(dtype=torch.float64, **changes):
 def batch(dtype=torch.float64, labels=(0, 3, 9, 10)):
     x = seeded((4, 3, 8, 8), seed=1, dtype=dtype)
     return x, torch.tensor([0.0, 0.04, 0.5, 1.0], dtype=dtype), torch.tensor(labels)
-
-
-def linear(state, name, x):
-    return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
-
-
-def silu(x):
-    return x / (1 + torch.exp(-x))
-
-
-def gelu_tanh(x):
-    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def layer_norm(x, eps):
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
-
-
-def adaln(x, shift, scale):
-    return layer_norm(x, 1e-6) * (1 + scale[:, None]) + shift[:, None]
-
-
-def patchify(x, patch):
-    """(B, C, h, w) -> (B, N, C * P * P), values in the order of a convolution's weight."""
-    images, _, height, width = x.shape
-    rows, columns = height // patch, width // patch
-    patches = [
-        x[:, :, r * patch : (r + 1) * patch, c * patch : (c + 1) * patch].reshape(images, -1)
-        for r in range(rows)
-        for c in range(columns)
-    ]
-    return torch.stack(patches, dim=1)
-
-
-def unpatchify(tokens, patch, channels, grid):
-    """(B, N, P * P * C), channel last -> (B, C, h, w)."""
-    image = tokens.new_zeros(len(tokens), channels, grid * patch, grid * patch)
-    for n in range(grid * grid):
-        r, c = divmod(n, grid)
-        values = tokens[:, n].reshape(-1, patch, patch, channels).movedim(-1, 1)
-        image[:, :, r * patch : (r + 1) * patch, c * patch : (c + 1) * patch] = values
-    return image
-
-
-def attention(state, name, x, heads):
-    images, tokens, width = x.shape
-    qkv = linear(state, f"{name}.qkv", x).reshape(images, tokens, 3, heads, width // heads)
-    q, k, v = (qkv[:, :, i].transpose(1, 2) for i in range(3))
-    if f"{name}.q_norm.weight" in state:
-        q = layer_norm(q, 1e-5) * state[f"{name}.q_norm.weight"] + state[f"{name}.q_norm.bias"]
-        k = layer_norm(k, 1e-5) * state[f"{name}.k_norm.weight"] + state[f"{name}.k_norm.bias"]
-    weights = torch.exp(q @ k.transpose(-1, -2) / math.sqrt(width // heads))
-    out = (weights / weights.sum(-1, keepdim=True)) @ v
-    return linear(state, f"{name}.proj", out.transpose(1, 2).reshape(x.shape))
-
-
-def condition(state, t, y):
-    frequencies = torch.exp(-math.log(1e4) * torch.arange(128, dtype=t.dtype) / 128)
-    angles = t[:, None] * frequencies
-    features = torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
-    hidden = silu(linear(state, "t_embedder.mlp.0", features))
-    return linear(state, "t_embedder.mlp.2", hidden) + state["y_embedder.embedding_table.weight"][y]
-
-
-def functional_sit(state, x, t, y, *, heads=4):
-    """(velocity, hidden state after each block) from the weights alone."""
-    kernel = state["x_embedder.proj.weight"]
-    patch, channels, grid = kernel.shape[-1], x.shape[1], x.shape[-1] // kernel.shape[-1]
-    h = patchify(x, patch) @ kernel.flatten(1).T + state["x_embedder.proj.bias"]
-    h = h + state["pos_embed"]
-    c = silu(condition(state, t, y))
-    hidden = []
-    while (name := f"blocks.{len(hidden)}") + ".attn.qkv.weight" in state:
-        modulation = linear(state, f"{name}.adaLN_modulation.1", c).chunk(6, dim=1)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
-        h = h + gate_a[:, None] * attention(
-            state, f"{name}.attn", adaln(h, shift_a, scale_a), heads
-        )
-        wide = gelu_tanh(linear(state, f"{name}.mlp.fc1", adaln(h, shift_m, scale_m)))
-        h = h + gate_m[:, None] * linear(state, f"{name}.mlp.fc2", wide)
-        hidden.append(h)
-    shift, scale = linear(state, "final_layer.adaLN_modulation.1", c).chunk(2, dim=1)
-    tokens = linear(state, "final_layer.linear", adaln(h, shift, scale))
-    return unpatchify(tokens, patch, channels, grid), hidden
-
-
-def project(state, index, x):
-    for layer in (0, 2):
-        x = silu(linear(state, f"projectors.{index}.{layer}", x))
-    return linear(state, f"projectors.{index}.4", x)
 
 
 @pytest.mark.parametrize(
@@ -156,12 +55,7 @@ def test_velocity_and_projections_follow_the_formulas(changes):
     for index, projection in enumerate(projections):
         torch.testing.assert_close(projection, project(model.state_dict(), index, aligned), **EXACT)
     assert [p.shape[-1] for p in projections] == [5, 7]
-
-
-def test_fused_attention_equals_the_explicit_softmax():
-    fused, explicit = small(), small(fused_attn=False)
-    assert fused.blocks[0].attn.fused_attn and not explicit.blocks[0].attn.fused_attn
-    torch.testing.assert_close(fused(*batch()), explicit(*batch()), **EXACT)
+    assert {block.attn.fused_attn for block in model.blocks} == {"fused_attn" not in changes}
 
 
 def test_drop_mask_equals_passing_the_null_label():
@@ -181,8 +75,9 @@ def test_without_a_mask_no_label_is_dropped_in_train_mode():
     assert torch.equal(always(x, t, y)[0], always.eval()(x, t, y)[0])
 
 
-def test_projectors_do_not_run_in_eval_mode():
-    model = small().eval()
+def test_projectors_do_not_run_in_eval_mode_which_leaves_the_velocity_as_it_is():
+    model = small()
+    torch.testing.assert_close(model(*batch())[0], model.eval()(*batch())[0], **EXACT)
     calls = []
     for projector in model.projectors:
         projector.register_forward_hook(lambda *_: calls.append(1))
@@ -198,11 +93,6 @@ def test_a_model_without_projectors_gives_the_same_velocity():
     velocity, projections = without(*batch())
     assert projections == []
     torch.testing.assert_close(velocity, with_projectors(*batch())[0], **EXACT)
-
-
-def test_running_the_projectors_leaves_the_velocity_as_it_is():
-    model = small()
-    torch.testing.assert_close(model(*batch())[0], model.eval()(*batch())[0], **EXACT)
 
 
 @pytest.mark.parametrize("encoder_depth", (1, 2))
@@ -242,13 +132,16 @@ def test_autocast_keeps_the_stream_in_fp32_and_the_branches_in_bf16():
 
 def test_blocks_compile_into_one_graph_each_and_equal_eager():
     torch._dynamo.reset()
-    eager, compiled = small(torch.float32), small(torch.float32)
+    sizes = {"depth": 2, "z_dims": ()}  # the second block has a branch pending
+    eager, compiled, exact = (
+        small(dtype, **sizes) for dtype in (*[torch.float32] * 2, torch.double)
+    )
     for block in compiled.blocks:
         block.compile(fullgraph=True, backend="aot_eager")
     args = batch(torch.float32)
     torch.testing.assert_close(compiled(*args), eager(*args), rtol=0, atol=0)
     gradients = []
-    for model in (compiled, small(torch.float64), eager):
+    for model in (compiled, exact, eager):
         dtype = model.pos_embed.dtype
         model(*(v.to(dtype) if v.is_floating_point() else v for v in args))[0].sum().backward()
         gradients.append([p.grad for p in model.blocks.parameters()])
@@ -266,18 +159,11 @@ def block_arguments():
     return block, x, branch, gate, modulation
 
 
-def test_nothing_pending_equals_a_pending_branch_with_zero_gate():
-    block, x, branch, gate, modulation = block_arguments()
-    nothing = block(x, None, None, modulation)
-    torch.testing.assert_close(
-        block(x, branch, torch.zeros_like(gate), modulation), nothing, **EXACT
-    )
-
-
 def test_a_pending_branch_is_added_before_the_block():
     block, x, branch, gate, modulation = block_arguments()
-    resolved = block(x + gate[:, None] * branch, None, None, modulation)
-    torch.testing.assert_close(block(x, branch, gate, modulation), resolved, **EXACT)
+    for factor in (gate, torch.zeros_like(gate)):
+        resolved = block(x + factor[:, None] * branch, None, None, modulation)
+        torch.testing.assert_close(block(x, branch, factor, modulation), resolved, **EXACT)
 
 
 def test_a_block_hands_its_mlp_branch_and_gate_on_unadded():
@@ -292,33 +178,27 @@ def test_a_block_hands_its_mlp_branch_and_gate_on_unadded():
     assert torch.equal(gate, gate_m)
 
 
+def call_with(shape=None, label=9):
+    x, t, y = batch(labels=(0, 1, 2, label))
+    return small()(x if shape is None else torch.zeros(shape, dtype=x.dtype), t, y)
+
+
 @pytest.mark.parametrize(
-    "changes, parts",
+    "call, words",
     (
-        ({"encoder_depth": 4}, ("encoder_depth", "4", "1..3")),
-        ({"encoder_depth": 0}, ("encoder_depth", "0", "1..3")),
-        ({"patch_size": 3}, ("patch_size", "3", "8")),
-        ({"num_heads": 5}, ("num_heads", "5", "24")),
+        (partial(small, encoder_depth=4), ("encoder_depth", "4", "1..3")),
+        (partial(small, encoder_depth=0), ("encoder_depth", "0", "1..3")),
+        (partial(small, patch_size=3), ("patch_size", "3", "8")),
+        (partial(small, num_heads=5), ("num_heads", "5", "24")),
+        (partial(call_with, label=-1), ("labels", "-1", r"\[0, 10\]")),
+        (partial(call_with, label=11), ("labels", "11", r"\[0, 10\]")),
+        (partial(call_with, (4, 4, 8, 8)), ("latents", r"\(4, 4, 8, 8\)", "3, 8, 8")),
+        (partial(call_with, (4, 3, 16, 16)), ("latents", r"\(4, 3, 16, 16\)", "3, 8, 8")),
+        (partial(call_with, (4, 3, 8)), ("latents", r"\(4, 3, 8\)", "3, 8, 8")),
     ),
 )
-def test_sizes_that_do_not_fit_are_named(changes, parts):
-    with pytest.raises(ValueError) as error:
-        SiT(**SMALL | changes)
-    assert all(part in str(error.value) for part in parts)
-
-
-@pytest.mark.parametrize("label", (-1, 11))
-def test_labels_out_of_range_are_named(label):
-    with pytest.raises(ValueError, match="labels") as error:
-        small()(*batch(labels=(0, 1, 2, label)))
-    assert str(label) in str(error.value) and "[0, 10]" in str(error.value)
-
-
-@pytest.mark.parametrize("shape", ((4, 4, 8, 8), (4, 3, 16, 16), (4, 3, 8)))
-def test_latents_of_another_shape_are_named(shape):
-    with pytest.raises(ValueError, match="latents") as error:
-        small()(torch.zeros(shape, dtype=torch.float64), *batch()[1:])
-    assert str(shape) in str(error.value) and "3, 8, 8" in str(error.value)
+def test_what_does_not_fit_is_named(call, words):
+    refused(call, *words)
 
 
 def test_every_block_gets_a_residual_of_one_layout():

@@ -1,19 +1,23 @@
 """A made-up source of images, and a build of it that can be run, and killed, as a process."""
 
-import io
 import os
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from repa_fast.data.dataset import LatentDataset
 from repa_fast.data.digits import pixel_metadata, pixel_moments
 from repa_fast.prepare import build
 from repa_fast.prepare.sources import Item
+from tests.data.encoding import encode as saved
+from tests.prepare.writing import rgb
 
-RESOLUTION, CLASSES = 8, 3
+RESOLUTION, CLASSES, ROWS = 8, 3, 45
+WORK = build.Building
+FOLDER, CHECKS, KEPT = ".train.building", "train.blocks.json", "of 8 blocks"
+TAKEN, WRONG = "exists already", r"rows 12 to 17 \(block 2\)"
 
 
 class Photographs:
@@ -28,20 +32,9 @@ class Photographs:
         return self.count
 
     def read(self, index):
-        if index in self.bad:
-            return Item(f"image {index}", b"no image", index % CLASSES)
-        generator = np.random.default_rng(index)
-        height, width = generator.integers(9, 40, size=2)
-        pixels = generator.integers(0, 256, size=(height, width, 3), dtype=np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, format="PNG")
-        return Item(f"image {index}", buffer.getvalue(), index % CLASSES)
-
-
-def recipe(rows, **changes):
-    metadata = pixel_metadata(RESOLUTION, Photographs.class_names)
-    settings = {"image": "png", "encoder": "pixels", "batch": 4, "block": 6} | changes
-    return build.Recipe(source="photographs", rows=rows, metadata=metadata, **settings)
+        size = np.random.default_rng(index).integers(9, 40, size=2)
+        data = b"no image" if index in self.bad else saved(rgb(*size, seed=index))
+        return Item(f"image {index}", data, index % CLASSES)
 
 
 def encode(pixels):
@@ -50,12 +43,33 @@ def encode(pixels):
     return pixel_moments(pixels.transpose(0, 2, 3, 1))
 
 
-def run(out, rows=45, rank=0, world_size=1, split="train", bad=(), **changes):
-    photographs = Photographs(rows, bad)
-    building = build.Building(photographs, Path(out), split, recipe(rows, **changes), encode)
-    return building.run(rank=rank, world_size=world_size, workers=2)
+def begin(out, rows=ROWS, bad=()):
+    """There is nothing before the work."""
+
+
+def run(out, rows=ROWS, rank=0, world_size=1, split="train", bad=(), progress=None, **changes):
+    settings = {"image": "png", "encoder": "pixels", "batch": 4, "block": 6} | changes
+    metadata = pixel_metadata(RESOLUTION, Photographs.class_names)
+    recipe = build.Recipe(source="photographs", rows=rows, metadata=metadata, **settings)
+    building = build.Building(Photographs(rows, bad), Path(out), split, recipe, encode)
+    options = {"progress": progress} if progress else {}
+    return building.run(rank=rank, world_size=world_size, workers=2, **options)
+
+
+def content(out, split="train"):
+    """Images, moments and labels of a table."""
+    table = LatentDataset(out, split)
+    rows = table.rows(np.arange(len(table)))
+    return rows["image"], rows["moments"].tobytes(), rows["label"].tolist()
+
+
+def untouched(out):
+    return not (out / "train.lance" / "_versions").exists()
+
+
+def verify(out, progress=lambda done: None):
+    return build.verify(out, "train", progress)
 
 
 if __name__ == "__main__":
-    out, rank, world_size, rows = sys.argv[1], *map(int, sys.argv[2:])
-    print(run(out, rows, rank=rank, world_size=world_size))
+    run(sys.argv[1], int(sys.argv[2]))

@@ -1,8 +1,10 @@
 """A made-up dataset, and a column of features for it that can be computed by killable processes."""
 
+import json
 import os
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,23 +13,20 @@ from repa_fast.data import dataset
 from repa_fast.data.dataset import LatentDataset
 from repa_fast.data.digits import pixel_metadata, pixel_moments
 from repa_fast.data.features import FeatureColumn
+from repa_fast.data.loader import read_batch
 from repa_fast.prepare import features as extract
 
-RESOLUTION, TOKENS, WIDTH = 8, 4, 6
+RESOLUTION, TOKENS, WIDTH, ROWS = 8, 4, 6, 45
 METADATA = pixel_metadata(RESOLUTION, ("a", "b"))
+WORK = extract.Extraction
+FOLDER, CHECKS, KEPT = ".train.features", "train.made_up.json", "fragments"
+TAKEN, WRONG = "made_up already", r"made_up of rows 12 to 17 \(part 2\) has checksum"
 
 
 def column(**changes):
-    fields = {
-        "name": "made_up",
-        "encoder": "made-up",
-        "resolution": RESOLUTION,
-        "tokens": TOKENS,
-        "width": WIDTH,
-        "storage": "fp16",
-        "precision": "fp32",
-    }
-    return FeatureColumn(**fields | changes)
+    fields = {"name": "made_up", "encoder": "made-up", "storage": "fp16", "precision": "fp32"}
+    sizes = {"resolution": RESOLUTION, "tokens": TOKENS, "width": WIDTH}
+    return FeatureColumn(**fields | sizes | changes)
 
 
 def pixels_of(rows):
@@ -35,15 +34,14 @@ def pixels_of(rows):
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def write(out, rows=45, rows_per_file=6, bad=()):
-    """OUT/train.lance in fragments of `rows_per_file`; the images of rows in `bad` are none."""
+def begin(out, rows=ROWS, bad=()):
+    """OUT/train.lance in fragments of 6 rows; the images of rows in `bad` are none."""
     pixels = pixels_of(rows)
-    whole, dataset.ROWS_PER_FILE = dataset.ROWS_PER_FILE, rows_per_file
+    whole, dataset.ROWS_PER_FILE = dataset.ROWS_PER_FILE, 6
     images = [b"no image" if i in bad else dataset.encode(pixels[i]) for i in range(rows)]
-    moments = pixel_moments(pixels)
     made = (
-        {"image": image, "moments": m, "label": i % 2}
-        for i, (image, m) in enumerate(zip(images, moments, strict=True))
+        {"image": image, "moments": moments, "label": i % 2}
+        for i, (image, moments) in enumerate(zip(images, pixel_moments(pixels), strict=True))
     )
     dataset.write(out / "train.lance", made, METADATA)
     dataset.ROWS_PER_FILE = whole
@@ -58,13 +56,29 @@ def encode(images):
     return torch.cat([means, -means], dim=-1)
 
 
-def run(out, rank=0, world_size=1, **changes):
+def run(out, rows=ROWS, rank=0, world_size=1, **changes):
+    work = extract.Extraction(LatentDataset(out), column(**changes), encode, 4)
+    return work.run(rank=rank, world_size=world_size, workers=2)
+
+
+def stored(out, name="made_up"):
     table = LatentDataset(out)
-    extraction = extract.Extraction(table, column(**changes), encode, 4)
-    return extraction.run(rank=rank, world_size=world_size, workers=2)
+    batch = read_batch(table, np.arange(len(table)), images=False, features=[name])
+    return table.features[name].unpack(batch)
+
+
+def content(out):
+    """Features of a table, and what is kept of them for `verify`."""
+    return stored(out).tolist(), json.loads((out / CHECKS).read_text())
+
+
+def untouched(out):
+    return LatentDataset(out).features == {}
+
+
+def verify(out, progress=lambda done: None):
+    return extract.verify(LatentDataset(out), "made_up", progress)
 
 
 if __name__ == "__main__":
-    from pathlib import Path
-
-    print(run(Path(sys.argv[1]), *map(int, sys.argv[2:])))
+    run(Path(sys.argv[1]))

@@ -49,9 +49,8 @@ smoke-full: $(VENV)/.installed ## SiT-XL/2 with DINOv2-B: a step, save, resume, 
 chaos: $(VENV)/.installed ## kill a run on two processes 50 times and compare it with one left alone; half an hour
 	$(VENV)/bin/python -m benchmarks.faults.chaos --kills 50
 
-demo: $(VENV)/.installed ## train on the bundled digits on a CPU, then evaluate
-	rm -rf runs/demo
-	$(VENV)/bin/python train.py --preset digits --output-dir runs --exp-name demo
+demo: $(VENV)/.installed ## train on the bundled digits on a CPU, or go on with it, then evaluate
+	$(VENV)/bin/python train.py --preset digits --output-dir runs --exp-name demo --resume auto
 	$(VENV)/bin/python -m repa_fast.eval.digits runs/demo
 
 analyse: $(VENV)/.installed ## samples, scores, probing and CKNNA of the demo's run

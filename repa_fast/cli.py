@@ -3,12 +3,18 @@
 import dataclasses
 import difflib
 import importlib
+import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from repa_fast import __version__, command
+
+SPINS = "30000"
+"""Turns for which an idle OpenMP thread of torch's looks for work before it sleeps: about 0.1 ms.
+By itself it looks for ten times as long, and beside other programs a step on a CPU then waits for
+threads that do nothing (docs/LOG.md has figures)."""
 
 
 class Command(NamedTuple):
@@ -64,6 +70,8 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; user errors end in one line and exit status 2."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is loaded
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv == ["--version"]:
         print(__version__)

@@ -59,16 +59,23 @@ def read_modules() -> Modules:
     return modules
 
 
-def written(name: str, source: str) -> Iterator[str]:
+@functools.cache
+def nodes(source: str) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(ast.parse(source)))
+
+
+@functools.cache
+def written(name: str, source: str) -> tuple[str, ...]:
     """The dotted names that a module imports, anywhere in it: modules, and names in modules."""
-    parents = name.split(".")[:-1]
-    for node in ast.walk(ast.parse(source)):
+    parents, found = name.split(".")[:-1], []
+    for node in nodes(source):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = parents[: len(parents) - node.level + 1] if node.level else []
             base += node.module.split(".") if node.module else []
-            yield from (".".join((*base, alias.name)) for alias in node.names)
+            found += (".".join((*base, alias.name)) for alias in node.names)
+    return tuple(found)
 
 
 def resolved(name: str, dotted: str, modules: Modules) -> Iterator[str]:
@@ -153,7 +160,7 @@ def of_kernels(modules: Modules) -> list[str]:
 
 def functions(modules: Modules) -> Iterator[tuple[str, Function]]:
     for name, source in modules.items():
-        for node in ast.walk(ast.parse(source)):
+        for node in nodes(source):
             if isinstance(node, Function):
                 yield f"{name}:{node.lineno} {node.name}", node
 
@@ -188,7 +195,7 @@ def method_names(modules: Modules) -> list[str]:
         inside = f"{name.removeprefix('repa_fast.')}."
         if any(inside.startswith(f"{place}.") for place in KNOW_METHODS):
             continue
-        for node in ast.walk(ast.parse(source)):
+        for node in nodes(source):
             sides = compared(node)
             constants = {side.value for side in sides if isinstance(side, ast.Constant)}
             others = {ast.unparse(side).rpartition(".")[2] for side in sides}

@@ -39,20 +39,14 @@ def run(folder: Path, **files: str) -> str:
     (folder / "conftest.py").write_text(CONFTEST)
     for name, text in files.items():
         (folder / name).write_text(text)
-    arguments = [
-        "-m",
-        "pytest",
-        "-rs",
-        "--continue-on-collection-errors",
-        "-p",
-        "no:cacheprovider",
-        "-c",
-        "pytest.ini",
-        ".",
-    ]
+    flags = "-rs --continue-on-collection-errors -p no:cacheprovider -c pytest.ini ."
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": ""}
     return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "pytest", *flags.split()],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
     ).stdout
 
 

@@ -12,8 +12,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = sorted(init.parent.name for init in ROOT.glob("kernels/*/__init__.py"))
-
-pytestmark = pytest.mark.usefixtures("build")
+NAMES = ["repa_fast", "repa_fast.kernels", *(f"repa_fast.kernels.{op}" for op in OPS)]
+FILES = f"""
+import importlib, json, sys
+from importlib.util import find_spec
+imports = "--import" in sys.argv
+files = {{
+    name: importlib.import_module(name).__file__ if imports else find_spec(name).origin
+    for name in {NAMES}
+}}
+path = list(importlib.import_module("repa_fast.kernels").__path__)
+kernels, foreign = find_spec("kernels"), find_spec("repa_fast.kernels.foreign")
+found = kernels and [kernels.loader is not None, kernels.origin]
+print(json.dumps([files, path, found, foreign is None]))
+"""
 
 
 def python(*args, cwd, path=None):
@@ -29,18 +41,6 @@ def python(*args, cwd, path=None):
     return process.stdout
 
 
-def module_files(cwd, path=None):
-    """{module: file} of repa_fast, its bridge and every op, imported in a fresh process."""
-    names = ["repa_fast", "repa_fast.kernels", *(f"repa_fast.kernels.{op}" for op in OPS)]
-    script = (
-        "import importlib, json\n"
-        f"files = {{n: importlib.import_module(n).__file__ for n in {names}}}\n"
-        "print(json.dumps(files))"
-    )
-    output = python("-c", script, cwd=cwd, path=path)
-    return {name: Path(file) for name, file in json.loads(output.splitlines()[-1]).items()}
-
-
 def wheel_files(wheel):
     with zipfile.ZipFile(wheel) as archive:
         return {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -50,11 +50,10 @@ def wheel_files(wheel):
 def checkout(tmp_path_factory):
     """A copy of the sources, so that building leaves nothing behind in the repository."""
     copy = tmp_path_factory.mktemp("checkout")
+    unwanted = shutil.ignore_patterns("__pycache__", "*.so")
     for entry in ROOT.iterdir():
         if entry.name in ("repa_fast", "kernels", "csrc"):
-            shutil.copytree(
-                entry, copy / entry.name, ignore=shutil.ignore_patterns("__pycache__", "*.so")
-            )
+            shutil.copytree(entry, copy / entry.name, ignore=unwanted)
         elif entry.is_file():
             shutil.copy(entry, copy)
     return copy
@@ -67,75 +66,50 @@ def wheel(checkout, tmp_path_factory):
     return next(out.glob("*.whl"))
 
 
-@pytest.fixture(scope="module")
-def site(wheel, tmp_path_factory):
-    """A folder with the wheel installed beside somebody else's `kernels` package."""
-    target = tmp_path_factory.mktemp("site")
-    pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile"]
-    python(*pip, "--target", target, wheel, cwd=target)
-    foreign = target / "kernels" / "foreign"
-    foreign.mkdir(parents=True)
-    for folder in (foreign.parent, foreign):
-        (folder / "__init__.py").write_text("")
-    return target
+def test_a_checkout_is_found_uninstalled_and_its_kernels_folder_is_no_package():
+    """That all of it can be imported, tests/test_imports.py knows."""
+    files, _, kernels, _ = json.loads(python("-c", FILES, cwd=ROOT).splitlines()[-1])
+    assert files.pop("repa_fast") == str(ROOT / "repa_fast/__init__.py")
+    assert files.pop("repa_fast.kernels") == str(ROOT / "repa_fast/kernels/__init__.py")
+    own = {f"repa_fast.kernels.{op}": str(ROOT / "kernels" / op / "__init__.py") for op in OPS}
+    assert files == own
+    if kernels not in (None, [False, None]):  # absent, or a namespace over our folder
+        assert not Path(kernels[1]).is_relative_to(ROOT / "kernels")
 
 
-def test_checkout_imports_uninstalled():
-    files = module_files(cwd=ROOT)
-    assert files.pop("repa_fast") == ROOT / "repa_fast/__init__.py"
-    assert files.pop("repa_fast.kernels") == ROOT / "repa_fast/kernels/__init__.py"
-    assert files == {f"repa_fast.kernels.{op}": ROOT / "kernels" / op / "__init__.py" for op in OPS}
-
-
-def test_wheel_imports_from_elsewhere(site, tmp_path):
-    files = module_files(cwd=tmp_path, path=site)
-    for name, file in files.items():
-        assert file == site.joinpath(*name.split("."), "__init__.py")
-
-
-def test_bridge_ignores_foreign_kernels(site, tmp_path):
-    script = (
-        "import importlib.util, repa_fast.kernels as k\n"
-        "print(list(k.__path__))\n"
-        "print(importlib.util.find_spec('repa_fast.kernels.foreign'))"
-    )
-    path, spec = python("-c", script, cwd=tmp_path, path=site).splitlines()[-2:]
-    assert path == str([str(site / "repa_fast" / "kernels")])
-    assert spec == "None"
-
-
-def test_wheel_has_one_top_level_name(wheel):
-    files = wheel_files(wheel)
-    assert {name.partition("/")[0] for name in files} == {"repa_fast"}
-    with zipfile.ZipFile(wheel) as archive:
-        top_level = next(n for n in archive.namelist() if n.endswith("dist-info/top_level.txt"))
-        assert archive.read(top_level).split() == [b"repa_fast"]
-
-
-def test_wheel_has_every_module_and_weight(checkout, wheel):
+@pytest.mark.usefixtures("build")
+def test_a_wheel_has_every_module_and_weight_under_one_name(checkout, wheel):
     sources = [*checkout.glob("repa_fast/**/*.py"), *checkout.glob("kernels/*/*.py")]
     sources += checkout.glob("repa_fast/encoders/weights/*.safetensors")
     expected = {path.relative_to(checkout).as_posix() for path in sources}
     assert wheel_files(wheel) == {
         f"repa_fast/{name}" if name.startswith("kernels/") else name for name in expected
     }
+    with zipfile.ZipFile(wheel) as archive:
+        top_level = next(n for n in archive.namelist() if n.endswith("dist-info/top_level.txt"))
+        assert archive.read(top_level).split() == [b"repa_fast"]
 
 
-def test_sdist_builds_the_same_wheel(checkout, wheel, tmp_path):
+@pytest.mark.usefixtures("build", "heavy")
+def test_a_wheel_imports_from_elsewhere_beside_somebody_elses_kernels(wheel, tmp_path):
+    site = tmp_path / "site"
+    pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile"]
+    python(*pip, "--target", site, wheel, cwd=tmp_path)
+    foreign = site / "kernels" / "foreign"
+    foreign.mkdir(parents=True)
+    for folder in (foreign.parent, foreign):
+        (folder / "__init__.py").write_text("")
+    output = python("-c", FILES, "--import", cwd=tmp_path, path=site)
+    files, path, kernels, no_foreign = json.loads(output.splitlines()[-1])
+    for name, file in files.items():
+        assert Path(file) == site.joinpath(*name.split("."), "__init__.py")
+    assert path == [str(site / "repa_fast" / "kernels")]
+    assert no_foreign and kernels[1] == str(site / "kernels" / "__init__.py")
+
+
+@pytest.mark.usefixtures("build", "heavy")
+def test_an_sdist_builds_the_same_wheel(checkout, wheel, tmp_path):
     # Without --wheel or --sdist, build makes the sdist and then the wheel from its contents.
     python("-m", "build", "--no-isolation", "--outdir", tmp_path, ".", cwd=checkout)
     assert len(list(tmp_path.glob("*.tar.gz"))) == 1
     assert wheel_files(next(tmp_path.glob("*.whl"))) == wheel_files(wheel)
-
-
-def test_kernels_is_not_ours():
-    script = (
-        "import importlib.util, json\n"
-        "spec = importlib.util.find_spec('kernels')\n"
-        "print(json.dumps(spec and [spec.loader is not None, spec.origin]))"
-    )
-    spec = json.loads(python("-c", script, cwd=ROOT).splitlines()[-1])
-    if spec is None or spec == [False, None]:  # absent, or a namespace over our folder
-        return
-    assert spec[1] is not None
-    assert not Path(spec[1]).is_relative_to(ROOT / "kernels")

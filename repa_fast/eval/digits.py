@@ -6,13 +6,14 @@ net trained by another objective than the aligned encoder.
 
 import argparse
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from repa_fast import encoders
+from repa_fast import command, encoders
 from repa_fast.checkpoint import layout
 from repa_fast.configs.build import build_model
 from repa_fast.configs.config import TrainConfig
@@ -70,6 +71,18 @@ def load_run(run: Path, step: int | None = None) -> tuple[TrainConfig, SiT, int]
     model = build_model(settings.config, settings.metadata).eval().requires_grad_(False)
     layout.load_ema(source, model)
     return settings.config, model, step
+
+
+def expect_whole(run: Path) -> None:
+    """Raise ValueError for a run that a signal stopped: its scores would pass for the demo's."""
+    config, _, step = load_run(run)
+    images = len(digit_images("train")[1])
+    last = min(config.max_train_steps, config.epochs * (images // config.images_per_step))
+    if step < last:
+        raise ValueError(
+            f"{run} was stopped at step {step} of {last}, expected a whole run: go on with it "
+            f"(--resume auto; `make demo` does), or evaluate it as it is (--step {step})"
+        )
 
 
 def generate(
@@ -166,18 +179,20 @@ def describe(scores: Scores) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Print the scores and write them to RUN/scores.json."""
+def main() -> str:
+    """Write the scores to RUN/scores.json and return them as lines."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run on the digits")
     parser.add_argument("--step", type=int, help="checkpoint; the newest by default")
     parser.add_argument("--samples", type=int, default=500, dest="count", metavar="SAMPLES")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if arguments.step is None:
+        expect_whole(arguments.run)
     scores = evaluate(**vars(arguments))
     (arguments.run / "scores.json").write_text(json.dumps(asdict(scores), indent=2) + "\n")
-    print(describe(scores))
+    return describe(scores)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command.main(main))

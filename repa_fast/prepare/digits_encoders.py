@@ -190,7 +190,9 @@ def main(argv: list[str] | None = None) -> None:
     from safetensors.torch import save_file
 
     teacher = args.net == "digits-vit"
-    epochs = args.epochs or EPOCHS[args.net]
+    epochs = EPOCHS[args.net] if args.epochs is None else args.epochs
+    if epochs < 2:
+        parser.error(f"--epochs is {epochs}, expected at least 2")  # a warm-up of no step divides
     torch.set_num_threads(THREADS)
     torch.manual_seed(SEEDS[args.net])
     vit = build_vit(num_classes=0 if teacher else NUM_CLASSES)

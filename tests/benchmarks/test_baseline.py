@@ -1,6 +1,5 @@
-"""What makes the ladder honest: the rival computes the same loss and gradients."""
+"""What makes comparisons honest: the rivals compute the same losses, gradients and targets."""
 
-import dataclasses
 import sys
 
 import pytest
@@ -8,31 +7,17 @@ import torch
 
 from benchmarks.step import baseline
 from benchmarks.step.baseline import Baseline
-from repa_fast.configs import presets
-from repa_fast.data.digits import digits_metadata
-from repa_fast.distributed import World
-from repa_fast.train.state import build_state
+from benchmarks.step.sra import whole_teacher
+from repa_fast import ops
 from repa_fast.train.step import losses, synthetic_batch, train_step
+from tests.refusals import refused
 
-TINY = {"hidden_size": 32, "depth": 3, "num_heads": 2, "encoder_depth": 2, "projector_dim": 32}
 BATCH = 6
+either_recipe = pytest.mark.parametrize("tuned", [False, True])
 
 
-def make_state(**changes):
-    """A state whose weights are nowhere zero; most gradients would be."""
-    config = dataclasses.replace(
-        presets.get("digits"), **TINY, batch_size=BATCH, report_to="none", **changes
-    )
-    world = World(rank=0, size=1, device=torch.device("cpu"))
-    state = build_state(config, digits_metadata(), world)
-    state.micro_batch = BATCH
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in state.model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.1, generator=generator)
-    state.ema.load_state_dict(state.model.state_dict())
-    return state
+def rival_of(state, tuned=True):
+    return Baseline(state, tuned=tuned, compiled=False)
 
 
 def in_precision(state, batch, draws, dtype):
@@ -45,46 +30,43 @@ def in_precision(state, batch, draws, dtype):
     return batch, type(draws)(*(t.to(dtype) if t.is_floating_point() else t for t in draws))
 
 
-def project(state, batch, draws):
-    """(loss, gradients by parameter) of the project's step."""
-    denoise, (aligned,) = losses(state, state.model, batch, draws)
-    loss = denoise.mean() + state.config.proj_coeff * aligned.mean()
-    loss.backward()
-    return loss.item(), {n: p.grad for n, p in state.model.named_parameters() if p.requires_grad}
-
-
-@pytest.mark.parametrize("tuned", [False, True])
+@either_recipe
 @pytest.mark.parametrize(
     "dtype, bound",
     # a loss rounds a few times; a gradient passes some tens of operations
     [(torch.float64, 1e-12), (torch.float32, 2e-5)],
 )
-def test_loss_and_gradients_are_those_of_the_project(tuned, dtype, bound):
+def test_loss_and_gradients_are_those_of_the_project(make_state, tuned, dtype, bound):
     state = make_state()
     batch, draws = in_precision(state, *synthetic_batch(state, BATCH), dtype)
     draws.drop[:2] = torch.tensor([True, False])
-    rival = Baseline(state, tuned=tuned, compiled=False)
+    rival = rival_of(state, tuned)
     rival.model.to(dtype)
     rival.model.load_state_dict(state.model.state_dict())
-    loss, gradients = project(state, batch, draws)
+    denoise, (aligned,) = losses(state, state.model, batch, draws)
+    loss = denoise.mean() + state.config.proj_coeff * aligned.mean()
     denoise, aligned = rival.losses(batch, draws)
     found = denoise + state.config.proj_coeff * aligned
+    loss.backward()
     found.backward()
+    gradients, theirs = (
+        {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        for model in (state.model, rival.model)
+    )
     assert found.dtype == dtype
-    assert found.item() == pytest.approx(loss, rel=bound)
-    theirs = dict(rival.model.named_parameters())
-    assert [n for n, p in theirs.items() if p.requires_grad] == list(gradients)
+    assert found.item() == pytest.approx(loss.item(), rel=bound)
+    assert list(theirs) == list(gradients)
     for name, gradient in gradients.items():
         assert gradient.norm() > 0, name
-        assert (theirs[name].grad - gradient).norm() <= bound * gradient.norm(), name
+        assert (theirs[name] - gradient).norm() <= bound * gradient.norm(), name
 
 
-@pytest.mark.parametrize("tuned", [False, True])
-def test_a_step_is_the_projects_step(tuned, monkeypatch):
+@either_recipe
+def test_a_step_is_the_projects_step(make_state, tuned, monkeypatch):
     """Weights and averages after three steps with the project's draws."""
     state = make_state()
     batch, draws = synthetic_batch(state, BATCH)
-    rival = Baseline(state, tuned=tuned, compiled=False)
+    rival = rival_of(state, tuned)
     before = [p.detach().clone() for p in rival.model.parameters()]
     monkeypatch.setattr(rival, "draw", lambda size: draws)
     monkeypatch.setattr("repa_fast.train.step.draw_local", lambda state: draws)
@@ -109,7 +91,8 @@ def test_the_two_alignment_losses_are_one():
     assert baseline.at_once([pairs[0][0]], [3 * pairs[0][0]]).item() == pytest.approx(-1)
 
 
-def test_only_the_released_recipe_reads_numbers(monkeypatch):
+@pytest.mark.parametrize("tuned, expected", [(False, 3), (True, 0)])
+def test_only_the_released_recipe_reads_numbers(make_state, monkeypatch, tuned, expected):
     """torch's own foreach AdamW reads its step counts, which it keeps on the host."""
     reads = []
     item = torch.Tensor.item
@@ -120,36 +103,42 @@ def test_only_the_released_recipe_reads_numbers(monkeypatch):
         return item(tensor)
 
     monkeypatch.setattr(torch.Tensor, "item", counted)
-    for tuned in (False, True):
-        state = make_state()
-        batch, _ = synthetic_batch(state, BATCH)
-        rival = Baseline(state, tuned=tuned, compiled=False)
-        reads.clear()
-        rival.step(batch)
-        assert len(reads) == (0 if tuned else 3)
+    state = make_state()
+    batch, _ = synthetic_batch(state, BATCH)
+    rival = rival_of(state, tuned)
+    reads.clear()
+    rival.step(batch)
+    assert len(reads) == expected
 
 
 @pytest.mark.parametrize(
     "changes", [{"loss_type": "nt-xent"}, {"prediction": "noise"}, {"qk_norm": True}]
 )
-def test_what_the_recipe_does_not_do_is_refused(changes):
-    (name,) = changes
-    with pytest.raises(ValueError, match=f"^{name} is .*, expected"):
-        Baseline(make_state(**changes), tuned=False, compiled=False)
+def test_what_the_recipe_does_not_do_is_refused(make_state, changes):
+    state = make_state(**changes)
+    refused(lambda: rival_of(state, tuned=False), f"^{next(iter(changes))} is .*, expected")
 
 
-def test_a_loss_that_is_not_finite_gives_no_figure():
-    rival = Baseline(make_state(), tuned=True, compiled=False)
-    rival.loss = torch.tensor(float("nan"))
-    with pytest.raises(RuntimeError, match="last loss is nan"):
-        rival.check()
-
-
-def test_every_block_of_the_rival_gets_a_contiguous_residual():
+def test_every_block_of_the_rival_gets_a_contiguous_residual_and_a_loss_of_nan_is_told(make_state):
     """As in the project's model; compiled, another layout of the first is a graph more."""
     state, seen = make_state(), []
-    rival = Baseline(state, tuned=True, compiled=False)
+    rival = rival_of(state)
     for block in rival.model.blocks:
         block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].is_contiguous()))
     rival.losses(*synthetic_batch(state, BATCH))
-    assert seen == [True] * TINY["depth"]
+    assert seen == [True] * state.config.depth
+    rival.loss = torch.tensor(float("nan"))
+    refused(rival.check, "last loss is nan", error=RuntimeError)
+
+
+def test_the_teacher_of_sras_release_hears_what_ours_does_whatever_backend_the_run_has(make_state):
+    """On a GPU a run's backend is one for bf16; sdpa-cudnn takes nothing on a CPU."""
+    state = make_state(align="sra", enc_type=None, block_out_s=1, block_out_t=2)
+    batch, draws = synthetic_batch(state, BATCH)
+    clean = draws.posterior_noise
+    with torch.no_grad():
+        expected = state.alignment.targets(batch, clean, draws, state.objective, state.ema)
+        ops.set_attention_backend("sdpa-cudnn")
+        found = whole_teacher(state.alignment, batch, clean, draws, state.objective, state.ema)
+    assert len(found) == len(expected) == 1
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from benchmarks.faults.chaos_run import Broken, Trainer
 from benchmarks.harness.environment import RESULTS, ROOT
 from benchmarks.harness.rows import read
 from repa_fast.checkpoint.layout import MARKER, path_of
+from tests.refusals import refused
 
 BEGINS = "runs/run: 2 x cpu, fp32, 12 images per step in micro-batches of 6, from step {} to 40"
 
@@ -39,6 +41,9 @@ def go_on(trainer: Trainer, step: int) -> None:
     trainer.see(BEGINS.format(step))
 
 
+broken = partial(refused, error=Broken)
+
+
 def test_a_run_that_keeps_its_promises_passes(trainer):
     """Also where a save's line says more, and where newer checkpoints pushed announced ones out."""
     trainer.see("step 8/40  loss 1.0")
@@ -53,27 +58,19 @@ def test_a_run_that_keeps_its_promises_passes(trainer):
     assert trainer.finished
 
 
-def test_a_lost_checkpoint_is_noticed(trainer):
+def test_a_start_from_an_older_or_no_checkpoint_and_a_lost_one_are_noticed(trainer):
     complete(trainer.checkpoints, 10)
+    broken(partial(go_on, trainer, 5), r"began at step 5 from 5, complete were \[5, 10\]")
+    broken(partial(trainer.see, BEGINS.format(0)), "began at step 0")
     shutil.rmtree(path_of(trainer.checkpoints, 5))
-    with pytest.raises(Broken, match=r"announced .* no marker: \[5\], complete are \[10\]"):
-        go_on(trainer, 10)
-
-
-def test_a_start_from_an_older_or_no_checkpoint_is_noticed(trainer):
-    complete(trainer.checkpoints, 10)
-    with pytest.raises(Broken, match=r"began at step 5 from 5, complete were \[5, 10\]"):
-        go_on(trainer, 5)
-    with pytest.raises(Broken, match="began at step 0"):
-        trainer.see(BEGINS.format(0))
+    broken(partial(go_on, trainer, 10), r"announced .* no marker: \[5\], complete are \[10\]")
 
 
 def test_a_half_written_checkpoint_is_noticed(trainer):
     path_of(trainer.checkpoints, 10).mkdir()
-    with pytest.raises(Broken, match=r"went on from .*0000010, which has no marker"):
-        go_on(trainer, 10)
-    with pytest.raises(Broken, match=r"announced .* no marker: \[10\], complete are \[5\]"):
-        trainer.see(f"checkpoint {path_of(trainer.checkpoints, 10)}")
+    broken(partial(go_on, trainer, 10), r"went on from .*0000010, which has no marker")
+    announced = partial(trainer.see, f"checkpoint {path_of(trainer.checkpoints, 10)}")
+    broken(announced, r"announced .* no marker: \[10\], complete are \[5\]")
 
 
 def test_the_phase_is_what_lines_and_folders_say(tmp_path):
@@ -116,17 +113,13 @@ def test_the_plan_shares_kills_out_evenly_and_repeats():
     assert {kill.after for kill in kills} <= set(range(1, 21))
 
 
-def test_the_page_shows_the_committed_rows():
+def test_the_page_shows_the_committed_rows_and_every_test_that_it_names_is_there():
     """docs/reliability.md is what benchmarks.faults.chaos_report makes of the newest rows."""
     rows = sorted((RESULTS / "cpu").glob("*_chaos/rows.jsonl"))[-1]
     page = chaos_report.PAGE.read_text()
     assert chaos_report.filled(page, read(rows)) == page
-
-
-def test_every_test_that_the_page_names_is_there():
-    named = re.findall(r"(tests/\S+\.py)::(\w+)", chaos_report.PAGE.read_text())
+    named = re.findall(r"(tests/\S+\.py)::(\w+)", page)
     assert len(named) >= 18
-    missing = [
+    assert not [
         (file, name) for file, name in named if f"def {name}(" not in (ROOT / file).read_text()
     ]
-    assert missing == []

@@ -1,5 +1,4 @@
 import argparse
-import json
 import sys
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +12,7 @@ from benchmarks.data import data
 from benchmarks.data import readers as data_readers
 from benchmarks.data import report as data_report
 from benchmarks.data import startup as data_startup
-from benchmarks.harness.rows import STAMP
+from benchmarks.harness.rows import read
 from repa_fast.data.dataset import LatentDataset, write
 from repa_fast.data.official import OfficialFolder
 
@@ -42,19 +41,27 @@ def test_table_and_files_hold_the_same(source):
         np.testing.assert_array_equal(row["image"], expected["image"])
         np.testing.assert_array_equal(row["moments"], rows["moments"][index])
         assert row["label"] == rows["label"][index]
-    files = data_readers.JpegFiles(source.folder).files if not data.why_not("pillow") else []
-    assert [path.read_bytes() for path in files] in ([], rows["image"])
-
-
-def test_bytes_of_a_row(source):
-    images = [len(image) for image in source.dataset.rows(np.arange(ROWS))["image"]]
-    assert data.row_bytes(source.dataset) == round(np.mean(images)) + 8 * 32 * 32 * 4 + 8
+    mean = np.mean([len(image) for image in rows["image"]])
+    assert data.row_bytes(source.dataset) == round(mean) + 8 * 32 * 32 * 4 + 8
     assert 40_000 < data.row_bytes(source.dataset) < 60_000  # what the goal is stated for
 
 
-@pytest.mark.parametrize(
-    "reader", [name for name in data.READERS if name not in ("official", "pillow-224-processes")]
-)
+def test_the_rival_has_the_same_images_and_resizes_as_pillow_does(source):
+    needs("pillow")
+    items = data_readers.JpegFiles(source.folder)
+    images = source.dataset.rows(np.arange(ROWS))["image"]
+    assert [path.read_bytes() for path in items.files] == images
+    with Image.open(items.files[0]) as image:
+        small = image.resize((224, 224), Image.Resampling.BICUBIC)
+    mean, std = (np.array(value) for value in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    expected = (np.asarray(small) / 255 - mean) / std
+    np.testing.assert_allclose(items[0].numpy(), expected.transpose(2, 0, 1), atol=1e-6)
+
+
+IN_THIS_PROCESS = [n for n in data.READERS if n not in ("official", "pillow-224-processes")]
+
+
+@pytest.mark.parametrize("reader", IN_THIS_PROCESS)
 def test_an_epoch_has_every_full_batch_and_can_be_repeated(source, reader):
     needs(reader)
     threads = torch.get_num_threads()
@@ -69,16 +76,6 @@ def test_an_epoch_has_every_full_batch_and_can_be_repeated(source, reader):
 def test_every_reader_passes_its_gate(source, reader):
     needs(reader)
     assert data.why_wrong(source, reader) == ""
-
-
-def test_rival_resizes_as_pillow_does(source):
-    needs("pillow")
-    items = data_readers.JpegFiles(source.folder)
-    with Image.open(items.files[0]) as image:
-        small = image.resize((224, 224), Image.Resampling.BICUBIC)
-    mean, std = (np.array(value) for value in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    expected = (np.asarray(small) / 255 - mean) / std
-    np.testing.assert_allclose(items[0].numpy(), expected.transpose(2, 0, 1), atol=1e-6)
 
 
 @contextmanager
@@ -123,31 +120,25 @@ def test_dropped_pages_are_gone_and_come_back(tmp_path):
     assert data_readers.resident_pages(path) == pages
 
 
-def test_a_run_writes_rows_and_a_report(tmp_path, monkeypatch, capsys):
+def test_a_run_writes_rows_and_a_report_with_ratios_round_by_round(tmp_path, monkeypatch, capsys):
     out = tmp_path / "rows.jsonl"
     arguments = ["--reader", "rows", "torch", "dali-cpu", "--rows", "8", "--batch", "4"]
     monkeypatch.setattr(sys, "argv", ["data", *arguments, "--rounds", "2", "--out", str(out)])
     assert data.main() == 0
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    rows = read(out)
     assert {row["reader"] for row in rows} >= {"rows", "torch"}
     for row in rows:
         assert {"commit", "command", "device", "cores", "load_average_before"} <= row.keys()
         assert row["images_per_s_p20"] <= row["images_per_s_p50"] <= row["images_per_s_p80"]
     assert "| torch |" in out.with_name("report.md").read_text()
+    torch_s = next(row for row in rows if row["reader"] == "torch")  # ratios are of rounds
+    ours, rival = [10.0, 20.0, 90.0], [5.0, 10.0, 30.0]
+    pair = ({"reader": "dali-cpu", "images_per_s": ours}, {"images_per_s": rival})
+    text = data_report.markdown([torch_s | one for one in pair])
+    assert "| dali-cpu to torch | 2.00 | 2.00 | 2.60 |" in text
 
 
-def test_a_ratio_is_taken_round_by_round():
-    shape = {"jpeg_quality": 75, "threads": 2, "rows": 8, "row_bytes": 1, "batch": 4, "rounds": 3}
-    shape |= {"load_average_before": 0, "load_average_after": 0, "command": "", "status": "ok"}
-    shape |= {f"images_per_s_p{p}": 1.0 for p in (20, 50, 80)}
-    shape |= dict.fromkeys(STAMP, "")
-    rows = [
-        {"reader": "dali-cpu", **shape, "images_per_s": [10.0, 20.0, 90.0]},
-        {"reader": "torch", **shape, "images_per_s": [5.0, 10.0, 30.0]},
-    ]
-    assert "| dali-cpu to torch | 2.00 | 2.00 | 2.60 |" in data_report.markdown(rows)
-
-
+@pytest.mark.usefixtures("heavy")
 def test_start_up_measures_processes_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(data_startup, "ROWS", 600)
     monkeypatch.setattr(data_startup, "STARTS", 1)

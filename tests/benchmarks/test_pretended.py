@@ -11,8 +11,12 @@ import pytest
 
 from benchmarks.gpu.pretended import __main__ as program
 from benchmarks.gpu.pretended import build
+from benchmarks.gpu.pretended import report as pretended_report
 from benchmarks.harness.environment import ROOT
+from benchmarks.harness.rows import append, read
+from tests.refusals import refused
 
+HERE = Path(__file__).parent
 REASON = build.why_not()
 needs_card = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 NO_CSRC = REASON or (None if shutil.which("nvcc") else "csrc cannot be built: there is no nvcc")
@@ -64,17 +68,11 @@ found["dtype"] = error_of(lambda: torch.ones(64, 64, device="cuda") @ z.to(torch
 found["graph"] = error_of(lambda: captured(lambda: x.add_(1)))
 found["item in a graph"] = error_of(lambda: captured(lambda: x.sum().item()))
 found["lost stream"] = error_of(lambda: captured(astray))
-print(json.dumps(found))
-"""
-
-WAITS = """
-import torch
-
-x = torch.ones(8, device="cuda")
 torch.cuda.set_sync_debug_mode("warn")
 loss = x.sum()
 loss.item()
 torch.cuda.set_sync_debug_mode("default")
+print(json.dumps(found))
 """
 
 COLLECTED = """
@@ -106,7 +104,7 @@ def run(*arguments, seconds=60, **values):
 
 
 @needs_card
-def test_facts_and_planted_mistakes(tmp_path):
+def test_facts_and_planted_mistakes_and_a_wait_with_its_line(tmp_path):
     (tmp_path / "planted.py").write_text(FACTS)
     done = run("-m", "planted", PYTHONPATH=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -121,90 +119,64 @@ def test_facts_and_planted_mistakes(tmp_path):
     assert "same dtype" in found["dtype"]
     assert "capture" in found["item in a graph"]
     assert "unjoined" in found["lost stream"].lower()
-
-
-@needs_card
-def test_a_wait_is_reported_with_its_line(tmp_path):
-    (tmp_path / "planted.py").write_text(WAITS)
-    done = run("-m", "planted", PYTHONPATH=tmp_path)
-    assert done.returncode == 0, done.stderr
-    line = WAITS.splitlines().index("loss.item()") + 1
+    line = FACTS.splitlines().index("loss.item()") + 1
     assert f" at {tmp_path / 'planted.py'}:{line}\n" in done.stderr
 
 
 @needs_card
-def test_a_wrong_number_is_no_failure_and_a_wrong_launch_is(tmp_path):
+@pytest.mark.parametrize("workers", (0, pytest.param(1, marks=pytest.mark.heavy)))
+def test_a_short_rehearsal_of_the_gpu_tests(tmp_path, workers):
+    """One of them, and planted ones: a wrong number is no failure and a wrong launch is."""
     (tmp_path / "test_planted.py").write_text(COLLECTED)
-    flags = ("-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", "--rootdir", tmp_path)
-    flags += ("-n", "1")  # a worker of its own reports nothing
     report = tmp_path / "report.jsonl"
-    done = run("--report", report, "-m", "pytest", *flags, tmp_path)
-    (row,) = map(json.loads, report.read_text().splitlines())
-    assert (row["passed"], row["numbers"]) == (1, 1), done.stdout
+    flags = ("-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", "--full", "-m", "gpu")
+    flags += ("-n", workers)  # a worker reports nothing
+    flags += ("-k", "test_planted or ours-gate_residual]", HERE / "test_run.py", tmp_path)
+    done = run("--report", report, "-m", "pytest", *flags, seconds=240)
+    (row,) = read(report)
+    assert (row["passed"], row["numbers"]) == (2, 1), done.stdout
     (failed,) = row["failed"]
     assert failed.endswith("test_launch")
     assert done.returncode == 1
 
 
-def steps(report):
-    """The rows of a report, and what its verdicts say of them."""
-    from benchmarks.gpu.pretended.report import read, verdicts
-
-    rows = read(report)
-    return rows, verdicts(rows)
-
-
-@needs_csrc
-def test_a_small_step_is_rehearsed(tmp_path):
-    """Compiled code is kept in .cache/pretended: 30 s of one core where it is there, else 40 s."""
-    report = tmp_path / "report.jsonl"
-    flags = ("--preset", "sit-s2", "--batch", 4, "--rung", "e", "g", "--steps", 1, "--warmup", 1)
-    done = run(
-        *("--report", report, "-m", "benchmarks.step.ladder", *flags),
-        seconds=300,
-        REPA_FAST_RESULTS=tmp_path / "results",
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (plain, graphed), wrong = steps(report)
-    assert (plain["rung"], graphed["rung"]) == ("e", "g")
-    assert wrong == []
-    assert (plain["warm_steps"], graphed["warm_steps"]) == (2, 4)
-    assert plain["launches"] > 500 > graphed["launches"]
-    assert graphed["graph_launches"] == 1 and graphed["replayed"] > 500
-
-
 @needs_card
-def test_the_gpu_tests_are_collected():
-    flags = ("--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider")
+@pytest.mark.usefixtures("heavy")
+def test_all_gpu_tests_are_collected():
+    flags = ("--collect-only", "-q", "--full", "-m", "gpu", "-p", "no:cacheprovider")
     done = run("-m", "pytest", *flags, "tests", seconds=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "error" not in done.stdout.splitlines()[-1]
     assert done.stdout.count("::") > 300
 
 
-@needs_card
+@needs_csrc
 @pytest.mark.usefixtures("heavy")
-def test_a_rung_is_rehearsed(tmp_path):
-    report = tmp_path / "report.jsonl"
-    flags = ("--preset", "sit-s2-repa", "--batch", 4, "--rung", "e", "--steps", 2, "--warmup", 1)
+def test_a_step_is_rehearsed_and_so_is_its_graph(tmp_path):
+    report, results = tmp_path / "report.jsonl", tmp_path / "results"
+    flags = ("--preset", "sit-s2-repa", "--batch", 4, "--rung", "e", "g", "--steps", 2)
     done = run(
-        *("--report", report, "-m", "benchmarks.step.ladder", *flags, "--limit", 100),
-        seconds=400,
-        REPA_FAST_RESULTS=tmp_path / "results",
+        *("--report", report, "-m", "benchmarks.step.ladder", *flags, "--warmup", 1),
+        seconds=500,
+        REPA_FAST_RESULTS=results,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    (rows,) = (tmp_path / "results").glob("*/*/rows.jsonl")
-    measured = json.loads(rows.read_text())
-    assert "pretended" in measured["device"]
-    assert measured["command"].startswith("python -m benchmarks.step.ladder --preset")
-    row = json.loads(report.read_text())
-    assert (row["rung"], row["batch"], row["micro_batch"]) == ("e", 4, 4)
-    assert row["synchronisations"] == 0, row["places"]
-    assert row["recompilations"] == {}
-    assert 1 <= row["block_graphs"] <= 3
-    assert row["launches"] > 500
-    assert row["card_gib"] < row["card_of_gib"]
-    assert len(row["functions"]) == 5
+    (rows,) = results.glob("*/*/rows.jsonl")
+    for measured in read(rows):
+        assert "pretended" in measured["device"]
+        assert measured["command"].startswith("python -m benchmarks.step.ladder --preset")
+    plain, graphed = rows = pretended_report.read(report)
+    assert pretended_report.verdicts(rows) == []
+    for row, rung, warm_steps in ((plain, "e", 2), (graphed, "g", 4)):
+        assert (row["rung"], row["batch"], row["micro_batch"]) == (rung, 4, 4)
+        assert row["warm_steps"] == warm_steps
+        assert row["synchronisations"] == 0, row["places"]
+        assert row["recompilations"] == {}
+        assert 1 <= row["block_graphs"] <= 3
+        assert row["card_gib"] < row["card_of_gib"]
+        assert len(row["functions"]) == 5
+    assert plain["launches"] > 500 > graphed["launches"]
+    assert graphed["graph_launches"] == 1 and graphed["replayed"] > 500
 
 
 STEP = {
@@ -219,15 +191,15 @@ STEP = {
 }  # fmt: skip
 
 
-def test_the_table_is_for_people(tmp_path):
-    from benchmarks.gpu.pretended.report import table
+HEAD = {name: STEP[name] for name in ("kind", "rung", "preset", "batch", "micro_batch")}
+FAILED = HEAD | {"error": "OutOfMemoryError: CUDA out of memory"}
 
-    failed = {name: STEP[name] for name in ("kind", "rung", "preset", "batch", "micro_batch")}
-    failed |= {"error": "OutOfMemoryError: CUDA out of memory", "card_gib": 79, "card_of_gib": 79.1}
+
+def test_the_table_is_for_people(tmp_path):
+    failed = FAILED | {"card_gib": 79, "card_of_gib": 79.1}
     tests = {"kind": "tests", "passed": 3, "numbers": 2, "skipped": 1, "failed": {"a::b": "why"}}
-    file = tmp_path / "report.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in (STEP, failed, tests)))
-    lines = table(file).splitlines()
+    append(tmp_path / "report.jsonl", STEP, failed, tests)
+    lines = pretended_report.table(tmp_path / "report.jsonl").splitlines()
     assert all(len(line) <= 100 for line in lines)
     text = "\n".join(lines)
     assert "2975" in text and "OutOfMemoryError" in text
@@ -236,8 +208,7 @@ def test_the_table_is_for_people(tmp_path):
 
 
 def test_verdicts_are_about_the_last_row_of_each_step():
-    from benchmarks.gpu.pretended.report import verdicts
-
+    verdicts = pretended_report.verdicts
     right = STEP | {"synchronisations": 0.0, "recompilations": {}}
     assert verdicts([STEP, right]) == []
     assert verdicts([STEP | {"rung": rung} for rung in ("", "a", "h")]) == []
@@ -253,9 +224,7 @@ def test_verdicts_are_about_the_last_row_of_each_step():
             "no CUDA graph is replayed",
         )
     ]
-    head = {name: STEP[name] for name in ("kind", "rung", "preset", "batch", "micro_batch")}
-    failed = head | {"error": "OutOfMemoryError: CUDA out of memory"}
-    assert verdicts([right, failed]) == ["(g) sit-xl2-repa, 256: " + failed["error"]]
+    assert verdicts([right, FAILED]) == ["(g) sit-xl2-repa, 256: " + FAILED["error"]]
 
 
 def not_a_gpu_machine():
@@ -313,5 +282,4 @@ def test_flags_before_the_module_are_ours():
 def test_what_is_missing_is_said(monkeypatch):
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
     assert "gcc" in build.why_not() or "Linux" in build.why_not()
-    with pytest.raises(RuntimeError, match="pretended card"):
-        build.build()
+    refused(build.build, "pretended card", error=RuntimeError)

@@ -1,9 +1,11 @@
-import json
+"""Kernel measurements: what is counted, who is refused a figure, and one run of the program."""
+
 import math
 
 import pytest
 import torch
 
+from benchmarks.harness.rows import append, read
 from benchmarks.harness.timing import Effort, Timing
 from benchmarks.kernels import report, run, tune
 from benchmarks.kernels.measure import Bench
@@ -13,7 +15,6 @@ from repa_fast import ops
 from repa_fast.kernels.attention import BACKENDS
 
 CPU = torch.device("cpu")
-FAST = Effort(graph_ms=0.1, rounds=3, warmup=0)
 A = 32 * 256 * 1152  # elements of a stream of SiT-XL/2
 V = 32 * 1152 * 2  # bytes of a vector per sample
 P = 32 * 256 * 768
@@ -23,10 +24,12 @@ Q = 32 * 16 * 256 * 72
 
 @pytest.fixture(scope="module")
 def bench():
-    return Bench(CPU, FAST)
+    found = Bench(CPU, Effort(graph_ms=0.1, rounds=3, warmup=0))
+    found.tidy = lambda: None  # collecting garbage takes longer than all else
+    return found
 
 
-def rows_of(bench, op, provider, modes=None):
+def rows_of(bench, op, provider, *modes):
     (problem,) = problems(op, CPU)
     return list(bench.rows(problem, provider, modes or problem.case.modes))
 
@@ -39,26 +42,21 @@ def test_every_public_op_is_measured():
     assert set(CASES) == set(ops.__all__) - settings - of_the_optimizer - of_the_sampler
 
 
-def test_the_list_names_every_op_and_provider(capsys):
+def test_the_list_names_every_op_and_every_provider_with_its_state(capsys):
     assert run.main(["--list"]) == 0
-    sections = dict(zip(CASES, listed(capsys.readouterr().out)))
-    for op in CASES:
-        assert sections[op] == list(providers(op))
-    assert set(sections["attention"]) >= set(BACKENDS)
-    assert {"ours", "compile", "eager", "liger", "quack", "cudnn", "apex"} == set(sections["adaln"])
-
-
-def listed(text):
-    """Providers per op, in order; every line of a provider says whether it can run."""
-    found = []
-    for line in text.splitlines():
+    listed = {}
+    for line in capsys.readouterr().out.splitlines():
         if not line.startswith(" "):
-            found.append([])
+            listed[line] = found = {}
         else:
             name, _, state = line.strip().partition(": ")
-            assert state
-            found[-1].append(name)
-    return found
+            found[name] = state
+    assert {op: list(found) for op, found in listed.items()} == {
+        op: [*providers(op)] for op in CASES
+    }
+    assert all(state for found in listed.values() for state in found.values())
+    assert set(listed["attention"]) >= set(BACKENDS)
+    assert {"ours", "compile", "eager", "liger", "quack", "cudnn", "apex"} == set(listed["adaln"])
 
 
 # bytes per element of x, branch, out, y in an fp32 stream and a bf16 branch: 4, 2, 4, 2
@@ -70,26 +68,18 @@ def listed(text):
         ("gate_residual_adaln", 12 * A + 3 * V, 18 * A + 5 * V),
         ("align_loss", 4 * P + 32 * 4, 6 * P + 32 * 4),
         ("attention", 8 * Q, 16 * Q),
+        ("euler_maruyama_step", (4 + 2 + 2 + 4 + 2) * S + 64 * 8, None),
     ],
 )
-def test_necessary_bytes(op, forward, backward):
-    case = CASES[op]
-    problem = Problem(case, case.shapes[0], case.dtypes[0])
+def test_necessary_bytes_and_flops(op, forward, backward):
+    problem = Problem(CASES[op], CASES[op].shapes[0], CASES[op].dtypes[0])
     assert problem.necessary_bytes("forward") == forward
-    assert problem.necessary_bytes("backward") == backward
-    assert problem.necessary_bytes("both") == forward + backward
-
-
-def test_necessary_bytes_of_a_sampling_step():
-    case = CASES["euler_maruyama_step"]
-    problem = Problem(case, case.shapes[0], case.dtypes[0])
-    assert problem.necessary_bytes("forward") == (4 + 2 + 2 + 4 + 2) * S + 64 * 8
-
-
-def test_flops_of_attention_are_those_of_its_products():
-    problem = Problem(CASES["attention"], CASES["attention"].shapes[0], torch.bfloat16)
-    assert problem.flops("forward") == 4 * 256 * Q
-    assert problem.flops("backward") == 10 * 256 * Q
+    if backward is not None:
+        assert problem.necessary_bytes("backward") == backward
+        assert problem.necessary_bytes("both") == forward + backward
+    if op == "attention":  # those of its products
+        assert problem.flops("forward") == 4 * 256 * Q
+        assert problem.flops("backward") == 10 * 256 * Q
 
 
 @pytest.mark.parametrize("op", CASES)
@@ -125,38 +115,24 @@ class Skewed(torch.autograd.Function):
         return 1.05 * dx
 
 
-def wrong(change):
-    def build(case):
-        return lambda **tensors: change(case.reference, tensors)
-
-    return Provider("wrong", build)
-
-
 @pytest.mark.parametrize(
     "change, named",
     [
-        (lambda f, t: 1.05 * f(**t), "y: "),
-        (lambda f, t: f(**t) + math.nan, "y: "),
-        (lambda f, t: Skewed.apply(f(**t)), "dx: "),
-        (lambda f, t: f(**t).float(), "torch.float32"),
-        (lambda f, t: f(**t)[:1], "Mismatch in shape"),
+        (lambda y: 1.05 * y, "y: "),
+        (lambda y: torch.cat([y[:-1], 1.05 * y[-1:]]), "y: "),
+        (lambda y: y + math.nan, "y: "),
+        (Skewed.apply, "dx: "),
+        (lambda y: y.float(), "torch.float32"),
+        (lambda y: y[:1], "Mismatch in shape"),
     ],
-    ids=["value", "nan", "gradient", "dtype", "shape"],
+    ids=["value", "last sample", "nan", "gradient", "dtype", "shape"],
 )
 def test_a_wrong_provider_is_refused_and_gets_no_figure(bench, change, named):
-    (row,) = rows_of(bench, "adaln", wrong(change))
+    wrong = Provider("wrong", lambda case: lambda **tensors: change(case.reference(**tensors)))
+    (row,) = rows_of(bench, "adaln", wrong)
     assert row["status"] == "failed" and named in row["message"]
     assert not any(name.startswith("ms_") for name in row)
-    assert "host_us_p50" not in bench.overhead("adaln", wrong(change))
-
-
-def test_a_wrong_last_sample_is_refused(bench):
-    def change(formula, tensors):
-        y = formula(**tensors)
-        return torch.cat([y[:-1], 1.05 * y[-1:]])
-
-    (row,) = rows_of(bench, "adaln", wrong(change))
-    assert row["status"] == "failed" and "y: " in row["message"]
+    assert "host_us_p50" not in bench.overhead("adaln", wrong)
 
 
 def test_what_cannot_be_built_or_run_says_why(bench):
@@ -186,41 +162,33 @@ class Once(torch.autograd.Function):
         return dx.clone()
 
 
-def timings(bench, monkeypatch, both, forward):
-    """Let `bench` find these milliseconds for both passes and for the forward one."""
+@pytest.mark.parametrize("both", [7.0, 3.0])
+def test_a_backward_pass_that_cannot_repeat_is_a_difference_unless_that_is_noise(
+    bench, monkeypatch, both
+):
     measured = bench._time
 
     def time(problem, call, mode):
         if mode == "backward":
             return measured(problem, call, mode)
-        p50 = {"both": both, "forward": forward}[mode]
+        p50 = {"both": both, "forward": 3.0}[mode]
         return Timing(p50 - 0.5, p50, p50 + 0.5, 10, 3, "cuda graph"), None
 
     monkeypatch.setattr(bench, "_time", time)
-
-
-def once(case):
-    return lambda **tensors: Once.apply(case.reference(**tensors))
-
-
-def test_a_backward_pass_that_cannot_repeat_is_a_difference_and_says_so(bench, monkeypatch):
-    timings(bench, monkeypatch, both=7.0, forward=3.0)
-    (row,) = rows_of(bench, "adaln", Provider("once", once), ("backward",))
+    once = Provider("once", lambda case: lambda **tensors: Once.apply(case.reference(**tensors)))
+    (row,) = rows_of(bench, "adaln", once, "backward")
+    if both == 3:
+        assert row["status"] == "failed" and "3.0 ms" in row["message"]
+        return
     assert row["status"] == "ok", row
     assert row["method"] == "both - forward, cuda graph (RuntimeError: used twice)"
     assert (row["ms_p20"], row["ms_p50"], row["ms_p80"]) == (3.0, 4.0, 5.0)
 
 
-def test_a_difference_that_is_noise_is_no_figure(bench, monkeypatch):
-    timings(bench, monkeypatch, both=3.0, forward=3.0)
-    (row,) = rows_of(bench, "adaln", Provider("once", once), ("backward",))
-    assert row["status"] == "failed" and "3.0 ms" in row["message"]
-
-
 def test_a_run_writes_rows_a_report_and_a_picture(tmp_path, capsys):
     arguments = ["--op", "align_loss", "--op", "adaln", "--provider", "eager", "--provider", "apex"]
     assert run.main([*arguments, "--device", "cpu", "--out", str(tmp_path)]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    rows = read(tmp_path / "rows.jsonl")
     assert {row["mode"] for row in rows} == {"forward", "backward", "both", "overhead", "all"}
     for row in rows:
         assert {"op", "provider", "shape", "dtype", "commit", "command", "device"} <= row.keys()
@@ -231,11 +199,18 @@ def test_a_run_writes_rows_a_report_and_a_picture(tmp_path, capsys):
     assert "% of copy" in capsys.readouterr().out
 
 
-def test_nothing_begins_after_the_time_limit(tmp_path, capsys):
-    arguments = ["--op", "adaln", "--limit", "0", "--device", "cpu", "--out", str(tmp_path)]
-    assert run.main(arguments) == 0
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--limit", "0"], "time limit: adaln 4x64x384 fp32 ours left out"),
+        (["--batch", "5"], "adaln: no shape of this batch size and dtype"),
+    ],
+)
+def test_what_is_not_measured_is_said_and_has_no_rows(tmp_path, capsys, flags, said):
+    arguments = ["--op", "adaln", "--device", "cpu", "--out", str(tmp_path)]
+    assert run.main([*arguments, *flags]) == 0
     assert not (tmp_path / "rows.jsonl").read_text()
-    assert "time limit: adaln 4x64x384 fp32 ours left out" in capsys.readouterr().out
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -253,34 +228,22 @@ def test_batch_sizes_and_dtypes_can_be_chosen(flags, found):
     assert [(problem.shape[0], short(problem.dtype)) for problem in chosen] == found
 
 
-def test_an_op_without_such_a_shape_says_so_and_has_no_rows(tmp_path, capsys):
-    arguments = ["--op", "adaln", "--batch", "5", "--device", "cpu", "--out", str(tmp_path)]
-    assert run.main(arguments) == 0
-    assert not (tmp_path / "rows.jsonl").read_text()
-    assert "adaln: no shape of this batch size and dtype" in capsys.readouterr().out
-
-
-def test_a_report_has_the_last_row_of_each_and_the_ratio_to_compile(tmp_path, bench):
-    rows = rows_of(bench, "gate_residual", EAGER, ("forward",))
-    compiled = {**rows[0], "provider": "compile", "ms_p50": 2 * rows[0]["ms_p50"]}
-    stale = {**rows[0], "ms_p50": 1e9}
+def test_a_report_has_the_last_row_of_each_and_none_where_its_provider_was_wrong_since(
+    tmp_path, bench
+):
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in (stale, rows[0], compiled)))
+    (right,) = rows_of(bench, "gate_residual", EAGER, "forward")
+    compiled = {**right, "provider": "compile", "ms_p50": 2 * right["ms_p50"]}
+    append(path, {**right, "ms_p50": 1e9}, right, compiled)
     latest = report.read(path)
-    assert latest == [rows[0], compiled]
-    assert report.ratio_to_compile(latest[0], latest) == "2.00"
-
-
-def test_a_figure_is_dropped_when_its_provider_turns_out_wrong_and_comes_back(tmp_path, bench):
-    (right,) = rows_of(bench, "gate_residual", EAGER, ("forward",))
+    assert latest == [right, compiled]
+    assert report.ratio_to_compile(right, latest) == "2.00"
     refused = {**right, "mode": "all", "status": "failed", "message": "gate: out"}
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(right) + "\n" + json.dumps(refused) + "\n")
-    assert report.read(path) == [refused]
+    append(path, refused)
+    assert report.read(path) == [compiled, refused]
     assert "| gate: out | 4x64x384 fp32 all |" in report.markdown([refused])
-    with open(path, "a") as file:
-        file.write(json.dumps(right) + "\n")
-    assert report.read(path) == [right]
+    append(path, right)
+    assert report.read(path) == [compiled, right]
 
 
 def test_every_kernel_has_tiles_that_can_be_filled():
@@ -301,14 +264,13 @@ def test_without_a_gpu_tuning_says_so_in_one_line(capsys):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", CASES)
-def test_figures_on_a_gpu_come_from_graphs(op):
-    device = torch.device("cuda")
-    bench = Bench(device, Effort(rounds=3, warmup=1))
-    case = CASES[op]
-    for name in ("compile", "sdpa" if op == "attention" else "ours"):
-        problem = Problem(case, case.small, case.dtypes[0])
-        for row in bench.rows(problem, providers(op)[name], case.modes):
-            assert row["status"] == "ok" and row["method"] == "cuda graph", row
-            assert 0 < row["ms_p50"] < 10 and row["peak_bytes"] > 0 and row["sets"] > 1
-        host = bench.overhead(op, providers(op)[name])
-        assert host["status"] == "ok" and host["host_us_p50"] > 0
+@pytest.mark.parametrize("name", ["compile", "ours"])
+def test_figures_on_a_gpu_come_from_graphs(op, name):
+    bench = Bench(torch.device("cuda"), Effort(rounds=3, warmup=1))
+    provider = providers(op)["sdpa" if (op, name) == ("attention", "ours") else name]
+    problem = Problem(CASES[op], CASES[op].small, CASES[op].dtypes[0])
+    for row in bench.rows(problem, provider, problem.case.modes):
+        assert row["status"] == "ok" and row["method"] == "cuda graph", row
+        assert 0 < row["ms_p50"] < 10 and row["peak_bytes"] > 0 and row["sets"] > 1
+    host = bench.overhead(op, provider)
+    assert host["status"] == "ok" and host["host_us_p50"] > 0

@@ -1,37 +1,33 @@
+"""Sampling measured: a rival that is right, a gate that holds, figures that add up."""
+
 import argparse
-import json
+import itertools
 import math
 import re
 import sys
+from functools import partial
 
 import pytest
 import torch
 
+from benchmarks.harness import timing
+from benchmarks.harness.rows import read
 from benchmarks.sample import gate as sample_gate
 from benchmarks.sample import providers as sample_providers
 from benchmarks.sample import report as sample_report
 from benchmarks.sample import rival as sample_rival
 from benchmarks.sample import sample
-from repa_fast.backend import dispatch
 from repa_fast.diffusion import samplers
 from repa_fast.models.sit import SiT
 from tests.eval import checkpoints
+from tests.refusals import refused
 
 CPU = torch.device("cpu")
 BATCH = 2
+pytestmark = pytest.mark.usefixtures("tiny_digits")
 FULL, PART, NONE = (
     sample_providers.GUIDANCES[name] for name in ("1.8 on [0, 1]", "1.8 on [0, 0.7]", "none")
 )
-
-
-@pytest.fixture(autouse=True)
-def same_process():
-    """Samplers choose the precision of matrix products, gates the kernels, for all that follows."""
-    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    yield
-    torch.set_float32_matmul_precision(matmul)
-    torch.backends.cudnn.allow_tf32 = cudnn
-    dispatch.use_kernels(None)
 
 
 def options(*providers, **changes) -> argparse.Namespace:
@@ -64,47 +60,28 @@ def test_the_rival_turns_noise_into_the_data_that_it_should():
     # 8000 values: 4 standard deviations of a variance are 0.063 of it; as much for the time steps
     assert latents.var().item() == pytest.approx(0.25, rel=0.12)
     assert abs(latents.mean().item()) < 4 * 0.5 / math.sqrt(8000)
+    none = partial(sample_rival.sample, Analytic(1), noise, labels, num_steps=0, cfg_scale=1)
+    refused(none, "num_steps is 0, expected at least 2")
 
 
-@pytest.mark.parametrize("guidance", sample_providers.GUIDANCES.values())
+@pytest.mark.parametrize("guidance", (FULL, PART, NONE))
 def test_the_rival_and_our_sampler_agree_in_fp64(guidance):
     torch.manual_seed(1)
     noise, labels = torch.randn(3, 1, 4, 4, dtype=torch.float64), torch.tensor([0, 2, 1])
     increments = torch.randn(5, *noise.shape, dtype=torch.float64)
-    model = Analytic(0.5)
-    rival = sample_rival.sample(
-        model, noise, labels, num_steps=6, increments=increments, **guidance
-    )
-    ours = samplers.euler_maruyama(
-        model,
-        noise,
-        labels,
-        num_steps=6,
-        cfg_scale=guidance["cfg_scale"],
-        guidance_interval=(guidance["guidance_low"], guidance["guidance_high"]),
-        noise=increments,
-    )
+    start = (Analytic(0.5), noise, labels)
+    rival = sample_rival.sample(*start, num_steps=6, increments=increments, **guidance)
+    scale, *interval = guidance.values()
+    given = {"cfg_scale": scale, "guidance_interval": tuple(interval), "noise": increments}
+    ours = samplers.euler_maruyama(*start, num_steps=6, **given)
     torch.testing.assert_close(rival, ours, rtol=1e-12, atol=1e-12)
-
-
-def test_one_step_has_no_increment():
-    with pytest.raises(ValueError, match="num_steps is 0, expected at least 2"):
-        sample_rival.sample(
-            Analytic(1), torch.zeros(1, 1, 2, 2), torch.zeros(1).long(), num_steps=0, cfg_scale=1
-        )
-
-
-@pytest.mark.parametrize(
-    "guidance, guided",
-    # times 1 - 0.96 k / 249 of k = 0..249: 0.7 is passed at k = 77.8
-    [(FULL, 250), (PART, 250 - 78), (NONE, 0)],
-)
-def test_evaluations_with_guidance(guidance, guided):
-    assert sample_providers.evaluations(250, guidance) == (250 - guided, guided)
 
 
 def test_figures_are_the_mix_of_the_steps_of_each_kind():
     """ms 2 without and 5 with guidance, batch 2: 250 steps on [0, 0.7] take 78 * 2 + 172 * 5 ms."""
+    # times 1 - 0.96 k / 249 of k = 0..249: 0.7 is passed at k = 77.8
+    for guidance, guided in ((FULL, 250), (PART, 250 - 78), (NONE, 0)):
+        assert sample_providers.evaluations(250, guidance) == (250 - guided, guided)
     provider = argparse.Namespace(batch=BATCH, device=CPU, precision="no")
     with torch.device("meta"):
         provider.model = argparse.Namespace(model=SiT(z_dims=()))
@@ -156,40 +133,42 @@ def test_a_wrong_sampler_gets_no_figure(monkeypatch, name, changes, named):
     assert isinstance(message, str) and re.search(named, message), message
 
 
-def test_loops_that_do_not_agree_are_no_gate(monkeypatch):
+def test_the_gate_knows_what_a_rounding_is_and_loops_that_do_not_agree_are_none(monkeypatch):
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        assert sample_gate.ROUNDOFF[name] == torch.finfo(dtype).eps / 2
     monkeypatch.setattr(sample_rival, "LAST_TIME", 0.05)
-    with pytest.raises(RuntimeError, match=r"differ by .* in fp64"):
-        sample.prepare(options("official"), CPU)
+    prepare = partial(sample.prepare, options("official"), CPU)
+    refused(prepare, r"differ by .* in fp64", error=RuntimeError)
 
 
 def fails(*arguments, **changes):
     raise RuntimeError("no such kernel\nmore")
 
 
-def test_what_fails_says_why_and_spoils_no_other(monkeypatch):
-    monkeypatch.setattr(torch.nn.Module, "compile", fails)
-    rows = sample.measure(options("ours-compile-tf32", "official"))
-    by = {row["provider"]: row for row in rows}
-    assert by["ours-compile-tf32"]["status"] == "failed"
-    assert by["ours-compile-tf32"]["message"] == "RuntimeError: no such kernel"
-    assert by["official"]["status"] == "ok" and len(rows) == 6
-    assert "RuntimeError: no such kernel" in sample_report.markdown(rows)
-
-
-def test_a_run_writes_rows_and_a_report(tmp_path, monkeypatch):
+def test_a_run_writes_rows_and_a_report_and_what_fails_says_why_and_spoils_no_other(
+    tmp_path, monkeypatch
+):
     out = tmp_path / "rows.jsonl"
-    arguments = ["--provider", "official", "ours-eager-tf32", "--measured", "4", "--rounds", "2"]
+    monkeypatch.setattr(torch.nn.Module, "compile", fails)
+    monkeypatch.setitem(timing.MATMUL_SIDE, "cpu", 64)
+    names = ["official", "ours-eager-tf32", "ours-compile-tf32"]
+    arguments = ["--provider", *names, "--measured", "4", "--rounds", "2"]
     command = ["sample", "--toy", "--device", "cpu", "--batch", "2", "--out", str(out), *arguments]
     monkeypatch.setattr("sys.argv", command)
-    assert sample.main() == 0
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert {row["guidance"] for row in rows} == set(sample_providers.GUIDANCES) and len(rows) == 6
+    assert sample.main() == 1
+    rows, text = read(out), out.with_name("report.md").read_text()
+    found = [(row["provider"], row["guidance"]) for row in rows]
+    assert found == list(itertools.product(names, sample_providers.GUIDANCES))
     for row in rows:
         assert {"commit", "command", "device", "cores", "kernels"} <= row.keys()
+        assert row["num_steps"] == 8
+        if row["provider"] == "ours-compile-tf32":
+            assert (row["status"], row["message"]) == ("failed", "RuntimeError: no such kernel")
+            continue
         assert row["images_per_s_p20"] <= row["images_per_s_p50"] <= row["images_per_s_p80"]
-        assert row["num_steps"] == 8 and len(row["images_per_s"]) == 2
-    text = out.with_name("report.md").read_text()
+        assert row["status"] == "ok" and len(row["images_per_s"]) == 2
     assert text.count("| ours-eager-tf32 |") == 6 and "the latents are pixels" in text
+    assert "RuntimeError: no such kernel" in text
 
 
 def test_a_ratio_is_taken_round_by_round_within_a_process():
@@ -201,20 +180,16 @@ def test_a_ratio_is_taken_round_by_round_within_a_process():
 
 
 @pytest.mark.parametrize("official", [True, False])
-def test_decoding_is_timed_with_random_weights(monkeypatch, official):
+def test_decoding_is_timed_with_random_weights_or_it_is_said_what_is_missing(monkeypatch, official):
     pytest.importorskip("diffusers")
     small = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
-    small |= {"down_block_types": ("DownEncoderBlock2D",) * 2}
-    small |= {"up_block_types": ("UpDecoderBlock2D",) * 2, "latent_channels": 4}
-    monkeypatch.setattr(sample, "SD_VAE", small)
+    small |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "latent_channels": 4}
+    monkeypatch.setattr(sample, "SD_VAE", small | {"up_block_types": ("UpDecoderBlock2D",) * 2})
     sampler = argparse.Namespace(metadata=checkpoints.LATENTS)
     provider = argparse.Namespace(batch=6, official=official, device=CPU, sampler=sampler)
     assert sample.decoding(provider, toy=False)["decode_ms"] > 0
-
-
-def test_without_diffusers_the_reason_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    found = sample.decoding(argparse.Namespace(), toy=False)
+    found = sample.decoding(provider, toy=False)
     assert found.keys() == {"decode_skipped"} and "diffusers" in found["decode_skipped"]
 
 
@@ -233,8 +208,3 @@ def test_figures_on_a_gpu(name):
     for row in rows:
         assert row["status"] == "ok" and row["images_per_s_p50"] > 0, row
         assert row["peak_reserved_gib"] > 0
-
-
-def test_the_gate_knows_what_a_rounding_is():
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        assert sample_gate.ROUNDOFF[name] == torch.finfo(dtype).eps / 2

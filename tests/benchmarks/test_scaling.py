@@ -1,11 +1,13 @@
+"""The model of scaling against sums by hand, simulated rings and queues, and the committed page."""
+
 import dataclasses
-import json
 import math
 import sys
 
 import pytest
 from scipy import integrate, stats
 
+from benchmarks.harness.rows import append
 from benchmarks.paper import scaling
 from benchmarks.paper import scaling_model as model
 from repa_fast.configs import presets
@@ -13,7 +15,10 @@ from repa_fast.configs import presets
 H200 = model.Machine()
 NO_HOPS = {f"{kind}_{link}": 0.0 for kind in ("ring", "tree") for link in ("nvlink", "network")}
 MODES = list(model.MODES)
-SHARDED = MODES[1:]
+
+
+def changed(**constants):
+    return dataclasses.replace(H200, **constants)
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +26,25 @@ def work():
     return model.work(presets.get("sit-xl2-repa"))
 
 
-def changed(**constants):
-    return dataclasses.replace(H200, **constants)
+@pytest.fixture(scope="module")
+def step(work):
+    """step(mode, gpus, batch, **constants of the machine)"""
+
+    def made(mode, gpus, batch, **constants):
+        return model.step(work, changed(**constants), model.MODES[mode], gpus, batch)
+
+    return made
 
 
-def seconds(work, mode, gpus, batch, machine=H200):
-    return model.step(work, machine, model.MODES[mode], gpus, batch).seconds
+@pytest.fixture(scope="module")
+def sent(work):
+    """sent(mode, gpus, **constants of the machine), where hops take no time"""
+
+    def made(mode, gpus, **constants):
+        machine = changed(**NO_HOPS | constants)
+        return model.communication(work, machine, model.MODES[mode], gpus)
+
+    return made
 
 
 @pytest.mark.parametrize("ranks", (2, 3, 8))
@@ -50,10 +68,10 @@ def test_volumes_are_those_of_a_ring_that_gives_every_rank_the_sum(ranks):
 
 
 @pytest.mark.parametrize("mode, total", (("ddp", 10.6), ("fsdp", 8.0), ("fsdp bf16", 5.3)))
-def test_a_node_s_collectives_at_450_gb_per_second(work, mode, total):
+def test_a_node_s_collectives_at_450_gb_per_second(sent, mode, total):
     """683 M parameters: 7/8 x 8, 6 and 4 bytes each."""
-    sent = model.communication(work, changed(nvlink=450e9, **NO_HOPS), model.MODES[mode], 8)
-    assert 1e3 * (sent.forward + sent.backward) == pytest.approx(total, abs=0.05)
+    found = sent(mode, 8, nvlink=450e9)
+    assert 1e3 * (found.forward + found.backward) == pytest.approx(total, abs=0.05)
 
 
 def test_an_all_reduce_takes_the_ring_or_the_tree_with_less_latency():
@@ -65,105 +83,76 @@ def test_an_all_reduce_takes_the_ring_or_the_tree_with_less_latency():
     assert model.latency("all-reduce", 4, 4, machine) == 2 * 3 * 10
 
 
-def test_nodes_share_their_network_and_only_replicas_cross_it(work):
-    machine = changed(network=100e9, **NO_HOPS)
-    half = changed(network=50e9, **NO_HOPS)
-    for mode in MODES:
-        fast, slow = (model.communication(work, m, model.MODES[mode], 16) for m in (machine, half))
-        gathers = 1 if "hsdp" in mode else 2
-        assert slow.forward == pytest.approx(gathers * fast.forward)
-    across = model.communication(work, changed(network=1e9, nvlink=1e30, **NO_HOPS),
-                                 model.MODES["hsdp"], 32)  # fmt: skip
-    assert across.backward == pytest.approx(2 * 3 / 4 * 4 * work.parameters / 1e9)
+@pytest.mark.parametrize("mode", MODES)
+def test_nodes_share_their_network_and_only_replicas_cross_it(sent, mode):
+    fast, slow = (sent(mode, 16, network=rate) for rate in (100e9, 50e9))
+    assert slow.forward == pytest.approx((1 if "hsdp" in mode else 2) * fast.forward)
 
 
-def test_stragglers_are_the_noise_of_a_gpu_s_own_time(work):
-    two = model.step(work, changed(noise=0.02), model.MODES["ddp"], 2, 32)
-    own = two.matmul + two.elementwise + two.copies + two.optimizer
-    assert two.launches == 0
-    assert two.stragglers == pytest.approx(0.02 * own / math.sqrt(math.pi))
-
-
-def test_links_work_side_by_side_but_for_one_piece(work):
-    """16 GPUs: 7/8 of the gradients inside a node, 2 x 1/2 of them across."""
-    machine = changed(nvlink=1e9, network=1e9, **NO_HOPS)
-    sent = model.communication(work, machine, model.MODES["hsdp"], 16)
+def test_links_work_side_by_side_but_for_one_piece(work, sent):
+    """16 GPUs: 7/8 of the gradients inside a node, 2 x 1/2 of them across; 32: 2 x 3/4."""
     gradients = 4 * work.parameters / 1e9
-    assert sent.backward == pytest.approx(gradients * (1 + 7 / 8 / 29))
-    assert sent.end == 0
+    found = sent("hsdp", 16, nvlink=1e9, network=1e9)
+    assert found.backward == pytest.approx(gradients * (1 + 7 / 8 / 29)) and found.end == 0
+    across = sent("hsdp", 32, nvlink=1e30, network=1e9)
+    assert across.backward == pytest.approx(2 * 3 / 4 * gradients)
 
 
 @pytest.mark.parametrize("window, total", ((10.0, 3.0), (10.0, 10.0), (10.0, 40.0), (0.0, 4.0)))
 @pytest.mark.parametrize("pieces", (1, 2, 7))
 def test_what_shows_is_what_two_queues_make_of_it(window, total, pieces):
-    passed, reduced = 0.0, 0.0
-    for _ in range(pieces):  # a backward pass: each piece is computed, then reduced
-        passed += window / pieces
-        reduced = max(reduced, passed) + total / pieces
-    assert model.exposed(window, total, pieces) == pytest.approx(reduced - window)
-    gathered, passed = 0.0, 0.0
-    for _ in range(pieces):  # a forward pass: each piece is gathered, then used
-        gathered += total / pieces
-        passed = max(passed, gathered) + window / pieces
-    assert model.exposed(window, total, pieces) == pytest.approx(passed - window)
+    """Backward each piece is computed, then reduced; forward it is gathered, then used."""
+    for first, second in ((window, total), (total, window)):
+        begun = done = 0.0
+        for _ in range(pieces):
+            begun += first / pieces
+            done = max(done, begun) + second / pieces
+        assert model.exposed(window, total, pieces) == pytest.approx(done - window)
 
 
-@pytest.mark.parametrize(
-    "count, expected",
-    ((1, 0), (2, 1 / math.sqrt(math.pi)), (3, 1.5 / math.sqrt(math.pi)), (10, 1.5387527308)),
-)
-def test_the_expected_maximum_where_it_is_known(count, expected):
+def test_the_expected_maximum_is_what_it_is_known_to_be_and_the_mean_of_its_density():
     """Closed forms; ten from the tables of normal order statistics."""
-    assert model.expected_maximum(count) == pytest.approx(expected, abs=1e-9)
+    known = {1: 0, 2: 1 / math.sqrt(math.pi), 3: 1.5 / math.sqrt(math.pi), 10: 1.5387527308}
+    for count, expected in known.items():
+        assert model.expected_maximum(count) == pytest.approx(expected, abs=1e-9)
 
-
-@pytest.mark.parametrize("count", (8, 100, 1024))
-def test_the_expected_maximum_is_the_mean_of_its_density(count):
-    def moment(x):
+    def moment(x, count):
         return x * count * stats.norm.pdf(x) * stats.norm.cdf(x) ** (count - 1)
 
-    expected, error = integrate.quad(moment, -10, 10, points=(0, 2, 4), limit=200)
-    assert model.expected_maximum(count) == pytest.approx(expected, abs=1e-9 + error)
+    for count in (8, 100, 1024):
+        options = {"args": (count,), "points": (0, 2, 4), "limit": 200}
+        expected, error = integrate.quad(moment, -10, 10, **options)
+        assert model.expected_maximum(count) == pytest.approx(expected, abs=1e-9 + error)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_one_gpu_waits_for_nobody(work, mode):
-    alone = model.step(work, H200, model.MODES[mode], 1, 32)
-    assert alone.communication == alone.stragglers == 0
-    assert alone == model.step(work, H200, model.MODES["ddp"], 1, 32)
-
-
-@pytest.mark.parametrize(
-    "mode, shards", (("ddp", 1), ("fsdp", 64), ("fsdp bf16", 64), ("hsdp", 8), ("hsdp bf16", 8))
-)
-def test_the_optimizer_moves_its_shard(work, mode, shards):
-    sharded, whole = (model.step(work, H200, model.MODES[mode], gpus, 32) for gpus in (64, 1))
-    assert shards * sharded.optimizer == pytest.approx(whole.optimizer)
-    assert whole.optimizer == pytest.approx(40 * work.parameters / (0.85 * 4.3e12))
+@pytest.mark.parametrize("mode, shards", [*zip(MODES, (1, 64, 64, 8, 8))])
+def test_one_gpu_waits_for_nobody_and_the_optimizer_moves_its_shard(work, step, mode, shards):
+    alone = step(mode, 1, 32)
+    assert alone.communication == alone.stragglers == 0 and alone == step("ddp", 1, 32)
+    assert shards * step(mode, 64, 32).optimizer == pytest.approx(alone.optimizer)
+    assert alone.optimizer == pytest.approx(40 * work.parameters / (0.85 * 4.3e12))
 
 
 @pytest.mark.parametrize(
-    "tflops, terabytes, batch, expected",
+    "tflops, terabytes, milliseconds",
     (
-        (790, 4.3, 32, 45.5),
-        (790, 4.3, 256, 320),
-        (989, 3.35, 32, 43.3),
-        (989, 3.35, 256, 289),
-        (989, 4.8, 32, 37.8),
+        (790, 4.3, {32: 45.5, 256: 320}),
+        (989, 3.35, {32: 43.3, 256: 289}),
+        (989, 4.8, {32: 37.8}),
     ),
 )
-def test_the_floor_of_one_gpu(work, tflops, terabytes, batch, expected):
+def test_the_floor_of_one_gpu(step, tflops, terabytes, milliseconds):
     """Sums by hand of FLOPs and bytes that were counted layer by layer, in three digits."""
-    machine = changed(matmul=1e12 * tflops, memory=1e12 * terabytes, reached=1.0)
-    step = model.step(work, machine, model.MODES["ddp"], 1, batch)
-    floor = step.matmul + step.elementwise + step.optimizer
-    assert 1e3 * floor == pytest.approx(expected, rel=0.01)
+    card = {"matmul": 1e12 * tflops, "memory": 1e12 * terabytes, "reached": 1.0}
+    for batch, expected in milliseconds.items():
+        found = step("ddp", 1, batch, **card)
+        floor = found.matmul + found.elementwise + found.optimizer
+        assert 1e3 * floor == pytest.approx(expected, rel=0.01), batch
 
 
 def test_flops_and_bytes_of_a_step(work):
-    assert 32 * (work.frozen.flops + work.forward.flops + work.backward.flops) == pytest.approx(
-        24791e9, rel=1e-3
-    )
+    flops = work.frozen.flops + work.forward.flops + work.backward.flops
+    assert 32 * flops == pytest.approx(24791e9, rel=1e-3)
     unit = 2 * 256 * 1152  # a bf16 tensor of tokens by width
     blocks = (work.forward.nbytes + work.backward.nbytes) / (28 * unit)
     assert blocks == pytest.approx(61, rel=0.01)  # in 1 %: shift, scale and gate
@@ -174,80 +163,73 @@ def test_flops_and_bytes_of_a_step(work):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_more_work_or_a_slower_machine_is_never_faster(work, mode):
+def test_more_work_or_a_slower_machine_is_never_faster(step, mode):
     """But for the last bit, where launches hold the step up whatever the work."""
     rates = ("matmul", "memory", "reached", "nvlink", "network", "files", "files_node")
     costs = ("launches", "launch", "noise", *NO_HOPS)
     slower = [{name: getattr(H200, name) / 2} for name in rates]
     slower += [{name: getattr(H200, name) * 2} for name in costs]
     for gpus in (1, 8, 64, 1024):
-        now = [seconds(work, mode, gpus, batch) for batch in (1, 2, 8, 32, 256)]
+        now = [step(mode, gpus, batch).seconds for batch in (1, 2, 8, 32, 256)]
         assert all(more >= less * (1 - 1e-14) for less, more in zip(now, now[1:]))
         assert now[-1] > now[0]
         for change in slower:
-            then = seconds(work, mode, gpus, 2, changed(**change))
-            assert then >= now[1] * (1 - 1e-14), change
+            assert step(mode, gpus, 2, **change).seconds >= now[1] * (1 - 1e-14), change
 
 
-def test_ddp_only_gets_slower_with_gpus_and_sharding_helps_on_a_node(work):
-    times = [seconds(work, "ddp", gpus, 32) for gpus in scaling.GPUS]
+def test_ddp_only_gets_slower_with_gpus_and_sharding_helps_on_a_node(step):
+    times = [step("ddp", gpus, 32).seconds for gpus in scaling.GPUS]
     assert times == sorted(times) and times[0] < times[-1]
-    for mode in SHARDED:
-        assert seconds(work, mode, 8, 32) < seconds(work, "ddp", 8, 32)
+    for mode in MODES[1:]:
+        assert step(mode, 8, 32).seconds < step("ddp", 8, 32).seconds
 
 
-def test_parts_of_a_step_that_is_divided(work):
-    one, many = (model.step(work, H200, model.MODES["fsdp"], gpus, 256 / gpus) for gpus in (1, 32))
+def test_what_is_divided_what_is_not_and_what_holds_a_step_up(step):
+    one, many = (step("fsdp", gpus, 256 / gpus) for gpus in (1, 32))
     assert 32 * many.matmul == pytest.approx(one.matmul)
     assert 32 * many.elementwise == pytest.approx(one.elementwise)
     assert many.seconds > one.seconds / 32
-
-
-def test_launches_and_data_are_floors_of_a_step(work):
-    held = model.step(work, changed(launch=1.0, noise=0.0), model.MODES["ddp"], 1, 1)
+    two = step("ddp", 2, 32, noise=0.02)
+    own = two.matmul + two.elementwise + two.copies + two.optimizer
+    assert two.launches == 0
+    assert two.stragglers == pytest.approx(0.02 * own / math.sqrt(math.pi))
+    held = step("ddp", 1, 1, launch=1.0, noise=0.0)
     assert held.seconds - held.optimizer == pytest.approx(H200.launches)
-    read = model.step(work, changed(files=1e9), model.MODES["hsdp"], 64, 32)
+    read = step("hsdp", 64, 32, files=1e9)
     assert read.seconds == pytest.approx(64 * 32 * (32768 + 16384) / 1e9)
 
 
-def row(**changes):
-    found = {"preset": "sit-xl2-repa", "batch": 32, "compile": True, "stall_ms": 0.1}
-    found |= {"ms_p20": 61.0, "ms_p50": 62.0, "ms_p80": 63.0, "device": "NVIDIA H200"}
-    return found | {"commit": "abc1234"} | changes
-
-
-def test_only_the_step_s_rows_from_gpus_are_measured_points(tmp_path, work):
-    for folder, rows in {
-        "cpu/2026-11-21_step": [row(device="AMD EPYC")],
-        "nvidia-h200/2026-11-22_step": [row(), row(preset="sit-b2-repa"), row(gpus=8, batch=256)],
-        "nvidia-h200/2026-11-22_optim": [{"provider": "cuda", "ms_p50": 6.0}],
-    }.items():
-        (tmp_path / folder).mkdir(parents=True)
-        text = "\n".join(map(json.dumps, rows))
-        (tmp_path / folder / "rows.jsonl").write_text(text)
+def test_only_the_step_s_rows_from_gpus_are_measured_points(tmp_path, work, step):
+    row = {"preset": "sit-xl2-repa", "batch": 32, "compile": True, "stall_ms": 0.1}
+    row |= {"ms_p20": 61.0, "ms_p50": 62.0, "ms_p80": 63.0, "device": "NVIDIA H200"}
+    row["commit"] = "abc1234"
+    of_gpus = (row, row | {"preset": "sit-b2-repa"}, row | {"gpus": 8, "batch": 256})
+    append(tmp_path / "cpu/2026-11-21_step/rows.jsonl", row | {"device": "AMD EPYC"})
+    append(tmp_path / "nvidia-h200/2026-11-22_step/rows.jsonl", *of_gpus)
+    other = {"provider": "cuda", "ms_p50": 6.0}
+    append(tmp_path / "nvidia-h200/2026-11-22_optim/rows.jsonl", other)
     found = scaling.measured("sit-xl2-repa", tmp_path)
     assert [(each["gpus"], each["batch"]) for each in found] == [(1, 32), (8, 256)]
     page = scaling.Page("sit-xl2-repa", H200, (32,), 256, work, found)
     table = "\n".join(scaling.measurements(page))
     assert table.count("| NVIDIA H200 |") == 2 and "| 62.00 |" in table
-    assert f"| {1e3 * seconds(work, 'ddp', 1, 32):.2f} |" in table
+    assert f"| {1e3 * step('ddp', 1, 32).seconds:.2f} |" in table
     none = dataclasses.replace(page, rows=[])
     assert scaling.measurements(none) == ["No measured point exists yet."]
 
 
-def run(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["scaling", *map(str, flags)])
-    return scaling.main()
-
-
 def test_the_committed_page_is_current(monkeypatch, tmp_path):
-    assert run(monkeypatch, "--check") == 0, "run `python -m benchmarks.paper.scaling`"
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["scaling", *map(str, flags)])
+        return scaling.main()
+
+    assert run("--check") == 0, "run `python -m benchmarks.paper.scaling`"
     page = tmp_path / "scaling.md"
     text = scaling.PAGE.read_text()
     assert "50.38" in text
     page.write_text(text.replace("50.38", "50.39"))
-    assert run(monkeypatch, "--check", "--out", page) == 1
-    assert run(monkeypatch, "--out", page) == 0
+    assert run("--check", "--out", page) == 1
+    assert run("--out", page) == 0
     assert page.read_text() == text
     assert (tmp_path / "images" / "scaling.png").stat().st_size > 10_000
-    assert run(monkeypatch, "--check", "--noise", "0.02") == 1
+    assert run("--check", "--noise", "0.02") == 1

@@ -1,5 +1,7 @@
+import collections
 import contextlib
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -17,50 +19,33 @@ def test_percentiles_of_known_samples():
     assert timing.percentiles([3.0]) == (3.0, 3.0, 3.0)
 
 
-def test_a_sleep_takes_as_long_as_it_sleeps():
+def test_figures_are_ordered_and_a_sleep_takes_as_long_as_it_sleeps():
     figure = timing.measure([lambda: time.sleep(0.002)], CPU, FAST)
     assert 2 <= figure.p20 <= figure.p50 <= figure.p80
     assert figure.method == "perf_counter" and figure.rounds == 5
-
-
-def test_variants_take_turns_equally():
-    seen = [0, 0, 0]
-
-    def variant(i):
-        def call():
-            seen[i] += 1
-
-        return call
-
-    timing.measure([variant(i) for i in range(3)], CPU, FAST)
-    assert seen[0] == seen[1] == seen[2] > 1
-
-
-def test_copy_and_host_time_are_ordered_and_positive():
-    figure = timing.copy_time(1 << 20, CPU, FAST)
-    assert 0 < figure.p20 <= figure.p50 <= figure.p80
+    copy = timing.copy_time(1 << 20, CPU, FAST)
     p20, p50, p80 = timing.host_time(lambda: None, CPU, batches=5, calls=10)
-    assert 0 < p20 <= p50 <= p80
+    assert 0 < copy.p20 <= copy.p50 <= copy.p80 and 0 < p20 <= p50 <= p80
 
 
-def test_results_live_until_all_other_variants_have_run():
+def test_variants_take_turns_equally_and_results_live_until_the_others_have_run():
+    seen, most = collections.Counter(), []
+
     class Result:
         alive = 0
 
-        def __init__(self):
+        def __init__(self, number):
+            seen[number] += 1
             Result.alive += 1
+            most.append(Result.alive)
 
         def __del__(self):
             Result.alive -= 1
 
-    most = []
-
-    def call():
-        result = Result()
-        most.append(Result.alive)
-        return result
-
-    timing._run([call, call, call], 9)
+    variants = [partial(Result, number) for number in range(3)]
+    timing.measure(variants, CPU, FAST)
+    assert seen[0] == seen[1] == seen[2] > 1
+    timing._run(variants, 9)
     assert max(most) == 4 and Result.alive == 0
 
 
@@ -109,27 +94,25 @@ def device(monkeypatch):
         def elapsed_time(self, end):
             return end.at - self.at
 
-    properties = SimpleNamespace(L2_cache_size=60 * 2**20)
-    for name, value in {
+    cuda = {
         "CUDAGraph": Graph,
         "Event": Event,
         "graph": fake.graph,
         "current_stream": lambda device=None: None,
         "synchronize": lambda device=None: None,
-        "get_device_properties": lambda device: properties,
-    }.items():
+        "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=60 * 2**20),
+    }
+    for name, value in cuda.items():
         monkeypatch.setattr(torch.cuda, name, value)
     return fake
 
 
-def test_a_graph_holds_whole_turns_and_enough_work(device):
+def test_a_graph_holds_whole_turns_and_enough_work_and_a_long_call_once(device):
     figure = timing.measure([device.call] * 7, CUDA, Effort(graph_ms=2.0, rounds=4, warmup=2))
     assert figure.method == "cuda graph"
     assert figure.calls == device.captures[-1] == 203  # 29 turns of 7, the first with 2 ms
     assert figure.p50 == pytest.approx(0.01)
-
-
-def test_a_long_call_is_captured_once(device):
+    device.captures.clear()
     figure = timing.measure([device.call], CUDA, Effort(graph_ms=0.005, rounds=3, warmup=1))
     assert device.captures == [1] and figure.calls == 1
 
@@ -142,6 +125,5 @@ def test_events_where_no_graph_can_be_captured_and_the_reason(device):
 
 
 def test_inputs_are_three_times_the_cache(device):
-    assert timing.sets_needed(60 * 2**20, CUDA) == 3
-    assert timing.sets_needed(200 * 2**20, CUDA) == 1
-    assert timing.sets_needed(10**12, CPU) == 1
+    sizes = ((60 * 2**20, CUDA), (200 * 2**20, CUDA), (10**12, CPU))
+    assert [timing.sets_needed(*size) for size in sizes] == [3, 1, 1]

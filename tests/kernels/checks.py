@@ -4,15 +4,14 @@ import functools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from repa_fast import ops
 from repa_fast.backend.dispatch import use_kernels
-from repa_fast.diffusion.path import PATHS
 from repa_fast.models.sit import SiTBlock
-from repa_fast.testing import modulation_chunks, seeded
-from tests.kernels.conftest import to
-from tests.kernels.evaluate import evaluate
+from repa_fast.testing import seeded
+from tests.kernels.evaluate import evaluate, to
 
 # How a (B, N, D) tensor can lie in memory. Expanded ones have other values.
 TOKENS = {
@@ -31,41 +30,16 @@ VECTORS = {
     "expanded over samples": lambda v: v[:1].expand_as(v),
     "expanded over columns": lambda v: v[:, :1].expand_as(v),
 }
-LOW = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float16, torch.float16: torch.float32}
-KERNELS = ("interpreter", pytest.param("triton", marks=pytest.mark.gpu))
-EVERYWHERE = ("reference", *KERNELS)
-
-
-def caller(request, implementation):
-    """call(function, ..., options, device) where that implementation of `run` runs."""
-    if implementation == "reference":
-        return lambda f, *arguments: f(*arguments, {"implementation": "reference"}, "cpu")
-    options = {"implementation": "triton"}
-    if implementation == "triton":
-        return lambda f, *arguments: f(*arguments, options, "cuda")
-    interpreter = request.getfixturevalue("interpreter")
-    return lambda f, *arguments: interpreter(f, *arguments, options, "cpu")
 
 
 def modified(op, arguments, upstream, options, device):
     """Names of the tensors that an evaluation with its backward pass changes."""
-    arguments, upstream = to(device, arguments), dict(enumerate(to(device, upstream)))
-    before = [v.clone() for v in (*arguments.values(), *upstream.values())]
-    evaluate(op, arguments, list(upstream.values()), options)
-    after = (*arguments.values(), *upstream.values())
-    names = (*arguments, *upstream)
-    return [name for name, a, b in zip(names, after, before) if not torch.equal(a, b)]
-
-
-def modulation_gradient(op, arguments, modulation, chunks, upstream, options, device):
-    """Gradient of a (B, 6 D) tensor, of which `chunks` {name: number} are arguments."""
-    modulation = modulation.detach().clone().to(device).requires_grad_()
-    parts = modulation.chunk(6, dim=-1)
-    vectors = {name: parts[number] for name, number in chunks.items()}
-    outputs = getattr(ops, op)(**to(device, arguments), **vectors, **options)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    torch.autograd.backward(outputs, to(device, list(upstream)))
-    return modulation.grad.cpu()
+    arguments, upstream = to(device, [arguments, upstream])
+    tensors = arguments | dict(enumerate(upstream or ()))
+    tensors = {name: v for name, v in tensors.items() if isinstance(v, torch.Tensor)}
+    before = {name: v.clone() for name, v in tensors.items()}
+    evaluate(op, arguments, upstream, options)
+    return [name for name, v in tensors.items() if not torch.equal(v, before[name])]
 
 
 def far_vectors(op, arguments, names, upstream):
@@ -90,47 +64,27 @@ def far_vectors(op, arguments, names, upstream):
     return [(*outputs, *gradients) for outputs, gradients in results]
 
 
-def step(tensors, plain, path, options, device):
-    """Results of euler_maruyama_step, and the names of the tensors that it changed."""
-    tensors = to(device, tensors)
-    before = {k: v.clone() for k, v in tensors.items() if v is not None}
-    with torch.no_grad():
-        results = ops.euler_maruyama_step(**tensors, **plain, path=PATHS[path], **options)
-    changed = [name for name, value in before.items() if not torch.equal(value, tensors[name])]
-    return [v.cpu() for v in results], changed
+class Recorder(TorchDispatchMode):
+    """Notes the calls of the kernels' operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "repa_fast":
+            self.calls[function] = args
+        return function(*args, **(kwargs or {}))
 
 
-def raw_arguments(name, shape=(2, 5, 24), dtype=torch.bfloat16):
-    """Tensors without gradient for torch.ops.repa_fast.<name>, an fp32 stream beside `dtype`."""
-    x = seeded(shape, seed=1)
-    branch, dy = (seeded(shape, seed=seed, dtype=dtype) for seed in (2, 3))
-    gate, shift, scale = modulation_chunks(shape[0], shape[2], seed=4, dtype=dtype)[:3]
-    statistics = torch.stack([x.mean(-1), x.var(-1, correction=0).rsqrt()], dim=-1)
-    patches = torch.stack([seeded(shape[:2], seed=5).tanh()] * 4, dim=-1).abs()
-    index = torch.arange(shape[0]) + 2**33
-    factors = [0.9, -0.1, 0.3]
-    adaln = (x, branch, gate, shift, scale)
+def opchecked(op, arguments, upstream):
+    """{operator that an evaluation calls: {test: result}} of torch.library.opcheck."""
+    with Recorder() as recorder:
+        evaluate(op, arguments, upstream, {"implementation": "triton"})
     return {
-        "adaln_forward": [(x, shift, scale, 1e-6, dtype)],
-        "adaln_backward": [(dy, x, scale, statistics, dtype)],
-        "gate_residual_forward": [(x, branch, gate)],
-        "gate_residual_backward": [(x, branch, gate)],
-        "gate_residual_adaln_forward": [(*adaln, 1e-6, torch.float32)],
-        "gate_residual_adaln_backward": [
-            (dy, dx, x, branch, gate, scale, statistics, torch.float32) for dx in (x + 1, None)
-        ],
-        "align_loss_forward": [(branch, x, 1e-12)],
-        "align_loss_backward": [(x[:, 0, 0].contiguous(), branch, x, patches)],
-        "euler_maruyama_step": [
-            (x, branch, dy, x + 1, None, factors, 1.5, 0, 0, dtype),
-            (x, branch, None, None, index, factors, 1.0, 2**40, 3, torch.float32),
-        ],
-    }[name]
-
-
-def opchecked(name):
-    operator = getattr(torch.ops.repa_fast, name).default
-    return [torch.library.opcheck(operator, args) for args in raw_arguments(name)]
+        str(operator): torch.library.opcheck(operator, args)
+        for operator, args in recorder.calls.items()
+    }
 
 
 def opchecked_with_gradients(op, arguments):
@@ -141,25 +95,6 @@ def opchecked_with_gradients(op, arguments):
     call = functools.partial(getattr(ops, op), implementation="triton")
     for dynamic in (False, True):
         aot_autograd_check(call, tuple(leaves), {}, dynamic, check_gradients=True)
-
-
-def compiled_and_eager(op, arguments, upstream):
-    """Outputs and gradients of the kernels, through torch.compile as one graph and without.
-
-    Where an entry of `upstream` is None that output is not used.
-    """
-    results = []
-    for call in (torch.compile(getattr(ops, op), fullgraph=True, backend="aot_eager"), None):
-        call = call or getattr(ops, op)
-        leaves = {k: v.detach().clone().requires_grad_() for k, v in arguments.items()}
-        outputs = call(**leaves, implementation="triton")
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        wanted = list(leaves.values())
-        used = [pair for pair in zip(outputs, upstream) if pair[1] is not None]
-        loss = sum((out * up).sum() for out, up in used)
-        gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
-        results.append([*(v.detach() for v in outputs), *gradients])
-    return results
 
 
 def block_results(how, implementation):

@@ -7,17 +7,18 @@ import pytest
 import torch
 from packaging.version import Version
 
+from repa_fast import ops
 from tests.kernels.evaluate import (
     ALLOCATORS,
+    Runner,
     call_packed,
-    evaluate,
-    evaluate_packed,
     nan_filled,
     pack,
     poison_memory,
     round_to_nearest,
     unpack,
 )
+from tests.kernels.table import EVERYWHERE
 
 
 @pytest.fixture(autouse=True)
@@ -52,54 +53,26 @@ def interpreter(can_interpret):
             patch.setenv("TRITON_INTERPRET", "1")
             pool.submit(poison_memory).result()
         pool.submit(round_to_nearest).result()
-
-        def call(function, *arguments):
-            if function is evaluate:
-                return unpack(pool.submit(evaluate_packed, pack(arguments)).result())
-            return unpack(pool.submit(call_packed, pack((function, arguments))).result())
-
-        yield call
+        yield lambda *call: unpack(pool.submit(call_packed, pack(call)).result())
 
 
-@pytest.fixture(params=["reference", "interpreter", pytest.param("triton", marks=pytest.mark.gpu)])
+@pytest.fixture(params=EVERYWHERE)
 def run(request):
-    """run(op, arguments, upstream=None, **options) -> (outputs, gradients), see `evaluate`.
-
-    Once with the reference, once with the Triton kernels interpreted on the CPU, once with them on
-    a GPU; tensors go in and come out on the CPU.
-    """
-
-    def reference(op, arguments, upstream=None, **options):
-        return evaluate(op, arguments, upstream, options | {"implementation": "reference"})
-
-    def interpreted(op, arguments, upstream=None, **options):
-        options = options | {"implementation": "triton"}
-        interpreter = request.getfixturevalue("interpreter")
-        return interpreter(evaluate, op, arguments, upstream, options)
-
-    def on_gpu(op, arguments, upstream=None, **options):
-        options = options | {"implementation": "triton"}
-        arguments, upstream = to("cuda", arguments), to("cuda", upstream)
-        return to("cpu", evaluate(op, arguments, upstream, options))
-
-    return {"reference": reference, "interpreter": interpreted, "triton": on_gpu}[request.param]
+    """The reference, the Triton kernels interpreted on the CPU, and these on a GPU, in turn."""
+    interpreted = request.param == "interpreter"
+    return Runner(request.param, request.getfixturevalue("interpreter") if interpreted else None)
 
 
-def to(device, values):
-    """Tensors in nested tuples, lists and dicts on `device`, with their strides."""
-    if isinstance(values, torch.Tensor):
-        # whole storage, so that a chunk stays a strided chunk
-        moved = torch.empty(0, dtype=values.dtype, device=device)
-        storage = values.untyped_storage()
-        source = torch.empty(0, dtype=values.dtype, device=values.device).set_(storage)
-        return moved.set_(
-            source.to(device).untyped_storage(),
-            values.storage_offset(),
-            values.shape,
-            values.stride(),
-        )
-    if isinstance(values, dict):
-        return {name: to(device, value) for name, value in values.items()}
-    if isinstance(values, list | tuple):
-        return type(values)(to(device, value) for value in values)
-    return values
+@pytest.fixture
+def cuda():
+    """The first device, where the CUDA library is built."""
+    device = torch.device("cuda", 0)
+    if reason := ops.why_not_cuda(device):
+        pytest.fail(reason)
+    return device
+
+
+@pytest.fixture(autouse=True)
+def default_attention_backend():
+    yield
+    ops.set_attention_backend("sdpa")

@@ -8,6 +8,7 @@ import torch
 import torch.utils._device
 
 from repa_fast import ops
+from repa_fast.diffusion.path import PATHS
 
 # torch caches the functions that `with torch.device(...)` redirects; cached while patched, they
 # would stay patched for the rest of the process.
@@ -35,20 +36,26 @@ def nan_filled(allocate):
     return wrapper
 
 
-def evaluate(op, arguments, upstream, options):
+def evaluate(op, arguments, upstream, options, compiled=False):
     """(outputs of ops.<op>, gradients).
 
     arguments: {name: tensor or plain value}; gradients are those of the floating tensors in it, in
     its order, for the upstream gradients `upstream` (None where an output was not used), or
     none if upstream is None. An argument without influence has the gradient None.
+    compiled: through torch.compile, as one graph.
     """
+    function = getattr(ops, op)
+    if compiled:
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    if "path" in arguments:  # by name, since it cannot be pickled
+        arguments = arguments | {"path": PATHS[arguments["path"]]}
     leaves = {
         name: value.detach().requires_grad_(upstream is not None)
         if isinstance(value, torch.Tensor) and value.is_floating_point()
         else value
         for name, value in arguments.items()
     }
-    outputs = getattr(ops, op)(**leaves, **options)
+    outputs = function(**leaves, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     if upstream is None:
         return outputs, ()
@@ -95,11 +102,49 @@ def round_to_nearest():
     InterpreterBuilder.cast_impl = nearest
 
 
-def evaluate_packed(data):
-    return pack(evaluate(*unpack(data)))
-
-
 def call_packed(data):
     """Any importable function in this process."""
-    function, arguments = unpack(data)
+    function, *arguments = unpack(data)
     return pack(function(*arguments))
+
+
+def to(device, values):
+    """Tensors in nested tuples, lists and dicts on `device`, with their strides."""
+    if isinstance(values, torch.Tensor):
+        # whole storage, so that a chunk stays a strided chunk
+        moved = torch.empty(0, dtype=values.dtype, device=device)
+        storage = values.untyped_storage()
+        source = torch.empty(0, dtype=values.dtype, device=values.device).set_(storage)
+        return moved.set_(
+            source.to(device).untyped_storage(),
+            values.storage_offset(),
+            values.shape,
+            values.stride(),
+        )
+    if isinstance(values, dict):
+        return {name: to(device, value) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return type(values)(to(device, value) for value in values)
+    return values
+
+
+class Runner:
+    """Where ops run, and how; tensors go in and come out on the CPU."""
+
+    def __init__(self, how, interpreter=None):
+        self.options = {"implementation": "reference" if how == "reference" else "triton"}
+        self.device = "cuda" if how == "triton" else "cpu"
+        self.interpreter = interpreter
+
+    def __call__(self, op, arguments, upstream=None, *, compiled=False, **options):
+        """(outputs, gradients), see `evaluate`."""
+        arguments, upstream = to(self.device, [arguments, upstream])
+        options |= self.options
+        return to("cpu", self.call(evaluate, op, arguments, upstream, options, compiled))
+
+    def call(self, function, *arguments):
+        return self.interpreter(function, *arguments) if self.interpreter else function(*arguments)
+
+    def inside(self, function, *arguments):
+        """What a function returns that calls ops itself, which is told their options and device."""
+        return self.call(function, *arguments, self.options, self.device)

@@ -22,30 +22,18 @@ NAMES = tuple(name for name, _ in launches(8, F32, F32))
 SAMPLERS = tuple(name for name, _ in sampler_launches(F32, F32))
 
 # Blocks per SM at 1,152 columns and any dtype on sm_90, by Triton's major and minor version.
-BLOCKS = {
-    "3.6": {
-        "adaln forward": 7,
-        "adaln backward": 2,
-        "gate_residual forward": 6,
-        "gate_residual backward": 4,
-        "gate_residual_adaln forward": 4,
-        "gate_residual_adaln backward": 2,
-        "sum of chunks": 16,
-        "align_loss forward": 6,
-        "align_loss backward": 6,
-    },
-    "3.9": {
-        "adaln forward": 6,
-        "adaln backward": 3,
-        "gate_residual forward": 6,
-        "gate_residual backward": 4,
-        "gate_residual_adaln forward": 4,
-        "gate_residual_adaln backward": 2,
-        "sum of chunks": 16,
-        "align_loss forward": 6,
-        "align_loss backward": 6,
-    },
+LATER = {
+    "adaln forward": 6,
+    "adaln backward": 3,
+    "gate_residual forward": 6,
+    "gate_residual backward": 4,
+    "gate_residual_adaln forward": 4,
+    "gate_residual_adaln backward": 2,
+    "sum of chunks": 16,
+    "align_loss forward": 6,
+    "align_loss backward": 6,
 }
+BLOCKS = {"3.6": LATER | {"adaln forward": 7, "adaln backward": 2}, "3.9": LATER}
 # cos of libdevice, which Triton 3.6 calls, has a table for huge arguments in local memory.
 COSINE_TABLE = 32
 # What Triton 3.6 spills of one kernel at one width, with any tile of two warps and three stages, on
@@ -57,15 +45,11 @@ def name_of(value):
     return str(value).removeprefix("torch.")
 
 
-def cases(capability, widths, dtypes):
-    return [
-        pytest.param(
-            name, capability, width, *pair, id=f"{name}-sm{capability}-{width}-{name_of(pair)}"
-        )
-        for name in NAMES
-        for width in widths
-        for pair in dtypes
-    ]
+def grid(test):
+    """Every kernel, at every width and pair of dtypes."""
+    for axis in (("name", NAMES), ("width", WIDTHS)):
+        test = pytest.mark.parametrize(*axis)(test)
+    return pytest.mark.parametrize("stream, dtype", DTYPES, ids=name_of)(test)
 
 
 def check(name, capability, width, stream, dtype):
@@ -79,32 +63,22 @@ def check(name, capability, width, stream, dtype):
     return used
 
 
-@pytest.mark.parametrize("name, capability, width, stream, dtype", cases(90, WIDTHS, DTYPES))
-def test_hopper(name, capability, width, stream, dtype):
-    used = check(name, capability, width, stream, dtype)
+@grid
+def test_hopper(name, width, stream, dtype):
+    used = check(name, 90, width, stream, dtype)
     if VERSION in BLOCKS:
         assert used.blocks >= BLOCKS[VERSION][name]
 
 
-@pytest.mark.parametrize(
-    "name, capability, width, stream, dtype",
-    [*cases(80, [1152], DTYPES[1:3]), *cases(100, [1152], DTYPES[1:3])],
-)
+@grid
+@pytest.mark.usefixtures("heavy")
+@pytest.mark.parametrize("capability", (80, 100))
 def test_ampere_and_blackwell(name, capability, width, stream, dtype):
     check(name, capability, width, stream, dtype)
 
 
-@pytest.mark.usefixtures("heavy")
-@pytest.mark.parametrize(
-    "name, capability, width, stream, dtype",
-    [*cases(80, WIDTHS, DTYPES), *cases(100, WIDTHS, DTYPES)],
-)
-def test_ampere_and_blackwell_at_every_width(name, capability, width, stream, dtype):
-    check(name, capability, width, stream, dtype)
-
-
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("state", (torch.float32, torch.float64), ids=name_of)
+@pytest.mark.parametrize("state", (F32, torch.float64), ids=name_of)
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_sampler(name, state, capability):
     used = resources(dict(sampler_launches(state, BF16))[name], capability)

@@ -11,78 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from repa_fast.testing import assert_within_budget, seeded
+from repa_fast.testing import assert_within_budget
 from tests.kernels import checks
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = sorted(file.parent.name for file in ROOT.glob("kernels/*/__init__.py"))
-OPERATORS = (
-    "adaln_forward",
-    "adaln_backward",
-    "gate_residual_forward",
-    "gate_residual_backward",
-    "gate_residual_adaln_forward",
-    "gate_residual_adaln_backward",
-    "align_loss_forward",
-    "align_loss_backward",
-    "euler_maruyama_step",
-)
 
 
-def arguments(op, dtype=torch.float32):
-    tokens = ("prediction", "target") if op == "align_loss" else ("x", "branch")
-    names = {
-        "adaln": ("x", "shift", "scale"),
-        "gate_residual": ("x", "branch", "gate"),
-        "gate_residual_adaln": ("x", "branch", "gate", "shift", "scale"),
-        "align_loss": tokens,
-    }[op]
-    return {
-        name: seeded((2, 5, 24) if name in tokens else (2, 24), seed=seed, dtype=dtype)
-        for seed, name in enumerate(names)
-    }
-
-
-OPS = ("adaln", "gate_residual", "gate_residual_adaln", "align_loss")
-
-
-@pytest.mark.parametrize("name", OPERATORS)
-def test_operator_passes_opcheck(interpreter, name):
-    for result in interpreter(checks.opchecked, name):
-        assert len(result) >= 4 and set(result.values()) == {"SUCCESS"}
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_gradients_pass_the_check_of_opcheck(interpreter, op):
-    interpreter(checks.opchecked_with_gradients, op, arguments(op))
-
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@pytest.mark.parametrize(
-    "op, used",
-    (
-        ("adaln", (True,)),
-        ("gate_residual", (True,)),
-        ("gate_residual_adaln", (True, True)),
-        ("gate_residual_adaln", (True, False)),
-        ("gate_residual_adaln", (False, True)),
-        ("align_loss", (True,)),
-    ),
-)
-def test_kernels_compile_into_one_graph_that_equals_eager(interpreter, op, used, dtype):
-    shape, up_dtype = ((2,), torch.float32) if op == "align_loss" else ((2, 5, 24), dtype)
-    upstream = [
-        seeded(shape, seed=7 + i, dtype=up_dtype) if u else None for i, u in enumerate(used)
-    ]
-    compiled, eager = interpreter(checks.compiled_and_eager, op, arguments(op, dtype), upstream)
-    for actual, expected in zip(compiled, eager):
-        if actual is None or expected is None:
-            assert not any(v.any() for v in (actual, expected) if v is not None)
-        else:
-            assert torch.equal(actual, expected)
-
-
-@pytest.mark.parametrize("how", ("compiled", "checkpointed"))
+@pytest.mark.parametrize("how", (pytest.param("compiled", marks=pytest.mark.heavy), "checkpointed"))
 def test_a_block_with_kernels_gives_the_same_bits(interpreter, how):
     eager = interpreter(checks.block_results, "eager", "triton")
     other = interpreter(checks.block_results, how, "triton")
@@ -99,13 +35,6 @@ def test_a_block_under_autocast_has_dtypes_and_accuracy_of_the_reference(interpr
         assert_within_budget("output", a, o, w)
     for a, o, w in zip(gradients, oracle_gradients, working_gradients):
         assert_within_budget("gradient", a, o.double(), w)
-
-
-@pytest.mark.parametrize("linear", (False, True))
-@pytest.mark.parametrize("op", OPS)
-def test_differentiating_twice_raises(interpreter, op, linear):
-    message = interpreter(checks.second_derivative, op, arguments(op), linear)
-    assert "cannot be differentiated twice" in message
 
 
 TWICE = """
@@ -125,6 +54,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.usefixtures("heavy")
 @pytest.mark.parametrize("packages", ("kernels,repa_fast.kernels", "repa_fast.kernels,kernels"))
 def test_both_names_of_the_ops_can_be_imported_in_one_process(packages):
     assert {"adaln", "align_loss", "euler_maruyama_step", "gate_residual_adaln"} <= set(FOLDERS)

@@ -1,0 +1,58 @@
+"""Tiny states to measure, and a process that is afterwards as it was before."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from repa_fast import ops
+from repa_fast.backend import dispatch
+from repa_fast.configs import presets
+from repa_fast.data.digits import digits_metadata
+from repa_fast.distributed import World
+from repa_fast.train.state import build_state
+
+TINY = {"hidden_size": 32, "depth": 3, "num_heads": 2, "encoder_depth": 2, "projector_dim": 32}
+
+
+@pytest.fixture(autouse=True)
+def same_process():
+    """Samplers choose the precision of matrix products, gates the kernels, readers the threads, for
+    all that follows."""
+    threads = torch.get_num_threads()
+    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32 = cudnn
+    dispatch.use_kernels(None)
+    ops.set_attention_backend("sdpa")
+
+
+@pytest.fixture
+def tiny_digits(monkeypatch):
+    """The preset "digits" with a smaller model."""
+    preset = presets.PRESETS["digits"]
+    smaller = dataclasses.replace(preset, settings={**preset.settings, **TINY})
+    monkeypatch.setitem(presets.PRESETS, "digits", smaller)
+
+
+@pytest.fixture
+def make_state(tiny_digits):
+    """make_state(**changes) -> state of 6 digits whose weights are nowhere zero, as most gradients
+    would be."""
+
+    def make(**changes):
+        changes = {"batch_size": 6, "report_to": "none", **changes}
+        config = dataclasses.replace(presets.get("digits"), **changes)
+        state = build_state(config, digits_metadata(), World(0, 1, torch.device("cpu")))
+        state.micro_batch = state.local_batch
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in state.model.parameters():
+                if not parameter.any():
+                    parameter.normal_(std=0.1, generator=generator)
+        state.ema.load_state_dict(state.model.state_dict())
+        return state
+
+    return make

@@ -9,17 +9,17 @@ pytest.importorskip("lance")
 
 from benchmarks.faults import chaos
 from repa_fast.data.digits import prepare_digits
+from tests.train.watch_ranks import train_by_flags
 
 STEPS = 40
 
 
 @dataclass(frozen=True)
 class Whole:
-    """Its folder, the flags to repeat it with, and the seconds its processes took to start."""
+    """Its folder, and the flags to repeat it with."""
 
     run: Path
     flags: list[str]
-    start_seconds: float
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +28,20 @@ def digits_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def whole(digits_dir, tmp_path_factory):
-    run = tmp_path_factory.mktemp("whole") / "run"
-    flags = chaos.flags(digits_dir, STEPS, chaos.SAVE_EVERY, chaos.LOG_EVERY, "--parallel fsdp")
-    return Whole(run, flags, chaos.undisturbed(flags, run)["start_seconds"])
+def undisturbed(ranks, digits_dir, tmp_path_factory):
+    """(steps) -> such a run, by the processes that are there already."""
+
+    def train(steps: int) -> Whole:
+        run = tmp_path_factory.mktemp("whole") / "run"
+        flags = chaos.flags(digits_dir, steps, chaos.SAVE_EVERY, chaos.LOG_EVERY, "--parallel fsdp")
+        place = ["--output-dir", str(run.parent), "--exp-name", run.name]
+        kept = ["--keep-last", str(chaos.KEEP_LAST)]
+        assert ranks(train_by_flags, [*flags, *place, *kept]) == [0, 0]
+        return Whole(run, flags)
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def whole(undisturbed):
+    return undisturbed(STEPS)

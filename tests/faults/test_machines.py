@@ -14,10 +14,9 @@ import torch
 
 from benchmarks.faults import chaos
 from repa_fast.data.official import OfficialFolder
+from tests.launching import ROOT
+from tests.train.parallel_ranks import FSDP, SRA, unequal, with_a_nan
 
-pytestmark = pytest.mark.usefixtures("torchrun")
-
-ROOT = Path(__file__).parents[2]
 NAMESPACE = ("unshare", "-rm")
 
 
@@ -42,32 +41,33 @@ def disk(digits_dir, tmp_path_factory):
     return json.loads(process.stdout.splitlines()[-1])
 
 
+@pytest.mark.usefixtures("heavy")
 def test_a_full_disk_stops_the_run_and_loses_nothing(disk):
     assert re.search(r"No space left on device|GiB free", disk["full"])
     assert disk["left"] == [5]
     assert disk["freed"] == "" and disk["differences"] == []
 
 
+@pytest.mark.usefixtures("heavy")
 def test_a_read_only_folder_is_named_in_one_line(disk):
     assert re.fullmatch(r"repa-fast: .*Read-only file system: '.*/other.*'", disk["read-only"])
     assert "Read-only file system" in disk["finished, read-only"]
 
 
-@pytest.mark.usefixtures("heavy")
-def test_a_nan_on_one_process_is_skipped_by_both(tmp_path):
-    out = tmp_path / "found"
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    process = run(sys.executable, *launcher, "-m", "tests.faults.fault_ranks", OUT=str(out))
-    assert process.returncode == 0, process.stderr
-    for found in (torch.load(f"{out}.{rank}") for rank in range(2)):
+@pytest.mark.parametrize("mode", [{}, FSDP], ids=["ddp", "fsdp"])
+def test_a_nan_on_one_process_is_skipped_by_both(ranks, mode):
+    """And the alignment's end, after it, is one for both."""
+    for found in ranks(with_a_nan, SRA | mode):
         before, after, last = found["tensors"]
-        assert [name for name in before if not torch.equal(before[name], after[name])] == []
-        assert any(not torch.equal(last[name], after[name]) for name in after)
+        assert unequal(after, before) == []
+        assert any(name.startswith("model.") for name in unequal(last, after))
         assert [reading["skipped"] for reading in found["readings"]] == [0, 1, 0]
         assert found["readings"][1]["loss"] is None
         assert (found["step"], found["bad_run"]) == (3, 0)
+        assert torch.equal(found["heads"][2], found["heads"][1])  # it trains no longer
 
 
+@pytest.mark.usefixtures("heavy")
 def test_a_source_that_hangs_ends_the_run_within_the_limit(tmp_path):
     """A pipe that nobody writes to, in the place of a file of latents."""
     folder = tmp_path / "official"

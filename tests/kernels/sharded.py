@@ -1,26 +1,27 @@
 """Gradients of a tiny model, plain or sharded by FSDP2 over processes that interpret kernels."""
 
 import functools
-import os
 
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from repa_fast.backend import dispatch
+from repa_fast.distributed import World
 from repa_fast.testing import seeded
 from tests.kernels.training import tiny_model
+from tests.train.parallel_ranks import gradients
 
 
-def gradients(kernels, rank=0, size=1, *, compiled=False, dtype=torch.bfloat16):
-    """{name: gradient} of the mean loss over two samples, one of them per rank if there are two."""
+def mean_loss_gradients(
+    world: World, kernels: str, *, compiled: bool = False, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, torch.Tensor]:
+    """{name: gradient} of the mean loss over two samples, shared out among the processes."""
     dispatch.use_kernels(kernels)
     model = tiny_model()
     if compiled:
         for block in model.blocks:
             block.compile(fullgraph=True, backend="aot_eager")
-    if size > 1:
+    if world.size > 1:
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
@@ -30,30 +31,14 @@ def gradients(kernels, rank=0, size=1, *, compiled=False, dtype=torch.bfloat16):
             shard(block)
         shard(model)
     x, t = seeded((2, 4, 4, 4), seed=1), torch.tensor([0.3, 0.8])
-    mine = slice(rank * 2 // size, (rank + 1) * 2 // size)
-    with torch.autocast("cpu", dtype=dtype, enabled=size == 1 and dtype != torch.float32):
+    mine = slice(world.rank * 2 // world.size, (world.rank + 1) * 2 // world.size)
+    autocast = world.size == 1 and dtype != torch.float32
+    with torch.autocast("cpu", dtype=dtype, enabled=autocast):
         velocity, projections = model(x[mine], t[mine], torch.tensor([1, 2])[mine])
     (velocity.float().square().mean() + projections[0].float().square().mean()).backward()
-    return {
-        name: whole(parameter.grad)
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
-    }
+    dispatch.use_kernels(None)
+    return {name: gradient.float() for name, gradient in gradients(model).items()}
 
 
-def whole(tensor):
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).float()
-
-
-def main():
-    """Under torchrun: every rank computes, the first saves."""
-    dist.init_process_group("gloo")
-    compiled = os.environ["COMPILED"] == "1"
-    found = gradients("triton", dist.get_rank(), dist.get_world_size(), compiled=compiled)
-    if dist.get_rank() == 0:
-        torch.save(found, os.environ["OUT"])
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+def sharded(world: World, compiled: bool) -> dict[str, torch.Tensor]:
+    return mean_loss_gradients(world, "triton", compiled=compiled)

@@ -1,6 +1,8 @@
 """A tiny run on the digits, small enough to train in a test."""
 
 import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,10 +10,11 @@ import torch
 from repa_fast import testing
 from repa_fast.configs import presets
 from repa_fast.configs.config import TrainConfig
-from repa_fast.data.digits import digits_metadata
+from repa_fast.data.digits import digits_metadata, prepare_digits
 from repa_fast.distributed import World
 from repa_fast.train.state import TrainState, build_state
 
+ALONE = World(0, 1, torch.device("cpu"))
 TINY = {
     "hidden_size": 32,
     "depth": 3,
@@ -36,19 +39,56 @@ def config():
 
 @pytest.fixture
 def make_state():
-    """(config overrides) -> state whose adaLN and final layers are not at their zero init."""
+    return tiny_state
 
-    def make(**overrides) -> TrainState:
-        world = World(rank=0, size=1, device=torch.device("cpu"))
-        state = build_state(tiny_config(**overrides), digits_metadata(), world)
-        state.micro_batch = state.local_batch
-        randomise(state)
-        return state
 
-    return make
+def tiny_state(**overrides) -> TrainState:
+    """A state whose adaLN and final layers are not at their zero init."""
+    state = build_state(tiny_config(**overrides), digits_metadata(), ALONE)
+    state.micro_batch = state.local_batch
+    randomise(state)
+    return state
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory):
+    """The digits, for runs that only read them."""
+    pytest.importorskip("lance")
+    return str(prepare_digits(tmp_path_factory.mktemp("data") / "digits"))
+
+
+@pytest.fixture
+def train(digits_dir, tmp_path):
+    """(name, config overrides) -> folder of a run of 5 steps, each of them logged."""
+
+    def run(name="run", **overrides) -> Path:
+        return trained(digits_dir, tmp_path / name, **overrides)
+
+    return run
+
+
+def trained(digits_dir: str, folder: Path, *, plotted: bool = False, **overrides) -> Path:
+    """Train a tiny run in `folder`, in this process; return it.
+
+    It leaves no loss.png unless `plotted`, which takes longer than the steps.
+    """
+    from repa_fast.train import run
+
+    values = {"data_dir": digits_dir, "output_dir": str(folder.parent), "exp_name": folder.name}
+    values |= {"max_train_steps": 5, "log_every": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        if not plotted:
+            patch.setattr(run, "plot_losses", lambda *_: None)
+        return run.train(tiny_config(**values | overrides))
 
 
 def randomise(state: TrainState) -> None:
     """As repa_fast.testing's, of model and average."""
     testing.randomise(state.model)
     state.ema.load_state_dict(state.model.state_dict())
+
+
+def assert_same(found: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> None:
+    """Two lists of tensors are as long and equal to the bit."""
+    differ = [i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if not a.equal(b)]
+    assert not differ

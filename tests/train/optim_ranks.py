@@ -1,16 +1,15 @@
-"""Steps of AdamWEMA on a tiny model, whole or sharded by FSDP2 over gloo ranks."""
+"""Steps of AdamWEMA on a tiny model, whole or sharded by FSDP2."""
 
 import copy
-import os
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
+from repa_fast.distributed import World
 from repa_fast.testing import seeded
 from repa_fast.train.optim import AdamWEMA, clip_factor
+from tests.train.parallel_ranks import whole
 
 DECAYS = (0.9, 0.5)
 SKIPPED = 3
@@ -33,11 +32,11 @@ class Net(nn.Module):
         return self.last(torch.tanh(self.first(x))).square().mean()
 
 
-def steps(rank: int = 0, size: int = 1, count: int = 6) -> dict[str, torch.Tensor]:
+def steps(world: World, count: int = 6) -> dict[str, torch.Tensor]:
     """Whole parameters, moments, averages and norms after `count` steps; one of them is skipped."""
     model = Net()
     averages = [copy.deepcopy(model).requires_grad_(False) for _ in DECAYS]
-    if size > 1:
+    if world.size > 1:
         for module in (model, *averages):
             fully_shard(module.first)
             fully_shard(module)
@@ -45,12 +44,12 @@ def steps(rank: int = 0, size: int = 1, count: int = 6) -> dict[str, torch.Tenso
         model.parameters(), [a.parameters() for a in averages], DECAYS,
         lr=0.05, weight_decay=0.1, implementation="torch",
     )  # fmt: skip
-    empty = [p for p in model.parameters() if size > 1 and not p.to_local().numel()]
-    norms = []
+    empty = [p for p in model.parameters() if world.size > 1 and not p.to_local().numel()]
+    norms, local = [], 4 // world.size
     for step in range(count):
         optimizer.zero_grad(set_to_none=True)
         x = seeded((4, 4), seed=100 + step, std=3.0)
-        model(x[rank * 4 // size : (rank + 1) * 4 // size]).backward()
+        model(x[world.rank * local : (world.rank + 1) * local]).backward()
         norms.append(optimizer.gradient_norm())
         factor = clip_factor(norms[-1], MAX_NORM)
         optimizer.step(grad_scale=factor, skip=torch.tensor(float(step == SKIPPED)))
@@ -62,19 +61,3 @@ def steps(rank: int = 0, size: int = 1, count: int = 6) -> dict[str, torch.Tenso
         for number, average in enumerate(averages):
             found[f"{name}.ema {number}"] = whole(average.get_parameter(name))
     return found
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
-
-
-def main() -> None:
-    """Under torchrun: every rank computes and saves."""
-    dist.init_process_group("gloo")
-    found = steps(dist.get_rank(), dist.get_world_size())
-    torch.save(found, f"{os.environ['OUT']}.{dist.get_rank()}")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

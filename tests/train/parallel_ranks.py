@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -12,18 +10,17 @@ from torch._dynamo.utils import counters
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from repa_fast.checkpoint import export, formats
+from repa_fast.checkpoint import formats
 from repa_fast.configs.config import TrainConfig
 from repa_fast.data.digits import digits_metadata
-from repa_fast.distributed import World, session
-from repa_fast.train import checkpoint, memory, parallel, resume
+from repa_fast.distributed import World
+from repa_fast.train import checkpoint, memory, parallel
 from repa_fast.train.evaluate import sample_grid
 from repa_fast.train.state import TrainState, build_state
 from repa_fast.train.step import accumulate, draw_local, synthetic_batch, train_step
 from tests.train.conftest import randomise, tiny_config
 
 STEPS = 3
-UNTIL = 1
 ALONE = World(0, 1, torch.device("cpu"))
 WHOLE = {
     "parallel": "ddp",
@@ -37,38 +34,13 @@ WHOLE = {
 FSDP = {"parallel": "fsdp"}
 REPLICATED = {"parallel": "hsdp", "shard_size": 1}
 SQUARE = {"parallel": "hsdp", "shard_size": 2}
-SRA = {"align": "sra", "block_out_s": 1, "block_out_t": 3}
-DIT = {"objective": "ddpm", "enc_type": "none"}
 LEAN = {"reshard_after_forward": True, "activation_checkpointing": "full"}
-SELECTIVE = {"activation_checkpointing": "selective", "shard_encoder": True}
-CASES = {
-    "fsdp": FSDP,
-    "fsdp selective": FSDP | SELECTIVE | {"ema_decay": "0.9,0.99"},
-    "fsdp until": FSDP | {"align_until": UNTIL},
-    "fsdp dit sra": FSDP | LEAN | SRA | {"objective": "ddpm", "loss_type": "sml1"},
-    "hsdp 2 x 1 sra": REPLICATED | SRA,
-}
-MORE_CASES = {
-    "ddp": {"activation_checkpointing": "selective"},
-    "fsdp conv": FSDP | {"projector": "conv", "qk_norm": True},
-    "fsdp nt-xent": FSDP | {"loss_type": "nt-xent", "nt_xent_negatives": "global"},
-    "fsdp sra until": FSDP | SRA | {"align_until": UNTIL},
-    "fsdp sra": FSDP | SRA,
-    "fsdp dit": FSDP | DIT,
-}
-SQUARES = {"hsdp 2 x 2": SQUARE, "hsdp 2 x 2 sra": SQUARE | SRA | LEAN, "fsdp 4": FSDP}
-COMPILED = {
-    "fsdp": FSDP,
-    "fsdp selective": FSDP | SELECTIVE,
-    "fsdp full": FSDP | LEAN | {"enc_type": "none"},
-    "fsdp full sra": FSDP | SRA | LEAN,
-    "hsdp 2 x 1": REPLICATED,
-    "ddp selective": {"activation_checkpointing": "selective"},
-}
-TRACED = "fsdp full"
-"""The case of COMPILED that is traced in a test that is not slow."""
-WHOLE_BATCH = ("fsdp nt-xent",)
-"""Micro-batches change the pool of negatives."""
+SELECTIVE = {"activation_checkpointing": "selective"}
+DDPM = {"objective": "ddpm"}
+SRA = {"align": "sra", "block_out_s": 1, "block_out_t": 3}
+PLAIN = {"enc_type": "none"}
+
+Tensors = dict[str, torch.Tensor]
 
 
 def build(world: World, config: TrainConfig) -> TrainState:
@@ -84,7 +56,7 @@ def build(world: World, config: TrainConfig) -> TrainState:
     return state
 
 
-def local_batch(state: TrainState, step: int) -> dict[str, torch.Tensor]:
+def local_batch(state: TrainState, step: int) -> Tensors:
     """This process's share of the images of a step."""
     torch.manual_seed(step)
     images, _ = synthetic_batch(state, state.config.images_per_step)
@@ -92,56 +64,46 @@ def local_batch(state: TrainState, step: int) -> dict[str, torch.Tensor]:
     return {key: value[first : first + state.local_batch] for key, value in images.items()}
 
 
-def steps(world: World, name: str, overrides: dict) -> dict:
-    """Metrics of each step, final weights and averages, and compilations after each step.
-
-    Every one of several processes has two micro-batches where those change nothing.
-    """
-    state = build(world, tiny_config(**overrides))
-    if world.size > 1 and name not in WHOLE_BATCH:
-        state.micro_batch = -(-state.local_batch // 2)
-    readings, graphs = [], []
-    for step in range(STEPS):
-        if step and step == state.config.align_until:
-            state.end_alignment()
-        train_step(state, local_batch(state, step))
-        readings.append(state.metrics.read(world))
-        graphs.append(counters["stats"]["unique_graphs"])
-    return {"readings": readings, "weights": weights(state), "graphs": graphs}
-
-
-def weights(state: TrainState) -> dict[str, torch.Tensor]:
-    """Whole weights of the model and of every average."""
-    models = {"": state.model, "ema.": state.ema}
-    models |= {f"ema_{n}.": ema for n, ema in enumerate(state.more_emas, start=2)}
-    return {
-        f"{prefix}{name}": whole(tensor)
-        for prefix, model in models.items()
-        for name, tensor in model.state_dict().items()
-    }
-
-
-def moments(state: TrainState) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}.{key}": whole(value)
-        for name, parameter in state.model.named_parameters()
-        for key, value in state.optimizer.state.get(parameter, {}).items()
-    }
+def everything(state: TrainState) -> Tensors:
+    """Whole tensors by the names they are stored under, copied."""
+    return {name: whole(tensor) for name, tensor in checkpoint.tensors(state).items()}
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def first_gradients(world: World, micro_batches: int = 1, **overrides) -> dict[str, torch.Tensor]:
-    """Whole gradients of the first step."""
+def steps(world: World, overrides: dict) -> dict:
+    """Metrics of each step, and all tensors in the beginning and the end; what was compiled.
+
+    Every one of several processes has two micro-batches, unless those change the pool of negatives.
+    """
+    counters.clear()
     state = build(world, tiny_config(**overrides))
-    state.micro_batch = state.local_batch // micro_batches
-    accumulate(state, local_batch(state, 0), draw_local(state))
-    return gradients(state.model)
+    if world.size > 1 and state.config.loss_type != "nt-xent":
+        state.micro_batch = -(-state.local_batch // 2)
+    found = {"start": everything(state), "readings": [], "graphs": []}
+    for step in range(STEPS):
+        if step and step == state.config.align_until:
+            state.end_alignment()
+        train_step(state, local_batch(state, step))
+        found["readings"].append(state.metrics.read(world))
+        found["graphs"].append(counters["stats"]["unique_graphs"])
+    return found | {"end": everything(state), "breaks": dict(counters["graph_break"])}
 
 
-def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+def traced_steps(world: World, overrides: dict) -> dict:
+    """Compiled as ever, but the graphs run as they are."""
+    compile = nn.Module.compile
+
+    def traced(module, **options):
+        compile(module, backend="aot_eager", **options)
+
+    with mock.patch.object(nn.Module, "compile", traced):
+        return steps(world, overrides | {"compile": True})
+
+
+def gradients(model: nn.Module) -> Tensors:
     return {
         name: whole(parameter.grad)
         for name, parameter in model.named_parameters()
@@ -149,9 +111,23 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def gradients_at_fractional_times(world: World, **overrides) -> dict[str, torch.Tensor]:
-    """Of the mean square of a DiT's output at times 0..999 in fp32, which bf16 cannot hold."""
-    state = build(world, tiny_config(**DIT, **overrides))
+def first_gradients(world: World, overrides: dict, micro_batches: int = 1) -> Tensors:
+    """Whole gradients of the first step."""
+    state = build(world, tiny_config(**overrides))
+    state.micro_batch = state.local_batch // micro_batches
+    accumulate(state, local_batch(state, 0), draw_local(state))
+    return gradients(state.model)
+
+
+def gradients_at_fractional_times(world: World, overrides: dict, cast: bool = False) -> Tensors:
+    """Of the mean square of a DiT's output at times 0..999 in fp32, which bf16 cannot hold.
+
+    cast: whether FSDP casts what enters a unit, as is its own default.
+    """
+    default = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    patch = mock.patch.object(parallel, "policy", return_value=default)
+    with patch if cast else contextlib.nullcontext():
+        state = build(world, tiny_config(**DDPM, **PLAIN, **overrides))
     batch = local_batch(state, 0)
     generator = torch.Generator().manual_seed(2)
     shape = (state.config.images_per_step, *state.metadata.latent_shape)
@@ -165,7 +141,7 @@ def gradients_at_fractional_times(world: World, **overrides) -> dict[str, torch.
     return gradients(state.model)
 
 
-def dtypes_inside(world: World, **overrides) -> dict[str, list]:
+def dtypes_inside(world: World, overrides: dict) -> dict[str, list]:
     """By module: the dtypes of what it receives, and last that of its weights at that moment."""
     state = build(world, tiny_config(**overrides))
     seen: dict[str, list] = {}
@@ -173,165 +149,89 @@ def dtypes_inside(world: World, **overrides) -> dict[str, list]:
     def note(name: str):
         def hook(module, arguments):
             tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
-            weight = next(iter(module.parameters())).dtype
-            seen[name] = [str(tensor.dtype) for tensor in tensors] + [str(weight)]
+            seen[name] = [one.dtype for one in (*tensors, next(iter(module.parameters())))]
 
         return hook
 
     for name in ("t_embedder", "blocks.1", "blocks.1.attn", "blocks.1.mlp.fc2", "final_layer"):
         state.model.get_submodule(name).register_forward_pre_hook(note(name))
     accumulate(state, local_batch(state, 0), draw_local(state))
-    stored = {str(p.dtype) for p in state.model.parameters()}
-    reduced = {str(p.grad.dtype) for p in state.model.parameters() if p.grad is not None}
-    return seen | {"stored": sorted(stored), "gradients": sorted(reduced)}
+    stored = {p.dtype for p in state.model.parameters()}
+    reduced = {p.grad.dtype for p in state.model.parameters() if p.grad is not None}
+    return seen | {"stored": [*stored], "gradients": [*reduced]}
 
 
-@contextlib.contextmanager
-def casting_inputs():
-    """FSDP's own default, which casts what enters a unit."""
-    default = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    with mock.patch.object(parallel, "policy", return_value=default):
-        yield
+def average(world: World, overrides: dict) -> dict:
+    """The whole average and its sample grid where they are, and the whole average everywhere."""
+    state = build(world, tiny_config(num_steps=2, **overrides))
+    train_step(state, local_batch(state, 0))
+    found, mine = {}, state.whole_average(everywhere=False)
+    if mine is not None:
+        found["mine"] = {name: tensor.clone() for name, tensor in mine.state_dict().items()}
+        found["grid"] = torch.from_numpy(sample_grid(state, mine))
+    return found | {"everywhere": state.whole_average(everywhere=True).state_dict()}
 
 
-def precision(world: World) -> dict:
-    half = {"mixed_precision": "bf16"}
-    found = {
-        "fp32": first_gradients(ALONE),
-        "alone": first_gradients(ALONE, **half),
-        "fsdp": first_gradients(world, **half, **FSDP),
-        "fsdp micro-batches": first_gradients(world, 3, **half, **FSDP),
-        "fsdp reduced in bf16": first_gradients(world, **half, **FSDP, reduce_dtype="bf16"),
-        "ddp reduced in bf16": first_gradients(world, **half, reduce_dtype="bf16"),
-        "dtypes": dtypes_inside(world, **half, **FSDP, **SRA),
-        "dtypes alone": dtypes_inside(ALONE, **half, **SRA),
-        "times fp32": gradients_at_fractional_times(ALONE),
-        "times alone": gradients_at_fractional_times(ALONE, **half),
-        "times fsdp": gradients_at_fractional_times(world, **half, **FSDP),
-    }
-    with casting_inputs():
-        found["times cast"] = gradients_at_fractional_times(world, **half, **FSDP)
-    return found
-
-
-def checkpoints(world: World, folder: Path) -> dict:
-    """A sharded state after two steps, saved, and loaded into others; each after one more step."""
-    config = tiny_config(**FSDP, ema_decay="0.9,0.99")
-    state = build(world, config)
-    for step in range(2):
-        train_step(state, local_batch(state, step))
-    saved = checkpoint.save(folder, state)
-    official = folder / "official.pt"
+def trial_passes(world: World, overrides: dict) -> bool:
+    """The first process tries passes alone; if they communicated, it would wait for the other."""
+    state = build(world, tiny_config(**overrides))
     if world.is_main:
-        export.export(saved, "official", official)
-    world.barrier()
-    stored = checkpoint.tensors(state)
-    names = [name.removeprefix("model.") for name in stored if name.startswith("model.")]
-    train_step(state, local_batch(state, 2))
-    found = {"undisturbed": weights(state) | moments(state), "names": names}
-    for mode in ({}, FSDP, REPLICATED):
-        other = build_state(dataclasses.replace(config, **WHOLE | mode), digits_metadata(), world)
-        other.micro_batch = state.micro_batch
-        checkpoint.load(saved, other)
-        train_step(other, local_batch(other, 2))
-        found[f"into {mode.get('parallel', 'ddp')}"] = weights(other) | moments(other)
-    one = tiny_config(**FSDP)
-    plain, sharded = (
-        build_state(config, digits_metadata(), where)
-        for config, where in ((dataclasses.replace(one, **WHOLE), ALONE), (one, world))
-    )
-    for other in (plain, sharded):
-        resume.load_official(official, other)
-    found["official alone"] = weights(plain) | moments(plain)
-    found["official"] = weights(sharded) | moments(sharded)
-    return found
+        memory.try_pass(memory.stand_in(state), 4)
+    return True
 
 
-def averages(world: World) -> dict:
-    """The whole average and its sample grid, of one process and of several."""
-    found = {}
-    for name, where, mode in (("alone", ALONE, {}), ("fsdp", world, FSDP)):
-        state = build(where, tiny_config(num_steps=2, **mode))
-        train_step(state, local_batch(state, 0))
-        average = state.whole_average(everywhere=False)
-        if average is not None:
-            found[name] = {k: v.clone() for k, v in average.state_dict().items()}
-            found[f"{name} grid"] = torch.from_numpy(sample_grid(state, average))
-        found[f"{name} everywhere"] = state.whole_average(everywhere=True).state_dict()
-    return found
+def held(world: World, overrides: dict) -> dict:
+    """How much of the weights is here after a step, and what is not sharded."""
+    state = build(world, tiny_config(**overrides))
+    train_step(state, local_batch(state, 0))
+    parameters = dict(state.model.named_parameters())
+    moments = [t for s in state.optimizer.state.values() for key, t in s.items() if key != "step"]
+    return {
+        "numbers": sum(p.to_local().numel() for p in parameters.values() if isinstance(p, DTensor)),
+        "whole": [name for name, p in parameters.items() if not isinstance(p, DTensor)],
+        "moments are sharded": {type(t) for t in moments} == {DTensor},
+    }
 
 
-def oddities(world: World) -> dict:
-    """Trial passes on one process alone, a step with one process's NaN, and frozen heads."""
-    encoding = build(world, tiny_config(**FSDP, shard_encoder=True))
-    state = build(world, tiny_config(**FSDP, **SRA))
-    if world.is_main:  # which would wait for the other if they communicated
-        for tried in (encoding, state):
-            memory.try_pass(memory.stand_in(tried), 4)
-    before = weights(state) | moments(state)
-    batch = local_batch(state, 0)
-    if world.rank == 1:
-        batch["moments"] = torch.full_like(batch["moments"], float("nan"))
-    train_step(state, batch)
-    found = {"skipped": state.metrics.read(world)["skipped"]}
-    after = weights(state) | moments(state)
-    found["changed"] = [name for name in before if not torch.equal(before[name], after[name])]
-    state.end_alignment()
-    head = whole(state.model.ap_head.linear1.weight)
-    train_step(state, local_batch(state, 1))
-    found["head moved"] = not torch.equal(head, whole(state.model.ap_head.linear1.weight))
-    found["trains"] = state.metrics.read(world)["skipped"] == 0
-    local = [p.to_local().numel() for p in state.model.parameters() if isinstance(p, DTensor)]
-    found["held"] = sum(local)
-    found["whole"] = [n for n, p in state.model.named_parameters() if not isinstance(p, DTensor)]
-    sharded = {type(t) for s in state.optimizer.state.values() for k, t in s.items() if k != "step"}
-    found["moments sharded"] = sharded == {DTensor}
-    return found
+def with_a_nan(world: World, overrides: dict) -> dict:
+    """A good step, one with a NaN on the last process alone, and one whose alignment has ended."""
+    state = build(world, tiny_config(**overrides))
+    found = {"readings": [], "tensors": [], "heads": []}
+    for step in range(3):
+        batch = local_batch(state, step)
+        if step == 1 and world.rank == world.size - 1:
+            batch["moments"] = batch["moments"].clone()
+            batch["moments"][0, 0, 0, 0] = float("nan")
+        if step == 2:
+            state.end_alignment()
+        train_step(state, batch)
+        found["readings"].append(state.metrics.read(world))
+        found["tensors"].append(everything(state))
+        found["heads"].append(whole(state.model.ap_head.linear1.weight))
+    return found | {"step": state.step, "bad_run": int(state.metrics.bad_run)}
 
 
-@contextlib.contextmanager
-def without_inductor():
-    """torch.compile traces and differentiates as ever, and runs the graphs as they are."""
-    compile = nn.Module.compile
-
-    def traced(module, **options):
-        compile(module, backend="aot_eager", **options)
-
-    with mock.patch.object(nn.Module, "compile", traced):
-        yield
+def distance(found: Tensors, wanted: Tensors) -> float:
+    """Norm of the difference of all tensors, relative to that of all wanted ones."""
+    assert found.keys() == wanted.keys()
+    difference = {name: found[name].double() - tensor.double() for name, tensor in wanted.items()}
+    return (joined(difference).norm() / joined(wanted).norm()).item()
 
 
-def compiled_steps(world: World, name: str) -> dict:
-    torch._dynamo.reset()
-    counters.clear()
-    found = steps(world, name, {**COMPILED[name], "compile": True})
-    return found | {"breaks": dict(counters["graph_break"])}
+def joined(tensors: Tensors) -> torch.Tensor:
+    return torch.cat([tensor.double().flatten() for tensor in tensors.values()])
 
 
-def main() -> None:
-    """Under torchrun: every process saves what it found of PART."""
-    torch.set_num_threads(1)
-    out = Path(os.environ["OUT"])
-    part = os.environ["PART"]
-    cases = {"few": CASES, "more": MORE_CASES, "four": SQUARES, "compiled": {}}[part]
-    with session() as world:
-        found = {name: steps(world, name, overrides) for name, overrides in cases.items()}
-        if part == "few":
-            found |= {
-                "precision": precision(world),
-                "checkpoints": checkpoints(world, out / "checkpoints"),
-                "averages": averages(world),
-                "oddities": oddities(world),
-            }
-            with without_inductor():
-                found["traced"] = compiled_steps(world, TRACED)
-        if part == "more":
-            for name, mode in (("fsdp fp16", FSDP), ("ddp fp16", {})):
-                found[name] = first_gradients(world, mixed_precision="fp16", **mode)
-        if part == "compiled":
-            found = {name: compiled_steps(world, name) for name in COMPILED}
-        torch.save(found, out / f"found.{world.rank}")
+def only(tensors: Tensors, *prefixes: str) -> Tensors:
+    """Those of a kind: model, ema, ema_2 or optimizer; a step's number would hide what differs."""
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name.split(".")[0] in prefixes and not name.endswith(".step")
+    }
 
 
-if __name__ == "__main__":
-    main()
+def unequal(found: Tensors, wanted: Tensors) -> list[str]:
+    """Names of the tensors that are not the same bits; both have the same names."""
+    assert found.keys() == wanted.keys()
+    return [name for name in wanted if not torch.equal(found[name], wanted[name])]

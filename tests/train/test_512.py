@@ -13,12 +13,13 @@ from repa_fast import encoders
 from repa_fast.configs import presets
 from repa_fast.configs.build import expected_metadata
 from repa_fast.diffusion import ddpm_samplers, samplers
-from repa_fast.distributed import World
 from repa_fast.testing import random_encoder_weights, seeded
 from repa_fast.train import checkpoint
 from repa_fast.train.state import TrainState, build_state
 from repa_fast.train.step import synthetic_batch, train_step
-from tests.train.conftest import randomise
+from tests.train.conftest import ALONE, randomise
+
+pytestmark = pytest.mark.xdist_group("train 512")  # what its tests share is made once
 
 ENCODER = "dinov2-vit-s"
 TOKENS = 1024
@@ -48,18 +49,19 @@ OBJECTIVES = {
 def encoder(tmp_path_factory):
     """DINOv2-S with random weights, at the size that images of 512 pixels ask for."""
     weights = random_encoder_weights(ENCODER, 512, tmp_path_factory.mktemp("weights"))
-    return encoders.load(ENCODER, 512, "cpu", weights)
+    loaded = encoders.load(ENCODER, 512, "cpu", weights)
+    loaded.vit.blocks = loaded.vit.blocks[:2]  # the others have nothing to do with the size
+    return loaded
 
 
 @pytest.fixture
 def make(encoder):
-    """Objective -> a state with the shared encoder, if it aligns with any."""
+    """(objective) -> a state with the shared encoder, if it aligns with any."""
 
     def build(name: str) -> TrainState:
         preset, overrides = OBJECTIVES[name]
         config = dataclasses.replace(presets.get(preset), **SMALL, **overrides)
-        world = World(0, 1, torch.device("cpu"))
-        state = build_state(config, expected_metadata(config), world, encoders_later=True)
+        state = build_state(config, expected_metadata(config), ALONE, encoders_later=True)
         state.alignment.encoders = {} if config.enc_type == "none" else {ENCODER: encoder}
         state.micro_batch = 1
         randomise(state)

@@ -1,5 +1,6 @@
 """Saves beside training: what is stored, when it is announced, and what happens when one fails."""
 
+import contextlib
 import errno
 import fcntl
 import gc
@@ -15,26 +16,28 @@ from repa_fast.checkpoint.layout import MARKER, path_of, read_native, steps
 from repa_fast.train import checkpoint
 from repa_fast.train.checkpoint import Checkpointer, CheckpointFailed
 from repa_fast.train.step import synthetic_batch, train_step
+from tests.refusals import refused
+from tests.train.conftest import tiny_state
 
 
 @pytest.fixture
-def state(make_state):
-    state = make_state(enc_type="none")
+def state():
+    state = tiny_state(enc_type="none")
     train_step(state, synthetic_batch(state, 12)[0])
     return state
 
 
 @pytest.fixture
 def lines():
+    """What is announced."""
     return []
 
 
 @pytest.fixture
 def saves(state, tmp_path, lines):
-    saves = Checkpointer(tmp_path, state.world)
-    saves.announce = lines.append
-    yield saves
-    saves.close()
+    with contextlib.closing(Checkpointer(tmp_path, state.world)) as saves:
+        saves.announce = lines.append
+        yield saves
 
 
 @pytest.fixture
@@ -125,64 +128,47 @@ def test_a_step_that_is_there_is_left_and_said(state, saves, lines):
 
 
 def test_two_failures_in_a_row_warn_and_a_third_raises(state, saves, full_disk, lines, tmp_path):
-    saves.save(state, wait=True)
-    for step, full in ((2, True), (3, False), (4, True)):
-        state.step = step
-        full_disk[:] = [full] * full
+    """The third is waited for: training goes on if it succeeds."""
+
+    def save(step: int, full: bool) -> None:
+        state.step, full_disk[:] = step, [full] * full
         saves.save(state)
+
+    for step, full in ((1, False), (2, True), (3, False), (4, True)):
+        save(step, full)
         saves.settle()
         assert not saves.failing
     assert [line.startswith("WARNING: ") for line in lines] == [False, True, False, True]
     assert f"{tmp_path / '0000002'} was not written: OSError: [Errno 28]" in lines[1]
     assert "newest whole one is 0000001" in lines[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0000001", "0000003"]
-    state.step = 5
-    saves.save(state)
+    save(5, full=True)
     saves.settle()
     assert saves.failing
-    state.step = 6
-    with pytest.raises(CheckpointFailed, match="0000006 was not written"):
-        saves.save(state)
-    assert steps(tmp_path) == [1, 3]
-
-
-def test_after_two_failures_the_next_is_waited_for_and_training_goes_on(
-    state, saves, full_disk, tmp_path
-):
-    full_disk[:] = [True]
-    for state.step in (2, 3):
-        saves.save(state)
-        saves.settle()
-    assert saves.failing
-    full_disk.clear()
-    state.step = 4
-    saves.save(state)
-    assert steps(tmp_path) == [4] and not saves.failing
-
-
-def test_one_that_is_waited_for_raises_at_once(state, saves, full_disk):
-    full_disk.append(True)
-    with pytest.raises(
-        CheckpointFailed, match=r"0000001 was not written.*newest whole one is none"
-    ):
-        saves.save(state, wait=True)
+    save(6, full=False)
+    assert steps(tmp_path) == [1, 3, 6] and not saves.failing
+    save(7, full=True)
+    save(8, full=True)
+    saves.settle()
+    with pytest.raises(CheckpointFailed, match="0000009 was not written"):
+        save(9, full=True)
+    assert steps(tmp_path) == [1, 3, 6]
 
 
 def test_too_little_space_is_said_with_both_sizes_before_anything_is_written(
     state, saves, tmp_path, monkeypatch
 ):
-    needed = []
+    there = []
 
     def usage(folder):
-        needed.append(sorted(path.name for path in folder.iterdir()))
+        there.append(list(folder.iterdir()))
         return type("usage", (), {"free": 1000})
 
     monkeypatch.setattr(writer.shutil, "disk_usage", usage)
-    with pytest.raises(
-        CheckpointFailed, match=r"0000001 needs 0\.0\d+ GiB, and .* 9\.31e-07 GiB f"
-    ):
+    words = r"0000001 needs 0\.0\d+ GiB, and .* 9\.31e-07 GiB f"
+    with pytest.raises(CheckpointFailed, match=words):
         saves.save(state, wait=True)
-    assert needed == [[]] and list(tmp_path.iterdir()) == []
+    assert there == [[]] and list(tmp_path.iterdir()) == []
 
 
 def test_what_is_asked_for_is_a_little_more_than_what_is_taken(state, tmp_path, monkeypatch):
@@ -200,6 +186,8 @@ def test_a_folder_that_is_read_only_is_a_failure_not_a_crash(state, saves, tmp_p
     saves.save(state)
     saves.settle()
     assert lines[0].startswith("WARNING: ") and "0000001 was not written: FileE" in lines[0]
+    with pytest.raises(CheckpointFailed, match=r"0000001 was .*newest whole one is none"):
+        saves.save(state, wait=True)
 
 
 def test_old_checkpoints_that_cannot_be_removed_do_not_spoil_the_new_one(
@@ -217,24 +205,18 @@ def test_old_checkpoints_that_cannot_be_removed_do_not_spoil_the_new_one(
     assert "were not removed: [Errno 13]" in caplog.text
 
 
-@pytest.fixture
-def halves(tmp_path):
-    """A folder with complete and half-written checkpoints and with what is neither."""
+def test_directories_of_steps_without_a_marker_are_cleaned_and_nothing_else(tmp_path):
     for name in ("0000001", "0000002", "0000003", "1", "other", "12345678"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__0_0.distcp").write_text("x")
     (tmp_path / "0000001" / MARKER).write_text("{}")
     (tmp_path / "0000004").write_text("a file")
     (tmp_path / "0000005").symlink_to(tmp_path / "other")
-    return tmp_path
-
-
-def test_directories_of_steps_without_a_marker_are_cleaned_and_nothing_else(halves):
-    assert [path.name for path in writer.clean(halves)] == ["0000002", "0000003", "12345678"]
-    left = sorted(path.name for path in halves.iterdir())
+    assert [path.name for path in writer.clean(tmp_path)] == ["0000002", "0000003", "12345678"]
+    left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["0000001", "0000004", "0000005", "1", "other"]
-    assert (halves / "other" / "__0_0.distcp").exists()
-    assert writer.clean(halves / "nowhere") == []
+    assert (tmp_path / "other" / "__0_0.distcp").exists()
+    assert writer.clean(tmp_path / "nowhere") == []
 
 
 def test_one_that_is_being_written_is_not_cleaned(state, saves, held, tmp_path):
@@ -249,44 +231,33 @@ def test_one_that_is_being_written_is_not_cleaned(state, saves, held, tmp_path):
     assert steps(tmp_path) == [1] and writer.damage(target) == ""
 
 
-def test_a_marker_that_is_cut_off_is_damage(state, tmp_path):
-    target = checkpoint.save(tmp_path, state)
+def test_a_marker_that_is_cut_off_is_damage(tmp_path):
     for text in ("", '{"a', "null", "[]"):
-        (target / MARKER).write_text(text)
-        assert writer.damage(target).startswith("it cannot be read")
+        (tmp_path / MARKER).write_text(text)
+        assert writer.damage(tmp_path).startswith("it cannot be read")
 
 
-@pytest.mark.parametrize(
-    "overrides, message",
-    [
-        ({"path_type": "cosine"}, "of a run with path_type 'linear', expected 'cosine': "),
-        ({"prediction": "noise"}, "of a run with prediction 'v', expected 'noise': "),
-    ],
-)
-def test_another_task_is_refused_where_the_tensors_would_fit(
-    state, make_state, tmp_path, overrides, message
-):
+def test_another_task_is_refused_where_the_tensors_would_fit(state, tmp_path):
     target = checkpoint.save(tmp_path, state)
-    with pytest.raises(ValueError, match=message + ".*--init-from"):
-        checkpoint.load(target, make_state(enc_type="none", **overrides))
-
-
-def test_another_scale_of_latents_is_refused(state, tmp_path):
-    target = checkpoint.save(tmp_path, state)
+    for name, ours, theirs in (("path_type", "linear", "cosine"), ("prediction", "v", "noise")):
+        other = tiny_state(enc_type="none", **{name: theirs})
+        words = f"of a run with {name} '{ours}', expected '{theirs}': .*--init-from"
+        refused(lambda other=other: checkpoint.load(target, other), words)
     stored = json.loads((target / "dataset.json").read_text())
     (target / "dataset.json").write_text(json.dumps(stored | {"scale": 0.18215}))
-    with pytest.raises(ValueError, match=r"of a run with scale 0\.18215, expected 1\.0: "):
-        checkpoint.load(target, state)
+    words = r"of a run with scale 0\.18215, expected 1\.0: "
+    refused(lambda: checkpoint.load(target, state), words)
 
 
-def test_a_damaged_later_checkpoint_does_not_push_the_new_one_out(state, saves, tmp_path):
-    """It was passed over, and its step will be written again."""
-    for state.step in (2, 9):
+def test_the_last_are_kept_and_every_nth_and_later_ones(state, saves, tmp_path):
+    """A later one is damaged: it was passed over, and its step will be written again."""
+    for state.step in (2, 3, 4, 9):
         saves.save(state, wait=True)
-    state.config.keep_last = 1
-    state.step = 4
+    state.config.keep_last = state.config.keep_every = 2
+    state.step = 5
     saves.save(state, wait=True)
-    assert steps(tmp_path) == [4, 9]
+    assert steps(tmp_path) == [2, 4, 5, 9]
+    assert [int(path.name) for path in sorted(tmp_path.iterdir())] == [2, 4, 5, 9]
 
 
 def test_what_another_process_writes_is_left_to_it(state, saves, tmp_path):

@@ -11,13 +11,16 @@ pytest.importorskip("lance")
 from repa_fast import encoders
 from repa_fast.data import dataset as dataset_module
 from repa_fast.data.dataset import LatentDataset
-from repa_fast.data.digits import prepare_digits
+from repa_fast.data.digits import digits_metadata, prepare_digits
 from repa_fast.data.loader import read_batch
 from repa_fast.prepare.features import Extraction, FeaturesConfig, prepare_features
-from repa_fast.train import run as runs
 from repa_fast.train import step
 from repa_fast.train.report import read_metrics
 from repa_fast.train.state import build_state
+from tests.refusals import refused
+from tests.train.conftest import ALONE, trained
+
+pytestmark = pytest.mark.xdist_group("train features")  # what its tests share is made once
 
 
 @pytest.fixture(scope="module")
@@ -37,47 +40,50 @@ def data_dir(tmp_path_factory):
     return str(out)
 
 
-@pytest.fixture
-def run(config, data_dir, tmp_path):
-    def metrics(**overrides):
-        values = {"data_dir": data_dir, "output_dir": str(tmp_path), "log_every": 1}
-        name = overrides.get("features", "online") or "online"
-        values |= {"exp_name": name, "max_train_steps": 4}
-        return read_metrics(runs.train(config(**values | overrides)) / "metrics.jsonl")
+@pytest.fixture(scope="module")
+def metrics(data_dir, tmp_path_factory):
+    """(config overrides) -> metrics of each step of a run."""
 
-    return metrics
+    def of_run(**overrides):
+        run = trained(data_dir, tmp_path_factory.mktemp("runs") / "run", **overrides)
+        return read_metrics(run / "metrics.jsonl")
+
+    return of_run
 
 
-@pytest.mark.parametrize("column", ["digits_vit", "small"])
-def test_the_run_is_the_online_one_up_to_the_rounding_of_the_features(run, column, monkeypatch):
-    online = run()
+@pytest.fixture(scope="module")
+def online(metrics):
+    return metrics()
 
+
+@pytest.mark.parametrize("column, bound", [("digits_vit", 2**-11), ("small", 1 / 127)])
+def test_the_run_is_the_online_one_up_to_the_rounding_of_the_features(
+    metrics, online, column, bound, monkeypatch
+):
     def never(*arguments, **options):
         raise AssertionError("no image and no encoder is needed")
 
     monkeypatch.setattr(dataset_module, "decode", never)
     monkeypatch.setattr(encoders, "load", never)
-    cached = run(features=column)
-    bound = {"digits_vit": 2**-11, "small": 1 / 127}[column]
+    cached = metrics(features=column)
     for theirs, ours in zip(online, cached, strict=True):
         assert ours["align/digits-vit"] == pytest.approx(theirs["align/digits-vit"], abs=bound)
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=bound)
         assert ours["denoise"] == pytest.approx(theirs["denoise"], rel=1e-4)
 
 
-@pytest.mark.parametrize("column", ["digits_vit", "small"])
-def test_targets_are_the_encoder_s_own(data_dir, column):
+@pytest.mark.parametrize("column, cosine", [("digits_vit", 1 - 1e-6), ("small", 1 - 1e-3)])
+def test_targets_are_the_encoder_s_own(data_dir, column, cosine):
     table = LatentDataset(data_dir)
     batch = read_batch(table, np.arange(40), features=[column])
     with torch.no_grad():
         expected = encoders.load("digits-vit", 16, "cpu")(batch["image"])
     got = table.features[column].unpack(batch)
-    cosine = torch.nn.functional.cosine_similarity(got.float(), expected, dim=-1)
-    assert cosine.min() > {"digits_vit": 1 - 1e-6, "small": 1 - 1e-3}[column]
+    assert torch.nn.functional.cosine_similarity(got.float(), expected, dim=-1).min() > cosine
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    "overrides, words",
     [
         ({"features": "nothing"}, "features is 'nothing', expected one of the dataset's columns: "),
         ({"features": "other"}, "column other holds 16 tokens of width 96 by mae-vit-l from 16"),
@@ -85,26 +91,20 @@ def test_targets_are_the_encoder_s_own(data_dir, column):
         ({"features": "digits_vit", "enc_type": "none"}, "features has 1 columns"),
     ],
 )
-def test_columns_that_do_not_fit_are_refused(run, overrides, message):
-    with pytest.raises(ValueError, match=message):
-        run(**overrides)
+def test_columns_that_do_not_fit_are_refused(metrics, overrides, words):
+    refused(lambda: metrics(**overrides), words)
 
 
-def test_an_official_folder_has_no_columns(config, data_dir):
-    from repa_fast.data.digits import digits_metadata
-    from repa_fast.distributed import World
-
-    world = World(rank=0, size=1, device=torch.device("cpu"))
-    with pytest.raises(ValueError, match="columns: none; `repa-fast prepare features`"):
-        build_state(config(features="digits_vit"), digits_metadata(), world)
+def test_an_official_folder_has_no_columns(config):
+    refused(
+        lambda: build_state(config(features="digits_vit"), digits_metadata(), ALONE),
+        "columns: none; `repa-fast prepare features`",
+    )
 
 
 def test_a_made_up_batch_has_the_columns(config, data_dir):
-    from repa_fast.distributed import World
-
     table = LatentDataset(data_dir)
-    world = World(rank=0, size=1, device=torch.device("cpu"))
-    state = build_state(config(features="small"), table.metadata, world, table.features)
+    state = build_state(config(features="small"), table.metadata, ALONE, table.features)
     batch, draws = step.synthetic_batch(state, 3)
     denoise, align = step.losses(state, state.model, batch, draws)
     assert denoise.shape == (3,) and [part.shape for part in align] == [(3,)]

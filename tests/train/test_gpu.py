@@ -26,22 +26,26 @@ def cuda_state(**overrides):
     return state
 
 
-COPIES = {"compute_copy": "optimizer", "residual_dtype": "bf16"}
+def seeded_batch(state, seed=0):
+    batch, _ = synthetic_batch(state, state.local_batch)
+    batch["moments"].normal_(generator=torch.Generator("cuda").manual_seed(seed))
+    batch["image"].random_(0, 256, generator=torch.Generator("cuda").manual_seed(seed))
+    return batch
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(
-    "precision, options",
+    "options",
     [
-        ("no", {}),
-        ("bf16", {}),
-        ("fp16", {}),
-        ("bf16", COPIES),
+        {"mixed_precision": "no"},
+        {"mixed_precision": "bf16"},
+        {"mixed_precision": "fp16"},
+        {"mixed_precision": "bf16", "compute_copy": "optimizer", "residual_dtype": "bf16"},
     ],
     ids=["fp32", "bf16", "fp16", "copies"],
 )
-def test_step_does_not_synchronise_with_the_host(precision, options, compiled):
-    state = cuda_state(mixed_precision=precision, compile=compiled, **options)
+def test_step_does_not_synchronise_with_the_host(options, compiled):
+    state = cuda_state(compile=compiled, **options)
     state.optimizer.write_copies()
     batch, _ = synthetic_batch(state, state.local_batch)
     for _ in range(2):  # optimizer state and compiled code are made here
@@ -51,28 +55,20 @@ def test_step_does_not_synchronise_with_the_host(precision, options, compiled):
         train_step(state, batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    reading = state.metrics.read(state.world)
-    assert reading["loss"] is not None
+    assert state.metrics.read(state.world)["loss"] is not None
 
 
 @pytest.mark.parametrize("joint", [False, True])
 def test_a_graph_does_what_its_steps_do(joint):
     options = {"mixed_precision": "bf16", "compute_copy": "optimizer", "joint_adaln": joint}
+    options |= {"lr_schedule": "cosine", "max_train_steps": 20}
     results = []
-    for graphed in (False, True):
-        state = cuda_state(
-            **options,
-            cuda_graph="on" if graphed else "off",
-            lr_schedule="cosine",
-            max_train_steps=20,
-        )
+    for graphed in ("off", "on"):
+        state = cuda_state(cuda_graph=graphed, **options)
         state.optimizer.write_copies()
         step = stepper(state)
         for number in range(FIRST_STEPS + 5):
-            batch, _ = synthetic_batch(state, state.local_batch)
-            batch["moments"].normal_(generator=torch.Generator("cuda").manual_seed(number))
-            batch["image"].random_(0, 256, generator=torch.Generator("cuda").manual_seed(number))
-            step(batch)
+            step(seeded_batch(state, number))
         results.append((state.metrics.read(state.world), list(state.ema.parameters())))
     (plain, averages), (graph, graph_averages) = results
     assert graph["skipped"] == 0 and plain["loss"] is not None
@@ -85,9 +81,7 @@ def test_bf16_follows_fp32():
     losses = {}
     for precision in ("no", "bf16"):
         state = cuda_state(mixed_precision=precision)
-        batch, _ = synthetic_batch(state, state.local_batch)
-        batch["moments"].normal_(generator=torch.Generator("cuda").manual_seed(0))
-        batch["image"].random_(0, 256, generator=torch.Generator("cuda").manual_seed(0))
+        batch = seeded_batch(state)
         for _ in range(20):
             train_step(state, batch)
         losses[precision] = state.metrics.read(state.world)["denoise"]
@@ -109,9 +103,8 @@ def test_a_weights_gradient_is_the_fp32_sum_of_its_rows(compiled):
 def test_micro_batch_is_halved_until_it_fits():
     state = cuda_state(batch_size=4096)
     torch.cuda.empty_cache()
-    _free, total = torch.cuda.mem_get_info()
-    needed = 2 << 30
-    torch.cuda.set_per_process_memory_fraction(needed / total)
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction((2 << 30) / total)
     try:
         chosen = choose_micro_batch(state)
     finally:

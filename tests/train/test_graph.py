@@ -1,4 +1,7 @@
+"""The step as a graph, recorded and replayed without a GPU; test_gpu.py has one."""
+
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +11,10 @@ from repa_fast.distributed import World
 from repa_fast.train import graph
 from repa_fast.train.graph import FIRST_STEPS, GraphedStep, describe, stepper, why_not
 from repa_fast.train.step import synthetic_batch, train_step
+from tests.refusals import refused
+from tests.train.conftest import assert_same
 
+GPU = World(rank=0, size=1, device=torch.device("cuda", 0))
 SCHEDULE = {"lr_schedule": "cosine", "max_train_steps": 12, "warmup_steps": 3}
 
 
@@ -35,9 +41,8 @@ def test_what_is_recorded_does_every_step_again(make_state, overrides):
         batch["moments"].zero_()  # the next batch may lie in the same memory
     assert len(recorded) == 1
     assert plain.step == graphed.step == FIRST_STEPS + 4
-    for name in ("model", "ema"):
-        expected, found = (getattr(s, name).state_dict() for s in (plain, graphed))
-        assert all(torch.equal(found[key], value) for key, value in expected.items())
+    for a, b in zip(*((s.model, s.ema, *s.more_emas) for s in (graphed, plain)), strict=True):
+        assert_same(a.state_dict().values(), b.state_dict().values())
     assert plain.metrics.read(plain.world) == graphed.metrics.read(graphed.world)
 
 
@@ -54,27 +59,27 @@ def test_it_is_asked_for_by_its_flag(make_state):
     state = make_state()
     assert stepper(state).func is train_step
     assert describe(state) == "cuda_graph: off, since the device is cpu, expected cuda"
-    with pytest.raises(ValueError, match="cuda_graph is on, but the device is cpu, expected cuda"):
-        stepper(make_state(cuda_graph="on"))
-    state.world = World(rank=0, size=1, device=torch.device("cuda", 0))
+    refused(
+        lambda: stepper(make_state(cuda_graph="on")),
+        "cuda_graph is on, but the device is cpu, expected cuda",
+    )
+    state.world = GPU
     assert why_not(state) == "" and describe(state) == "cuda_graph: on (auto)"
     state = make_state(cuda_graph="off")
     assert stepper(state).func is train_step and describe(state) == "cuda_graph: off, asked for"
 
 
 @pytest.mark.parametrize(
-    "size, scaled, decay, reason",
+    "size, flags, reason",
     (
-        (2, False, {}, "there are 2 processes, expected one"),
-        (1, True, {}, "mixed_precision is fp16, expected bf16 or no"),
-        (1, False, {"align_decay": "linear", "align_until": 5}, "align_decay is 'linear'"),
+        (2, {}, "there are 2 processes, expected one"),
+        (1, {"mixed_precision": "fp16"}, "mixed_precision is fp16, expected bf16 or no"),
+        (1, {"align_decay": "linear", "align_until": 5}, "align_decay is 'linear'"),
     ),
 )
-def test_what_a_graph_cannot_do_is_known(make_state, size, scaled, decay, reason):
-    state = make_state(**decay)
-    state.world = World(rank=0, size=size, device=torch.device("cuda", 0))
-    if scaled:
-        state.scaler = torch.amp.GradScaler("cpu")
+def test_what_a_graph_cannot_do_is_known(make_state, size, flags, reason):
+    state = make_state(**flags)
+    state.world = replace(GPU, size=size)
     assert reason in why_not(state) and reason in describe(state)
 
 
@@ -89,8 +94,7 @@ def test_a_capture_that_fails_is_one_line_and_the_steps_go_on(make_state, capsys
         step(batch)
     line = "cuda_graph: not captured, RuntimeError: operation not permitted\n"
     assert capsys.readouterr().out == line
-    expected, found = (state.model.state_dict() for state in (plain, graphed))
-    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert_same(graphed.model.parameters(), plain.model.parameters())
     step = GraphedStep(make_state(cuda_graph="on"), fails)
     *first, last = batches(plain, FIRST_STEPS + 1)
     for batch in first:
@@ -122,7 +126,7 @@ def test_warm_up_and_capture_are_on_one_stream(make_state, monkeypatch):
     )
     monkeypatch.setattr(graph, "train_step", lambda state, batch: None)
     state = make_state()
-    state.world = World(rank=0, size=1, device=torch.device("cuda", 0))
+    state.world = GPU
     step = GraphedStep(state)
     for _ in range(FIRST_STEPS):
         step({})

@@ -21,18 +21,19 @@ from repa_fast.models.sit import SiT, SiTBlock
 from repa_fast.train.step import losses, synthetic_batch, train_step
 
 BATCH = 4
+COPIES = {"mixed_precision": "bf16", "compute_copy": "optimizer"}
 KINDS = {
     "repa": {},
     "micro-batches": {"micro_batch": 2},
-    "bf16": {"mixed_precision": "bf16", "compute_copy": "optimizer"},
-    "bf16-residual": {
-        "mixed_precision": "bf16",
-        "compute_copy": "optimizer",
-        "residual_dtype": "bf16",
-    },
+    "bf16": COPIES,
+    "bf16-residual": COPIES | {"residual_dtype": "bf16"},
     "sra": {"align": "sra", "enc_type": "none", "block_out_s": 1, "block_out_t": 2},
     "ddpm": {"objective": "ddpm", "model": "DiT-S/4"},
 }
+HEAVY = [
+    pytest.param(kind, marks=pytest.mark.heavy)
+    for kind in ("repa", "micro-batches", "bf16-residual", "ddpm")
+]
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def traced_only(monkeypatch):
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["bf16", "sra", *HEAVY])
 def test_nothing_breaks_a_graph_or_compiles_again_after_the_first_step(state_of, traced_only, kind):
     state = state_of(kind, compile=True)
     batch, _ = synthetic_batch(state, BATCH)
@@ -200,13 +201,13 @@ def test_a_read_is_counted(read):
 
 @pytest.mark.parametrize("encoders", [(), (48,)])
 def test_forward_and_backward_are_three_times_the_formula(encoders):
-    """SiT-S on 8 x 8 patches; explicit attention, since flash computes scores once more."""
+    """SiT-S's width on 8 x 8 patches; explicit attention, since flash computes scores once more."""
     model = SiT(
         input_size=16,
         hidden_size=384,
-        depth=12,
+        depth=4,
         num_heads=6,
-        encoder_depth=4,
+        encoder_depth=2,
         z_dims=encoders,
         projector_dim=96,
         fused_attn=False,
@@ -216,7 +217,7 @@ def test_forward_and_backward_are_three_times_the_formula(encoders):
         velocity, projections = model(x, t, y)
         (velocity.sum() + sum(p.sum() for p in projections)).backward()
     sizes = {"tokens": 64, "width": 384}
-    forward = sit_flops(**sizes, depth=12, mlp_ratio=4.0, patch_values=16) + sum(
+    forward = sit_flops(**sizes, depth=4, mlp_ratio=4.0, patch_values=16) + sum(
         projector_flops(**sizes, projector_dim=96, z_dim=features) for features in encoders
     )
     assert counter.get_total_flops() == pytest.approx(2 * 3 * forward, rel=0.01)

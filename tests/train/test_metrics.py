@@ -32,12 +32,10 @@ class Lockstep(World):
 class Run:
     """`size` processes; `add` gives each its share of a step, as train_step does."""
 
-    def __init__(self, size: int, others: tuple[str, ...] = ("align/a",)):
-        self.processes = [Accumulator(list(others), CPU) for _ in range(size)]
-        self.worlds = [
-            Lockstep(rank, size, CPU).join(self.processes) if size > 1 else ALONE
-            for rank in range(size)
-        ]
+    def __init__(self, size: int = 1) -> None:
+        self.processes = [Accumulator(["align/a"], CPU) for _ in range(size)]
+        together = [Lockstep(rank, size, CPU).join(self.processes) for rank in range(size)]
+        self.worlds = together if size > 1 else [ALONE]
 
     def add(self, denoise: torch.Tensor, t: torch.Tensor, norm: float = 1.0, bad=GOOD) -> None:
         size = len(self.processes)
@@ -61,12 +59,10 @@ class Run:
         return self.processes[0].read(self.worlds[0])
 
 
-def steps(count: int, batch: int = 12, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (torch.rand(batch, generator=generator), torch.rand(batch, generator=generator))
-        for _ in range(count)
-    ]
+def steps(count: int, batch: int = 12) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Losses and times of some steps."""
+    generator = torch.Generator().manual_seed(0)
+    return [tuple(torch.rand(2, batch, generator=generator)) for _ in range(count)]
 
 
 def assert_equal_readings(got: dict, expected: dict) -> None:
@@ -75,15 +71,10 @@ def assert_equal_readings(got: dict, expected: dict) -> None:
         assert got[name] == pytest.approx(value, rel=1e-6), name
 
 
-def test_names_are_the_losses_the_norm_and_the_others():
-    names = Accumulator(["align/a", "align/b"], CPU).names
-    assert names == ["loss", "denoise", "grad_norm", "align/a", "align/b"]
-
-
 def test_a_reading_holds_the_means_over_steps():
     accumulator = Accumulator(["align/a", "align/b"], CPU)
-    rows = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0], [3.0, 5.0, 7.0, 9.0, 11.0]])
-    for row in rows:
+    assert accumulator.names == ["loss", "denoise", "grad_norm", "align/a", "align/b"]
+    for row in torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0], [3.0, 5.0, 7.0, 9.0, 11.0]]):
         values = StepValues(row[0], row[1], row[3:], torch.ones(2))
         accumulator.add(values, row[2], GOOD, torch.tensor([0.1, 0.2]))
     reading = accumulator.read(ALONE)
@@ -93,7 +84,7 @@ def test_a_reading_holds_the_means_over_steps():
 
 
 def test_losses_are_binned_by_t():
-    run, data = Run(1), steps(7, batch=40)
+    run, data = Run(), steps(7, batch=40)
     for denoise, t in data:
         run.add(denoise, t)
     values = np.concatenate([denoise.numpy() for denoise, _ in data]).astype(np.float64)
@@ -102,39 +93,34 @@ def test_losses_are_binned_by_t():
     counts, _ = np.histogram(times, bins=edges)
     assert counts.min() > 0
     assert run.read()["loss_by_t"] == pytest.approx((totals / counts).tolist(), rel=1e-12)
-
-
-def test_the_ends_of_t_fall_into_the_first_and_last_bin():
-    accumulator = Accumulator([], CPU)
-    one = torch.tensor(1.0)
-    values = StepValues(one, one, torch.ones(0), torch.tensor([2.0, 3.0]))
-    accumulator.add(values, one, GOOD, torch.tensor([0.0, 1.0]))
-    assert accumulator.read(ALONE)["loss_by_t"] == [2.0, *[None] * 8, 3.0]
+    run.add(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0]))
+    assert run.read()["loss_by_t"] == [2.0, *[None] * 8, 3.0], "the ends of t"
 
 
 def test_skipped_steps_add_nothing_but_their_count():
-    with_bad, without, data = Run(1), Run(1), steps(4)
-    for index, (denoise, t) in enumerate(data):
-        with_bad.add(denoise, t)
+    with_bad, without = Run(), Run()
+    for denoise, t in steps(3):
         without.add(denoise, t)
-        if index < 3:
-            with_bad.add(torch.full((12,), NAN), t, norm=float("inf"), bad=BAD)
+        with_bad.add(denoise, t)
+        with_bad.add(torch.full((12,), NAN), t, norm=float("inf"), bad=BAD)
     got, expected = with_bad.read(), without.read()
     assert got.pop("skipped") == 3 and expected.pop("skipped") == 0
     assert_equal_readings(got, expected)
+    with_bad.add(denoise * NAN, t, bad=BAD)
+    alone = with_bad.read()
+    assert alone["loss"] is None and alone["align/a"] is None and alone["skipped"] == 1
 
 
 def test_the_bad_run_counts_consecutive_skipped_steps():
-    run, (denoise, t) = Run(1), steps(1)[0]
-    seen = []
-    for bad in (0, 1, 1, 0, 1, 1, 1, 0):
-        run.add(denoise, t, bad=torch.tensor(float(bad)))
+    run, (denoise, t), seen = Run(), steps(1)[0], []
+    for bad in (GOOD, BAD, BAD, GOOD, BAD, BAD, BAD, GOOD):
+        run.add(denoise, t, bad=bad)
         seen.append(int(run.processes[0].bad_run))
     assert seen == [0, 1, 2, 0, 1, 2, 3, 0]
 
 
 def test_reading_resets_the_sums_but_not_the_bad_run():
-    run, data = Run(1), steps(2)
+    run, data = Run(), steps(2)
     run.add(*data[0])
     run.add(*data[0], bad=BAD)
     run.read()
@@ -145,54 +131,22 @@ def test_reading_resets_the_sums_but_not_the_bad_run():
     assert run.read()["denoise"] == pytest.approx(data[1][0].mean().item())
 
 
-def test_only_skipped_steps_have_no_means():
-    run = Run(1)
-    run.add(torch.full((12,), NAN), torch.rand(12), bad=BAD)
-    reading = run.read()
-    assert reading["loss"] is None and reading["align/a"] is None and reading["skipped"] == 1
-
-
-@pytest.mark.parametrize("size", [2, 3])
-def test_processes_together_read_what_one_reads(size):
-    one, many = Run(1), Run(size)
-    for index, (denoise, t) in enumerate(steps(6)):
-        for run in (one, many):
-            run.add(denoise, t, bad=BAD if index % 3 == 0 else GOOD)
-    expected = one.read()
-    assert expected["skipped"] == 2
-    assert_equal_readings(many.read(), expected)
-
-
+@pytest.mark.parametrize("taken", [3, 5])
 @pytest.mark.parametrize("before, after", [(1, 1), (2, 2), (2, 1), (1, 2), (4, 2), (2, 3)])
-def test_a_resumed_run_reads_the_same_means(before, after):
-    run, uninterrupted, data = Run(before), Run(1), steps(5)
-    for denoise, t in data:
+def test_a_resumed_run_reads_what_an_undisturbed_one_reads(before, after, taken):
+    """Steps before and after weigh the same; skipped ones are counted once, and still in a row."""
+    run, undisturbed, data = Run(before), Run(), steps(5)
+    for denoise, t in data[:taken]:
         run.add(denoise, t)
-        uninterrupted.add(denoise, t)
-    assert_equal_readings(run.resumed(after).read(), uninterrupted.read())
-
-
-@pytest.mark.parametrize("before, after", [(1, 1), (2, 2), (2, 1), (1, 2), (4, 2), (2, 3)])
-def test_steps_before_and_after_a_resume_weigh_the_same(before, after):
-    run, uninterrupted, data = Run(before), Run(1), steps(5)
-    for denoise, t in data[:3]:
-        run.add(denoise, t)
-    run = run.resumed(after)
-    for denoise, t in data[3:]:
-        run.add(denoise, t)
-    for denoise, t in data:
-        uninterrupted.add(denoise, t)
-    assert_equal_readings(run.read(), uninterrupted.read())
-
-
-@pytest.mark.parametrize("before, after", [(1, 1), (2, 2), (2, 1), (1, 2), (4, 2), (2, 3)])
-def test_skipped_steps_are_counted_once_after_a_resume(before, after):
-    run, (denoise, t) = Run(before), steps(1)[0]
     for _ in range(3):
-        run.add(denoise, t, bad=BAD)
+        run.add(*data[0], bad=BAD)
     run = run.resumed(after)
     assert [int(process.bad_run) for process in run.processes] == [3] * after
-    assert run.read()["skipped"] == 3
+    for denoise, t in data[taken:]:
+        run.add(denoise, t)
+    for denoise, t in data:
+        undisturbed.add(denoise, t)
+    assert_equal_readings(run.read(), undisturbed.read() | {"skipped": 3})
 
 
 def test_the_state_is_plain_numbers():
@@ -223,9 +177,8 @@ def test_adding_a_step_copies_nothing_from_the_host():
     with FakeTensorMode():
         accumulator = Accumulator(["align/a"], CUDA)
         others, losses, zero = (torch.zeros(s, device=CUDA) for s in (1, 12, ()))
-        values = StepValues(zero, zero, others, losses)
         with Devices() as seen:
-            accumulator.add(values, zero, zero, losses)
+            accumulator.add(StepValues(zero, zero, others, losses), zero, zero, losses)
         assert seen.copies == []
         with Devices() as seen:
             others.copy_(torch.ones(1))  # torch 2.11 does the same for others[0] = 1

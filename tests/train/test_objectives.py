@@ -11,7 +11,8 @@ pytest.importorskip("timm")
 from repa_fast import encoders
 from repa_fast.checkpoint import formats
 from repa_fast.checkpoint.export import official_contents
-from repa_fast.data.digits import prepare_digits
+from repa_fast.configs.flags import parse_config
+from repa_fast.data import dataset
 from repa_fast.data.latents import to_pixels
 from repa_fast.diffusion.alignment import sra_loss
 from repa_fast.diffusion.ddpm import Diffusion, ddpm_losses
@@ -19,71 +20,51 @@ from repa_fast.diffusion.draws import stream
 from repa_fast.eval.load import load
 from repa_fast.eval.pictures import arrange
 from repa_fast.train import checkpoint, resume
-from repa_fast.train import run as runs
 from repa_fast.train.evaluate import sample_grid
 from repa_fast.train.report import read_metrics
-from repa_fast.train.step import (
-    draw_local,
-    losses,
-    synthetic_batch,
-    train_step,
-)
+from repa_fast.train.step import draw_local, losses, synthetic_batch, train_step
 from tests.diffusion import gaussians
+from tests.refusals import refused
+from tests.train.conftest import assert_same
 
+SRA = {"align": "sra", "block_out_s": 1, "block_out_t": 3}
+DDPM = {"objective": "ddpm"}
+PLAIN = {"enc_type": "none"}
+RELEASED = {"loss_type": "sml1", "align_decay": "sra"}
 OBJECTIVES = {
-    "vanilla": {"enc_type": "none"},
+    "conv": {"projector": "conv", "spatial_norm": True},
+    "dit-sra": DDPM | SRA | RELEASED,
+    "noise": {"prediction": "noise", "weighting": "lognormal"},
+    "sra-until": SRA | {"align_until": 3},
+}
+MORE_OBJECTIVES = {
+    "vanilla": PLAIN,
     "cosine": {},
     "nt-xent": {"loss_type": "nt-xent"},
     "nt-xent-batch": {"loss_type": "nt-xent", "nt_xent_negatives": "batch"},
-    "conv": {"projector": "conv", "spatial_norm": True},
-    "sra": {"align": "sra", "block_out_s": 1, "block_out_t": 3},
-    "sra-paper": {
-        "align": "sra",
-        "block_out_s": 1,
-        "block_out_t": 2,
-        "loss_type": "sml1",
-        "align_decay": "sra",
-    },
-    "dit": {"objective": "ddpm", "enc_type": "none"},
-    "dit-repa": {"objective": "ddpm", "mode": "sde"},
-    "dit-sra": {
-        "objective": "ddpm",
-        "align": "sra",
-        "block_out_s": 1,
-        "block_out_t": 3,
-        "loss_type": "sml1",
-        "align_decay": "sra",
-    },
-    "noise": {"prediction": "noise", "weighting": "lognormal"},
-    "noise-sra": {"prediction": "noise", "align": "sra", "block_out_s": 1, "block_out_t": 3},
+    "sra": SRA,
+    "sra-paper": SRA | RELEASED | {"block_out_t": 2},
+    "dit": DDPM | PLAIN,
+    "dit-repa": DDPM | {"mode": "sde"},
+    "noise-sra": SRA | {"prediction": "noise"},
     "score": {"prediction": "score", "path_type": "VP", "loss_weight": "likelihood"},
     "vp": {"path_type": "VP", "mode": "sde"},
     "until": {"align_until": 3},
-    "sra-until": {"align": "sra", "block_out_s": 1, "block_out_t": 3, "align_until": 3},
 }
-SRA = OBJECTIVES["sra"]
+HEAVY = [pytest.param(name, marks=pytest.mark.heavy) for name in MORE_OBJECTIVES]
 
 
-@pytest.fixture(scope="module")
-def digits_dir(tmp_path_factory):
-    return str(prepare_digits(tmp_path_factory.mktemp("data") / "digits"))
-
-
-@pytest.fixture
-def run(config, digits_dir, tmp_path):
-    def train(name, **overrides):
-        values = {"data_dir": digits_dir, "output_dir": str(tmp_path), "exp_name": name}
-        values |= {"max_train_steps": 5, "log_every": 1, "sampling_steps": 5, "num_steps": 2}
-        return runs.train(config(**values | overrides))
-
-    return train
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_stopped_and_resumed_is_the_undisturbed_run(run, name):
-    whole = run("whole", **OBJECTIVES[name])
-    run("cut", **OBJECTIVES[name], max_train_steps=2)
-    cut = run("cut", **OBJECTIVES[name], resume="auto")
+@pytest.mark.parametrize("name", [*OBJECTIVES, *HEAVY])
+def test_stopped_and_resumed_is_the_undisturbed_run(train, monkeypatch, name):
+    """With samples in the end, and without images where no encoder sees them."""
+    options = (OBJECTIVES | MORE_OBJECTIVES)[name] | {"sampling_steps": 5, "num_steps": 2}
+    expected = ["align/sra"] if "sra" in name else ["align/digits-vit"]
+    expected = [] if name in ("vanilla", "dit") else expected
+    if expected != ["align/digits-vit"]:
+        monkeypatch.setattr(dataset, "decode", lambda *_: 1 / 0)
+    whole = train("whole", **options)
+    train("cut", **options, max_train_steps=2)
+    cut = train("cut", **options, resume="auto")
     assert load(whole).digest == load(cut).digest
     lines = [
         [{k: v for k, v in line.items() if "second" not in k and "stall" not in k} for line in of]
@@ -91,9 +72,7 @@ def test_stopped_and_resumed_is_the_undisturbed_run(run, name):
     ]
     assert lines[0] == lines[1]
     assert (cut / "samples.png").exists()
-    aligned = [key for key in lines[0][-1] if key.startswith("align/")]
-    expected = ["align/sra"] if "sra" in name else ["align/digits-vit"]
-    assert aligned == ([] if name in ("vanilla", "dit") else expected)
+    assert [key for key in lines[0][-1] if key.startswith("align/")] == expected
     assert ("variational" in lines[0][-1]) == name.startswith("dit")
 
 
@@ -105,25 +84,27 @@ def moving(state, size=6):
     return synthetic_batch(state, size)
 
 
+def latents(batch, draws):
+    mean, std = batch["moments"].chunk(2, 1)
+    return mean + std * draws.posterior_noise
+
+
 @pytest.mark.parametrize("block", [2, 3])
 def test_the_teacher_is_the_average_s_hidden_state(make_state, block):
     state = make_state(**SRA | {"block_out_t": block, "t_max": 0.3})
     batch, draws = moving(state)
-    clean = batch["moments"].chunk(2, 1)[0]
-    clean = clean + batch["moments"].chunk(2, 1)[1] * draws.posterior_noise
+    clean, heard = latents(batch, draws), {}
     (teacher,) = state.alignment.targets(batch, clean, draws, state.objective, state.ema)
-    heard = {}
 
     def keep(module, inputs, outputs):
         x, branch, gate = outputs
         heard["state"] = x + gate[:, None] * branch
 
-    handle = state.ema.blocks[block - 1].register_forward_hook(keep)
+    state.ema.blocks[block - 1].register_forward_hook(keep)
     t = (draws.t - 0.3 * draws.offset).clamp(0, 1)
     noisy, _ = state.objective.path.interpolate(clean, draws.noise, t)
     with torch.no_grad():
         state.ema(noisy, t, batch["label"], draws.drop)
-    handle.remove()
     assert torch.allclose(teacher, heard["state"], atol=1e-6)
     assert not teacher.requires_grad
 
@@ -145,34 +126,36 @@ def test_the_loss_is_the_one_that_is_asked_for(make_state, kind):
     state = make_state(**SRA | {"loss_type": kind})
     batch, draws = moving(state)
     _, (aligned,) = losses(state, state.model, batch, draws)
-    clean = batch["moments"].chunk(2, 1)[0]
-    clean = clean + batch["moments"].chunk(2, 1)[1] * draws.posterior_noise
+    clean = latents(batch, draws)
     (teacher,) = state.alignment.targets(batch, clean, draws, state.objective, state.ema)
     noisy, _ = state.objective.path.interpolate(clean, draws.noise, draws.t)
-    student = state.model.ap_head(
-        state.model.hidden(noisy, draws.t, batch["label"], draws.drop, depth=1)
-    )
-    assert torch.allclose(aligned, sra_loss(student, teacher, kind), atol=1e-6)
+    hidden = state.model.hidden(noisy, draws.t, batch["label"], draws.drop, depth=1)
+    assert torch.allclose(aligned, sra_loss(state.model.ap_head(hidden), teacher, kind), atol=1e-6)
 
 
-def test_the_weight_is_proj_coeff_or_the_released_one(make_state):
-    for decay, weight in (("constant", 0.7), ("sra", 0.2)):
-        state = make_state(**SRA | {"loss_type": "sml1", "align_decay": decay, "proj_coeff": 0.7})
-        batch, _ = moving(state, state.local_batch)
-        train_step(state, batch)
-        found = state.metrics.read(state.world)
-        expected = found["denoise"] + weight * found["align/sra"]
-        assert found["loss"] == pytest.approx(expected, rel=1e-6)
+@pytest.mark.parametrize(
+    "overrides, weights",
+    [
+        ({}, {"align/digits-vit": 0.7}),
+        (DDPM, {"variational": 1, "align/digits-vit": 0.7}),
+        (SRA | {"loss_type": "sml1"}, {"align/sra": 0.7}),
+        (SRA | RELEASED, {"align/sra": 0.2}),
+    ],
+)
+def test_the_total_is_denoising_and_the_other_losses_times_their_weights(
+    make_state, overrides, weights
+):
+    """That of alignment is proj_coeff, or the released one."""
+    state = make_state(**overrides, proj_coeff=0.7)
+    batch, _ = moving(state, state.local_batch)
+    train_step(state, batch)
+    found = state.metrics.read(state.world)
+    expected = found["denoise"] + sum(weight * found[name] for name, weight in weights.items())
+    assert found["loss"] == pytest.approx(expected, rel=1e-6)
+    assert -1 <= found.get("align/digits-vit", 0) <= 1
 
 
-def test_sra_reads_no_images(run, monkeypatch):
-    from repa_fast.data import dataset
-
-    monkeypatch.setattr(dataset, "decode", lambda *_: 1 / 0)
-    run("run", **SRA)
-
-
-def test_encoders_are_dropped_when_alignment_ends_and_not_loaded_again(run, monkeypatch):
+def test_encoders_are_dropped_when_alignment_ends_and_not_loaded_again(train, monkeypatch):
     calls = []
     loaded = encoders.load
 
@@ -182,12 +165,12 @@ def test_encoders_are_dropped_when_alignment_ends_and_not_loaded_again(run, monk
         return encoder
 
     monkeypatch.setattr(encoders, "load", counting)
-    whole = run("run", align_until=3)
+    whole = train(align_until=3)
     assert len(calls) == 3
     values = [line["align/digits-vit"] for line in read_metrics(whole / "metrics.jsonl")]
     assert all(value != 0 for value in values[:3]) and values[3:] == [0, 0]
     monkeypatch.setattr(encoders, "load", lambda *_: 1 / 0)
-    run("run", align_until=3, max_train_steps=7, resume="auto")
+    train(align_until=3, max_train_steps=7, resume="auto")
 
 
 def test_after_its_end_alignment_leaves_the_heads_as_they_are(make_state):
@@ -198,7 +181,7 @@ def test_after_its_end_alignment_leaves_the_heads_as_they_are(make_state):
     before = [p.clone() for p in state.model.projectors.parameters()]
     trunk = state.model.blocks[0].mlp.fc1.weight.clone()
     train_step(state, {name: t for name, t in batch.items() if name != "image"})
-    assert all(torch.equal(a, b) for a, b in zip(before, state.model.projectors.parameters()))
+    assert_same(state.model.projectors.parameters(), before)
     assert not torch.equal(trunk, state.model.blocks[0].mlp.fc1.weight)
 
 
@@ -220,13 +203,12 @@ def test_an_official_sra_file_goes_on_whatever_its_order(make_state, tmp_path):
     }
     for key in ("model", "ema"):
         contents[key] = {name: contents[key][name] for name in order}
-    contents |= {"steps": 4, "epoch": 0}
-    torch.save(contents, tmp_path / "step-4.pt")
-    other = make_state(**SRA | {"seed": 5})
+    torch.save(contents | {"steps": 4, "epoch": 0}, tmp_path / "step-4.pt")
+    other = make_state(**SRA, seed=5)
     resume.load_official(tmp_path / "step-4.pt", other)
     assert other.step == 4
+    assert_same(other.model.parameters(), state.model.parameters())
     for a, b in zip(state.model.parameters(), other.model.parameters(), strict=True):
-        assert torch.equal(a, b)
         for key in ("exp_avg", "exp_avg_sq") if a.requires_grad else ():
             assert torch.equal(state.optimizer.state[a][key], other.optimizer.state[b][key])
     sampled = formats.read_weights(tmp_path / "step-4.pt")
@@ -234,34 +216,28 @@ def test_an_official_sra_file_goes_on_whatever_its_order(make_state, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    "overrides, message",
     [
         ({"align": "sra", "loss_type": "nt-xent"}, "loss_type is 'nt-xent', expected one of cos, "),
         ({"loss_type": "sml1"}, "loss_type is 'sml1', expected one of cos, nt-xent with align re"),
         ({"align": "sra", "block_out_s": 3, "block_out_t": 3}, "expected 1 <= block_out_s < block"),
+        (SRA | {"block_out_t": 4}, "block_out_t is 4, expected at most the depth, 3"),
         ({"align_decay": "sra"}, "needs --align sra"),
         ({"align_until": -1}, "align_until is -1"),
         ({"align": "sra", "t_max": 1.5}, "t_max 1.5"),
-        ({"objective": "ddpm", "prediction": "noise"}, "'noise', expected the default with --obj"),
-        ({"objective": "ddpm", "loss_weight": "velocity"}, "loss_weight is 'velocity', expected"),
+        (DDPM | {"prediction": "noise"}, "'noise', expected the default with --obj"),
+        (DDPM | {"loss_weight": "velocity"}, "loss_weight is 'velocity', expected"),
         ({"path_type": "VP", "loss_weight": "likelihood"}, "expected none with --prediction v"),
         ({"prediction": "eps"}, "prediction is 'eps', expected one of v, score, noise"),
         ({"prediction": "noise", "loss_weight": "snr"}, "'snr', expected one of none, velocity, l"),
+        ({"model": "DiT-B/4"}, "model is DiT-B/4, expected --objective ddpm"),
     ],
 )
-def test_settings_that_do_not_go_together(config, overrides, message):
-    with pytest.raises(ValueError, match=message):
-        config(**overrides)
-
-
-def test_a_teacher_above_the_model_is_refused(make_state):
-    with pytest.raises(ValueError, match="block_out_t is 4, expected at most the depth, 3"):
-        make_state(align="sra", block_out_s=1, block_out_t=4)
+def test_settings_that_do_not_go_together(make_state, overrides, message):
+    refused(lambda: make_state(**overrides), message)
 
 
 def test_official_flags_of_sra():
-    from repa_fast.configs.flags import parse_config
-
     flags = "--exp-name x --align sra --block-out-s 8 --block-out-t 20 --t-max 0.2 --loss-type sml1"
     config = parse_config(flags.split())
     assert (config.block_out_s, config.block_out_t, config.t_max) == (8, 20, 0.2)
@@ -269,32 +245,24 @@ def test_official_flags_of_sra():
     assert json.loads(json.dumps(config.to_dict()))["align"] == "sra"
 
 
+# DiT.
+
+
 def test_ddpm_trains_on_noise_and_variance_at_integer_times(make_state):
-    state = make_state(objective="ddpm", enc_type="none")
+    state = make_state(**DDPM | PLAIN)
     batch, draws = synthetic_batch(state, 6)
     seen = []
     state.model.t_embedder.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
     denoise, (variational,) = losses(state, state.model, batch, draws)
     t = (draws.t * 1000).long()
     assert torch.equal(seen[0], t)
-    mean, std = batch["moments"].chunk(2, 1)
-    clean = mean + std * draws.posterior_noise
-    chain = Diffusion.linear()
+    clean, chain = latents(batch, draws), Diffusion.linear()
     noisy = chain.q_sample(clean, draws.noise, t)
     output, _ = state.model(noisy, t, batch["label"], draws.drop)
     assert output.shape[1] == 2 * clean.shape[1]
     expected = ddpm_losses(chain, output, clean, draws.noise, t)
     assert torch.allclose(denoise, expected.simple, rtol=1e-5)
     assert torch.allclose(variational, expected.variational, rtol=1e-4)
-
-
-def test_the_total_is_noise_and_variance_and_the_weighted_alignment(make_state):
-    state = make_state(objective="ddpm", proj_coeff=0.7)
-    batch, _ = moving(state, state.local_batch)
-    train_step(state, batch)
-    found = state.metrics.read(state.world)
-    expected = found["denoise"] + found["variational"] + 0.7 * found["align/digits-vit"]
-    assert found["loss"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_sra_s_teacher_on_dit_is_at_an_earlier_integer_time(make_state):
@@ -308,34 +276,29 @@ def test_sra_s_teacher_on_dit_is_at_an_earlier_integer_time(make_state):
     assert ((student - seen[0]).clamp(min=0) < 200).all() and (seen[0] < student).any()
 
 
-def test_a_dit_model_without_its_objective_is_refused(config):
-    with pytest.raises(ValueError, match="model is DiT-B/4, expected --objective ddpm"):
-        config(model="DiT-B/4")
-
-
 def test_the_original_dit_s_weights_start_a_dit_with_both_halves(make_state, tmp_path):
-    state = make_state(objective="ddpm", enc_type="none")
+    state = make_state(**DDPM | PLAIN)
     torch.save(state.model.state_dict(), tmp_path / "DiT.pt")
-    other = make_state(objective="ddpm", enc_type="none", seed=5)
+    other = make_state(**DDPM | PLAIN, seed=5)
     assert resume.start_from(tmp_path / "DiT.pt", "dit", other) == []
-    for a, b in zip(state.model.parameters(), other.ema.parameters(), strict=True):
-        assert torch.equal(a, b)
-    flow = make_state(enc_type="none")
+    assert_same(other.ema.parameters(), state.model.parameters())
+    flow = make_state(**PLAIN)
     resume.start_from(tmp_path / "DiT.pt", "dit", flow)
-    assert flow.model.final_layer.linear.out_features * 2 == len(
-        state.model.final_layer.linear.weight
-    )
+    of_flow, of_dit = (len(s.model.final_layer.linear.weight) for s in (flow, state))
+    assert of_flow * 2 == of_dit
 
 
 def test_an_official_file_of_a_dit_goes_on(make_state, tmp_path):
-    state = make_state(objective="ddpm")
+    state = make_state(**DDPM)
     batch, _ = synthetic_batch(state, state.local_batch)
     train_step(state, batch)
-    contents = official_contents(checkpoint.save(tmp_path, state))
-    torch.save(contents, tmp_path / "x.pt")
-    other = make_state(objective="ddpm", seed=5)
+    torch.save(official_contents(checkpoint.save(tmp_path, state)), tmp_path / "x.pt")
+    other = make_state(**DDPM, seed=5)
     resume.load_official(tmp_path / "x.pt", other)
-    assert all(map(torch.equal, state.model.parameters(), other.model.parameters()))
+    assert_same(other.model.parameters(), state.model.parameters())
+
+
+# Predictions.
 
 
 @pytest.mark.parametrize("loss_weight", ["none", "velocity", "likelihood"])
@@ -343,13 +306,11 @@ def test_an_official_file_of_a_dit_goes_on(make_state, tmp_path):
 @pytest.mark.parametrize("prediction", ["score", "noise"])
 def test_scores_and_noise_are_trained_on_the_noise(make_state, prediction, path, loss_weight):
     flow = {"prediction": prediction, "path_type": path, "loss_weight": loss_weight}
-    state = make_state(**flow, enc_type="none")
+    state = make_state(**flow | PLAIN)
     batch, draws = moving(state)
-    clean = batch["moments"].chunk(2, 1)[0]
-    clean = clean + batch["moments"].chunk(2, 1)[1] * draws.posterior_noise
     coefficients = state.objective.path.coefficients(draws.t)
     alpha, sigma, d_alpha, d_sigma = (c.view(-1, 1, 1, 1) for c in coefficients)
-    noisy = alpha * clean + sigma * draws.noise
+    noisy = alpha * latents(batch, draws) + sigma * draws.noise
     output, _ = state.model(noisy, draws.t, batch["label"], draws.drop)
     noise = -sigma * output if prediction == "score" else output
     rate = d_sigma - sigma * d_alpha / alpha
@@ -360,7 +321,7 @@ def test_scores_and_noise_are_trained_on_the_noise(make_state, prediction, path,
 
 
 def test_a_step_draws_its_times_for_the_prediction(make_state):
-    whole, inner = (draw_local(make_state(enc_type="none", prediction=p)).t for p in ("v", "noise"))
+    whole, inner = (draw_local(make_state(**PLAIN, prediction=p)).t for p in ("v", "noise"))
     assert torch.allclose(inner, 0.001 + 0.998 * whole, rtol=0, atol=1e-7)
     assert (inner - whole).abs().max() > 1e-4
 
@@ -369,8 +330,8 @@ def test_a_step_draws_its_times_for_the_prediction(make_state):
 @pytest.mark.parametrize("prediction", ["v", "score", "noise"])
 def test_grids_of_the_exact_prediction_are_where_its_flow_leads(make_state, prediction, path):
     """A model of Gaussian data: that the sampler knows what it predicts shows in the pixels."""
-    flow = {"prediction": prediction, "path_type": path, "enc_type": "none"}
-    state = make_state(**flow, num_steps=100, cfg_scale=1.0)
+    flow = {"prediction": prediction, "path_type": path, "num_steps": 100, "cfg_scale": 1.0}
+    state = make_state(**flow | PLAIN)
     state.ema = gaussians.Model(path, prediction)
     noise = torch.randn((100, 3, 16, 16), generator=stream(state.config.seed, 0))
     alpha, sigma, *_ = gaussians.coefficients(path, 0.0)
@@ -384,9 +345,9 @@ def test_grids_of_the_exact_prediction_are_where_its_flow_leads(make_state, pred
 @pytest.mark.parametrize("prediction, sign", [("v", -1), ("score", 1), ("noise", 1)])
 def test_the_original_sit_s_predictions_keep_their_meaning(make_state, tmp_path, prediction, sign):
     """Its time runs the other way, which turns velocities around and nothing else."""
-    original = make_state(enc_type="none").model.eval()
+    original = make_state(**PLAIN).model.eval()
     torch.save(original.state_dict(), tmp_path / "SiT.pt")
-    state = make_state(enc_type="none", prediction=prediction, seed=5)
+    state = make_state(**PLAIN, prediction=prediction, seed=5)
     assert resume.start_from(tmp_path / "SiT.pt", "sit", state) == []
     x, t, y = torch.randn(4, 3, 16, 16), torch.linspace(0, 1, 4), torch.arange(4)
     expected = sign * original(x, 1 - t, y)[0]

@@ -14,24 +14,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import torch.distributed as dist
 
 pytest.importorskip("lance")
 
 from repa_fast.configs.config import TrainConfig
-from repa_fast.data.digits import prepare_digits
 from repa_fast.data.loader import DataTimeout, Loader
 from repa_fast.data.open import open_dataset
 from repa_fast.data.order import SampleOrder
-from repa_fast.distributed import World, meet
+from repa_fast.distributed import meet
 from repa_fast.train import run as runs
 from repa_fast.train import watch
 from repa_fast.train.watch import PATIENCE, error_file, watchdog
+from tests.refusals import refused
+from tests.train.conftest import ALONE
+from tests.train.runs import ROOT
 
-ROOT = Path(__file__).parents[2]
 LIMIT = 0.2
-ALONE = World(0, 1, torch.device("cpu"))
 
 
 def hang(seconds: float) -> None:
@@ -44,23 +43,16 @@ def reports(path: Path) -> int:
 
 
 def test_a_stuck_step_leaves_its_stacks_once_and_goes_on(tmp_path):
+    """Every stuck step does, and a later run appends."""
     path = tmp_path / "logs" / "stacks-rank3.txt"
-    with watchdog(path, LIMIT) as begins:
-        begins(1)
-        hang(3 * LIMIT)
-        begins(1)
-        time.sleep(LIMIT / 2)
-    assert f'test_watch.py", line {hang.__code__.co_firstlineno + 1} in hang' in path.read_text()
-    assert reports(path) == 1
-
-
-def test_every_stuck_step_is_reported_and_later_runs_append(tmp_path):
-    path = tmp_path / "stacks.txt"
     for _ in range(2):
         with watchdog(path, LIMIT) as begins:
             for _ in range(2):
                 begins(1)
-                hang(2 * LIMIT)
+                hang(3 * LIMIT)
+            begins(1)
+            time.sleep(LIMIT / 2)
+    assert f'test_watch.py", line {hang.__code__.co_firstlineno + 1} in hang' in path.read_text()
     assert reports(path) == 4
 
 
@@ -86,7 +78,7 @@ def test_pauses_and_the_start_have_a_limit_of_their_own(tmp_path, what):
     assert reports(path) == 1
 
 
-def test_the_first_steps_and_pauses_of_a_run_have_more_time(config, digits_dir, monkeypatch):
+def test_the_first_steps_and_pauses_of_a_run_have_more_time(train, monkeypatch):
     """Twelve steps, a pause before each; after the alignment's end at 6 they compile again."""
     allowed = []
 
@@ -95,8 +87,7 @@ def test_the_first_steps_and_pauses_of_a_run_have_more_time(config, digits_dir, 
         yield allowed.append
 
     monkeypatch.setattr(runs, "watchdog", recorder)
-    run = {"data_dir": str(digits_dir), "output_dir": str(digits_dir.parent), "exp_name": "run"}
-    runs.train(config(**run, max_train_steps=12, align_until=6))
+    train(max_train_steps=12, align_until=6)
     steps = [PATIENCE] * 5 + [1] + [PATIENCE] * 5 + [1]
     assert allowed == [limits for step in steps for limits in (PATIENCE, step)] + [PATIENCE]
 
@@ -182,30 +173,20 @@ def ctrl_c_interrupts():
 
 
 def test_signals_are_noted_twice_but_for_ctrl_c(ctrl_c_interrupts):
-    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    handlers = [signal.getsignal(n) for n in numbers]
     with runs.stop_signals() as received:
-        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in (signal.SIGTERM, *numbers):
             os.kill(os.getpid(), number)
-        assert received == [signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+        assert received == [signal.SIGTERM, *numbers]
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert handlers == [
-        signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    ]
+    assert handlers == [signal.getsignal(n) for n in numbers]
 
 
-@pytest.fixture(scope="module")
-def digits_dir(tmp_path_factory):
-    return prepare_digits(tmp_path_factory.mktemp("data") / "digits")
-
-
-@pytest.fixture(scope="module")
-def digits(digits_dir):
-    return open_dataset(digits_dir)
-
-
-def test_a_batch_that_does_not_come_is_an_error(digits, monkeypatch):
+def test_a_batch_that_does_not_come_is_an_error(digits_dir, monkeypatch):
     """The loader can be left while its thread hangs; without a limit it would wait for it."""
+    digits = open_dataset(digits_dir)
     released, fetch = threading.Event(), type(digits).fetch
 
     def hanging(self, indices: np.ndarray, **options):
@@ -226,10 +207,11 @@ def test_a_batch_that_does_not_come_is_an_error(digits, monkeypatch):
     released.set()
 
 
-def meeting(store: dist.Store, attempt: range, timeout: float = 10.0) -> list[str]:
-    """What each of the processes `attempt` (all but those that died before) agrees on."""
-    with ThreadPoolExecutor(len(attempt)) as pool:
-        return list(pool.map(lambda rank: meet(store, rank, len(attempt), timeout), attempt))
+def meeting(store: dist.Store, ranks: range, size: int, timeout: float) -> list[str]:
+    """What each of the processes `ranks` of `size` agrees on."""
+    with ThreadPoolExecutor(size) as pool:
+        agreed = [pool.submit(meet, store, rank, size, timeout) for rank in ranks]
+        return [word.result() for word in reversed(agreed)]
 
 
 def test_processes_do_not_meet_those_before_them():
@@ -239,17 +221,10 @@ def test_processes_do_not_meet_those_before_them():
     with pytest.raises(dist.DistStoreError):
         meet(store, 1, 3, 0.2)
     with pytest.raises(TimeoutError, match=r"processes \[2\] did not come within 0\.2 s"):
-        meeting_of_two_among_three(store)
+        meeting(store, range(2), 3, 0.2)
     store.set_timeout(timedelta(seconds=10))
-    words = [meeting(store, range(3)) for _ in range(2)]
+    words = [meeting(store, range(3), 3, 10.0) for _ in range(2)]
     assert [len(set(word)) for word in words] == [1, 1] and words[0] != words[1]
-
-
-def meeting_of_two_among_three(store: dist.Store) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        first, second = (pool.submit(meet, store, rank, 3, 0.2) for rank in range(2))
-        assert second.result()
-        first.result()
 
 
 @pytest.mark.parametrize(
@@ -284,5 +259,4 @@ def test_a_restart_goes_on_from_what_its_own_launch_saved(
     [("skip_steps", -1), ("watchdog", -1.0), ("data_timeout", -1.0), ("collective_timeout", 0.0)],
 )
 def test_limits_are_checked(name, value):
-    with pytest.raises(ValueError, match=f"{name} is {value}, expected "):
-        TrainConfig(**{name: value})
+    refused(lambda: TrainConfig(**{name: value}), f"{name} is {value}, expected ")

@@ -1,13 +1,16 @@
-"""What test_watch_ranks.py asks of two processes, in one start of torchrun."""
+"""Runs of two processes that stop or fail."""
 
+import contextlib
 import json
 import os
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 
-from repa_fast.distributed import session
+from repa_fast.cli import main as command
+from repa_fast.distributed import World, session
 from repa_fast.train import graph, watch
 from repa_fast.train import run as runs
 from repa_fast.train.spikes import TrainingDiverged
@@ -18,18 +21,28 @@ from tests.train.conftest import tiny_config
 STEPS = 24
 POISONED = 17
 FAILING = 5
-TIMEOUT = 3.0
+TIMEOUT = 2.0
 
 
-def train(folder: Path, name: str, step, **overrides) -> None:
+def inside(world: World):
+    """A run that begins in here takes part in the session that is open."""
+    return mock.patch.object(runs, "session", return_value=contextlib.nullcontext(world))
+
+
+def train_by_flags(world: World, flags: list[str]) -> int:
+    with inside(world):
+        return command(["train", *flags])
+
+
+def train(data: str, folder: Path, name: str, step, **overrides) -> None:
     """A run whose steps are `step`(state, batch)."""
-    graph.train_step = step
-    values = {"data_dir": os.environ["DIGITS"], "output_dir": str(folder), "exp_name": name}
+    values = {"data_dir": data, "output_dir": str(folder), "exp_name": name}
     values |= {"enc_type": "none", "max_train_steps": STEPS, "log_every": 1}
-    runs.train(tiny_config(**values | overrides))
+    with mock.patch.object(graph, "train_step", step):
+        runs.train(tiny_config(**values | overrides))
 
 
-def stopping(folder: Path) -> dict:
+def spike(world: World, data: str, folder: Path) -> dict:
     """A sharded run that spikes after some data, and saves while it trains."""
     seen = []
 
@@ -41,17 +54,15 @@ def stopping(folder: Path) -> dict:
             with torch.no_grad():
                 state.model.final_layer.linear.bias.add_(3)
 
-    message, last_word = "", watch.LAST_WORD
-    watch.LAST_WORD = 0.0  # whoever stops second would come late to what follows
-    try:
-        train(folder, "spikes", step, stop_on_spike=True, checkpointing_steps=5, parallel="fsdp")
-    except TrainingDiverged as error:
-        message = str(error)
-    watch.LAST_WORD = last_word
-    return {"seen": seen, "message": message}
+    flags = {"stop_on_spike": True, "checkpointing_steps": 5, "parallel": "fsdp"}
+    with inside(world), mock.patch.object(watch, "LAST_WORD", 0.0):  # no torchrun waits for it
+        try:
+            train(data, folder, "spikes", step, **flags)
+        except TrainingDiverged as error:
+            return {"seen": seen, "message": str(error)}
 
 
-def waiting(rank: int) -> dict:
+def wait_in_vain(rank: int) -> dict:
     """How a collective ends when the other process does not come."""
     message, begun = "", time.monotonic()
     with session(60.0 if rank else TIMEOUT) as world:  # the first comes later, from plotting
@@ -65,23 +76,18 @@ def waiting(rank: int) -> dict:
     return {"message": message, "seconds": time.monotonic() - begun}
 
 
-def failing(folder: Path, rank: int) -> None:
-    """The second process's step raises; the first one's then loses its peer."""
+def main() -> None:
+    """Under torchrun: one session ends late, and the next by an error of the second process."""
+    torch.set_num_threads(1)
+    folder, rank = Path(os.environ["OUT"]), int(os.environ["RANK"])
+    (folder / f"waited.{rank}").write_text(json.dumps(wait_in_vain(rank)))
 
     def step(state: TrainState, batch: dict) -> None:
         if rank == 1 and state.step == FAILING:
             raise RuntimeError("a GPU fell off the bus")
         train_step(state, batch)
 
-    train(folder, "fails", step)
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    folder, rank = Path(os.environ["OUT"]), int(os.environ["RANK"])
-    (folder / f"stopping.{rank}").write_text(json.dumps(stopping(folder)))
-    (folder / f"waiting.{rank}").write_text(json.dumps(waiting(rank)))
-    failing(folder, rank)
+    train(os.environ["DIGITS"], folder, "fails", step)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,17 @@
+"""AdamWEMA on shards."""
+
+from tests.train.optim_ranks import MAX_NORM, steps
+from tests.train.parallel_ranks import ALONE
+
+
+def test_fsdp_on_two_processes_equals_one(ranks):
+    both, expected = ranks(steps), steps(ALONE)
+    assert [int(found.pop("empty shards")) for found in both] == [0, 2]
+    del expected["empty shards"]
+    assert 0 < (expected["norms"] > MAX_NORM).sum() < len(expected["norms"])
+    for found in both:
+        assert found.keys() == expected.keys()
+        for name, values in expected.items():
+            difference = (found[name] - values).norm()
+            assert difference <= 1e-6 * values.norm(), name
+    assert expected["first.weight.step"].item() == len(expected["norms"]) - 1

@@ -185,7 +185,7 @@ def test_a_loader_that_is_left_leaves_nothing(table, order, decode, nothing_left
 @pytest.mark.parametrize(
     "decode, processes",
     [
-        ("torch", 3),
+        ("torch", 2),
         pytest.param("torch", 6, marks=pytest.mark.heavy),
         pytest.param("dali-cpu", 6, marks=pytest.mark.heavy),
     ],

@@ -6,7 +6,7 @@ from benchmarks.faults import chaos
 from benchmarks.faults.chaos import Kill
 from tests.faults.conftest import STEPS
 
-pytestmark = pytest.mark.usefixtures("torchrun")
+pytestmark = pytest.mark.usefixtures("torchrun", "heavy")
 
 KILLS = [
     Kill("training", "rank 1", after=8, wait=0.3),
@@ -30,7 +30,6 @@ def test_a_kill_during_a_save_changes_nothing(undisturbed, tmp_path):
     assert row["resumed_at"] >= chaos.SAVE_EVERY and row["reached"] >= kill.after
 
 
-@pytest.mark.usefixtures("heavy")
 def test_four_kills_change_nothing(whole, tmp_path):
     """Nor does torchrun alone."""
     calm = chaos.undisturbed(whole.flags, tmp_path / "calm")

@@ -19,7 +19,10 @@ def read(path):
         return load_file(str(path)), file.metadata()
 
 
-@pytest.mark.parametrize("net, least", [("digits-vit", 0.6), ("digits-judge", 0.2)])
+@pytest.mark.parametrize(
+    "net, least",
+    [pytest.param("digits-vit", 0.6, marks=pytest.mark.heavy), ("digits-judge", 0.2)],
+)
 def test_a_net_is_trained_and_written_as_the_packaged_one(net, least, tmp_path):
     program.main(["--net", net, "--out", str(tmp_path / "out"), "--epochs", "2"])
     weights, metadata = read(tmp_path / "out" / f"{net}.safetensors")

@@ -48,11 +48,16 @@ def undisturbed(digits_dir, tmp_path_factory):
     return output / "run"
 
 
-def test_sigterm_saves_exits_0_and_resumes_exactly(digits_dir, undisturbed, tmp_path):
-    own = flags(digits_dir, tmp_path, *ONCE, "--resume", "auto")
-    assert interrupt(command(own), 8, signal.SIGTERM, 0.0) == 0
-    stopped = checkpoint.steps(tmp_path / "run" / "checkpoints")[-1]
-    assert 8 <= stopped < STEPS
+@pytest.mark.parametrize(
+    "number, status, more, least", [(signal.SIGTERM, 0, ONCE, 8), (signal.SIGKILL, -9, [], 3)]
+)
+def test_a_signal_ends_a_run_that_resumes_exactly(
+    digits_dir, undisturbed, tmp_path, number, status, more, least
+):
+    """SIGTERM saves first, and exits with 0; after SIGKILL there is what had been saved."""
+    own = flags(digits_dir, tmp_path, *more, "--resume", "auto")
+    assert interrupt(command(own), 8, number, 0.0) == status
+    assert least <= checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] < STEPS
     main(own)
     assert_bit_identical(tmp_path / "run", undisturbed)
 

@@ -46,8 +46,11 @@ def forget_compiled_code(request):
         torch.compiler.reset()
 
 
-def pytest_collection_finish():
-    gc.freeze()  # a save collects garbage: it need not look at all that was imported
+@pytest.fixture(autouse=True, scope="module")
+def keep_what_is_there():
+    """Let garbage collection pass over what was imported before: every save collects."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish():

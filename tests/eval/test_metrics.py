@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +22,7 @@ from repa_fast.eval.metrics import EvalConfig, Scorer, evaluate, feature_space
 from tests.analysis.analysing import (
     WIDTHS,
     SmallInception,
+    evaluate_all,
     noise_images,
     planes,
     small_inception,
@@ -309,8 +307,7 @@ def test_measured_moments_are_of_all_batches(keep, small, monkeypatch):
         assert np.allclose(cov, means.var(ddof=1) * np.outer(scale, scale), rtol=1e-4)
 
 
-@pytest.mark.usefixtures("torchrun")
-def test_two_processes_find_what_one_finds(files, tmp_path):
+def test_two_processes_find_what_one_finds(ranks, files, tmp_path):
     """Also a reference, and fewer batches than processes."""
     changes = {
         "small": {},
@@ -327,18 +324,9 @@ def test_two_processes_find_what_one_finds(files, tmp_path):
             paths = ("write_reference", "reference")
             fields = {k: folder / v if k in paths else v for k, v in fields.items()}
             configs[processes, name] = settings(files, out=folder / f"{name}.json", **fields)
-    with small_inception():
-        for name in changes:
-            evaluate(configs[1, name])
-    listed = tmp_path / "configs.json"
-    listed.write_text(json.dumps([vars(configs[2, name]) for name in changes]))
-    process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         "-m", "tests.analysis.analysing"],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "CONFIGS": str(listed)},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
+    one, two = ([configs[processes, name] for name in changes] for processes in (1, 2))
+    assert evaluate_all(World(0, 1, CPU), one) == [True] * len(changes)
+    assert ranks(evaluate_all, two) == [[True] * len(changes), [False] * len(changes)]
     for name in set(changes) - {"reference"}:
         one, two = (json.loads((tmp_path / folder / f"{name}.json").read_text()) for folder in "12")
         # moments are summed in another order: roots of eigenvalues that should be 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -310,3 +311,17 @@ def test_a_dry_run_prints_the_resolved_config_and_writes_nothing(capsys, tmp_pat
     expected = dataclasses.replace(presets.get("digits"), batch_size=24, dry_run=True)
     assert TrainConfig(**printed) == expected
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "given, spins",
+    [({}, "30000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_idle_threads_sleep_soon_unless_the_user_says_how_they_wait(monkeypatch, given, spins):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that it is as before in the end
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    cli.main(["--version"])
+    assert os.environ.get("GOMP_SPINCOUNT") == spins

@@ -1,6 +1,8 @@
 """The judges of a run on the digits: they know real digits, noise and copies apart."""
 
+import json
 import re
+import shutil
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -93,3 +95,15 @@ def test_the_description_says_the_scores_that_there_are(scores):
     assert f"{scores.frechet_distance:.2f}" in text and "0.123" in text
     assert f"{scores.nearest_neighbour:.4f}" in text and "alignment" in text
     assert "alignment" not in digits.describe(replace(scores, alignment_cosine=None))
+
+
+def test_a_run_that_was_stopped_is_evaluated_only_by_the_step_that_is_named(
+    run, monkeypatch, tmp_path
+):
+    whole = shutil.copytree(run, tmp_path / "run")
+    monkeypatch.setattr("sys.argv", ["digits", str(whole), "--samples", "20"])
+    said = refused(digits.main, r"run was stopped at step 7 of 1600", "make demo", "--step 7")
+    assert said.count("--resume auto") == 1 and not (whole / "scores.json").exists()
+    monkeypatch.setattr("sys.argv", ["digits", str(whole), "--samples", "20", "--step", "7"])
+    assert "of 20 samples at step 7" in digits.main()
+    assert json.loads((whole / "scores.json").read_text())["step"] == 7

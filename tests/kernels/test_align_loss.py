@@ -85,7 +85,9 @@ def test_the_extremes_are_exact(prediction, target, expected):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("zeros", ({"prediction"}, {"target"}, {"prediction", "target"}), ids=str)
+@pytest.mark.parametrize(
+    "zeros", (["prediction"], ["target"], ["prediction", "target"]), ids=" and ".join
+)
 def test_zero_vectors_count_as_cosine_zero(zeros, dtype):
     arguments = OP.arguments((64, 4, 8), dtype=dtype)
     for name in zeros:

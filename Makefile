@@ -93,7 +93,7 @@ gpu: ## what a GPU has to measure, in order of value, within SECONDS; results in
 	$(PYTHON) -m benchmarks.gpu --seconds $(SECONDS) --out $(GPU_OUT)
 
 gpu-test: ## the tests marked gpu
-	$(PYTHON) -m pytest -m gpu tests
+	$(PYTHON) -m pytest --full -m gpu tests
 
 gpu-home: $(VENV)/.installed ## bring measured rows into the checkout (TAR=.../gpu.tar.gz)
 	$(VENV)/bin/python -m benchmarks.gpu.home $(TAR)

@@ -168,6 +168,9 @@ def test_grid(a, b, side): pass
 class TestIn:
     @pytest.mark.parametrize("n", [1, 2])
     def test_twice(self, n, side): pass
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("how", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_skipped(n, how): pass
 def test_together(ranks, side): pass
 def test_compiled(inductor): pass
 def test_built(build): pass
@@ -175,7 +178,7 @@ def test_built(build): pass
 
 
 FAST = {"test_plain": 1, "test_one_case": 1, "test_rows": 4, "test_grid": 3, "test_twice": 2}
-FAST |= {"test_together": 2, "test_compiled": 1, "test_built": 1}
+FAST |= {"test_together": 2, "test_compiled": 1, "test_built": 1, "test_skipped": 4}
 FULL = FAST | {"test_left_out": 1, "test_left_out_by_a_fixture": 1, "test_one_case": 2}
 FULL |= {"test_grid": 12, "test_twice": 4}
 """Test -> how many cases run."""

@@ -58,10 +58,14 @@ def values(item: pytest.Item) -> set[tuple]:
 
 
 def thin(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Return the items, in their order, of which no value of any parametrisation is missing."""
+    """Return the items, in their order, of which no value of any parametrisation is missing.
+
+    Cases that need a GPU stand for no others: where there is none they are skipped.
+    """
     cases = collections.defaultdict(list)
     for item in items:
-        cases[item.nodeid.partition("[")[0]].append((item, values(item)))
+        on_gpu = item.get_closest_marker("gpu") is not None
+        cases[item.nodeid.partition("[")[0], on_gpu].append((item, values(item)))
     kept = set()
     for group in cases.values():
         missing = set().union(*(shown for _, shown in group))

@@ -48,7 +48,8 @@ def test_items_run_in_order_and_each_is_packed_and_a_second_run_repeats_what_fai
 def test_committed_rows_count_for_their_card_and_their_sources_alone(make, tmp_path, monkeypatch):
     row = {"item": "one", "key": ONE.key, "state": "ok", "device": "a card"}
     append(tmp_path / "committed" / "a-card" / "2026-01-01_gpu" / QUEUE, row)
-    assert states(make(card="another card").run([ONE])) == ["ok"]
+    for card in ("another card", "a third"):  # the second goes on from the rows of the first
+        assert states(make(card=card, work=card).run([ONE])) == ["ok"]
     assert states(make(work="real").run([ONE])) == ["has rows"]
     monkeypatch.setattr("benchmarks.gpu.items.sources", lambda: "changed")
     assert states(make(work="changed").run([ONE])) == ["ok"]

@@ -51,7 +51,9 @@ def test_ranks_take_disjoint_parts_of_the_same_global_batch(world_size, step):
     assert np.array_equal(np.concatenate(parts), order().rows(step))
 
 
-@pytest.mark.parametrize("one, other", [((0, 0), (0, 1)), ((0, 0), (1, 0)), ((0, 1), (1, 1))])
+@pytest.mark.parametrize(
+    "one, other", [((0, 0), (0, 1)), ((0, 0), (1, 0)), ((0, 1), (1, 1)), ((0, 1), (1, 0))]
+)
 def test_seeds_and_epochs_differ(one, other):
     assert not np.array_equal(epoch_rows(*one), epoch_rows(*other))
 

@@ -318,6 +318,6 @@ def test_the_weighting_changes_only_the_times_of_the_chain():
 
 
 def test_uniform_draws_visit_every_step_of_the_chain_equally_often():
-    t = draw(0, 3, 10_000, (1, 1, 1), path=ddpm.path).t
+    t = draw(0, 3, 100_000, (1, 1, 1), path=ddpm.path).t
     counts = np.bincount(ddpm.path.model_times(t).numpy())
     assert len(counts) == 1000 and stats.chisquare(counts).pvalue > 1e-3

@@ -176,6 +176,7 @@ def test_sample_chooses_the_sampler_by_mode(module, model, by_mode):
         options = {"num_steps": 5, "cfg_scale": 2.0}
         options |= {"seed": 3} if mode == "sde" else {}
         options |= {"heun": True} if sampler is euler else {}
+        options |= {"guidance_interval": (0.1, 0.8)} if module is samplers else {}
         found = module.sample(model(), latents(), LABELS, mode=mode, **options)
         assert torch.equal(found, sampler(model(), latents(), LABELS, **options))
     wrong = partial(module.sample, model(), latents(), LABELS, mode="dpm")

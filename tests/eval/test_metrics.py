@@ -245,8 +245,11 @@ def test_subsets_of_kid_have_no_more_images_than_there_are_and_results_lie_besid
 ):
     samples = write_npz(tmp_path / "cfg-1.5.npz", noise_images(SAMPLES, seed=1))
     evaluate(settings(files, samples=samples, kid_size=1000))
-    names = {f"cfg-1.5.{ending}" for ending in ("npz", "inception.json", "inception.md")}
-    assert {path.name for path in tmp_path.iterdir()} == names
+    evaluate(settings(files, samples=samples, features="digits-judge"))
+    results = {
+        f"cfg-1.5.{of}.{kind}" for of in ("inception", "digits-judge") for kind in ("json", "md")
+    }
+    assert {path.name for path in tmp_path.iterdir()} == results | {samples.name}
     found = json.loads((tmp_path / "cfg-1.5.inception.json").read_text())["scores"]
     assert f"KID ({SAMPLES} images)" in found
 

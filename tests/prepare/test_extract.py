@@ -90,3 +90,5 @@ def test_the_loader_carries_the_column(table):
             assert "image" not in batch
             assert torch.equal(dataset.features["made_up"].unpack(batch), whole[order.rows(step)])
     assert step == 7
+    other = Loader(dataset, order, start=0, stop=1, features=["other"])
+    refused(lambda: list(other), "no column of features 'other', expected one of: made_up")

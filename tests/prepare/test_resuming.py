@@ -187,7 +187,9 @@ def test_a_full_disk_keeps_what_is_written(work, whole, out, monkeypatch):
         write(self, unit)
 
     monkeypatch.setattr(work.WORK, "write", write_until)
-    refused(lambda: work.run(out), f"is full; 4 {work.KEPT} are written", error=RuntimeError)
+    refused(
+        lambda: work.run(out), f"is full; 4 {work.KEPT} are written and kept", error=RuntimeError
+    )
     assert_gone_on_with(work, out, whole)
     assert units == [0, 1, 2, 3, 4, 4, 5, 6, 7]
 
@@ -205,3 +207,5 @@ def test_verify_reads_everything_and_finds_a_changed_byte_and_a_missing_row(work
     checks[5]["rows"] += 1
     record.write_text(json.dumps(checks))
     refused(lambda: work.verify(out), "has 45 rows, expected 46")
+    record.unlink()
+    refused(lambda: work.verify(out), f"{work.CHECKS} is missing")

@@ -77,7 +77,7 @@ COMPILED = {
     "hsdp 2 x 1": REPLICATED,
     "ddp selective": SELECTIVE,
 }
-COMPILED_ALONE = [name for name in ALL_CASES if name.startswith("ddp ") and name != "ddp vanilla"]
+COMPILED_ALONE = [name for name in ALL_CASES if name.startswith("ddp") and name != "ddp vanilla"]
 BF16 = {"mixed_precision": "bf16"}
 ROUNDING, COMPILED_ROUNDING = 1e-6, 1e-5
 """Compiled sums have another order: a few hundred roundings of 6e-8 at the most in a row."""

@@ -21,7 +21,8 @@ def parameters(module: nn.Module) -> list[torch.Tensor]:
 
 def gradients(state, batch) -> torch.Tensor:
     state.optimizer.zero_grad()
-    accumulate(state, batch, draw_local(state))
+    values = accumulate(state, batch, draw_local(state))
+    assert values.denoise.item() == pytest.approx(values.each.mean().item(), abs=1e-6)
     return torch.cat([p.grad.flatten() for p in state.model.parameters() if p.grad is not None])
 
 

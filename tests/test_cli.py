@@ -42,12 +42,16 @@ def test_the_commands_are_listed_with_a_line_each(capsys, argv, status):
         assert line.split() == [*name.split(), *entry.summary.split()] and len(line) <= 100
 
 
-def test_a_group_has_help_the_version_is_the_packages_and_the_package_is_a_program(capsys):
+def test_a_group_has_help_the_version_is_the_packages_and_the_package_is_a_program(
+    capsys, monkeypatch
+):
     status, text = run(capsys, "prepare", "--help")
     assert status == 0
     assert "prepare images" in text and "prepare digits" in text and "probe" not in text
     assert run(capsys, "--version") == (0, __version__)
     assert program.main is cli.main
+    monkeypatch.setattr("sys.argv", ["repa-fast", "--version"])
+    assert cli.main() == 0 and capsys.readouterr().out == f"{__version__}\n"
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ WRONG = {
     },
     PrecisionConfig: {"mixed_precision": ("fp8",)},
     ParallelConfig: {"parallel": ("warp",)},
-    EvaluateConfig: {"eval_every": (-1,)},
+    EvaluateConfig: {"eval_every": (-1,), "eval_samples": (0,)},
 }
 
 

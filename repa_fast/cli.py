@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from repa_fast import __version__, command
 
 SPINS = "30000"
-"""Turns for which an idle OpenMP thread of torch's looks for work before it sleeps: about 0.1 ms.
+"""Turns for which an idle OpenMP thread of torch's looks for work before it sleeps.
 By itself it looks for ten times as long, and beside other programs a step on a CPU then waits for
 threads that do nothing (docs/LOG.md has figures)."""
 

@@ -46,6 +46,15 @@ def forget_compiled_code(request):
         torch.compiler.reset()
 
 
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory):
+    """The digits, for runs that only read them."""
+    pytest.importorskip("lance")
+    from repa_fast.data.digits import prepare_digits
+
+    return str(prepare_digits(tmp_path_factory.mktemp("data") / "digits"))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def keep_what_is_there():
     """Let garbage collection pass over what was imported before: every save collects."""

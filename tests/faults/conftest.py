@@ -8,7 +8,6 @@ import pytest
 pytest.importorskip("lance")
 
 from benchmarks.faults import chaos
-from repa_fast.data.digits import prepare_digits
 from tests.train.watch_ranks import train_by_flags
 
 STEPS = 40
@@ -20,11 +19,6 @@ class Whole:
 
     run: Path
     flags: list[str]
-
-
-@pytest.fixture(scope="session")
-def digits_dir(tmp_path_factory):
-    return prepare_digits(tmp_path_factory.mktemp("data") / "digits")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import torch
 from repa_fast import testing
 from repa_fast.configs import presets
 from repa_fast.configs.config import TrainConfig
-from repa_fast.data.digits import digits_metadata, prepare_digits
+from repa_fast.data.digits import digits_metadata
 from repa_fast.distributed import World
 from repa_fast.train.state import TrainState, build_state
 
@@ -48,13 +48,6 @@ def tiny_state(**overrides) -> TrainState:
     state.micro_batch = state.local_batch
     randomise(state)
     return state
-
-
-@pytest.fixture(scope="session")
-def digits_dir(tmp_path_factory):
-    """The digits, for runs that only read them."""
-    pytest.importorskip("lance")
-    return str(prepare_digits(tmp_path_factory.mktemp("data") / "digits"))
 
 
 @pytest.fixture

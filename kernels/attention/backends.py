@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, current_flash_attention_impl, sdpa_kernel
 
+from repa_fast.backend.dispatch import constant_when_compiled
+
 from .reference import attention_reference
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -64,7 +66,7 @@ def why_not(backend: Backend, device: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def expect_runnable(name: str, device: str, dtype: torch.dtype) -> None:
     """Raise ValueError for a device or dtype, RuntimeError for a package, that does not fit."""
     reason = why_not(BACKENDS[name], device, dtype)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
+from repa_fast.backend.dispatch import constant_when_compiled
 from repa_fast.contracts import expect_choice, expect_floating, expect_shape
 
 from .backends import BACKENDS, apply, expect_runnable
@@ -100,6 +101,6 @@ def _without_autocast(device: str) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)  # not traceable in torch 2.11

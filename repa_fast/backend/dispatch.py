@@ -118,7 +118,13 @@ def describe(device: str) -> str:
     return ", ".join(_chosen("kernels", None, device, ""))
 
 
-@torch.compiler.assume_constant_result
+def constant_when_compiled(function):
+    """torch.compiler.assume_constant_result, which imports the compiler: two seconds a process."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant_when_compiled
 def _runs_triton(op: str, implementation: str | None, device: str, foreign: str) -> bool:
     return _chosen(f"{op}: implementation", implementation, device, foreign)[0] == "triton"
 

@@ -29,23 +29,14 @@ class Moments:
             ValueError: another width.
         """
         _expect_rows(rows, len(self.mean))
+        if not len(rows):
+            return
         rows = rows.to(self.mean)
         mean = rows.mean(0)
-        centred = rows - mean
-        self._merge(len(rows), mean, centred.T @ centred)
-
-    def merge(self, other: "Moments") -> None:
-        """Take in all rows of `other`."""
-        self._merge(other.count, other.mean.to(self.mean), other.scatter.to(self.mean))
-
-    def _merge(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
-        if not count:
-            return
-        total = self.count + count
-        shift = mean - self.mean
-        self.scatter += scatter
-        self.scatter += torch.outer(shift, shift) * (self.count * count / total)
-        self.mean += shift * (count / total)
+        centred, shift, total = rows - mean, mean - self.mean, self.count + len(rows)
+        self.scatter += centred.T @ centred
+        self.scatter += torch.outer(shift, shift) * (self.count * len(rows) / total)
+        self.mean += shift * (len(rows) / total)
         self.count = total
 
     def reduce(self, world: World) -> None:
@@ -67,17 +58,6 @@ class Moments:
         if not (self.mean.isfinite().all() and self.scatter.isfinite().all()):
             raise ValueError(f"features of {self.count} images are not all finite")
         return self.mean.cpu().numpy(), (self.scatter / (self.count - 1)).cpu().numpy()
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return what `from_state_dict` takes, in another process or later."""
-        return {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, torch.Tensor]) -> "Moments":
-        """Return the moments that gave `state_dict`, on the device of its tensors."""
-        moments = cls(len(state["mean"]), state["mean"].device)
-        moments._merge(int(state["count"]), state["mean"], state["scatter"])
-        return moments
 
 
 class Rows:

@@ -10,11 +10,12 @@ from repa_fast.distributed import World
 from repa_fast.eval.scores import frechet_distance
 from repa_fast.eval.statistics import Moments, Rows
 from repa_fast.testing import seeded
-from tests.eval import merging
 from tests.refusals import refused
 
 ALONE = World(0, 1, torch.device("cpu"))
 F = 7
+UNEVEN = [10, 0, 2, 4, 6, 8, 1, 3], [9, 7, 11, 5, 12]
+"""Numbers of images by rank; 11 and 12 are beyond the last."""
 
 
 def streamed(rows: torch.Tensor, sizes: list[int]) -> Moments:
@@ -51,55 +52,46 @@ def test_a_mean_that_is_large_beside_the_deviations_costs_no_digits():
     assert_moments(streamed(rows, [10] * 40), rows, rtol=1e-6)
 
 
-def test_the_order_of_rows_does_not_matter():
-    rows = seeded((60, F), seed=0)
-    first = streamed(rows, [20] * 3).statistics()
-    second = streamed(rows[torch.randperm(60, generator=torch.manual_seed(0))], [9] * 6 + [6])
-    for a, b in zip(first, second.statistics()):
-        assert np.abs(a - b).max() <= 1e-13 * np.abs(a).max()
+def features() -> torch.Tensor:
+    """Of 11 images, with means that are large beside the deviations."""
+    return seeded((11, F), seed=0, dtype=torch.float64, mean=1e3)
 
 
-@pytest.mark.parametrize("at", [0, 1, 23, 60])
-def test_two_parts_merge_to_the_whole_and_a_restored_one_shares_no_memory(at):
-    rows = seeded((60, F), seed=0)
-    first, second = streamed(rows[:at], [at]), streamed(rows[at:], [60 - at])
-    restored = Moments.from_state_dict(second.state_dict())
-    first.merge(restored)
-    assert_moments(first, rows)
-    restored.update(seeded((5, F), seed=1))
-    assert second.count == 60 - at
-    if second.count > 1:
-        assert_moments(second, rows[at:])
-
-
-@pytest.mark.parametrize("shares", merging.SHARES)
-def test_several_processes_have_the_moments_and_rows_of_one(ranks, shares):
-    rows = merging.features()
-    for found in ranks(merging.collect, shares, size=len(shares)):
-        assert_moments(Moments.from_state_dict(found["moments"]), rows)
-        assert torch.equal(found["rows"], rows.float())
-
-
-def infinite() -> torch.Tensor:
-    rows = seeded((10, F), seed=0)
-    rows[3, 2] = torch.inf
-    return rows
+def collect(world: World, shares: tuple[list[int], ...]) -> tuple[Moments, torch.Tensor]:
+    """Merged moments, and the gathered rows, as one of the processes of `ranks`."""
+    index, moments, rows = torch.tensor(shares[world.rank]).long(), Moments(F), Rows(F)
+    for part in features()[index[index < 11]].split(3):
+        moments.update(part)
+    rows.add(index, torch.cat([features(), torch.full((2, F), torch.nan)])[index])
+    moments.reduce(world)
+    return moments, rows.gather(11, world)
 
 
 @pytest.mark.parametrize(
-    "rows, at_least, words",
-    [
-        (torch.zeros(0, F), 2, "there are 0 images, expected at least 2"),
-        (torch.zeros(1, F), 0, "there are 1 images, expected at least 2"),
-        (torch.zeros(9, F), 10, "there are 9 images, expected at least 10"),
-        (torch.full((10, F), torch.nan), 0, "not all finite"),
-        (infinite(), 0, "not all finite"),
-    ],
+    "shares",
+    [UNEVEN, ([*range(11)], []), pytest.param((*UNEVEN, []), marks=pytest.mark.heavy)],
 )
+def test_several_processes_have_the_moments_and_rows_of_one(ranks, shares):
+    for moments, rows in ranks(collect, shares, size=len(shares)):
+        assert_moments(moments, features())
+        assert torch.equal(rows, features().float())
+
+
+INFINITE = torch.zeros(10, F)
+INFINITE[3, 2] = torch.inf
+
+
+@pytest.mark.parametrize("rows, at_least, words", [
+    (torch.zeros(0, F), 2, "there are 0 images, expected at least 2"),
+    (torch.zeros(1, F), 0, "there are 1 images, expected at least 2"),
+    (torch.zeros(9, F), 10, "there are 9 images, expected at least 10"),
+    (torch.full((10, F), torch.nan), 0, "not all finite"),
+    (INFINITE, 0, "not all finite"),
+])  # fmt: skip
 def test_too_few_images_and_features_that_are_not_finite_are_refused(rows, at_least, words):
     moments = streamed(rows, [len(rows)])
     refused(lambda: moments.statistics(at_least), words)
-    streamed(seeded((10, F), seed=0), [10]).statistics(10)
+    streamed(torch.zeros(10, F), [10]).statistics(10)
 
 
 @pytest.mark.parametrize("rows", [torch.zeros(3, F + 1), torch.zeros(F), torch.zeros(3, F).int()])
@@ -117,14 +109,11 @@ def test_rows_come_in_the_order_of_their_images():
     assert torch.equal(rows.gather(4, ALONE), features[:4])
 
 
-@pytest.mark.parametrize(
-    "index, message",
-    [
-        ([0, 1, 3], r"1 are missing \[2\], 0 are repeated \[\]"),
-        ([0, 1, 2, 3, 1], r"0 are missing \[\], 1 are repeated \[1\]"),
-        ([], r"4 are missing \[0, 1, 2, 3\]"),
-    ],
-)
+@pytest.mark.parametrize("index, message", [
+    ([0, 1, 3], r"1 are missing \[2\], 0 are repeated \[\]"),
+    ([0, 1, 2, 3, 1], r"0 are missing \[\], 1 are repeated \[1\]"),
+    ([], r"4 are missing \[0, 1, 2, 3\]"),
+])  # fmt: skip
 def test_images_that_are_missing_or_repeated_are_named(index, message):
     rows = Rows(F)
     rows.add(torch.tensor(index, dtype=torch.int64), torch.zeros(len(index), F))

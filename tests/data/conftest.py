@@ -6,7 +6,6 @@ import pytest
 
 from repa_fast.data import dali
 from repa_fast.data.dali import DaliDecoder
-from repa_fast.data.digits import prepare_digits
 from tests.data.encoding import write_table
 
 
@@ -15,13 +14,6 @@ def table(tmp_path_factory):
     """COUNT rows, PNG and JPEG in turn."""
     pytest.importorskip("lance")
     return write_table(tmp_path_factory.mktemp("table") / "train.lance")
-
-
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory):
-    """The folder of the bundled digits."""
-    pytest.importorskip("sklearn")
-    return prepare_digits(tmp_path_factory.mktemp("digits") / "digits")
 
 
 @pytest.fixture(scope="session")

@@ -50,13 +50,10 @@ def write_table(uri: Path, replaced: dict[int, bytes] | None = None) -> LatentDa
     metadata = Metadata(
         resolution=R, latent_shape=(1, 2, 2), vae="x", scale=1.0, bias=0.0, class_names=("a", "b")
     )
-    rows = []
-    for index in range(COUNT):
-        kind = ("PNG", "JPEG")[index % 2]
-        moments = np.full(metadata.moments_shape, index, np.float32)
-        rows.append({"image": encode(noise(index), kind), "moments": moments, "label": index % 2})
-    for index, data in (replaced or {}).items():
-        rows[index]["image"] = data
+    images = [encode(noise(index), ("PNG", "JPEG")[index % 2]) for index in range(COUNT)]
+    images = dict(enumerate(images)) | (replaced or {})
+    moments = [np.full(metadata.moments_shape, index, np.float32) for index in range(COUNT)]
+    rows = [{"image": images[i], "moments": moments[i], "label": i % 2} for i in range(COUNT)]
     dataset.write(uri, rows, metadata)
     return LatentDataset(uri)
 
@@ -81,13 +78,12 @@ def png16(array: np.ndarray) -> bytes:
     """(h, w, 1 or 3) below 65536 -> a PNG of 16 bits a channel, which Pillow cannot write."""
     height, width, channels = array.shape
     lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in array)
-    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 3: 2}[channels], 0, 0, 0)
-    return png_of(header, zlib.compress(lines))
+    return png_of(width, height, 16, {1: 0, 3: 2}[channels], lines)
 
 
 def bomb(width: int, height: int) -> bytes:
     """A PNG that claims a size and has no pixels."""
-    return png_of(struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), zlib.compress(b""))
+    return png_of(width, height, 8, 2, b"")
 
 
 def damaged(png: bytes) -> bytes:
@@ -103,14 +99,13 @@ def turned(pixels: np.ndarray | Image.Image, kind: str = "PNG", **options) -> by
     return encode(pixels, kind, exif=exif, **options)
 
 
-def png_of(header: bytes, body: bytes) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
+def png_of(width: int, height: int, bits: int, colour: int, lines: bytes) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")):
         crc = zlib.crc32(kind + data)
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
-
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
-    )
+        png += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
+    return png
 
 
 def usual(photo: np.ndarray) -> list[bytes]:

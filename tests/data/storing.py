@@ -11,16 +11,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 BUCKET = "bucket"
-SLOW_DOWN = (503, "SlowDown")
-BROKEN = (500, "InternalError")
-DENIED = (403, "InvalidAccessKeyId")
-CUT = "cut"
+SLOW_DOWN, BROKEN = (503, "SlowDown"), (500, "InternalError")
+DENIED, CUT = (403, "InvalidAccessKeyId"), "cut"
 PER_CONNECTION = {"connection", "transfer-encoding", "keep-alive", "date", "server"}
 
 Fault = tuple[int, str] | str | None
 """A status and S3's code for it; CUT: the connection ends within the body; None: all is well."""
-
-
 Behaviour = Callable[[int, int], Fault]
 """The fault of a request by its number, from 0, and by how often the same one was made before."""
 

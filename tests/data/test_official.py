@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ pytest.importorskip("lance")
 
 from repa_fast.configs.config import TrainConfig
 from repa_fast.data import official
-from repa_fast.data.dataset import encode
+from repa_fast.data.dataset import Metadata, encode
 from repa_fast.data.loader import Loader, read_batch
 from repa_fast.data.official import OfficialFolder
 from repa_fast.data.open import open_dataset
@@ -73,29 +74,28 @@ def number_of(batch_moments: torch.Tensor) -> int:
     return next(n for n in range(ROWS) if np.array_equal(moments(n), batch_moments.numpy()))
 
 
-def assert_belong_together(batch) -> list[int]:
-    """Return the numbers of the samples."""
+def assert_belong_together(batch) -> None:
     numbers = [number_of(row) for row in batch["moments"]]
     for number, image, label in zip(numbers, batch["image"], batch["label"], strict=True):
         assert np.array_equal(image.numpy().transpose(1, 2, 0), pixels(number))
         assert label == number % 3
     assert sorted(numbers) == list(range(ROWS)) != numbers
-    return numbers
 
 
 def test_latent_image_and_label_belong_together(root):
     dataset = open_dataset(root)
     assert isinstance(dataset, OfficialFolder) and len(dataset) == ROWS
     assert_belong_together(all_rows(dataset))
-    meta = dataset.metadata
-    assert (meta.resolution, meta.latent_shape) == (SIDE, (4, 4, 4))
-    assert (meta.scale, meta.bias, meta.vae) == (0.18215, 0.0, "sd-vae-ft-mse")
-    assert meta.class_names == ("0", "1", "2")
+    assert dataset.metadata == Metadata(
+        resolution=SIDE, latent_shape=(4, 4, 4), vae="sd-vae-ft-mse", scale=0.18215, bias=0.0,
+        class_names=("0", "1", "2"),
+    )  # fmt: skip
 
 
 def test_names_that_sort_differently_are_paired_by_number(root):
-    """Sorted by name, this image would meet another latent."""
+    """Sorted by name, this image would meet another latent; the labels lie beside the images."""
     os.rename(image_of(root, 3), root / "images" / "00000" / "zzz00000003.png")
+    os.rename(root / LISTING, root / "images" / "dataset.json")
     assert_belong_together(all_rows(OfficialFolder(root)))
 
 
@@ -113,23 +113,13 @@ def test_a_leading_axis_of_one_and_npy_images_are_read(root):
     assert_belong_together(all_rows(OfficialFolder(root)))
 
 
+LABELS_LACK = r"1 labels in .*dataset\.json have no counterpart among latents: 00000/00000004"
+LATENTS_LACK = "1 latents have no counterpart among"
 MISMATCHES = [
-    (
-        lambda root: latent_of(root, 4).unlink(),
-        r"1 labels in .*dataset\.json have no counterpart among latents: 00000/00000004",
-    ),
-    (
-        lambda root: image_of(root, 4).unlink(),
-        r"1 latents have no counterpart among images: 00000/00000004",
-    ),
-    (
-        lambda root: write(root / "images" / "00009" / "img00000099.png", encode(pixels(0))),
-        r"1 images have no counterpart among latents: 00009/",
-    ),
-    (
-        lambda root: save_npy(root / "vae-sd/00009/img-mean-std-00000099.npy", moments(0)),
-        r"1 latents have no counterpart among labels",
-    ),
+    (lambda root: latent_of(root, 4).unlink(), LABELS_LACK),
+    (lambda root: image_of(root, 4).unlink(), f"{LATENTS_LACK} images: 00000/00000004"),
+    (lambda root: save_npy(latent_of(root, 99), moments(0)), f"{LATENTS_LACK} labels"),
+    (lambda root: write(image_of(root, 99)), "1 images have no counterpart among latents: 00019/"),
     (lambda root: write(root / LISTING, '{"labels": null}'), r"dataset\.json has no labels"),
     (lambda root: write(root / LISTING, "{}"), r"dataset\.json has no labels"),
     (lambda root: (root / LISTING).unlink(), r"has no vae-sd/dataset\.json"),
@@ -140,11 +130,6 @@ MISMATCHES = [
 def test_files_and_labels_that_do_not_match_are_named(root, harm, words):
     harm(root)
     refused(lambda: OfficialFolder(root), words)
-
-
-def test_labels_may_lie_beside_the_images(root):
-    os.rename(root / LISTING, root / "images" / "dataset.json")
-    assert len(OfficialFolder(root)) == ROWS
 
 
 def test_the_walk_happens_once_and_again_when_the_listing_changes(root, monkeypatch):
@@ -169,32 +154,22 @@ def test_a_folder_that_cannot_be_written_is_cached_at_home(root, monkeypatch, tm
     assert len(OfficialFolder(root)) == ROWS
 
 
-BAD = {
-    "image": (lambda root: write(image_of(root, 4), b"no image"), "cannot be decoded"),
-    "size": (
-        lambda root: write(image_of(root, 4), encode(pixels(4)[:16])),
-        "is 32x16, expected 32x32",
-    ),
-    "latent": (lambda root: write(latent_of(root, 4), b"no array"), "not a .npy array"),
-    "shape": (
-        lambda root: save_npy(latent_of(root, 4), np.zeros((8, 2, 2), np.float32)),
-        r"\(8, 2, 2\), expected \(8, 4, 4\)",
-    ),
-    "nan": (
-        lambda root: save_npy(latent_of(root, 4), moments(4) * np.nan),
-        "moments are not finite",
-    ),
-    "gone": (lambda root: image_of(root, 4).unlink(), "cannot be read"),
-}
+BAD = [  # image, what becomes of it, and what is said
+    (True, lambda path: write(path, b"no image"), "cannot be decoded"),
+    (True, lambda path: write(path, encode(pixels(4)[:16])), "is 32x16, expected 32x32"),
+    (True, Path.unlink, "cannot be read"),
+    (False, lambda path: write(path, b"no array"), "not a .npy array"),
+    (False, lambda path: save_npy(path, moments(4)[:, :2, :2]), r"\(8, 2, 2\), .* \(8, 4, 4\)"),
+    (False, lambda path: save_npy(path, moments(4) * np.nan), "moments are not finite"),
+]
 
 
-@pytest.mark.parametrize("kind", BAD)
-def test_bad_samples_are_named_or_replaced_and_counted(root, kind):
+@pytest.mark.parametrize("image, harm, words", BAD, ids=[words for *_, words in BAD])
+def test_bad_samples_are_named_or_replaced_and_counted(root, image, harm, words):
     dataset = OfficialFolder(root)
     good = all_rows(dataset)
     index = [number_of(row) for row in good["moments"]].index(4)
-    harm, words = BAD[kind]
-    harm(root)
+    harm((image_of if image else latent_of)(root, 4))
     refused(lambda: all_rows(dataset), rf"0000004\..*{words}")
     skipped = []
     batch = all_rows(dataset, skipped=skipped)
@@ -205,7 +180,7 @@ def test_bad_samples_are_named_or_replaced_and_counted(root, kind):
     assert torch.equal(batch["moments"], good["moments"][expected])
 
 
-def test_replacement_is_a_function_of_the_row(root):
+def test_replacement_is_a_function_of_the_row_and_a_folder_without_a_good_one_is_refused(root):
     dataset = OfficialFolder(root)
     numbers = [number_of(row) for row in all_rows(dataset)["moments"]]
     for index in (2, 3):
@@ -213,10 +188,6 @@ def test_replacement_is_a_function_of_the_row(root):
     for indices in ([2], [2, 3], [5, 2]):
         batch = read_batch(dataset, np.array(indices), skipped=[])
         assert batch["index"][indices.index(2)] == 4
-
-
-def test_a_folder_with_no_good_row_is_an_error_even_when_skipping(root):
-    dataset = OfficialFolder(root)
     for number in range(ROWS):
         write(latent_of(root, number), b"")
     refused(lambda: read_batch(dataset, np.array([0]), skipped=[]), "has no good row")
@@ -238,18 +209,15 @@ def test_imported_twin_gives_the_same_batches(root, tmp_path):
     assert stored == [ours.image_bytes(index) for index in range(ROWS)]
 
 
-def test_import_leaves_nothing_behind_when_a_file_is_bad(root, tmp_path):
-    write(latent_of(root, 11), b"")
-    refused(lambda: import_folder(ImportConfig(data_dir=root, out=tmp_path / "native")), "00000011")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["imagenet"]
-
-
-def test_import_without_images(root, tmp_path):
-    out = import_folder(ImportConfig(data_dir=root, out=tmp_path / "native", images=False))
-    twin = open_dataset(out)
+def test_import_without_images_and_nothing_is_left_behind_when_a_file_is_bad(root, tmp_path):
+    config = ImportConfig(data_dir=root, out=tmp_path / "native", images=False)
+    twin = open_dataset(import_folder(config))
     assert twin.rows(np.arange(2))["image"] == [b"", b""]
     of_twin, of_folder = (all_rows(of, images=False) for of in (twin, OfficialFolder(root)))
     assert torch.equal(of_twin["moments"], of_folder["moments"])
+    write(latent_of(root, 11), b"")
+    refused(lambda: import_folder(replace(config, out=tmp_path / "bad")), "00000011")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["imagenet", "native"]
 
 
 @pytest.mark.parametrize("on_bad_sample", ["error", "skip"])

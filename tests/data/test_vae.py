@@ -1,5 +1,6 @@
 """The autoencoder behind sample grids, against diffusers called directly."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -9,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-pytest.importorskip("diffusers")
 
 from repa_fast.configs import presets
 from repa_fast.data import dataset, latents
@@ -24,6 +23,7 @@ from repa_fast.train.state import build_state
 from tests.data import encoding
 from tests.refusals import refused
 
+diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.xdist_group("diffusers")
 
 METADATA = Metadata(
@@ -41,14 +41,9 @@ def config(**changes):
 
 
 @pytest.fixture(scope="module")
-def model():
-    return encoding.autoencoder(blocks=2)
-
-
-@pytest.fixture(scope="module")
-def folder(model, tmp_path_factory):
+def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("vae")
-    model.save_pretrained(path)
+    encoding.autoencoder(blocks=2).save_pretrained(path)
     return str(path)
 
 
@@ -57,26 +52,16 @@ def samples():
     return torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(1)) + 0.25
 
 
-@pytest.fixture
-def snapshot(tmp_path):
-    """(vae_path, *steps) -> sample grids of a tiny run at these steps, in `tmp_path`."""
-
-    def snap(vae_path: str, *steps: int) -> None:
-        world = World(0, 1, torch.device("cpu"))
-        running = build_state(config(vae_path=vae_path), METADATA, world)
-        reporter = Reporter(tmp_path, 10, 0, None)
-        for running.step in steps:
-            loop.snapshot(SimpleNamespace(state=running, folder=tmp_path, reporter=reporter))
-        reporter.close()
-
-    return snap
-
-
-def test_decoding_is_that_of_diffusers(model, folder, samples):
+def test_decoding_is_that_of_diffusers_with_weights_read_once_and_frozen(
+    folder, samples, monkeypatch
+):
+    model, decoder = diffusers.AutoencoderKL.from_pretrained(folder), VAE(folder)
+    module = decoder.load(METADATA)
+    assert not module.training and not any(p.requires_grad for p in module.parameters())
+    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", None)
     with torch.no_grad():
         images = model.decode(((samples.double() - 0.25) / 0.18215).float()).sample
     levels = (255 * ((images + 1) / 2)).clamp(0, 255)
-    decoder = VAE(folder)
     rounded = decoder.decode(samples, METADATA, batch_size=5)
     cut = decoder.decode(samples, METADATA, batch_size=5, rounding=False)
     assert rounded.dtype == torch.uint8 and rounded.shape == (5, 3, 16, 16)
@@ -84,28 +69,13 @@ def test_decoding_is_that_of_diffusers(model, folder, samples):
     assert torch.equal(rounded, levels.round().to(torch.uint8))
     assert torch.equal(cut, levels.to(torch.uint8))  # a cast cuts
     assert not torch.equal(cut, rounded)
-    pixels = latents.to_pixels(samples, METADATA, decoder)
-    assert torch.equal(pixels, decoder.decode(samples, METADATA))
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
-def test_the_batch_size_does_not_matter(folder, samples, batch_size):
-    decoder = VAE(folder)
-    expected = decoder.decode(samples, METADATA).int()
-    got = decoder.decode(samples, METADATA, batch_size=batch_size).int()
-    # convolutions may sum in another order, which turns a level that lies on an edge
-    assert (got - expected).abs().max() <= 1 and (got != expected).float().mean() < 1e-2
-
-
-def test_the_weights_are_read_once_and_are_frozen(folder, samples, monkeypatch):
-    from diffusers import AutoencoderKL
-
-    decoder = VAE(folder)
-    module = decoder.load(METADATA)
-    assert not module.training
-    assert not any(parameter.requires_grad for parameter in module.parameters())
-    monkeypatch.setattr(AutoencoderKL, "from_pretrained", None)
-    assert decoder.decode(samples, METADATA).shape == (5, 3, 16, 16)
+    expected = decoder.decode(samples, METADATA)
+    assert torch.equal(latents.to_pixels(samples, METADATA, decoder), expected)
+    for batch_size in (1, 2, 5, 100):
+        got = decoder.decode(samples, METADATA, batch_size=batch_size)
+        # convolutions may sum in another order, which turns a level that lies on an edge
+        assert (got.int() - expected.int()).abs().max() <= 1
+        assert (got != expected).float().mean() < 1e-2
     assert decoder.load(METADATA) is module
 
 
@@ -119,15 +89,13 @@ def test_it_leaves_the_device_after_use(folder, samples):
 
 @pytest.mark.parametrize("name", sorted(latents.HUB))
 def test_known_names_come_from_the_hub(name, monkeypatch):
-    from diffusers import AutoencoderKL
-
     asked, decoder = [], VAE(name)
 
     def offline(source, **_):
         asked.append(source)
         raise OSError("no route to host\nsecond line")
 
-    monkeypatch.setattr(AutoencoderKL, "from_pretrained", offline)
+    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", offline)
     words = rf"{name} is neither .*--vae-path.*no route to host\)"
     refused(lambda: decoder.load(METADATA), words, error=RuntimeError)
     assert asked == [f"stabilityai/{name}"]
@@ -144,12 +112,16 @@ def test_an_autoencoder_of_other_latents_is_refused(folder):
     "missing, advice", [("folder", "--vae-path"), ("package", "pip install diffusers")]
 )
 def test_without_it_one_line_warns_and_training_goes_on(
-    snapshot, tmp_path, monkeypatch, capsys, missing, advice
+    tmp_path, monkeypatch, capsys, missing, advice
 ):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     if missing == "package":
         monkeypatch.setitem(sys.modules, "diffusers", None)
-    snapshot(str(tmp_path / "absent"), 3, 6, 9)
+    world = World(0, 1, torch.device("cpu"))
+    state = build_state(config(vae_path=str(tmp_path / "absent")), METADATA, world)
+    with contextlib.closing(Reporter(tmp_path, 10, 0, None)) as reporter:
+        for state.step in (3, 6, 9):
+            loop.snapshot(SimpleNamespace(state=state, folder=tmp_path, reporter=reporter))
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("warning: no sample grids in this run: ")
     assert advice in line and str(tmp_path / "absent") in line

@@ -34,12 +34,12 @@ def measured(run, q, k, v, dout):
     return out.detach(), *torch.autograd.grad(out, leaves, dout)
 
 
-def working(q, k, v, dout):
+def plain(q, k, v, dout):
     return closed_form(q, k, v, dout, work=torch.float32, stored=v.dtype)
 
 
-def assert_in_budget(got, args):
-    for name, actual, exact, formula in zip(NAMES, got, oracle(*args), working(*args)):
+def expect_budget(got, args):
+    for name, actual, exact, formula in zip(NAMES, got, oracle(*args), plain(*args)):
         assert actual.dtype == formula.dtype and actual.shape == formula.shape
         error, bound = error_and_bound(actual, exact, formula)
         assert error <= bound, f"{name}: {error:.3e}, expected at most {bound:.3e}"

@@ -1,7 +1,5 @@
 """What the tests of kernels share: layouts, and checks that run in the interpreter's process."""
 
-import functools
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -65,7 +63,7 @@ def far_vectors(op, arguments, names, upstream):
 
 
 class Recorder(TorchDispatchMode):
-    """Notes the calls of the kernels' operators."""
+    """Notes a call of each of the kernels' operators, and of each set of what is None in it."""
 
     def __init__(self):
         super().__init__()
@@ -73,28 +71,16 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "repa_fast":
-            self.calls[function] = args
+            self.calls[function, *(value is None for value in args)] = args
         return function(*args, **(kwargs or {}))
 
 
-def opchecked(op, arguments, upstream):
-    """{operator that an evaluation calls: {test: result}} of torch.library.opcheck."""
+def opchecked(op, cases):
+    """[{test: result}] of torch.library.opcheck, of what evaluations call."""
     with Recorder() as recorder:
-        evaluate(op, arguments, upstream, {"implementation": "triton"})
-    return {
-        str(operator): torch.library.opcheck(operator, args)
-        for operator, args in recorder.calls.items()
-    }
-
-
-def opchecked_with_gradients(op, arguments):
-    """torch.library.opcheck's comparison of a compiled call and its gradients with eager."""
-    from torch.testing._internal.optests import aot_autograd_check
-
-    leaves = [v.requires_grad_() for v in arguments.values()]
-    call = functools.partial(getattr(ops, op), implementation="triton")
-    for dynamic in (False, True):
-        aot_autograd_check(call, tuple(leaves), {}, dynamic, check_gradients=True)
+        for arguments, upstream in cases:
+            evaluate(op, arguments, upstream, {"implementation": "triton"})
+    return [torch.library.opcheck(call[0], args) for call, args in recorder.calls.items()]
 
 
 def block_results(how, implementation):

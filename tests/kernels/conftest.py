@@ -1,6 +1,7 @@
 import concurrent.futures
 import importlib.util
 import multiprocessing
+from functools import partial
 from importlib.metadata import version
 
 import pytest
@@ -8,24 +9,14 @@ import torch
 from packaging.version import Version
 
 from repa_fast import ops
-from tests.kernels.evaluate import (
-    ALLOCATORS,
-    Runner,
-    call_packed,
-    nan_filled,
-    pack,
-    poison_memory,
-    round_to_nearest,
-    unpack,
-)
+from tests.kernels import evaluate
 from tests.kernels.table import EVERYWHERE
 
 
 @pytest.fixture(autouse=True)
 def nan_filled_empty(monkeypatch):
     """Uninitialised memory reads as NaN, so an element that no kernel wrote fails its test."""
-    for owner, name in ALLOCATORS:
-        monkeypatch.setattr(owner, name, nan_filled(getattr(owner, name)))
+    evaluate.poison_memory(monkeypatch.setattr)
 
 
 def why_no_interpreter():
@@ -51,16 +42,18 @@ def interpreter(can_interpret):
         # In the environment from the start: importing Triton decides how its functions run.
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "1")
-            pool.submit(poison_memory).result()
-        pool.submit(round_to_nearest).result()
-        yield lambda *call: unpack(pool.submit(call_packed, pack(call)).result())
+            pool.submit(evaluate.poison_memory).result()
+        pool.submit(evaluate.round_to_nearest).result()
+        packed = partial(pool.submit, evaluate.call_packed)
+        yield lambda *call: evaluate.unpack(packed(evaluate.pack(call)).result())
 
 
 @pytest.fixture(params=EVERYWHERE)
 def run(request):
     """The reference, the Triton kernels interpreted on the CPU, and these on a GPU, in turn."""
     interpreted = request.param == "interpreter"
-    return Runner(request.param, request.getfixturevalue("interpreter") if interpreted else None)
+    process = request.getfixturevalue("interpreter") if interpreted else None
+    return evaluate.Runner(request.param, process)
 
 
 @pytest.fixture

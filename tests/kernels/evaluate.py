@@ -14,12 +14,8 @@ from repa_fast.diffusion.path import PATHS
 # would stay patched for the rest of the process.
 torch.utils._device._device_constructors()
 
-ALLOCATORS = (
-    (torch, "empty"),
-    (torch, "empty_like"),
-    (torch, "empty_strided"),
-    (torch.Tensor, "new_empty"),
-)
+ALLOCATORS = [(torch, name) for name in ("empty", "empty_like", "empty_strided")]
+ALLOCATORS += [(torch.Tensor, "new_empty")]
 
 
 def nan_filled(allocate):
@@ -36,17 +32,18 @@ def nan_filled(allocate):
     return wrapper
 
 
-def evaluate(op, arguments, upstream, options, compiled=False):
+def evaluate(op, arguments, upstream, options, compiled=""):
     """(outputs of ops.<op>, gradients).
 
     arguments: {name: tensor or plain value}; gradients are those of the floating tensors in it, in
     its order, for the upstream gradients `upstream` (None where an output was not used), or
     none if upstream is None. An argument without influence has the gradient None.
-    compiled: through torch.compile, as one graph.
+    compiled: through torch.compile, as one graph of "static" or "dynamic" shapes.
     """
     function = getattr(ops, op)
     if compiled:
-        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+        graph = {"fullgraph": True, "dynamic": compiled == "dynamic"}
+        function = torch.compile(function, backend="aot_eager", **graph)
     if "path" in arguments:  # by name, since it cannot be pickled
         arguments = arguments | {"path": PATHS[arguments["path"]]}
     leaves = {
@@ -60,9 +57,8 @@ def evaluate(op, arguments, upstream, options, compiled=False):
     if upstream is None:
         return outputs, ()
     wanted = [v for v in leaves.values() if isinstance(v, torch.Tensor) and v.requires_grad]
-    used = [(out, up) for out, up in zip(outputs, upstream) if up is not None]
-    used_outputs, used_upstream = zip(*used)
-    gradients = torch.autograd.grad(used_outputs, wanted, used_upstream, allow_unused=True)
+    used, given = zip(*((out, up) for out, up in zip(outputs, upstream) if up is not None))
+    gradients = torch.autograd.grad(used, wanted, given, allow_unused=True)
     return tuple(out.detach() for out in outputs), gradients
 
 
@@ -77,8 +73,8 @@ def unpack(data):
     return torch.load(io.BytesIO(data), weights_only=False)
 
 
-def poison_memory():
-    """Unwritten memory reads as NaN for the rest of this process."""
+def poison_memory(setattr=setattr):
+    """Unwritten memory reads as NaN, with no other `setattr` for the rest of this process."""
     torch.set_num_threads(1)
     for owner, name in ALLOCATORS:
         setattr(owner, name, nan_filled(getattr(owner, name)))
@@ -115,12 +111,8 @@ def to(device, values):
         moved = torch.empty(0, dtype=values.dtype, device=device)
         storage = values.untyped_storage()
         source = torch.empty(0, dtype=values.dtype, device=values.device).set_(storage)
-        return moved.set_(
-            source.to(device).untyped_storage(),
-            values.storage_offset(),
-            values.shape,
-            values.stride(),
-        )
+        layout = values.storage_offset(), values.shape, values.stride()
+        return moved.set_(source.to(device).untyped_storage(), *layout)
     if isinstance(values, dict):
         return {name: to(device, value) for name, value in values.items()}
     if isinstance(values, list | tuple):
@@ -136,7 +128,7 @@ class Runner:
         self.device = "cuda" if how == "triton" else "cpu"
         self.interpreter = interpreter
 
-    def __call__(self, op, arguments, upstream=None, *, compiled=False, **options):
+    def __call__(self, op, arguments, upstream=None, *, compiled="", **options):
         """(outputs, gradients), see `evaluate`."""
         arguments, upstream = to(self.device, [arguments, upstream])
         options |= self.options

@@ -7,12 +7,17 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from repa_fast.diffusion.path import PATHS
 from repa_fast.testing import assert_within_budget, modulation_chunks, seeded
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = (F32, BF16, F16)
-# how an op runs
-KERNELS = (pytest.param("interpreter"), pytest.param("triton", marks=pytest.mark.gpu))
+# how an op runs; the process of the interpreter is started by one worker of pytest-xdist alone
+INTERPRETED = pytest.mark.xdist_group("interpreter")
+KERNELS = (
+    pytest.param("interpreter", marks=INTERPRETED),
+    pytest.param("triton", marks=pytest.mark.gpu),
+)
 EVERYWHERE = (pytest.param("reference"), *KERNELS)
 # dtype of the residual stream, dtype of branch and modulation
 PAIRS = ((F32, F32), (F32, BF16), (BF16, BF16), (F16, F16))
@@ -68,16 +73,7 @@ def euler_maruyama_step(
 ):
     """REPA eq. 6 and 7."""
     v = v_cond if v_uncond is None else v_uncond + cfg_scale * (v_cond - v_uncond)
-    angle = math.pi / 2 * t
-    alpha, sigma, d_alpha, d_sigma = {
-        "linear": (1 - t, t, -1.0, 1.0),
-        "cosine": (
-            math.cos(angle),
-            math.sin(angle),
-            -math.pi / 2 * math.sin(angle),
-            math.pi / 2 * math.cos(angle),
-        ),
-    }[path]
+    alpha, sigma, d_alpha, d_sigma = PATHS[path].at(t)
     score = (alpha * v - d_alpha * x) / (d_alpha * sigma - alpha * d_sigma) / sigma
     new = x + (v - diffusion / 2 * score) * dt
     new = new if noise is None else new + math.sqrt(diffusion * abs(dt)) * noise

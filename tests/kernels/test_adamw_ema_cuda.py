@@ -57,11 +57,8 @@ def test_kernels_are_captured_and_replayed(cuda):
     shapes = [*ODD_SHAPES, *((5,),) * 330]
     captured, eager = make(shapes, "cuda"), make(shapes, "cuda")
     static = make_gradients(shapes, 0, "cuda")
-    scalars = {
-        "lr": torch.zeros((), device=cuda),
-        "grad_scale": torch.ones((), device=cuda),
-        "skip": torch.zeros((), device=cuda),
-    }
+    scalars = {"lr": 0.0, "grad_scale": 1.0, "skip": 0.0}
+    scalars = {name: torch.tensor(value, device=cuda) for name, value in scalars.items()}
     options = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "ema_decay": 0.9}
     squares(static, cuda)
     advance(make(shapes, "cuda"), static, "cuda")  # loads the kernels

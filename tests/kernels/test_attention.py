@@ -17,15 +17,7 @@ from repa_fast.kernels.attention import (
 from repa_fast.kernels.attention.backends import apply
 from repa_fast.kernels.attention.reference import attention_reference
 from repa_fast.kernels.attention.selection import closed_form, error_and_bound
-from tests.kernels.attention import (
-    ON_CPU,
-    SHAPES,
-    assert_in_budget,
-    inputs,
-    measured,
-    oracle,
-    working,
-)
+from tests.kernels.attention import ON_CPU, SHAPES, expect_budget, inputs, measured, oracle, plain
 from tests.kernels.table import BF16, DTYPES, F32, F64
 from tests.refusals import refused
 
@@ -47,11 +39,11 @@ def assert_close(actual, expected, tolerance=0.0):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", (*DTYPES, F64))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_result_and_gradients_are_within_budget(shape, dtype, op):
     args = inputs(shape, dtype)
-    assert_in_budget(measured(op, *args), args)
+    expect_budget(measured(op, *args), args)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -69,15 +61,12 @@ def test_a_single_token_attends_to_itself(dtype, op):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_budget_sees_one_percent_and_one_wrong_token_of_256(dtype):
     args = inputs((2, 2, 256, 72), dtype)
-    right, exact, formula = measured(attention, *args), oracle(*args), working(*args)
-    wrong = [(1.01 * value.float()).to(dtype) for value in right]
-    one = right[1].clone()
-    one[:, :, -1] *= 1.5
-    cases = [(*triple, True) for triple in zip(right, exact, formula)]
-    cases += [(*triple, False) for triple in zip(wrong, exact, formula)]
-    for actual, truth, plain, passes in (*cases, (one, exact[1], formula[1], False)):
-        error, bound = error_and_bound(actual, truth, plain)
-        assert (error <= bound) is passes
+    one_token = torch.ones(256, 1)
+    one_token[-1] = 1.5
+    for right, exact, formula in zip(measured(attention, *args), oracle(*args), plain(*args)):
+        for factor in (1.01, one_token):
+            error, bound = error_and_bound((factor * right.float()).to(dtype), exact, formula)
+            assert error > bound
 
 
 def test_closed_form_is_the_derivative_of_the_reference():
@@ -87,11 +76,6 @@ def test_closed_form_is_the_derivative_of_the_reference():
     assert_close(closed_form(*args, work=F64, stored=F64), oracle(*args), 1e-12)
 
 
-def test_gradcheck(op):
-    leaves = [x.clone().requires_grad_() for x in inputs((1, 2, 3, 4), F64)[:3]]
-    assert torch.autograd.gradcheck(op, leaves)
-
-
 def test_a_strided_last_axis_gives_what_a_contiguous_one_gives(op):
     args = inputs((2, 3, 6, 8))[:3]
     strided = [x.mT.contiguous().mT for x in args]
@@ -99,24 +83,21 @@ def test_a_strided_last_axis_gives_what_a_contiguous_one_gives(op):
     assert_close([op(*strided)], [op(*(x.contiguous() for x in args))], 1e-6)
 
 
-@pytest.mark.parametrize("shape", ((0, 2, 5, 8), (2, 2, 0, 8)))
-def test_nothing_to_attend_to_runs_forward_and_backward(shape, op):
-    got = measured(op, *inputs(shape, BF16))
-    assert all(x.shape == shape and x.dtype == BF16 for x in got)
+def test_nothing_to_attend_to_runs_forward_and_backward(op):
+    for shape in ((0, 2, 5, 8), (2, 2, 0, 8)):
+        got = measured(op, *inputs(shape, BF16))
+        assert all(x.shape == shape and x.dtype == BF16 for x in got)
 
 
-@pytest.mark.parametrize("head_dim, multiple", ((72, 32), (7, 8), (64, 32), (72, 1)))
-def test_padding_changes_nothing_but_roundings(head_dim, multiple):
-    seen = []
-
+@pytest.mark.parametrize("head_dim, multiple, seen", ((72, 32, 96), (7, 8, 8), (64, 32, 64)))
+def test_padding_changes_nothing_but_roundings(head_dim, multiple, seen):
     def run(q, k, v, scale):
-        seen.append(q.shape[-1])
+        assert q.shape[-1] == seen
         return BACKENDS["math"].run(q, k, v, scale)
 
     args = inputs((2, 2, 17, head_dim), F64)
-    padded = Backend("padded", run, multiple=multiple)
-    assert_close(measured(lambda *qkv: apply(padded, *qkv), *args), oracle(*args), 1e-12)
-    assert seen == [-(-head_dim // multiple) * multiple]
+    padded = partial(apply, Backend("padded", run, multiple=multiple))
+    assert_close(measured(padded, *args), oracle(*args), 1e-12)
 
 
 def compiles(op, compiler):
@@ -130,7 +111,7 @@ def test_it_compiles_into_one_graph_that_equals_eager(op):
     compiles(op, "aot_eager")
 
 
-def test_it_compiles_with_inductor(inductor):
+def test_it_compiles_with_inductor(heavy, inductor):
     if not shutil.which("g++"):
         pytest.skip("Inductor needs a C++ compiler on the CPU")
     compiles(partial(attention, backend="sdpa-flash"), "inductor")
@@ -156,12 +137,7 @@ def test_checkpointing_gives_the_same_gradients(op):
 @pytest.mark.parametrize("dtype", (F32, BF16))
 def test_autocast_does_not_reach_inside(dtype, op):
     args = inputs((2, 2, 9, 16), dtype)
-
-    def in_autocast(*qkv):
-        with torch.autocast("cpu", dtype=BF16):
-            return op(*qkv)
-
-    got = measured(in_autocast, *args)
+    got = measured(torch.autocast("cpu", dtype=BF16)(op), *args)
     assert_close(got, measured(op, *args))
     assert {x.dtype for x in got} == {dtype}
 
@@ -202,13 +178,9 @@ def test_a_backend_is_used_for_a_while_where_the_one_set_takes_no_such_dtype():
     args = inputs((2, 2, 4, 8))[:3]
     with use_backend("sdpa"):
         assert torch.equal(attention(*args), attention(*args, backend="sdpa"))
-    assert current_backend() == "math"
     refused(lambda: attention(*args), "'math'.*takes torch.bfloat16, got torch.float32")
-
-
-def test_set_backend_rejects_what_it_does_not_know():
     refused(lambda: set_backend("auto"), "'auto', expected one of sdpa")
-    assert current_backend() == "sdpa"
+    assert current_backend() == "math"
 
 
 def test_flash_that_torch_replaced_is_not_called_flash(monkeypatch):

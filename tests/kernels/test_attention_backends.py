@@ -1,26 +1,14 @@
 import contextlib
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from repa_fast.kernels.attention import (
-    BACKENDS,
-    Backend,
-    attention,
-    select,
-    set_backend,
-)
+from repa_fast.kernels.attention import BACKENDS, Backend, attention, select, set_backend
 from repa_fast.kernels.attention.selection import fastest, survey
-from tests.kernels.attention import (
-    NAMES,
-    ON_CPU,
-    SHAPES,
-    assert_in_budget,
-    inputs,
-    measured,
-)
+from tests.kernels.attention import NAMES, ON_CPU, SHAPES, expect_budget, inputs, measured
 from tests.kernels.table import BF16, DTYPES, F32, F64
 from tests.refusals import refused
 
@@ -124,12 +112,6 @@ def test_absent_packages_are_not_installed(name, monkeypatch):
         refused(call, f"'{name}' cannot run: not installed", error=RuntimeError)
 
 
-def test_fa4_alone_does_not_look_like_a_broken_fa2(install):
-    install(STAND_INS["fa4"])
-    assert BACKENDS["fa2"].probe() == "not installed"
-    assert BACKENDS["fa4"].probe() is None
-
-
 @pytest.mark.parametrize(
     "source, reason",
     (
@@ -154,30 +136,32 @@ def test_xformers_without_its_binary_says_why(install):
     assert BACKENDS["xformers"].probe() == "its binary does not load: built for torch 2.10"
 
 
+def expect_budget_with(name, args, attention=attention):
+    expect_budget(measured(partial(attention, backend=name), *args), args)
+
+
 @pytest.mark.parametrize("name", OPTIONAL)
 def test_adapters_pass_layout_scale_and_gradients(stand_in, name):
     stand_in(name)
     for shape in SHAPES[:3]:
-        args = inputs(shape)
-        assert_in_budget(measured(lambda *qkv: attention(*qkv, backend=name), *args), args)
+        expect_budget_with(name, inputs(shape))
 
 
 @pytest.mark.parametrize("name", ("fa4", "xformers"))
 def test_what_cannot_be_traced_compiles_as_one_op(stand_in, name):
     torch.compiler.reset()
     stand_in(name)
-    args = inputs((2, 2, 8, 72))
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    got = measured(lambda *qkv: compiled(*qkv, backend=name), *args)
-    assert_in_budget(got, args)
+    expect_budget_with(name, inputs((2, 2, 8, 72)), compiled)
 
 
 def chosen(asked, dtype=F32):
     return select(asked, heads=2, tokens=64, head_dim=72, batch=4, dtype=dtype, device="cpu")
 
 
-def test_fa4_sees_padded_head_dims_and_the_true_scale(stand_in):
+def test_fa4_sees_padded_head_dims_and_the_true_scale_and_is_no_fa2(stand_in):
     stand_in("fa4")
+    assert BACKENDS["fa2"].probe() == "not installed"  # not a broken one
     assert BACKENDS["fa4"].multiple == 32  # its dq is wrong at 72 and 80 on Hopper
     selection = chosen("fa4")
     assert selection.backend == "fa4" and "asked for" in selection.reason
@@ -253,11 +237,6 @@ def test_fastest_of_those_that_pass_is_chosen():
     refused(lambda: fastest((rows[1],), "here"), words, error=RuntimeError)
 
 
-def test_auto_on_the_cpu_is_sdpa():
-    selection = chosen("auto")
-    assert selection.backend == "sdpa" and "cpu" in selection.reason and not selection.rows
-
-
 @pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_backend_asked_for_is_self_tested(dtype, backend):
@@ -270,16 +249,12 @@ def test_a_backend_asked_for_is_self_tested(dtype, backend):
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize(
-    "asked, dtype, words",
-    (
-        ("flash", F32, "expected one of auto, sdpa"),
-        ("fa4", BF16, "'fa4' cannot run: it runs on cuda"),
-        ("math", F64, "expected one of torch.float32"),
-    ),
-)
-def test_select_rejects_what_cannot_be(asked, dtype, words):
-    refused(lambda: chosen(asked, dtype), words)
+def test_auto_on_the_cpu_is_sdpa_and_what_cannot_be_is_refused():
+    selection = chosen("auto")
+    assert selection.backend == "sdpa" and "cpu" in selection.reason and not selection.rows
+    refused(lambda: chosen("flash"), "expected one of auto, sdpa")
+    refused(lambda: chosen("fa4", BF16), "'fa4' cannot run: it runs on cuda")
+    refused(lambda: chosen("math", F64), "expected one of torch.float32")
 
 
 def survey_on_cuda(backend, dtype):
@@ -306,8 +281,7 @@ def test_every_backend_that_loads_compiles_into_one_graph_on_cuda(inductor, back
     if row.left_out:
         pytest.skip(row.left_out)
     args = [x.cuda() for x in inputs((2, 16, 256, 72), BF16)]
-    compiled = torch.compile(attention, fullgraph=True)
-    assert_in_budget(measured(lambda *qkv: compiled(*qkv, backend=backend), *args), args)
+    expect_budget_with(backend, args, torch.compile(attention, fullgraph=True))
 
 
 @pytest.mark.gpu

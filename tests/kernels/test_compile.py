@@ -1,38 +1,28 @@
 """Every kernel compiled for GPUs that are not here: registers, spills, accesses."""
 
+import re
+
 import pytest
-import torch
 
 triton = pytest.importorskip("triton")
 
-from benchmarks.kernels.resources import (  # noqa: E402
-    CAPABILITIES,
-    DTYPES,
-    WIDTHS,
-    launches,
-    resources,
-    sampler_launches,
-    table,
-)
+from benchmarks.kernels import resources as page  # noqa: E402
+from benchmarks.kernels.resources import launches, resources, sampler_launches  # noqa: E402
+from benchmarks.kernels.tune import KERNELS  # noqa: E402
 from repa_fast.backend import launch as launch_module  # noqa: E402
+from tests.kernels import checks  # noqa: E402
+from tests.kernels.table import BF16, F32, F64, INTERPRETED  # noqa: E402
 
-F32, BF16 = torch.float32, torch.bfloat16
 VERSION = ".".join(triton.__version__.split(".")[:2])
 NAMES = tuple(name for name, _ in launches(8, F32, F32))
 SAMPLERS = tuple(name for name, _ in sampler_launches(F32, F32))
 
 # Blocks per SM at 1,152 columns and any dtype on sm_90, by Triton's major and minor version.
 LATER = {
-    "adaln forward": 6,
-    "adaln backward": 3,
-    "gate_residual forward": 6,
-    "gate_residual backward": 4,
-    "gate_residual_adaln forward": 4,
-    "gate_residual_adaln backward": 2,
-    "sum of chunks": 16,
-    "align_loss forward": 6,
-    "align_loss backward": 6,
-}
+    "adaln forward": 6, "adaln backward": 3, "align_loss forward": 6, "align_loss backward": 6,
+    "gate_residual forward": 6, "gate_residual backward": 4, "gate_residual_adaln forward": 4,
+    "gate_residual_adaln backward": 2, "sum of chunks": 16,
+}  # fmt: skip
 BLOCKS = {"3.6": LATER | {"adaln forward": 7, "adaln backward": 2}, "3.9": LATER}
 # cos of libdevice, which Triton 3.6 calls, has a table for huge arguments in local memory.
 COSINE_TABLE = 32
@@ -47,9 +37,9 @@ def name_of(value):
 
 def grid(test):
     """Every kernel, at every width and pair of dtypes."""
-    for axis in (("name", NAMES), ("width", WIDTHS)):
-        test = pytest.mark.parametrize(*axis)(test)
-    return pytest.mark.parametrize("stream, dtype", DTYPES, ids=name_of)(test)
+    for axis in (("name", NAMES), ("width", page.WIDTHS), ("stream, dtype", page.DTYPES)):
+        test = pytest.mark.parametrize(*axis, ids=name_of)(test)
+    return test
 
 
 def check(name, capability, width, stream, dtype):
@@ -78,8 +68,8 @@ def test_ampere_and_blackwell(name, capability, width, stream, dtype):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("state", (F32, torch.float64), ids=name_of)
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("state", (F32, F64), ids=name_of)
+@pytest.mark.parametrize("capability", page.CAPABILITIES)
 def test_sampler(name, state, capability):
     used = resources(dict(sampler_launches(state, BF16))[name], capability)
     assert used.spilled <= (COSINE_TABLE if "drawn" in name else 0)
@@ -107,10 +97,21 @@ def test_a_width_that_is_no_multiple_of_16_is_seen_as_narrow():
     assert used.asynchronous == 0 and used.wide == 0
 
 
-def test_the_table_of_the_documentation_is_this_one():
-    from benchmarks.kernels.resources import BEGIN, END, PAGE
+HEAVY = pytest.param(page.CAPABILITIES, marks=pytest.mark.heavy)
 
-    written = PAGE.read_text().split(BEGIN)[1].split(END)[0].strip()
+
+@pytest.mark.parametrize("capabilities", ((90,), HEAVY))
+def test_the_table_of_the_documentation_is_this_one(monkeypatch, capabilities):
+    written = page.PAGE.read_text().split(page.BEGIN)[1].split(page.END)[0]
     if triton.__version__ not in written:
         pytest.skip(f"the table is of another version than Triton {triton.__version__}")
-    assert written == table()
+    for other in set(page.CAPABILITIES) - set(capabilities):
+        written = re.sub(rf"\|[^|]*\|[^|]*\| {other} \|.*\n", "", written)
+    monkeypatch.setattr(page, "CAPABILITIES", capabilities)
+    assert written.strip() == page.table()
+
+
+@INTERPRETED
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_launch_parameters_of_every_kernel_can_be_swept(interpreter, kernel):
+    assert interpreter(checks.swept, kernel) == [("ok", ""), ("ok", "")]

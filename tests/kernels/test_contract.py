@@ -29,15 +29,9 @@ from tests.refusals import refused
 
 # Eight chunks of tokens per sample in the backward pass: even, uneven, and fewer.
 SHAPES = (
-    (1, 8, 72),
-    (3, 1, 72),
-    (2, 5, 1000),
-    (1, 9, 1152),
-    (1, 11, 72),
-    (1, 17, 72),
-    (1, 33, 72),
+    (1, 8, 72), (3, 1, 72), (2, 5, 1000), (1, 9, 1152), (1, 11, 72), (1, 17, 72), (1, 33, 72),
     (8, 3, 1),
-)
+)  # fmt: skip
 
 
 # Results, gradients and their dtypes.
@@ -72,23 +66,10 @@ def test_the_result_of_adaln_and_its_gradient_may_have_another_dtype(op, run, st
 def test_the_reference_computes_in_fp64(name):
     op = OPS[name]
     arguments = op.arguments(stream=F64, dtype=F64)
-    outputs, gradients = checks.evaluate(
-        name, arguments, op.upstream(arguments), {"implementation": "reference"}
-    )
-    exact, gradients_exact = op.results(arguments, op.upstream(arguments), F64)
-    pairs = zip((*outputs, *gradients), (*exact, *gradients_exact))
-    for actual, expected in pairs:
-        if expected is not None:
-            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_gradcheck(name):
-    arguments = OPS[name].arguments((2, 3, 5), F64, F64)
-    leaves = {k: v.clone().requires_grad_(k != "target") for k, v in arguments.items()}
-    assert torch.autograd.gradcheck(
-        lambda *values: getattr(ops, name)(**dict(zip(leaves, values))), tuple(leaves.values())
-    )
+    upstream = op.upstream(arguments)
+    found = checks.evaluate(name, arguments, upstream, {"implementation": "reference"})
+    for actual, exact in zip(found, op.results(arguments, upstream, F64), strict=True):
+        torch.testing.assert_close(list(actual), exact, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -150,10 +131,8 @@ def test_a_sample_beyond_2_31_elements_is_within_budget(name):
     batch = 2**31 // (tokens * width) + 2
     sample = op.arguments((1, tokens, width), BF16, BF16)
     dsample = op.upstream(sample)
-    leaves = {
-        k: v.to("cuda").repeat(batch, *[1] * (v.ndim - 1)).requires_grad_()
-        for k, v in sample.items()
-    }
+    large = {k: v.to("cuda").repeat(batch, *[1] * (v.ndim - 1)) for k, v in sample.items()}
+    leaves = {k: v.requires_grad_() for k, v in large.items()}
     assert leaves["x"].numel() > 2**31
     outputs = getattr(ops, name)(**leaves, implementation="triton")
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -208,7 +187,7 @@ def test_a_sample_does_not_depend_on_its_batch(op, run):
 
 @on(where=KERNELS[:1])
 def test_operators_pass_opcheck(op, run):
-    arguments = op.arguments((2, 5, 24), dtype=BF16)
+    arguments = op.arguments((2, 3, 8), dtype=BF16)
     upstream = op.upstream(arguments)
     cases = [(arguments, upstream)]
     if op.name == "gate_residual_adaln":
@@ -217,27 +196,21 @@ def test_operators_pass_opcheck(op, run):
         drawn = {"seed": 2**40, "step": 3, "index": torch.arange(2) + 2**33}
         drawn |= {"v_uncond": None, "noise": None, "v_cond": arguments["v_cond"].float()}
         cases.append((arguments | drawn, None))
-    for case in cases:
-        found = run.call(checks.opchecked, op.name, *case)
-        assert len(found) == (2 if op.gradients else 1)
-        for result in found.values():
-            assert len(result) >= 4 and set(result.values()) == {"SUCCESS"}
-
-
-@on(*DIFFERENTIABLE, where=KERNELS[:1])
-@pytest.mark.usefixtures("heavy")
-def test_gradients_pass_the_check_of_opcheck(op, run):
-    run.call(checks.opchecked_with_gradients, op.name, op.arguments((2, 5, 24)))
+    found = run.call(checks.opchecked, op.name, cases)
+    assert len(found) == (3 if op.name == "gate_residual_adaln" else 2)
+    assert all(len(tests) >= 4 and set(tests.values()) == {"SUCCESS"} for tests in found)
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 @pytest.mark.parametrize("run", EVERYWHERE[:2], indirect=True)
 @pytest.mark.parametrize("dtype", (F32, BF16))
-def test_it_compiles_into_one_graph_that_equals_eager(name, run, dtype):
+@pytest.mark.parametrize("shapes", ("static", "dynamic"))
+def test_it_compiles_into_one_graph_that_equals_eager(name, run, dtype, shapes):
     op = OPS[name]
     arguments = op.arguments((2, 5, 24), F32, dtype)
     upstream = op.upstream(arguments)
-    assert_same(run(name, arguments, upstream, compiled=True), run(name, arguments, upstream))
+    compiled = run(op.name, arguments, upstream, compiled=shapes)
+    assert_same(compiled, run(op.name, arguments, upstream))
 
 
 @on(*DIFFERENTIABLE, where=KERNELS[:1])
@@ -273,10 +246,6 @@ def test_wrong_arguments_are_named_with_expected_and_got(op, name):
         wrong[str(tuple(right.shape))] = [right[:1], right[..., :-1], right[:, None]]
     for expected, values in wrong.items():
         for value in values:
-            got = str(value.dtype if expected == "floating" else tuple(value.shape))
-            message = refused(
-                lambda value=value: getattr(ops, op.name)(**arguments | {name: value}),
-                rf"^{op.name}: {name} ",
-                re.escape(got),
-            )
-            assert f"expected {expected}" in message.replace("expected a ", "expected ")
+            got = re.escape(str(value.dtype if expected == "floating" else tuple(value.shape)))
+            call = functools.partial(getattr(ops, op.name), **arguments | {name: value})
+            refused(call, rf"^{op.name}: {name} ", got, f"expected (a )?{re.escape(expected)}")

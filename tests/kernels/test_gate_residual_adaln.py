@@ -25,8 +25,8 @@ def test_it_compiles_into_one_graph_of_which_an_output_is_unused(run, unused, dt
     arguments = OP.arguments((2, 5, 24), dtype=dtype)
     upstream = OP.upstream(arguments)
     upstream[unused] = None
-    compiled = run(OP.name, arguments, upstream, compiled=True)
-    assert_same(compiled, run(OP.name, arguments, upstream))
+    eager, compiled = (run(OP.name, arguments, upstream, compiled=how) for how in ("", "static"))
+    assert_same(compiled, eager)
 
 
 @pytest.mark.parametrize("stream, dtype", PAIRS)
@@ -47,14 +47,3 @@ def test_the_product_is_not_rounded_before_the_sum(dtype):
     (oracle,), (working,) = (op.results(arguments, [None], work)[0] for work in (F64, F32))
     assert oracle.any()
     assert_within_budget("x'", ops.gate_residual(**arguments), oracle, working)
-
-
-def test_it_is_gate_residual_followed_by_adaln():
-    arguments = OP.arguments((2, 5, 72), F32, BF16)
-    x, branch, gate, shift, scale = (arguments[name] for name in (*OP.tokens, *OP.vectors))
-    alone = ops.gate_residual(x, branch, gate)
-    separate = alone, ops.adaln(alone, shift, scale)
-    oracle, _ = OP.results(arguments, [None, None], F64)
-    actual = ops.gate_residual_adaln(**arguments)
-    for name, *results in zip(OP.outputs, actual, oracle, separate):
-        assert_within_budget(name, *results)

@@ -1,4 +1,3 @@
-import json
 import os
 import subprocess
 import sys
@@ -13,11 +12,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from repa_fast.testing import assert_within_budget
 from tests.kernels import checks
+from tests.kernels.table import INTERPRETED, OPS
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("kernels", "repa_fast.kernels")
 FOLDERS = sorted(file.parent.name for file in ROOT.glob("kernels/*/__init__.py"))
 
 
+@INTERPRETED
 @pytest.mark.parametrize("how", (pytest.param("compiled", marks=pytest.mark.heavy), "checkpointed"))
 def test_a_block_with_kernels_gives_the_same_bits(interpreter, how):
     eager = interpreter(checks.block_results, "eager", "triton")
@@ -25,50 +27,40 @@ def test_a_block_with_kernels_gives_the_same_bits(interpreter, how):
     torch.testing.assert_close(other, eager, rtol=0, atol=0)
 
 
+@INTERPRETED
 def test_a_block_under_autocast_has_dtypes_and_accuracy_of_the_reference(interpreter):
     outputs, gradients = interpreter(checks.block_results, "autocast", "triton")
     working, working_gradients = checks.block_results("autocast", "reference")
     oracle, oracle_gradients = checks.block_results("fp64", "reference")
     assert [v.dtype for v in outputs] == [torch.float32, torch.bfloat16, torch.bfloat16]
     assert {v.dtype for v in gradients} == {torch.float32}
-    for a, o, w in zip(outputs, oracle, working):
-        assert_within_budget("output", a, o, w)
-    for a, o, w in zip(gradients, oracle_gradients, working_gradients):
-        assert_within_budget("gradient", a, o.double(), w)
+    for values in zip(outputs, oracle, working):
+        assert_within_budget("output", *values)
+    for actual, exact, plain in zip(gradients, oracle_gradients, working_gradients):
+        assert_within_budget("gradient", actual, exact.double(), plain)
 
 
 TWICE = """
-import importlib, json, sys
+import importlib, sys
 import torch
-packages, folders = sys.argv[1].split(","), sys.argv[2].split(",")
-modules = [importlib.import_module(f"{p}.{f}.op") for p in packages for f in folders]
-from repa_fast.kernels.adaln import adaln
-adalns = [sys.modules[f"{p}.adaln.op"].adaln for p in packages]
+how, *names = sys.argv[1:]
+assert len({id(importlib.import_module(name)) for name in names}) == len(names)
 x, v = torch.randn(2, 3, 8), torch.randn(2, 8)
-how = "reference" if len(sys.argv) < 4 else sys.argv[3]
-results = [op(x, v, v, implementation=how) for op in adalns]
-print(json.dumps({
-    "modules": len({id(module) for module in modules}),
-    "equal": torch.equal(*results),
-}))
+adalns = [sys.modules[name].adaln for name in names if name.endswith(".adaln.op")]
+assert torch.equal(*(adaln(x, v, v, implementation=how) for adaln in adalns))
 """
 
 
 @pytest.mark.usefixtures("heavy")
-@pytest.mark.parametrize("packages", ("kernels,repa_fast.kernels", "repa_fast.kernels,kernels"))
+@pytest.mark.parametrize("packages", (PACKAGES, PACKAGES[::-1]))
 def test_both_names_of_the_ops_can_be_imported_in_one_process(packages):
-    assert {"adaln", "align_loss", "euler_maruyama_step", "gate_residual_adaln"} <= set(FOLDERS)
-    how = ["triton"] if find_spec("triton") else []
-    process = subprocess.run(
-        [sys.executable, "-c", TWICE, packages, ",".join(FOLDERS), *how],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
+    assert set(OPS) - {"gate_residual"} <= set(FOLDERS)
+    names = [f"{package}.{folder}.op" for package in packages for folder in FOLDERS]
+    how = "triton" if find_spec("triton") else "reference"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", TWICE, how, *names]
+    process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    result = json.loads(process.stdout.splitlines()[-1])
-    assert result == {"modules": 2 * len(FOLDERS), "equal": True}
 
 
 @pytest.mark.parametrize("device", ("cuda", "cpu"))

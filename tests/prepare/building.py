@@ -18,6 +18,7 @@ RESOLUTION, CLASSES, ROWS = 8, 3, 45
 WORK = build.Building
 FOLDER, CHECKS, KEPT = ".train.building", "train.blocks.json", "of 8 blocks"
 TAKEN, WRONG = "exists already", r"rows 12 to 17 \(block 2\)"
+ANOTHER = {"quality": 90}, "quality: 95, now 90"
 
 
 class Photographs:

@@ -21,6 +21,7 @@ METADATA = pixel_metadata(RESOLUTION, ("a", "b"))
 WORK = extract.Extraction
 FOLDER, CHECKS, KEPT = ".train.features", "train.made_up.json", "fragments"
 TAKEN, WRONG = "made_up already", r"made_up of rows 12 to 17 \(part 2\) has checksum"
+ANOTHER = {"storage": "int8"}, "storage: 'fp16', now 'int8'"
 
 
 def column(**changes):

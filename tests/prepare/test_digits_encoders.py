@@ -20,8 +20,7 @@ def read(path):
 
 
 @pytest.mark.parametrize(
-    "net, least",
-    [pytest.param("digits-vit", 0.6, marks=pytest.mark.heavy), ("digits-judge", 0.2)],
+    "net, least", [pytest.param("digits-vit", 0.6, marks=pytest.mark.heavy), ("digits-judge", 0.2)]
 )
 def test_a_net_is_trained_and_written_as_the_packaged_one(net, least, tmp_path):
     program.main(["--net", net, "--out", str(tmp_path / "out"), "--epochs", "2"])

@@ -37,3 +37,10 @@ def cache(tmp_path_factory):
 def fields(run, cache, tmp_path):
     """Of an analysis of the run, whose results are written to OUT."""
     return {"ckpt": str(run), "cache": cache, "out": str(tmp_path / "out"), "num_workers": 1}
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Spare the pictures, which take longer than all else."""
+    monkeypatch.setattr("repa_fast.analysis.probe.plot", lambda *_: None)
+    monkeypatch.setattr("repa_fast.analysis.similarity._plot", lambda *_: None)

@@ -1,4 +1,4 @@
-"""CKNNA against loops over pairs and cases worked by hand; CKA against double centring."""
+"""CKNNA against loops over pairs; CKA against double centring."""
 
 import math
 
@@ -64,57 +64,24 @@ def cknna_by_loop(a, b, k, definition):
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("definition", DEFINITIONS)
-@pytest.mark.parametrize("rows, k", [(12, 1), (12, 11), (30, 4), (47, 10)])
-def test_it_is_the_sum_over_pairs(rows, k, definition, normalize):
+@pytest.mark.parametrize("rows, k, chunk", [(12, 1, 1), (12, 11, 12), (30, 4, 7), (47, 10, 64)])
+def test_it_is_the_sum_over_pairs_whatever_the_chunks(rows, k, chunk, definition, normalize):
     a, b = related(rows)
-    got = cknna(a, b, k, definition=definition, normalize=normalize)
+    got = cknna(a, b, k, definition=definition, normalize=normalize, chunk=chunk)
     if normalize:
         a, b = unit(a), unit(b)
     assert got == pytest.approx(cknna_by_loop(a, b, k, definition), rel=CLOSE, abs=CLOSE)
 
 
-@pytest.mark.parametrize("definition, expected", [
-    # a = (2, 1, -1, -3), k = 1:    b = (3, 1, 2, -2):
-    # K =  .   2  -2  -6            L =  .   3   6  -6     nearest of 0: 1 under K, 2 under L
-    #      2   .  -1  -3                 3   .   2  -2     of 1: 0, 0
-    #     -2  -1   .   3                 6   2   .  -4     of 2: 3, 0
-    #     -6  -3   3   .                -6  -2  -4   .     of 3: 2, 1;  in common: (1, 0)
-    # paper: the mean of row i is a_i (-1/4), and b_i 1. Less these:
-    #   (1, 0) of K and L: 2.25 and 2, Align(K, L) = 4.5
-    #   (0, 1), (1, 0), (2, 3), (3, 2) of K: 2.5, 2.25, 2.75, 2.25, Align(K, K) = 23.9375
-    #   (0, 2), (1, 0), (2, 0), (3, 1) of L: 3, 2, 4, 0, Align(L, L) = 29
-    ("paper", 4.5 / math.sqrt(23.9375 * 29)),
-    # platonic, times N (N - 3):
-    #   K~ and L~ have only (1, 0), 2 and 3: trace 0, 2 * 3 / 6 = 1, 1'K~ = (2, 0, 0, 0) and
-    #   L~1 = (0, 3, 0, 0) have the product 0: Align(K, L) = 1
-    #   K~ is symmetric, (0, 1) 2 and (2, 3) 3: trace 26, 10^2 / 6, 1'K~ = (2, 2, 3, 3), 26 * 2 / 2:
-    #   Align(K, K) = 26 + 100 / 6 - 26
-    #   L~: (0, 2) 6, (1, 0) 3, (2, 0) 6, (3, 1) -2: trace 72, 13^2 / 6, 1'L~ = (9, -2, 6, 0),
-    #   L~1 = (6, 3, 6, -2), 54 - 6 + 36 = 84: Align(L, L) = 72 + 169 / 6 - 84
-    ("platonic", 1 / math.sqrt(100 / 6 * (169 / 6 - 12))),
-])  # fmt: skip
-def test_four_points_by_hand(definition, expected):
-    a, b = (torch.tensor(x)[:, None] for x in ([2.0, 1, -1, -3], [3.0, 1, 2, -2]))
-    got = cknna(a, b, 1, definition=definition, normalize=False)
-    assert got == pytest.approx(expected, rel=CLOSE)
-
-
-@pytest.mark.parametrize("definition", DEFINITIONS)
-def test_rotations_and_scales_of_a_set_change_nothing_and_equal_features_have_one(definition):
+def test_rotations_and_scales_change_nothing_and_cka_is_blind_to_shifts_too():
     a, b = related(50)
-    assert cknna(a, a, definition=definition) == pytest.approx(1, rel=CLOSE)
-    expected = cknna(a, b, definition=definition)
-    moved = cknna(3 * a @ rotation(6), b @ rotation(9) / 7, definition=definition)
-    assert moved == pytest.approx(expected, rel=CLOSE)
-    assert 0 < expected < 0.95
-
-
-@pytest.mark.parametrize("definition", DEFINITIONS)
-@pytest.mark.parametrize("chunk", [1, 7, 50, 64])
-def test_chunks_change_nothing(definition, chunk):
-    a, b = related(50)
-    whole = cknna(a, b, definition=definition, chunk=50)
-    assert cknna(a, b, definition=definition, chunk=chunk) == pytest.approx(whole, rel=CLOSE)
+    for definition in DEFINITIONS:
+        assert cknna(a, a, definition=definition) == pytest.approx(1, rel=CLOSE)
+        expected = cknna(a, b, definition=definition)
+        moved = cknna(3 * a @ rotation(6), b @ rotation(9) / 7, definition=definition)
+        assert moved == pytest.approx(expected, rel=CLOSE)
+        assert 0 < expected < 0.95
+    assert cka(a, 5 * a @ rotation(6) + torch.arange(6)) == pytest.approx(1, rel=CLOSE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -140,22 +107,6 @@ def test_among_equal_values_the_earlier_rows_are_nearer(definition):
     assert got == pytest.approx(cknna_by_loop(a, b, 6, definition), rel=CLOSE, abs=CLOSE)
 
 
-def test_unrelated_features_have_about_none():
-    a, b = (seeded((400, 20), seed=seed, dtype=torch.float64) for seed in (1, 2))
-    # 10 of 399 neighbours are shared by chance, so about 1 pair in 40 counts
-    assert abs(cknna(a, b)) < 0.1
-    assert abs(cknna(a, b, definition="platonic")) < 0.1
-
-
-def test_paper_is_symmetric_and_platonic_is_neither_that_nor_the_same():
-    a, b = related(60)
-    paper, platonic = (cknna(a, b, definition=name, normalize=True) for name in DEFINITIONS)
-    assert abs(paper - platonic) > 0.01
-    assert cknna(a, b) == pytest.approx(cknna(b, a), rel=CLOSE)
-    forth, back = cknna(a, b, definition="platonic"), cknna(b, a, definition="platonic")
-    assert abs(forth - back) > 1e-4
-
-
 @pytest.mark.parametrize("rows, widths", [(20, (6, 9)), (8, (30, 2))])
 def test_cka_is_hsic_of_doubly_centred_kernels(rows, widths):
     a, b = related(rows, widths=widths)
@@ -163,12 +114,6 @@ def test_cka_is_hsic_of_doubly_centred_kernels(rows, widths):
     K, L = ((H @ (x @ x.T).numpy() @ H) for x in (a, b))
     expected = np.trace(K @ L) / math.sqrt(np.trace(K @ K) * np.trace(L @ L))
     assert cka(a, b) == pytest.approx(expected, rel=CLOSE)
-
-
-def test_cka_is_one_for_a_rotation_a_scale_and_a_shift_and_not_cknna_of_all_neighbours():
-    a, b = related(30)
-    assert cka(a, 5 * a @ rotation(6) + torch.arange(6)) == pytest.approx(1, rel=CLOSE)
-    assert all(abs(cka(a, b) - cknna(a, b, 29, definition=name)) > 1e-3 for name in DEFINITIONS)
 
 
 def changed(row, value):

@@ -1,9 +1,9 @@
 """Features for the analyses: what decides them, what the cache keeps, which rows are looked at."""
 
-import dataclasses
 import functools
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,7 +25,6 @@ from repa_fast.data.digits import digits_metadata
 from repa_fast.data.official import OfficialFolder
 from repa_fast.data.open import open_dataset
 from repa_fast.diffusion.path import get
-from repa_fast.eval.load import load
 from repa_fast.objective import build_objective
 from tests.analysis.analysing import TRAIN, VAL, coloured, noise_images, planes, write_table
 from tests.eval import checkpoints
@@ -85,22 +84,18 @@ def test_features_are_those_of_the_rows(loaded, dataset):
     assert found.hidden.std() > 0.1
 
 
-@pytest.mark.parametrize("changes", [{"batch_size": 7}, {"batch_size": 64}, {"num_workers": 3}])
-def test_batches_and_threads_do_not_matter(loaded, dataset, whole, changes):
-    other = gathered(loaded, dataset, settings(**changes))
+def test_batches_and_threads_do_not_matter(loaded, dataset, whole):
+    other = gathered(loaded, dataset, settings(batch_size=5, num_workers=3))
     assert torch.equal(whole.label, other.label)
     assert torch.allclose(whole.hidden, other.hidden, rtol=1e-4, atol=1e-4)
     assert torch.allclose(whole.tokens["digits-vit"], other.tokens["digits-vit"], atol=1e-5)
 
 
-@pytest.mark.parametrize("layers", [(1,), (2, 3), (3, 1)])
-def test_some_layers_are_a_slice_of_all(loaded, dataset, whole, layers):
-    config = settings(layers=layers)
+def test_some_layers_are_a_slice_of_all(loaded, dataset, whole):
+    config = settings(layers=(3, 1))
     some = gathered(loaded, dataset, config, names=[])
-    assert torch.equal(some.hidden, whole.hidden[:, [layer - 1 for layer in layers]])
-    assert some.tokens == {}
-    assert config.layers_of(loaded) == list(layers)
-    assert settings().layers_of(loaded) == [1, 2, 3]
+    assert torch.equal(some.hidden, whole.hidden[:, [2, 0]]) and some.tokens == {}
+    assert config.layers_of(loaded) == [3, 1] and settings().layers_of(loaded) == [1, 2, 3]
 
 
 def test_bf16_is_the_models_alone(loaded, dataset, whole):
@@ -116,7 +111,7 @@ def test_other_layers_and_latents_than_there_are_are_refused(loaded, dataset, tm
         call = functools.partial(gathered, loaded, dataset, settings(tmp_path, layers=(1, layer)))
         refused(call, f"block is {layer}, expected 1..3")
     assert not list(tmp_path.iterdir())
-    other = load(checkpoints.run(tmp_path, checkpoints.LATENTS, enc_type="none", patch_size=2))
+    other = replace(loaded, model=checkpoints.sit().eval())
     refused(lambda: gathered(other, dataset, names=[]), r"3, 16, 16|4, 8, 8")
 
 
@@ -139,7 +134,7 @@ def test_the_second_time_nothing_is_computed_with_a_cache(
 
 
 def test_a_pass_that_fails_leaves_nothing(loaded, tmp_path, monkeypatch):
-    monkeypatch.setattr("tests.analysis.analysing.png", lambda pixels: b"no image")
+    monkeypatch.setattr("tests.analysis.analysing.encode", lambda pixels: b"no image")
     write_table(tmp_path / "data" / "train.lance", *coloured(5, seed=0))
     bad, config = open_dataset(tmp_path / "data"), settings(tmp_path / "c")
     refused(lambda: gathered(loaded, bad, config, np.array([2, 3])), r"train\.lance row 2")
@@ -163,47 +158,29 @@ def computed(monkeypatch):
 OTHER_PATH = build_objective(ObjectiveConfig(path_type="cosine"))
 
 
-@pytest.mark.parametrize(
-    "of_model, of_call, of_config, decides",
-    [
-        ({"digest": "other"}, {}, {}, True),
-        ({"objective": OTHER_PATH}, {}, {}, True),
-        ({}, {"rows": ROWS[:-1]}, {}, True),
-        ({}, {"rows": ROWS + 1}, {}, True),
-        ({}, {"names": []}, {}, True),
-        ({}, {"names": ["digits-vit", "dinov2-vit-b"]}, {}, True),
-        ({}, {}, {"times": (0.2, 0.6)}, True),
-        ({}, {}, {"times": (0.2,)}, True),
-        ({}, {}, {"layers": (1, 2)}, True),
-        ({}, {}, {"seed": 1}, True),
-        ({}, {}, {"enc_weights": "file.pth"}, True),
-        ({}, {}, {"mixed_precision": "bf16"}, True),
-        ({}, {}, {"batch_size": 5}, False),
-        ({}, {}, {"num_workers": 2}, False),
-        ({}, {}, {"out": "elsewhere"}, False),
-        ({}, {}, {"ckpt": "elsewhere"}, False),
-        ({}, {}, {"data_dir": "elsewhere"}, False),
-        ({}, {}, {"encoders": "digits-vit"}, False),
-        ({}, {}, {"enc_weights": ""}, False),
-    ],
-)
-def test_what_decides_features_decides_the_cache(
-    loaded, dataset, tmp_path, computed, of_model, of_call, of_config, decides
-):
-    changed, times = dataclasses.replace(loaded, **of_model), 1 + decides
-    gathered(loaded, dataset, settings(tmp_path))
-    for _ in range(2):
-        gathered(changed, dataset, settings(tmp_path, **of_config), **of_call)
-        gathered(loaded, dataset, settings(tmp_path))
-        assert len(computed) == len(list(tmp_path.iterdir())) == times
+def test_what_decides_features_decides_the_cache(loaded, dataset, tmp_path, computed):
+    same = {"out": "elsewhere", "ckpt": "elsewhere", "data_dir": "elsewhere", "enc_weights": ""}
+    same |= {"encoders": "digits-vit", "batch_size": 5, "num_workers": 2}
+    calls = [{}, {"rows": ROWS[:-1]}, {"rows": ROWS + 1}]
+    calls += [{"names": []}, {"names": ["digits-vit", "dinov2-vit-b"]}]
+    configs = [{"times": (0.2, 0.6)}, {"times": (0.2,)}, {"layers": (1, 2)}, {"seed": 1}]
+    configs += [{"enc_weights": "file.pth"}, {"mixed_precision": "bf16"}]
+    changes = [({}, call) for call in calls] + [(config, {}) for config in configs]
+    for changed in (loaded, replace(loaded, digest="other"), replace(loaded, objective=OTHER_PATH)):
+        for config, call in changes:
+            before = len(computed)
+            for more in ({}, {}, same):
+                gathered(changed, dataset, settings(tmp_path, **more | config), **call)
+                found = len(computed), len(list(tmp_path.iterdir()))
+                assert found == (before + 1,) * 2, (config, call, more)
     assert computed[0] == {"digits-vit": ""}
 
 
-def test_each_encoder_gets_its_file(loaded, dataset, tmp_path, computed):
+def test_each_encoder_gets_its_file(loaded, dataset, computed):
     names = ["dinov2-vit-b", "digits-vit"]
-    gathered(loaded, dataset, settings(tmp_path, enc_weights="a.pth,"), names=names)
+    gathered(loaded, dataset, settings(enc_weights="a.pth,"), names=names)
     assert computed == [{"dinov2-vit-b": "a.pth", "digits-vit": ""}]
-    few = settings(tmp_path, enc_weights="a.pth")
+    few = settings(enc_weights="a.pth")
     words = r"enc_weights has 1 entries .* expected 2"
     refused(lambda: gathered(loaded, dataset, few, names=names), words)
 
@@ -254,13 +231,10 @@ def test_tables_apart_or_one_that_is_both(data, tmp_path):
     assert isinstance(train, OfficialFolder) and train is val and not apart
 
 
-def test_digits_are_made_where_they_are_not(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_digits_are_the_bundled_ones_and_a_url_arrives_as_it_is(tmp_path, digits_dir, monkeypatch):
+    monkeypatch.setattr("repa_fast.data.open.ensure_digits", lambda: digits_dir)
     train, val, apart = open_splits("digits")
     assert apart and (len(train), len(val)) == (1500, 297)
-
-
-def test_a_url_arrives_as_it_is(tmp_path, monkeypatch):
     dataset, opened = open_dataset(noise_table(tmp_path, 0)), []
     monkeypatch.setattr(module, "open_dataset", lambda uri: opened.append(uri) or dataset)
     assert open_splits("s3://bucket/digits") == (dataset, dataset, False)

@@ -14,7 +14,6 @@ from repa_fast.analysis.hidden import Features
 from repa_fast.analysis.similarity import VARIANTS, SimilarityConfig, compare, similarity, table
 from repa_fast.data.dataset import LatentDataset
 from repa_fast.eval.load import load
-from repa_fast.eval.pictures import by_layer_and_time
 from repa_fast.testing import seeded
 from tests.analysis.analysing import VAL, assert_picture, cknna
 from tests.refusals import refused
@@ -31,12 +30,11 @@ def settings(fields):
     return make
 
 
-def compared(config: SimilarityConfig, out: Path) -> dict:
-    """What `similarity` writes into a folder."""
-    said = similarity(config)
+def compared(config: SimilarityConfig) -> dict:
+    """What `similarity` writes."""
+    said, out = similarity(config), Path(config.out)
     results = json.loads((out / "cknna.json").read_text())
     assert said == f"{table(results, config.plotted)}\n\n{out / 'cknna.png'}"
-    assert_picture(out / "cknna.png")
     return results
 
 
@@ -78,22 +76,17 @@ def test_a_layer_is_called_by_its_number():
     refused(lambda: compare(gathered, "vit", [2, 7, 9], 4, CPU), words)
 
 
-def test_an_encoder_of_the_run_and_the_held_out_images(settings, run, loaded, data):
-    """Where no folder is said, in the run."""
-    out = run / "cknna-0000007"
-    results = compared(settings(out=""), out)
+def test_an_encoder_of_the_run_and_the_held_out_images(settings, loaded, data, tmp_path):
+    results, out = compared(settings()), tmp_path / "out"
     assert {p.name for p in out.iterdir()} == {"cknna.json", "cknna.png"}
+    assert_picture(out / "cknna.png")
     [found] = results["checkpoints"]
-    assert found | {"values": {}} == {
-        "source": str(loaded.source), "step": 7, "digest": loaded.digest, "images": VAL,
-        "values": {},
-    }  # fmt: skip
+    values = found.pop("values")["digits-vit"]
+    model = {"source": str(loaded.source), "step": 7, "digest": loaded.digest}
+    assert found == model | {"images": VAL}
     assert results["layers"] == [1, 2, 3] and results["times"] == [0.1, 0.5]
     assert results["k"] == results["settings"]["k"] == 4
-    assert list(found["values"]) == ["digits-vit"]
-    values = found["values"]["digits-vit"]
-    assert tuple(values) == QUANTITIES
-    assert {np.shape(of) for of in values.values()} == {(2, 3)}
+    assert tuple(values) == QUANTITIES and {np.shape(of) for of in values.values()} == {(2, 3)}
     gathered = gather(
         loaded, LatentDataset(data, "val"), np.arange(VAL), ["digits-vit"], settings(cache=""), CPU
     )
@@ -102,31 +95,25 @@ def test_an_encoder_of_the_run_and_the_held_out_images(settings, run, loaded, da
         assert np.allclose(values[name], expected[name], rtol=0, atol=1e-4), name
 
 
-def test_every_checkpoint_of_a_run_by_so_many_images(settings, run, tmp_path):
-    out, alone = tmp_path / "out", tmp_path / "alone"
-    results = compared(settings(all_steps=True, count=10), out)
-    assert [of["step"] for of in results["checkpoints"]] == [3, 7]
+def test_every_checkpoint_of_a_run_by_so_many_images_and_some_layers(settings, run, undrawn):
+    """Of which another quantity is plotted."""
+    results = compared(settings(all_steps=True, count=10, layers=(3, 1), plotted="cka"))
+    assert [of["step"] for of in results["checkpoints"]] == [3, 7] and results["layers"] == [3, 1]
     assert [of["images"] for of in results["checkpoints"]] == [10, 10]
-    assert_picture(out / "cknna-steps.png")
     folders = [run / "checkpoints" / f"{step:07d}" for step in (3, 7)]
     assert [of["digest"] for of in results["checkpoints"]] == [load(of).digest for of in folders]
-    of_one = compared(settings(ckpt=str(folders[0]), out=str(alone), count=10), alone)
-    assert of_one["checkpoints"] == results["checkpoints"][:1]
-    assert not (alone / "cknna-steps.png").exists()
-
-
-def test_some_layers_are_a_slice_of_all_and_another_quantity_can_be_plotted(settings, tmp_path):
-    whole, some = (
-        compared(settings(**changes), tmp_path / "out")
-        for changes in ({"plotted": "cka"}, {"layers": (3, 1)})
-    )
-    assert some["layers"] == [3, 1]
-    of_all, of_some = (r["checkpoints"][0]["values"]["digits-vit"] for r in (whole, some))
+    [of_one] = compared(settings(ckpt=str(folders[0]), count=10))["checkpoints"]
+    of_all, of_some = (of["values"]["digits-vit"] for of in (of_one, results["checkpoints"][0]))
     for name in QUANTITIES:
         assert np.array_equal(np.array(of_some[name]), np.array(of_all[name])[:, [2, 0]])
 
 
-@pytest.mark.parametrize("plotted", QUANTITIES)
+def test_results_lie_in_the_run_where_no_folder_is_said(settings, run, undrawn):
+    assert similarity(settings(out="")).endswith(str(run / "cknna-0000007" / "cknna.png"))
+    assert (run / "cknna-0000007" / "cknna.json").exists()
+
+
+@pytest.mark.parametrize("plotted", ["cka", "platonic, normalised"])
 def test_the_table_has_what_is_plotted(plotted):
     results = made_up_results("vit")
     values = results["checkpoints"][0]["values"]["vit"]
@@ -154,28 +141,13 @@ def test_each_encoder_has_its_table_and_picture(tmp_path):
         assert_picture(tmp_path / name)
 
 
-def test_pictures_of_few_lines_and_of_too_many_for_the_right(tmp_path):
-    for count in (1, 9):  # of times and blocks
-        values = np.random.default_rng(0).random((count, count))
-        numbers, times = list(range(1, count + 1)), np.linspace(0, 1, count)
-        by_layer_and_time(values, numbers, times, "value", {"vit": 0.5}, tmp_path / "a.png")
-        assert_picture(tmp_path / "a.png")
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"plotted": "paper,normalised"}, "plotted is 'paper,normalised', expected one of paper"),
-        ({"encoders": "none"}, "no encoder to compare with, expected --encoders"),
-        ({"k": VAL}, f"k is {VAL}, expected 1 <= k < {VAL}"),
-        ({"k": 0}, "k is 0"),
-        ({"ckpt": "absent"}, "absent does not exist"),
-        ({"ckpt": "absent", "all_steps": True}, "absent is neither a complete checkpoint nor"),
-        ({"ckpt": "0000007", "all_steps": True}, "0000007 is neither a complete checkpoint nor"),
-        ({"layers": (9,)}, "block is 9, expected 1..3"),
-        ({"data_dir": "absent"}, "no dataset at absent"),
-    ],
-)
+@pytest.mark.parametrize("changes, message", [
+    ({"plotted": "paper,normalised"}, "plotted is 'paper,normalised', expected one of paper"),
+    ({"encoders": "none"}, "no encoder to compare with, expected --encoders"),
+    ({"k": VAL}, f"k is {VAL}, expected 1 <= k < {VAL}"),
+    ({"ckpt": "absent", "all_steps": True}, "absent is neither a complete checkpoint nor"),
+    ({"ckpt": "0000007", "all_steps": True}, "0000007 is neither a complete checkpoint nor"),
+])  # fmt: skip
 def test_what_does_not_fit_is_named(settings, monkeypatch, run, tmp_path, changes, message):
     monkeypatch.chdir(run / "checkpoints")
     refused(lambda: similarity(settings(**changes)), message)

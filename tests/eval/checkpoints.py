@@ -52,19 +52,9 @@ def run(folder: Path, metadata: Metadata | None = None, steps=(7,), **overrides)
 
 
 def official(path: Path, model: SiT, step: int = 7, **args) -> Path:
-    """{model, ema, opt, args, steps}, `model` being the average; the optimizer is AdamW's."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    moments = {
-        number: {"step": torch.tensor(1.0), "exp_avg": p.clone(), "exp_avg_sq": p.clone()}
-        for number, p in enumerate(parameters)
-    }
-    contents = {
-        "model": sit(seed=100).state_dict(),
-        "ema": model.state_dict(),
-        "opt": {"state": moments, "param_groups": [{"lr": 1e-4, "params": list(moments)}]},
-        "args": argparse.Namespace(**args),
-        "steps": step,
-    }
+    """{model, ema, opt, args, steps}, `ema` being the model's weights."""
+    contents = {"model": sit(seed=100).state_dict(), "ema": model.state_dict(), "steps": step}
+    contents |= {"opt": {"state": {}, "param_groups": []}, "args": argparse.Namespace(**args)}
     torch.save(contents, path)
     return path
 

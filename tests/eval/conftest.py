@@ -1,16 +1,14 @@
-"""What this room shares: a tiny run, its model, the images that it makes, and the digits."""
-
-import functools
+"""What this room shares: a tiny run, its model, and the images that it makes."""
 
 import pytest
 import torch
 
-from repa_fast.data.digits import prepare_digits
-from repa_fast.eval.generate import generate
+from repa_fast.eval.generate import GenerateConfig, generate
 from repa_fast.eval.load import load
 from tests.eval import checkpoints
-from tests.eval.generating import config_of
-from tests.eval.random_inception import write_random_inception
+
+COUNT, BATCH = 20, 8
+"""Images that are made, in blocks of 8, 8 and 4."""
 
 
 @pytest.fixture(autouse=True)
@@ -34,24 +32,25 @@ def loaded(run):
 
 
 @pytest.fixture(scope="session")
+def latents(tmp_path_factory):
+    """A model of an autoencoder's latents, on another path than `loaded` and with QK norm."""
+    changes = {"enc_type": "none", "patch_size": 2, "path_type": "cosine", "qk_norm": True}
+    folder = tmp_path_factory.mktemp("latents")
+    return load(checkpoints.run(folder, checkpoints.LATENTS, **changes))
+
+
+@pytest.fixture(scope="session")
 def make(run):
     """(folder, settings) -> the config to make the run's images there."""
-    return functools.partial(config_of, run)
+
+    def config(folder, **settings) -> GenerateConfig:
+        size = {"num_fid_samples": COUNT, "per_proc_batch_size": BATCH, "num_steps": 2}
+        return GenerateConfig(**{"ckpt": str(run), "sample_dir": str(folder)} | size | settings)
+
+    return config
 
 
 @pytest.fixture(scope="session")
 def whole(make, tmp_path_factory):
     """The file of images, made at once by one process."""
     return generate(make(tmp_path_factory.mktemp("whole")))
-
-
-@pytest.fixture(scope="session")
-def inception_weights(tmp_path_factory):
-    """A file of random weights of the Inception's."""
-    return write_random_inception(tmp_path_factory.mktemp("weights") / "inception.pth")
-
-
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory):
-    """The table of the digits."""
-    return prepare_digits(tmp_path_factory.mktemp("data") / "digits")

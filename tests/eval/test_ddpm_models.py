@@ -1,16 +1,18 @@
-"""DiT through everything that takes a checkpoint."""
+"""DiT through what takes a checkpoint."""
 
 import numpy as np
 import pytest
 import torch
 
-from repa_fast.analysis.hidden import hidden_states
-from repa_fast.analysis.probe import ProbeConfig, probe
+from repa_fast.analysis.gather import AnalysisConfig, gather
+from repa_fast.analysis.hidden import sample_noise
 from repa_fast.configs.sampler import SamplerConfig
-from repa_fast.data.digits import digits_metadata
+from repa_fast.data import latents
+from repa_fast.data.loader import read_batch
+from repa_fast.data.open import open_dataset
 from repa_fast.diffusion.ddpm import Diffusion
 from repa_fast.diffusion.ddpm_samplers import ancestral, ddim
-from repa_fast.eval.generate import GenerateConfig, generate
+from repa_fast.eval.generate import generate
 from repa_fast.eval.load import load
 from repa_fast.eval.sampling import ImageSampler
 from repa_fast.models.dit import DiT
@@ -21,13 +23,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return checkpoints.run(tmp_path_factory.mktemp("run"), objective="ddpm")
-
-
-@pytest.fixture(scope="module")
-def loaded(run):
-    return load(run)
+def loaded(tmp_path_factory):
+    return load(checkpoints.run(tmp_path_factory.mktemp("run"), objective="ddpm"))
 
 
 @pytest.mark.parametrize("mode, draw", [("sde", ancestral), ("ode", ddim)])
@@ -52,10 +49,8 @@ def test_what_only_flows_have_is_refused(loaded, flow):
     refused(lambda: ImageSampler(loaded, config, CPU), "the model is a DiT, which has no flow")
 
 
-def test_generate_takes_it(run, tmp_path):
-    path = generate(
-        GenerateConfig(ckpt=str(run), num_fid_samples=5, num_steps=3, sample_dir=str(tmp_path))
-    )
+def test_generate_takes_it(loaded, make, tmp_path):
+    path = generate(make(tmp_path, ckpt=str(loaded.source), num_fid_samples=5))
     assert np.load(path)["arr_0"].shape == (5, 16, 16, 3) and path.name.startswith("DiT")
 
 
@@ -65,20 +60,16 @@ def test_the_original_s_weights_are_sampled_as_they_are(loaded, tmp_path):
     assert original.objective.name == "ddpm" and original.digest == loaded.digest
 
 
-def test_hidden_states_are_at_the_chain_s_noise_and_times(loaded):
-    clean, noise = torch.randn(2, 4, *digits_metadata().latent_shape)
-    found = hidden_states(loaded.model, clean, noise, 0.3, path=loaded.objective.path)
-    step = torch.full((4,), 300)
-    noisy = Diffusion.linear().q_sample(clean, noise, step)
-    null = torch.full((4,), loaded.model.num_classes)
+def test_hidden_states_are_at_the_chain_s_noise_and_times(loaded, digits_dir):
+    """As the analyses gather them."""
+    dataset, rows = open_dataset(digits_dir), np.array([2, 9, 30, 4])
+    config = AnalysisConfig(ckpt="run", times=(0.3,), cache="", num_workers=1)
+    found = gather(loaded, dataset, rows, [], config, CPU).hidden[0]
+    batch = read_batch(dataset, rows)
+    draws = sample_noise(config.seed, batch["index"], dataset.metadata.latent_shape)
+    clean = latents.sample(batch["moments"], draws[:, 0], dataset.metadata)
+    step, null = torch.full((4,), 300), torch.full((4,), loaded.model.num_classes)
+    noisy = Diffusion.linear().q_sample(clean, draws[:, 1], step)
     with torch.no_grad():
         expected = loaded.model.hidden(noisy, step, null, depth=2).mean(1)
     assert torch.allclose(found[1], expected, atol=1e-5)
-
-
-def test_probe_takes_it(run, digits, tmp_path):
-    config = ProbeConfig(
-        ckpt=str(run), data_dir=str(digits), times=(0.1,), encoders="none", cache="",
-        out=str(tmp_path / "out"), train_rows=64, val_rows=32,
-    )  # fmt: skip
-    assert "| layer | t = 0.1 |" in probe(config)

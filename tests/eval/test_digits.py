@@ -10,14 +10,12 @@ import pytest
 import torch
 
 from repa_fast.configs import presets
-from repa_fast.data.digits import digit_images, digits_metadata
+from repa_fast.data.digits import digits_metadata
 from repa_fast.distributed import World
 from repa_fast.eval import digits
 from repa_fast.train import checkpoint
 from repa_fast.train.state import build_state
 from tests.refusals import refused
-
-SAMPLES = 100
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +29,6 @@ def run(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def scores(run):
-    return digits.evaluate(run, count=SAMPLES)
-
-
 def test_grey_is_the_mean_of_the_channels_in_the_unit_interval():
     images = np.random.default_rng(0).integers(0, 256, (3, 3, 16, 16), dtype=np.uint8)
     grey = digits.grey(images)
@@ -45,27 +38,40 @@ def test_grey_is_the_mean_of_the_channels_in_the_unit_interval():
     assert digits.grey(np.full((1, 3, 4, 4), 255, np.uint8)).max() == 1
 
 
-def test_copies_have_a_neighbour_at_no_distance():
-    train = digits.grey(digit_images("train")[0].transpose(0, 3, 1, 2))
-    assert digits.nearest_neighbour(train[[5, 900, 33]], train) < 1e-6
-
-
-def test_the_neighbour_is_the_nearest_in_rms_per_pixel():
+def test_the_neighbour_is_the_nearest_in_rms_per_pixel_and_a_copy_s_at_no_distance():
     generator = np.random.default_rng(0)
     queries, references = generator.random((7, 30)), generator.random((11, 30))
     rms = np.sqrt(((queries[:, None] - references[None]) ** 2).mean(-1))
     got = digits.nearest_neighbour(queries, references)
     assert got == pytest.approx(rms.min(1).mean(), rel=1e-9)
+    assert digits.nearest_neighbour(references[[5, 9, 3]], references) < 1e-6
 
 
-def test_a_run_that_learnt_nothing_is_judged_so(scores):
+def test_a_stopped_run_is_evaluated_only_by_the_step_that_is_named_and_as_what_it_learnt(
+    run, monkeypatch, tmp_path
+):
+    whole = shutil.copytree(run, tmp_path / "run")
+    argv = ["digits", str(whole), "--samples", "100"]
+    monkeypatch.setattr("sys.argv", argv)
+    said = refused(digits.main, r"run was stopped at step 7 of 1600", "make demo", "--step 7")
+    assert said.count("--resume auto") == 1 and not (whole / "scores.json").exists()
+    monkeypatch.setattr("sys.argv", [*argv, "--step", "7"])
+    text = digits.main()
+    scores = digits.Scores(**json.loads((whole / "scores.json").read_text()))
     assert {type(value) for value in asdict(scores).values()} == {int, float}
-    assert (scores.step, scores.samples) == (7, SAMPLES)
+    assert (scores.step, scores.samples) == (7, 100)
     assert scores.classifier_accuracy >= 0.97  # of held-out digits
     assert scores.class_accuracy < 0.3
     assert scores.frechet_distance > 10 * scores.frechet_distance_held_out > 0
     assert scores.nearest_neighbour > 2 * scores.nearest_neighbour_held_out > 0
     assert -0.5 < scores.alignment_cosine < 0.5
+    assert text == digits.describe(scores)
+    better = digits.describe(replace(scores, class_accuracy=0.9876, alignment_cosine=0.123))
+    assert re.search(r"class accuracy: 98\.8 % of 100 samples at step 7", better)
+    assert f"{100 * scores.classifier_accuracy:.1f} %" in better
+    assert f"{scores.frechet_distance:.2f}" in better and "0.123" in better
+    assert f"{scores.nearest_neighbour:.4f}" in better and "alignment" in better
+    assert "alignment" not in digits.describe(replace(scores, alignment_cosine=None))
 
 
 def test_samples_ask_for_each_class_alike_and_repeat_with_the_seed(run):
@@ -86,24 +92,3 @@ def test_a_run_without_an_encoder_has_no_alignment(run):
 def test_a_missing_checkpoint_is_named(run, tmp_path):
     refused(lambda: digits.load_run(run, 8), r"\[7\], expected 8")
     refused(lambda: digits.load_run(tmp_path), "expected at least one")
-
-
-def test_the_description_says_the_scores_that_there_are(scores):
-    text = digits.describe(replace(scores, class_accuracy=0.9876, alignment_cosine=0.123))
-    assert re.search(r"class accuracy: 98\.8 % of 100 samples at step 7", text)
-    assert f"{100 * scores.classifier_accuracy:.1f} %" in text
-    assert f"{scores.frechet_distance:.2f}" in text and "0.123" in text
-    assert f"{scores.nearest_neighbour:.4f}" in text and "alignment" in text
-    assert "alignment" not in digits.describe(replace(scores, alignment_cosine=None))
-
-
-def test_a_run_that_was_stopped_is_evaluated_only_by_the_step_that_is_named(
-    run, monkeypatch, tmp_path
-):
-    whole = shutil.copytree(run, tmp_path / "run")
-    monkeypatch.setattr("sys.argv", ["digits", str(whole), "--samples", "20"])
-    said = refused(digits.main, r"run was stopped at step 7 of 1600", "make demo", "--step 7")
-    assert said.count("--resume auto") == 1 and not (whole / "scores.json").exists()
-    monkeypatch.setattr("sys.argv", ["digits", str(whole), "--samples", "20", "--step", "7"])
-    assert "of 20 samples at step 7" in digits.main()
-    assert json.loads((whole / "scores.json").read_text())["step"] == 7

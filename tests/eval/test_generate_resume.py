@@ -1,28 +1,69 @@
 """The same .npz by any number of processes, and after any end of them."""
 
+import dataclasses
 import errno
+import os
 import random
 import resource
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from repa_fast import cli
+from repa_fast.distributed import World
 from repa_fast.eval import generate as generating
-from repa_fast.eval.generate import generate
-from tests.eval.generating import (
-    BATCH,
-    MOMENTS,
-    Cut,
-    arguments,
-    assert_same,
-    cut,
-    cut_at,
-    in_world,
-    killed,
-    records,
-)
+from repa_fast.eval.generate import GenerateConfig, generate
+from repa_fast.ledger import Ledger
+from tests.eval.conftest import BATCH
 from tests.refusals import refused
+
+ROOT = Path(__file__).parents[2]
+
+
+class Cut(Exception):
+    """The end of a process at a moment that a test chooses."""
+
+
+def is_last_of_joined(block: Path) -> bool:
+    return block.stem == "000002" and any(block.parents[1].glob("*.partial"))
+
+
+MOMENTS = {
+    "sampling": (generating, "sample_block", lambda sampler, config, block: block == 1),
+    "block written, no record": (Ledger, "write", None),
+    "sheet": (generating, "save_png", None),
+    "json": (generating, "write_whole", lambda path, text: "n-20.json" in path.name),
+    "joining": (np, "load", is_last_of_joined),
+    "naming": (Path, "replace", lambda path, target: target.suffix == ".npz"),
+    "removing": (Ledger, "remove", None),
+}
+"""Where a process may end: (owner, function, at which of its calls; at the first if None)."""
+
+
+@pytest.fixture
+def cut_off(monkeypatch):
+    """(config, moment) -> generate until then."""
+
+    def end(config, moment: str) -> None:
+        owner, name, is_then = MOMENTS[moment]
+        original = getattr(owner, name)
+
+        def call(*arguments, **options):
+            if is_then is None or is_then(*arguments):
+                raise Cut
+            return original(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, call)
+            with pytest.raises(Cut):
+                generate(config)
+
+    return end
 
 
 @pytest.fixture
@@ -41,6 +82,31 @@ def sampled(monkeypatch):
 def be(monkeypatch, rank: int, world_size: int) -> None:
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
+
+
+def arguments(config: GenerateConfig) -> list[str]:
+    """The command line of a config."""
+    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    plain = vars(GenerateConfig(ckpt=""))
+    changed = {name: value for name, value in given.items() if value != plain[name]}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in changed.items()]
+
+
+def in_world(world: World, config: GenerateConfig) -> Path:
+    """As one of the processes of `ranks`."""
+    return generate(config)
+
+
+def records(folder: Path) -> int:
+    """Finished blocks of the work in a folder."""
+    return len(list(folder.glob(".*.generating/[0-9]*.json")))
+
+
+def assert_same(out: Path, expected: Path) -> None:
+    """The same file, byte by byte, and nothing but what belongs beside it."""
+    assert out.name == expected.name and out.read_bytes() == expected.read_bytes()
+    left = sorted(path.suffix for path in out.parent.iterdir())
+    assert left == [".json", ".npz", ".png"]
 
 
 def test_two_processes_write_the_same_file(ranks, make, whole, tmp_path):
@@ -68,25 +134,41 @@ def test_another_number_of_processes_goes_on(make, whole, tmp_path, monkeypatch)
     assert_same(generate(make(tmp_path)), whole)
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.heavy)])
-def test_killed_at_random_moments_and_gone_on_with(make, tmp_path, kills):
-    generator, blocks = random.Random(0), 2 + 3 * kills
+@pytest.mark.usefixtures("heavy")
+def test_killed_at_random_moments_and_gone_on_with(make, tmp_path):
+    kills, generator = 4, random.Random(0)
+    blocks, folder = 2 + 3 * kills, tmp_path / "killed"
     settings = {"num_fid_samples": blocks * BATCH, "num_steps": 30}
-    config = make(tmp_path / "killed", **settings)
+    config = make(folder, **settings)
+    command = [sys.executable, "-m", "repa_fast.eval.generate", *arguments(config)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for _ in range(kills):
-        done = records(tmp_path / "killed")
-        killed(config, after=done + 1, pause=generator.uniform(0, 0.05))
-    assert kills <= records(tmp_path / "killed") < blocks
+        after, deadline = records(folder) + 1, time.monotonic() + 60
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        while records(folder) < after:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+        time.sleep(generator.uniform(0, 0.05))
+        assert process.poll() is None
+        process.kill()
+        process.communicate()
+    assert kills <= records(folder) < blocks
     assert_same(generate(config), generate(make(tmp_path / "whole", **settings)))
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_cut_off_it_goes_on_with_what_is_left(make, whole, tmp_path, monkeypatch, sampled, moment):
-    with monkeypatch.context() as patch:
-        cut_at(patch, moment)
-        with pytest.raises(Cut):
-            generate(make(tmp_path))
+def test_cut_off_it_goes_on_with_what_is_left_and_with_no_other_settings(
+    make, whole, tmp_path, cut_off, sampled, moment
+):
+    """A process that is killed leaves half a file too."""
+    cut_off(make(tmp_path), moment)
+    other = make(tmp_path, cfg_scale=1.50000001)  # the name has fewer digits
+    refused(lambda: generate(other), r"cfg_scale: 1\.5, now 1\.50000001")
     assert (tmp_path / whole.name).exists() == (moment == "removing")
+    if moment != "removing":
+        (tmp_path / f".{whole.name}.partial").write_bytes(b"half")
     sampled.clear()
     assert_same(generate(make(tmp_path)), whole)
     left = {"sampling": [1, 2], "block written, no record": [0, 1, 2]}
@@ -99,20 +181,11 @@ def test_a_finished_file_is_left_as_it_is_and_is_not_taken_for_that_of_other_set
     for path in whole.parent.iterdir():
         shutil.copy2(path, tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    monkeypatch.setattr(generating, "ImageSampler", cut)
+    monkeypatch.setattr(generating, "ImageSampler", None)
     assert generate(make(tmp_path)) == tmp_path / whole.name
-    other = make(tmp_path, cfg_scale=1.50000001)  # the name has fewer digits
+    other = make(tmp_path, cfg_scale=1.50000001)
     refused(lambda: generate(other), r"cfg_scale: 1\.5, now 1\.50000001.*--sample-dir")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
-
-
-def test_begun_work_of_other_settings_is_not_gone_on_with(make, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        cut_at(patch, "joining")
-        with pytest.raises(Cut):
-            generate(make(tmp_path))
-    other = make(tmp_path, cfg_scale=1.50000001)
-    refused(lambda: generate(other), r"cfg_scale: 1\.5, now 1\.50000001")
 
 
 @pytest.mark.parametrize("place, done", [("_write_block", 1), ("write_npz", 3)])

@@ -1,7 +1,7 @@
 """The name of an .npz holds what decides its images; the official flags parse."""
 
 import dataclasses
-import re
+import runpy
 
 import pytest
 import torch
@@ -9,16 +9,17 @@ import tyro
 
 from repa_fast import cli
 from repa_fast.eval import generate as generating
-from repa_fast.eval.generate import GenerateConfig, generate, name_of
+from repa_fast.eval.generate import GenerateConfig, name_of
 from repa_fast.eval.load import load
 from tests.eval import checkpoints
 
 
 def test_another_checkpoint_is_another_file(make, run, loaded, whole, tmp_path):
-    older = run / "checkpoints" / "0000003"
-    out = generate(make(tmp_path, ckpt=str(older)))
-    assert out.name != whole.name and "0000003" in out.name and "0000007" in whole.name
-    assert load(older).digest in out.name and loaded.digest in whole.name
+    older = load(run / "checkpoints" / "0000003")
+    name = name_of(make(tmp_path), older)
+    assert whole.stem == name_of(make(tmp_path), loaded) != name
+    assert "0000003" in name and "0000007" in whole.name
+    assert older.digest in name and loaded.digest in whole.name
 
 
 CHANGES = {
@@ -38,11 +39,6 @@ OTHERS = {"ckpt", "origin", "num_heads", "sample_dir"}
 """Of the weights, whose digest and heads are in the name, and where the files are."""
 
 
-def test_every_setting_is_known_to_decide_the_images_or_not_to():
-    known = [*CHANGES, *SAME, *OTHERS]
-    assert sorted(known) == sorted(field.name for field in dataclasses.fields(GenerateConfig))
-
-
 @pytest.mark.parametrize("name", CHANGES)
 def test_another_setting_has_another_name_or_is_refused(make, loaded, tmp_path, name):
     """The finished file of other settings is never taken for that of these."""
@@ -50,26 +46,22 @@ def test_another_setting_has_another_name_or_is_refused(make, loaded, tmp_path, 
     base, changed = make(tmp_path, **mode), make(tmp_path, **mode | {name: CHANGES[name]})
     if name.startswith("vae"):
         loaded = dataclasses.replace(loaded, metadata=checkpoints.LATENTS)
-    if name_of(base, loaded) != name_of(changed, loaded):
-        return
-    settings = (generating.settings(config, loaded) for config in (base, changed))
-    assert name in ("cfg_scale", "vae_path") and next(settings) != next(settings)
+    if name_of(base, loaded) == name_of(changed, loaded):
+        assert name in ("cfg_scale", "vae_path")
+        assert generating.settings(base, loaded) != generating.settings(changed, loaded)
 
 
-@pytest.mark.parametrize("name", SAME)
-def test_settings_that_do_not_decide_the_images_find_the_same_file(make, loaded, tmp_path, name):
-    base, changed = make(tmp_path), make(tmp_path, **{name: SAME[name]})
+def test_every_other_setting_is_known_not_to_decide_the_images_and_finds_the_same_file(
+    make, loaded, tmp_path
+):
+    known = [*CHANGES, *SAME, *OTHERS]
+    assert sorted(known) == sorted(field.name for field in dataclasses.fields(GenerateConfig))
+    base, changed = make(tmp_path), make(tmp_path, **SAME)
     assert name_of(base, loaded) == name_of(changed, loaded)
     assert generating.settings(base, loaded) == generating.settings(changed, loaded)
 
 
-LONG = {
-    "mode": "sde", "num_steps": 1000, "cfg_scale": 1.23457, "guidance_low": 0.123456,
-    "guidance_high": 0.765432, "guidance_channels": 3, "path_type": "linear",
-    "prediction": "score", "diffusion_form": "increasing-decreasing", "last_step": "tweedie",
-    "last_step_size": 0.0123456, "mixed_precision": "bf16", "labels": "balanced",
-    "vae_path": "/some/where/sd-vae-ft-mse-original", "num_fid_samples": 50_000,
-}  # fmt: skip
+LONG = {name: value for name, value in CHANGES.items() if name not in ("heun", "adaptive")}
 
 
 @pytest.mark.parametrize("stem", ["0400000", "x" * 200, "é" * 100])
@@ -78,7 +70,7 @@ def test_names_are_short_enough_for_every_file_system_and_tell_heads_that_were_s
     two, four = (load(tmp_path / f"{stem}.pt", num_heads=heads) for heads in (2, 4))
     names = [name_of(GenerateConfig(ckpt="x", **LONG), two)] + [
         name_of(GenerateConfig(ckpt="x", **LONG | change), four)
-        for change in ({}, {"num_fid_samples": 50_001}, {"last_step": "mean"}, {"uint8": "round"})
+        for change in ({}, {"num_fid_samples": 22}, {"last_step": "mean"}, {"uint8": "truncate"})
     ]
     assert len(set(names)) == len(names)
     assert all(len(f"{name}.npz".encode()) < 200 and "/" not in name for name in names)
@@ -94,38 +86,30 @@ def test_the_name_of_the_papers_setting_is_read_by_people(loaded):
 
 
 OFFICIAL = [
-    (  # the official README's
-        "--model SiT-XL/2 --num-fid-samples 50000 --path-type linear --encoder-depth 8 "
-        "--projector-embed-dims 768 --per-proc-batch-size 64 --mode sde --num-steps 250 "
-        "--cfg-scale 1.8 --guidance-high 0.7",
-        {"model": "SiT-XL/2", "num_fid_samples": 50_000, "path_type": "linear", "encoder_depth": 8,
-         "projector_embed_dims": "768", "per_proc_batch_size": 64, "mode": "sde", "num_steps": 250,
-         "cfg_scale": 1.8, "guidance_high": 0.7},
-    ),
-    (
-        "--mode ode --projector-embed-dims 768,1024 --cfg-scale 4 --guidance-low 0 "
-        "--guidance-high 1 --tf32 --global-seed 3 --sample-dir there --num-classes 1000 "
-        "--resolution 256 --fused-attn --qk-norm --vae ema --heun --legacy",
-        {"mode": "ode", "projector_embed_dims": "768,1024", "cfg_scale": 4.0, "guidance_low": 0.0,
-         "guidance_high": 1.0, "tf32": True, "global_seed": 3, "sample_dir": "there",
-         "num_classes": 1000, "resolution": 256, "fused_attn": True, "qk_norm": True, "vae": "ema",
-         "heun": True, "legacy": True},
-    ),
-    (
-        "--guidance-low 0.1 --no-tf32 --resolution 512 --no-fused-attn --no-qk-norm --vae mse "
-        "--no-heun --no-legacy",
-        {"guidance_low": 0.1, "tf32": False, "resolution": 512, "fused_attn": False,
-         "qk_norm": False, "vae": "mse", "heun": False, "legacy": False},
-    ),
+    {"model": "SiT-XL/2", "num_fid_samples": 50_000, "path_type": "linear", "encoder_depth": 8,
+     "projector_embed_dims": "768", "per_proc_batch_size": 64, "mode": "sde", "num_steps": 250,
+     "cfg_scale": 1.8, "guidance_high": 0.7},
+    {"mode": "ode", "projector_embed_dims": "768,1024", "cfg_scale": 4, "guidance_low": 0,
+     "guidance_high": 1, "tf32": True, "global_seed": 3, "sample_dir": "there",
+     "num_classes": 1000, "resolution": 256, "fused_attn": True, "qk_norm": True, "vae": "ema",
+     "heun": True, "legacy": True},
+    {"guidance_low": 0.1, "tf32": False, "resolution": 512, "fused_attn": False, "qk_norm": False,
+     "vae": "mse", "heun": False, "legacy": False},
 ]  # fmt: skip
+"""The flags of the official README's command, and others that generate.py has."""
 
 
 @pytest.mark.parametrize("separator", [" ", "="])
-@pytest.mark.parametrize("line, expected", OFFICIAL)
-def test_official_flags_parse(line, expected, separator):
-    line = re.sub(r"(--\S+) (?!--)", rf"\1{separator}", line)
-    config = tyro.cli(GenerateConfig, args=["--ckpt", "x", *line.split()])
-    assert config == GenerateConfig(ckpt="x", **expected)
+@pytest.mark.parametrize("given", OFFICIAL)
+def test_official_flags_parse(given, separator):
+    line = "--ckpt x"
+    for name, value in given.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            line += f" --{flag}" if value else f" --no-{flag}"
+        else:
+            line += f" --{flag}{separator}{value}"
+    assert tyro.cli(GenerateConfig, args=line.split()) == GenerateConfig(ckpt="x", **given)
 
 
 def test_defaults_are_the_official_ones():
@@ -139,17 +123,12 @@ def test_defaults_are_the_official_ones():
     assert {name: getattr(config, name) for name in expected} == expected
 
 
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        (["--ckpt", "nowhere"], "nowhere does not exist"),
-        (["--ckpt", "x", "--heun", "--adaptive"], "adaptive is for the ODE"),
-        (["--ckpt", "x", "--guidance-low", "2"], "guidance_low is 2"),
-        (["--ckpt", "x", "--num-step", "2"], "--num-step"),
-        (["--ckpt", "x", "--mode", "warp"], "warp"),
-        ([], "--ckpt"),
-    ],
-)
+@pytest.mark.parametrize("argv, message", [
+    (["--ckpt", "nowhere"], "nowhere does not exist"),
+    (["--ckpt", "x", "--heun", "--adaptive"], "adaptive is for the ODE"),
+    (["--ckpt", "x", "--num-step", "2"], "--num-step"),
+    ([], "--ckpt"),
+])  # fmt: skip
 def test_user_errors_end_in_a_message(argv, message, capsys):
     try:
         status = cli.main(["generate", *argv])
@@ -157,3 +136,11 @@ def test_user_errors_end_in_a_message(argv, message, capsys):
         status = stop.code
     text = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert status == 2 and message in text and "Traceback" not in text
+
+
+def test_the_module_is_a_command_too(monkeypatch, capsys):
+    """Which torchrun starts with -m."""
+    monkeypatch.setattr("sys.argv", ["generate", "--ckpt", "nowhere"])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        runpy.run_path(generating.__file__, run_name="__main__")
+    assert "nowhere does not exist" in capsys.readouterr().err

@@ -3,16 +3,20 @@
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+from torch_fidelity import feature_extractor_inceptionv3 as port
 
 from repa_fast import encoders
 from repa_fast.eval import inception
 from repa_fast.eval.inception import Inception, mean_patch_tokens, spatial_features
+from repa_fast.eval.metrics import EvalConfig, feature_space
 from tests.refusals import refused
+
+pytestmark = pytest.mark.xdist_group("inception")  # the network is made once
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 
@@ -23,24 +27,48 @@ def pixels(count: int, height: int = 64, width: int = 64) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
+def inception_weights(tmp_path_factory):
+    """Random weights under which activations neither vanish nor explode, in the port's names."""
+    with (
+        mock.patch.object(port, "load_state_dict_from_url", return_value={}),
+        mock.patch.object(port.FeatureExtractorInceptionV3, "load_state_dict"),
+    ):
+        state = port.FeatureExtractorInceptionV3("inception", ["2048"]).state_dict()
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in state.items():
+        if name.endswith(("running_var", "bn.weight")):
+            tensor.uniform_(0.5, 1.5, generator=generator)
+        elif tensor.ndim > 1:
+            tensor.normal_(0, (2 / tensor[0].numel()) ** 0.5, generator=generator)
+        elif tensor.is_floating_point():
+            tensor.normal_(0, 0.1, generator=generator)
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(state, path)
+    return path
+
+
+@pytest.fixture(scope="module")
 def network(inception_weights):
-    return Inception(inception_weights)
+    """As `repa-fast eval` makes it."""
+    config = EvalConfig(inception_weights=str(inception_weights))
+    space = feature_space(config, torch.device("cpu"))
+    assert (space.name, space.width) == ("inception", inception.POOL_WIDTH)
+    return space.features
 
 
 @pytest.fixture(scope="module")
 def traced(network):
     """(inputs and outputs of some layers, features) of two images, 40 high and 64 wide."""
-    seen, handles = {}, []
+    seen = {}
 
     def keep(name):
         return lambda module, inputs, output: seen.update({name: (inputs[0].clone(), output)})
 
-    for name in ("Conv2d_1a_3x3", "Mixed_6d", "Mixed_7c"):
-        handles.append(network._module.get_submodule(name).register_forward_hook(keep(name)))
-    features = network(pixels(2, 40, 64))
-    for handle in handles:
-        handle.remove()
-    return seen, features
+    with ExitStack() as hooks:
+        for name in ("Conv2d_1a_3x3", "Mixed_6d", "Mixed_7c"):
+            layer = network._module.get_submodule(name)
+            hooks.enter_context(layer.register_forward_hook(keep(name)))
+        return seen, network(pixels(2, 40, 64))
 
 
 def test_features_have_their_widths_in_fp32(network, inception_weights, traced):
@@ -51,7 +79,7 @@ def test_features_have_their_widths_in_fp32(network, inception_weights, traced):
     for feature in features:
         assert feature.dtype == torch.float32 and not feature.requires_grad
         assert feature.isfinite().all() and not torch.equal(feature[0], feature[1])
-    assert network.weights == inception_weights
+    assert isinstance(network, Inception) and network.weights == inception_weights
 
 
 def test_images_are_resized_as_by_tensorflow_1(traced):
@@ -80,20 +108,12 @@ def test_pool_is_the_mean_over_the_last_block_and_logits_have_no_bias(network, t
     assert torch.allclose(features.logits.double(), expected, atol=1e-4)
 
 
-def test_spatial_features_are_of_the_1x1_branch_after_its_relu(network, traced):
+def test_spatial_features_are_of_the_1x1_branch_after_its_relu(traced):
     seen, features = traced
-    block_input, block_output = seen["Mixed_6d"]
-    branch = network._module.Mixed_6d.branch1x1
-    norm = {name: value.double().numpy() for name, value in branch.bn.state_dict().items()}
-    scale = norm["weight"] / np.sqrt(norm["running_var"] + 0.001)
-    linear = branch.conv.weight[:, :, 0, 0].double().numpy()
-    convolved = np.einsum("bchw,oc->bhwo", block_input.double().numpy(), linear)
-    expected = np.maximum(0, (convolved - norm["running_mean"]) * scale + norm["bias"])
-    expected = expected[..., :7].reshape(2, -1)
-    assert 0 < (expected > 0).mean() < 1
-    assert np.allclose(features.spatial.numpy(), expected, rtol=1e-4, atol=1e-4)
-    # the first channels of the block's output are this branch
-    assert torch.equal(features.spatial, block_output[:, :7].permute(0, 2, 3, 1).reshape(2, -1))
+    _, block = seen["Mixed_6d"]
+    branch = block[:, :7]  # it begins with that branch
+    assert branch.min() == 0 < branch.max()
+    assert torch.equal(features.spatial, branch.permute(0, 2, 3, 1).reshape(2, -1))
 
 
 def test_spatial_features_are_in_the_order_of_tensorflow_in_any_memory_layout():
@@ -165,16 +185,17 @@ def test_weights_that_cannot_be_fetched_are_named(hub):
     refused(Inception, *words, error=RuntimeError)
 
 
-def test_weights_are_fetched_once_and_checked_by_their_hash(hub, inception_weights):
+def test_weights_are_fetched_once_and_checked_by_their_hash(hub):
     asked = []
 
     def download(url, target, hash_prefix, progress):
         asked.append((url, hash_prefix))
-        Path(target).write_bytes(inception_weights.read_bytes())
+        Path(target).write_bytes(b"not weights")
 
     file = hub(download)
-    assert [Inception().weights, Inception().weights] == [file, file]
-    assert asked == [(URL_INCEPTION_V3, "6726825d")]
+    for _ in range(2):
+        refused(Inception, f"--inception-weights: {file} cannot be read as weights")
+    assert asked == [(port.URL_INCEPTION_V3, "6726825d")]
 
 
 def test_without_torch_fidelity_the_remedy_is_named(monkeypatch, inception_weights):
@@ -187,17 +208,14 @@ class Code:
         return (pytest.fail, ("pickled code was run",))
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (None, "is not a file"),
-        (b"not weights", "cannot be read as weights"),
-        ({"code": Code()}, "cannot be read as weights"),
-        ([torch.zeros(1)], "holds list, expected a dictionary"),
-        ({"fc.bias": torch.zeros(1008)}, rf"has 1 tensors \(fc.bias\), expected those of {FILE}"),
-        ({}, r"has 0 tensors \(none\)"),
-    ],
-)
+@pytest.mark.parametrize("content, message", [
+    (None, "is not a file"),
+    (b"not weights", "cannot be read as weights"),
+    ({"code": Code()}, "cannot be read as weights"),
+    ([torch.zeros(1)], "holds list, expected a dictionary"),
+    (dict.fromkeys("abcdefg", torch.zeros(1)), rf"has 7 tensors \(a.*\), expected .* {FILE}"),
+    ({}, r"has 0 tensors \(none\)"),
+])  # fmt: skip
 def test_other_files_are_refused(tmp_path, content, message):
     path = tmp_path / "file.pth"
     if isinstance(content, bytes):
@@ -207,21 +225,11 @@ def test_other_files_are_refused(tmp_path, content, message):
     refused(lambda: Inception(path), f"--inception-weights: .*file.pth {message}")
 
 
-def test_weights_of_another_shape_are_refused(tmp_path, inception_weights):
-    state = torch.load(inception_weights)
-    state["fc.weight"] = state["fc.weight"][:1000]
-    torch.save(state, tmp_path / "file.pth")
-    words = r"has \d+ tensors \(Conv2d_1a.*, \.\.\.\), expected those"
-    refused(lambda: Inception(tmp_path / "file.pth"), words)
-
-
-def test_an_encoders_features_are_the_mean_of_its_patch_tokens():
-    encoder = encoders.load("digits-vit", 16, "cpu")
-    images = pixels(3, 16, 16)
+def test_an_encoders_features_are_the_mean_of_its_patch_tokens_in_fp32():
+    encoder, images = encoders.load("digits-vit", 16, "cpu"), pixels(3, 16, 16)
     tokens = encoder(images)
     got = mean_patch_tokens(encoder, images)
-    assert got.shape == (3, tokens.shape[2]) and got.dtype == torch.float32
     expected = tokens.double().sum(1) / tokens.shape[1]
     assert torch.allclose(got.double(), expected, atol=1e-6) and not got.requires_grad
     half = mean_patch_tokens(lambda images: tokens.bfloat16(), images)
-    assert half.dtype == torch.float32
+    assert got.dtype == half.dtype == torch.float32

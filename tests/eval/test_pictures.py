@@ -31,7 +31,7 @@ def numbered(count: int, side: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("side, factor", [(16, 3), (24, 2), (48, 1), (64, 1)])
-@pytest.mark.parametrize("count, columns, rows", [(6, 3, 2), (5, 3, 2), (4, 4, 1), (3, 1, 3)])
+@pytest.mark.parametrize("count, columns, rows", [(6, 3, 2), (5, 3, 2), (3, 1, 3)])
 def test_a_grid_shows_the_images_row_by_row(side, factor, count, columns, rows):
     images = numbered(count, side)
     picture = pictures.arrange(images, columns)
@@ -43,13 +43,6 @@ def test_a_grid_shows_the_images_row_by_row(side, factor, count, columns, rows):
         expected[top : top + cell, left : left + cell] = enlarged
     assert picture.dtype == np.uint8 and GAP > 0
     assert np.array_equal(picture, expected[:-GAP, :-GAP])
-
-
-def test_a_picture_is_saved_exactly(tmp_path):
-    picture = pictures.arrange(numbered(4, 16), 2)
-    pictures.save_png(picture, tmp_path / "samples" / "0000010.png")
-    with Image.open(tmp_path / "samples" / "0000010.png") as image:
-        assert np.array_equal(np.asarray(image), picture)
 
 
 def test_titles_stand_above_their_images_and_change_nothing_else():
@@ -87,9 +80,9 @@ def test_a_strip_has_a_row_per_image_and_a_column_per_checkpoint(run):
     assert not np.array_equal(tile(picture, 0, 0), tile(picture, 0, 1))
 
 
-def test_a_sweep_s_points_are_those_of_generate_and_eval(run, digits, tmp_path):
+def test_a_sweep_s_points_are_those_of_generate_and_eval(run, digits_dir, tmp_path):
     settings = {"num_fid_samples": 40, "num_steps": 2, "sample_dir": str(tmp_path / "s")}
-    judged = {"dataset": str(digits), "split": "val", "features": "digits-judge", "kid_subsets": 5}
+    judged = {"dataset": digits_dir, "split": "val", "features": "digits-judge", "kid_subsets": 5}
     config = SweepConfig(ckpt=str(run), all_steps=True, cfg_scales=(1.0, 3.0), **settings, **judged)
     written = sweep(config)
     results = json.loads((tmp_path / "s" / "sweep.json").read_text())
@@ -122,9 +115,9 @@ def test_colours_are_the_three_main_directions():
         assert abs(torch.corrcoef(pair)[0, 1]) > 0.9
 
 
-def test_pca_writes_a_picture_for_each_image(run, loaded, digits, tmp_path):
+def test_pca_writes_a_picture_for_each_image(run, loaded, digits_dir, tmp_path):
     config = PcaConfig(
-        ckpt=str(run), data_dir=str(digits), rows=(0, 5), times=(0.1, 0.6), out=str(tmp_path)
+        ckpt=str(run), data_dir=digits_dir, rows=(0, 5), times=(0.1, 0.6), out=str(tmp_path)
     )
     files = pca(config).splitlines()
     assert [name.rpartition("/")[2] for name in files] == ["pca-0.png", "pca-5.png"]
@@ -137,13 +130,13 @@ def test_pca_writes_a_picture_for_each_image(run, loaded, digits, tmp_path):
     assert (tmp_path / "image-5.png").exists()
 
 
-def test_what_is_not_there_is_refused(run, digits, tmp_path):
+def test_what_is_not_there_is_refused(run, digits_dir, tmp_path):
     no_run = StripConfig(ckpt=str(tmp_path))
     refused(lambda: strip(no_run), "neither a complete checkpoint nor a run that has one")
     no_score = SweepConfig(
-        ckpt=str(run), dataset=str(digits), split="val", features="digits-judge",
+        ckpt=str(run), dataset=digits_dir, split="val", features="digits-judge",
         num_fid_samples=4, num_steps=1, sample_dir=str(tmp_path), plotted="FID",
     )  # fmt: skip
     refused(lambda: sweep(no_score), "plotted is 'FID', expected one of Frechet distance")
-    no_row = PcaConfig(ckpt=str(run), data_dir=str(digits), rows=(297,))
+    no_row = PcaConfig(ckpt=str(run), data_dir=digits_dir, rows=(297,))
     refused(lambda: pca(no_row), r"row is 297, expected 0\.\.296")

@@ -1,22 +1,33 @@
 """Files of images and of references: what is written is read, and what is wrong is named."""
 
 import hashlib
+import io
 import os
+import time
 import tracemalloc
 import zipfile
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 from repa_fast.eval import reference
-from repa_fast.eval.reference import ImageFile
+from repa_fast.eval.reference import SHAPES, ImageFile, write_npz
 from repa_fast.eval.statistics import Moments
 from repa_fast.testing import seeded
 from tests.refusals import refused
 
 COUNT, HEIGHT, WIDTH = 11, 6, 9
 PIXELS = np.random.default_rng(0).integers(0, 256, (COUNT, HEIGHT, WIDTH, 3), dtype=np.uint8)
+NARROW = {"mu": (6,), "sigma": (6, 6), "mu_s": (5,), "sigma_s": (5, 5)}
+"""Shapes of moments here: those of published features take 67 MB."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow():
+    with mock.patch.object(reference, "SHAPES", NARROW):
+        yield
 
 
 @pytest.fixture(params=[np.savez, np.savez_compressed])
@@ -30,16 +41,16 @@ def assert_pixels(planes, expected: np.ndarray = PIXELS) -> None:
     assert np.array_equal(torch.stack(list(planes)).permute(0, 2, 3, 1).numpy(), expected)
 
 
-def moments(width: int, count: int = 3, seed: int = 0) -> reference.Statistics:
+def moments(width: int, seed: int) -> reference.Statistics:
     of = Moments(width)
-    of.update(seeded((count, width), seed=seed))
+    of.update(seeded((3, width), seed=seed))
     return of.statistics()
 
 
 @pytest.fixture(scope="module")
 def given():
     """Images and moments of pool and spatial features."""
-    return {"images": PIXELS, "pool": moments(2048, seed=0), "spatial": moments(2023, seed=1)}
+    return {"images": PIXELS, "pool": moments(6, seed=0), "spatial": moments(5, seed=1)}
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +59,9 @@ def written(given, tmp_path_factory):
     path = tmp_path_factory.mktemp("reference") / "new" / "reference.npz"
     reference.write(path, **given)
     return path
+
+
+# Images
 
 
 @pytest.mark.parametrize("size", [1, 4, 11, 100])
@@ -75,14 +89,18 @@ def test_processes_share_the_batches(images, world_size):
     assert_pixels(found[number] for number in range(COUNT))
 
 
-def test_only_the_batch_is_in_memory(tmp_path):
-    """64 MB of images, read with less than 8 MB at any time."""
-    np.savez(tmp_path / "images.npz", np.zeros((64, 592, 592, 3), np.uint8))
+def test_one_part_or_batch_is_in_memory_at_a_time(tmp_path):
+    """64 MB of images, written and read with less than 8 MB at any time."""
+    shape, path = (64, 592, 592, 3), tmp_path / "images.npz"
+    parts = (np.full((1, *shape[1:]), number, np.uint8) for number in range(64))
     tracemalloc.start()
-    read = sum(len(index) for index, _ in ImageFile(tmp_path / "images.npz").batches(1))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert read == 64 and peak < 8e6
+    try:
+        write_npz(path, parts, shape)
+        read = [(int(of.min()), int(of.max())) for _, of in ImageFile(path).batches(1)]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert read == [(number, number) for number in range(64)] and peak < 8e6
 
 
 def test_the_first_images_are_taken_where_there_are_more_but_not_where_there_are_fewer(images):
@@ -98,18 +116,15 @@ def test_the_first_images_are_taken_where_there_are_more_but_not_where_there_are
 WANTED = r".* expected uint8 \(N, H, W, 3\)"
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ({"arr_0": np.zeros((2, 4, 4, 3), np.float32)}, f"arr_0 is .*float32{WANTED}"),
-        ({"arr_0": np.zeros((2, 4, 4, 4), np.uint8)}, rf"arr_0 is .*\(2, 4, 4, 4\){WANTED}"),
-        ({"arr_0": np.zeros((4, 4, 3), np.uint8)}, rf"arr_0 is .*\(4, 4, 3\){WANTED}"),
-        ({"arr_0": np.asfortranarray(PIXELS)}, f"arr_0 is .*in Fortran order{WANTED}"),
-        ({"samples": PIXELS, "labels": np.zeros(3)}, r"lacks arr_0.* it has samples, labels"),
-        ("text", "x.npz is not an npz file"),
-        (None, "x.npz is not an npz file"),
-    ],
-)
+@pytest.mark.parametrize("content, message", [
+    ({"arr_0": np.zeros((2, 4, 4, 3), np.float32)}, f"arr_0 is .*float32{WANTED}"),
+    ({"arr_0": np.zeros((2, 4, 4, 4), np.uint8)}, rf"arr_0 is .*\(2, 4, 4, 4\){WANTED}"),
+    ({"arr_0": np.zeros((4, 4, 3), np.uint8)}, rf"arr_0 is .*\(4, 4, 3\){WANTED}"),
+    ({"arr_0": np.asfortranarray(PIXELS)}, f"arr_0 is .*in Fortran order{WANTED}"),
+    ({"samples": PIXELS, "labels": np.zeros(3)}, r"lacks arr_0.* it has samples, labels"),
+    ("text", "x.npz is not an npz file"),
+    (None, "x.npz is not an npz file"),
+])  # fmt: skip
 def test_other_files_are_refused(tmp_path, content, message):
     if isinstance(content, dict):
         np.savez(tmp_path / "x.npz", **content)
@@ -129,20 +144,54 @@ def test_damaged_pixels_are_noticed(images, rank):
     refused(lambda: list(ImageFile(images).batches(2, rank, 2)), "images.npz cannot be read")
 
 
-def test_images_that_end_early_are_noticed(tmp_path):
-    whole, short = tmp_path / "array.npy", tmp_path / "images.npz"
-    np.save(whole, PIXELS)
-    with zipfile.ZipFile(short, "w") as archive:
-        archive.writestr("arr_0.npy", whole.read_bytes()[:-100])
-    words = f"arr_0 ends early, expected {COUNT} images"
-    refused(lambda: list(ImageFile(short).batches(4)), words)
+def npy_of(images: np.ndarray) -> bytes:
+    """As it lies in an npz."""
+    buffer = io.BytesIO()
+    np.save(buffer, images)
+    return buffer.getvalue()
 
 
-@pytest.mark.parametrize("start", [b"", b"text", b"\x93NUMPY\x03\x00", b"\x93NUMPY\x01\x00\x10"])
-def test_damaged_headers_are_noticed(tmp_path, start):
+@pytest.mark.parametrize("content, words", [
+    (b"", "images.npz cannot be read"),
+    (b"text", "images.npz cannot be read"),
+    (b"\x93NUMPY\x03\x00", "images.npz cannot be read"),
+    (b"\x93NUMPY\x01\x00\x10", "images.npz cannot be read"),
+    (npy_of(PIXELS)[:-100], f"arr_0 ends early, expected {COUNT} images"),
+])  # fmt: skip
+def test_damaged_headers_and_images_that_end_early_are_noticed(tmp_path, content, words):
     with zipfile.ZipFile(tmp_path / "images.npz", "w") as archive:
-        archive.writestr("arr_0.npy", start)
-    refused(lambda: ImageFile(tmp_path / "images.npz"), "images.npz cannot be read")
+        archive.writestr("arr_0.npy", content)
+    refused(lambda: list(ImageFile(tmp_path / "images.npz").batches(4)), words)
+
+
+def in_parts(size: int):
+    return np.split(PIXELS, range(size, COUNT, size))
+
+
+def test_an_npz_is_that_of_numpy_whatever_its_parts_and_the_hour(tmp_path, monkeypatch):
+    labels = np.arange(COUNT)
+    write_npz(tmp_path / "x.npz", in_parts(3), PIXELS.shape, arr_1=labels)
+    np.savez(tmp_path / "numpy.npz", PIXELS, labels)
+    with np.load(tmp_path / "x.npz") as got, np.load(tmp_path / "numpy.npz") as expected:
+        assert got.files == expected.files
+        for name in got.files:
+            assert got[name].dtype == expected[name].dtype
+            assert np.array_equal(got[name], expected[name])
+    assert [path.name for path in tmp_path.glob(".*")] == []
+    monkeypatch.setattr(time, "time", lambda: 2e9)
+    write_npz(tmp_path / "later.npz", in_parts(COUNT), PIXELS.shape, arr_1=labels)
+    assert (tmp_path / "later.npz").read_bytes() == (tmp_path / "x.npz").read_bytes()
+
+
+@pytest.mark.parametrize("count", [COUNT - 1, COUNT + 1])
+def test_parts_that_do_not_add_up_leave_no_file(tmp_path, count):
+    expected = (count, *PIXELS.shape[1:])
+    words = rf"{PIXELS.size} values, expected the \({count}, 6, 9, 3\)"
+    refused(lambda: write_npz(tmp_path / "x.npz", in_parts(3), expected), words)
+    assert os.listdir(tmp_path) == []
+
+
+# References
 
 
 def test_a_reference_comes_back_as_it_was_written_in_adms_layout(written, given):
@@ -156,11 +205,11 @@ def test_a_reference_comes_back_as_it_was_written_in_adms_layout(written, given)
     assert loaded.images.name == f"{written.name}, sha256 {digest}"
     with np.load(written) as content:
         shapes = {key: content[key].shape for key in content.files}
-    assert shapes == {
-        "arr_0": (COUNT, HEIGHT, WIDTH, 3), "mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,),
-        "sigma_s": (2023, 2023),
-    }  # fmt: skip
+    assert shapes == NARROW | {"arr_0": PIXELS.shape}
     assert os.listdir(written.parent) == [written.name]
+    pool, spatial = 2048, 2023
+    published = {"mu": (pool,), "sigma": (pool,) * 2, "mu_s": (spatial,), "sigma_s": (spatial,) * 2}
+    assert published == SHAPES
 
 
 def rewritten(path, target, **changes):
@@ -177,32 +226,26 @@ def test_single_precision_statistics_are_widened(written, given, tmp_path):
     assert got.dtype == np.float64 and np.array_equal(got, mean)
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"mu_s": None, "sigma_s": None}, "lacks mu_s, sigma_s, it has arr_0, mu, sigma$"),
-        ({"arr_0": None}, "lacks arr_0, it has mu"),
-        ({"mu": np.zeros(2023)}, r"mu is float64 \(2023,\), expected floating point \(2048,\)"),
-        ({"sigma_s": np.zeros((2023, 7))}, r"sigma_s .*expected floating point \(2023, 2023\)"),
-        ({"mu_s": np.zeros(2023, int)}, "mu_s is int64"),
-        ({"mu_s": np.full(2023, np.nan)}, "mu_s is not finite"),
-        ({"mu": np.full(2048, None)}, "cannot be read: Object arrays"),
-        ({"arr_0": np.zeros(3)}, "arr_0 is float64"),
-    ],
-)
+@pytest.mark.parametrize("changes, message", [
+    ({"mu_s": None, "sigma_s": None}, "lacks mu_s, sigma_s, it has arr_0, mu, sigma$"),
+    ({"arr_0": None}, "lacks arr_0, it has mu"),
+    ({"mu": np.zeros(5)}, r"mu is float64 \(5,\), expected floating point \(6,\)"),
+    ({"sigma_s": np.zeros((5, 7))}, r"sigma_s .*expected floating point \(5, 5\)"),
+    ({"mu_s": np.zeros(5, int)}, "mu_s is int64"),
+    ({"mu_s": np.full(5, np.nan)}, "mu_s is not finite"),
+    ({"mu": np.full(6, None)}, "cannot be read: Object arrays"),
+    ({"arr_0": np.zeros(3)}, "arr_0 is float64"),
+])  # fmt: skip
 def test_references_that_are_not_are_refused(written, tmp_path, changes, message):
     target = rewritten(written, tmp_path / "changed.npz", **changes)
     refused(lambda: reference.load(target), rf"changed.npz.*{message}")
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"pool": (np.zeros(2023), np.zeros((2023, 2023)))}, r"mu is float64 \(2023,\)"),
-        ({"images": PIXELS.astype(np.float32)}, "images are float32"),
-        ({"images": PIXELS[0]}, r"expected uint8 \(N, H, W, 3\)"),
-    ],
-)
+@pytest.mark.parametrize("change, message", [
+    ({"pool": (np.zeros(5), np.zeros((5, 5)))}, r"mu is float64 \(5,\)"),
+    ({"images": PIXELS.astype(np.float32)}, "images are float32"),
+    ({"images": PIXELS[0]}, r"expected uint8 \(N, H, W, 3\)"),
+])  # fmt: skip
 def test_what_is_no_reference_is_not_written(given, tmp_path, change, message):
     refused(lambda: reference.write(tmp_path / "reference.npz", **given | change), message)
     assert not list(tmp_path.iterdir())

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import tyro
 from PIL import Image
 
 from repa_fast import cli
@@ -37,45 +36,33 @@ def cell(picture: np.ndarray, row: int, column: int) -> np.ndarray:
     return picture[top : top + 48, left : left + 48]
 
 
-@pytest.mark.parametrize(
-    "wanted, names, expected",
-    [
-        ("0", NAMES, 0),  # a number
-        ("6", NAMES, 6),
-        ("tench", NAMES, 0),  # a synonym
-        ("Tinca tinca", NAMES, 0),
-        ("TINCA TINCA", NAMES, 0),
-        ("red fox", NAMES, 1),
-        ("Arctic Fox", NAMES, 2),
-        ("vulp", NAMES, 1),  # a part
-        ("tin", NAMES, 0),
-        ("ox", NAMES, 4),  # a name before a part of others
-        ("12", NAMES, 6),  # a name before a number; there is no class 12
-        ("0", ("1", "0"), 1),
-        ("1", ("1", "0"), 0),
-        ("golden retriever", IMAGENET, 207),
-        ("Tinca tinca", IMAGENET, 0),
-        ("daisy", IMAGENET, 985),
-        ("toilet tissue", IMAGENET, 999),
-    ],
-)
+@pytest.mark.parametrize("wanted, names, expected", [
+    ("0", NAMES, 0),  # a number
+    ("tench", NAMES, 0),  # a synonym
+    ("TINCA TINCA", NAMES, 0),
+    ("red fox", NAMES, 1),
+    ("Arctic Fox", NAMES, 2),
+    ("vulp", NAMES, 1),  # a part
+    ("ox", NAMES, 4),  # a name before a part of others
+    ("12", NAMES, 6),  # a name before a number; there is no class 12
+    ("0", ("1", "0"), 1),
+    ("golden retriever", IMAGENET, 207),
+    ("toilet tissue", IMAGENET, 999),
+])  # fmt: skip
 def test_a_class_is_a_number_a_name_a_synonym_or_a_part(wanted, names, expected):
     assert class_index(wanted, names) == expected
 
 
-@pytest.mark.parametrize(
-    "wanted, names, shown",
-    [
-        ("fox", NAMES, [r"1 \(Red Fox, Vulpes\)", r"2 \(arctic fox\)"]),  # a part of two
-        ("crane", NAMES, [r"3 \(crane\)", r"5 \(crane\)"]),  # the name of two
-        ("wolf", NAMES, [r"0 \(tench", r"4 \(ox\)"]),  # of none: some that there are
-        ("7", NAMES, ["expected a number below 7"]),
-        ("-1", NAMES, ["expected a number below 7"]),
-        ("", NAMES, ["expected a number below 7 or a name"]),
-        ("crane", IMAGENET, [r"134 \(crane\), 517 \(crane\)"]),
-        ("class", [f"class {number}" for number in range(1000)], []),  # too many to be shown
-    ],
-)
+@pytest.mark.parametrize("wanted, names, shown", [
+    ("fox", NAMES, [r"1 \(Red Fox, Vulpes\)", r"2 \(arctic fox\)"]),  # a part of two
+    ("crane", NAMES, [r"3 \(crane\)", r"5 \(crane\)"]),  # the name of two
+    ("wolf", NAMES, [r"0 \(tench", r"4 \(ox\)"]),  # of none: some that there are
+    ("7", NAMES, ["expected a number below 7"]),
+    ("-1", NAMES, ["expected a number below 7"]),
+    ("", NAMES, ["expected a number below 7 or a name"]),
+    ("crane", IMAGENET, [r"134 \(crane\), 517 \(crane\)"]),
+    ("class", [f"class {number}" for number in range(1000)], []),  # too many to be shown
+])  # fmt: skip
 def test_an_unknown_or_ambiguous_class_is_refused_with_some_that_there_are(wanted, names, shown):
     text = refused(lambda: class_index(wanted, names), f"class is {wanted!r}, expected", *shown)
     assert len(text) < 300
@@ -88,13 +75,6 @@ def test_names_that_are_there_stay(known):
     assert class_names(known) == known and len(IMAGENET) == 1000
 
 
-@pytest.mark.parametrize("classes, count", [(("3",), 1), (("3", "5"), 4), (("1", "2", "1"), 2)])
-def test_there_is_a_row_for_each_class(picture, classes, count):
-    shape = picture(classes=classes, count=count).shape
-    rows = len(classes)
-    assert shape == (rows * (PITCH + ABOVE) - pictures.GAP, count * PITCH - pictures.GAP, 3)
-
-
 def test_without_a_class_there_are_all(picture):
     shown = picture(count=2)
     assert shown.shape[0] == 10 * (PITCH + ABOVE) - pictures.GAP
@@ -105,15 +85,12 @@ def test_without_a_class_there_are_all(picture):
     assert (titles[0] != pictures.GAP_GREY).any() and not np.array_equal(*titles)
 
 
-def test_pictures_repeat_with_the_seed(picture):
-    first = picture(classes=("3",), count=2)
-    assert np.array_equal(picture(classes=("3",), count=2), first)
-    assert not np.array_equal(picture(classes=("3",), count=2, seed=1), first)
-
-
-def test_rows_and_columns_differ_and_the_noise_is_that_of_the_column(picture):
+def test_rows_and_columns_differ_and_the_noise_is_that_of_the_column_and_the_seed(picture):
     """Without guidance and with one step an image is noise - v(noise, 1, class)."""
-    shown = picture(classes=("3", "5", "3"), count=2, cfg_scale=1.0)
+    settings = {"classes": ("3", "5", "3"), "count": 2, "cfg_scale": 1.0}
+    shown = picture(**settings)
+    assert np.array_equal(picture(**settings), shown)
+    assert not np.array_equal(picture(**settings, seed=1), shown)
     assert np.array_equal(cell(shown, 0, 0), cell(shown, 2, 0))
     assert not np.array_equal(cell(shown, 0, 0), cell(shown, 0, 1))
     assert not np.array_equal(cell(shown, 0, 0), cell(shown, 1, 0))
@@ -122,26 +99,20 @@ def test_rows_and_columns_differ_and_the_noise_is_that_of_the_column(picture):
     assert same < other / 2
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"count": 0}, "count is 0, expected at least 1"),
-        ({"classes": ("10",)}, "class is '10', expected a number below 10"),
-        ({"num_heads": 2}, "has 4 heads, expected 2"),
-    ],
-)
+@pytest.mark.parametrize("settings, message", [
+    ({"count": 0}, "count is 0, expected at least 1"),
+    ({"classes": ("10",)}, "class is '10', expected a number below 10"),
+    ({"num_heads": 2}, "has 4 heads, expected 2"),
+])  # fmt: skip
 def test_wrong_settings_are_refused(picture, settings, message):
     refused(lambda: picture(**settings), message)
 
 
-@pytest.mark.parametrize(
-    "argv, classes",
-    [
-        ([], ()),
-        (["--class", "golden retriever"], ("golden retriever",)),
-        (["--classes", "golden retriever", "3"], ("golden retriever", "3")),
-    ],
-)
+@pytest.mark.parametrize("argv, classes", [
+    ([], ()),
+    (["--class", "golden retriever"], ("golden retriever",)),
+    (["--classes", "golden retriever", "3"], ("golden retriever", "3")),
+])  # fmt: skip
 def test_the_command_line_knows_classes(argv, classes, monkeypatch):
     seen = []
 
@@ -163,10 +134,3 @@ def test_the_command_says_where_the_picture_is_or_what_is_wrong_in_one_line(run,
     assert cli.main(["sample", "--ckpt", str(tmp_path / "nothing")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("repa-fast: ") and "nothing does not exist" in line
-
-
-def test_every_setting_has_a_word_of_help(capsys):
-    with pytest.raises(SystemExit):
-        tyro.cli(SampleConfig, args=["--help"])
-    text = capsys.readouterr().out
-    assert "--classes" in text and "--cfg-scale" in text and "--origin" in text

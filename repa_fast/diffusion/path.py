@@ -61,14 +61,6 @@ class Path:
         alpha, sigma, d_alpha, d_sigma = self.coefficients(t.view(-1, *[1] * (x.ndim - 1)))
         return alpha * x + sigma * noise, d_alpha * x + d_sigma * noise
 
-    def score(self, velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Return the score that the velocity implies (REPA eq. 7), without dividing by d_alpha.
-
-        t must be positive: at t = 0 there is no noise and the score is not defined.
-        """
-        alpha, sigma, d_alpha, d_sigma = self.coefficients(t)
-        return (alpha * velocity - d_alpha * x) / (sigma * (d_alpha * sigma - alpha * d_sigma))
-
 
 def _linear(t: Tensor) -> Coefficients:
     one = torch.ones_like(t)

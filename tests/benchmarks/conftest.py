@@ -30,6 +30,19 @@ def same_process():
 
 
 @pytest.fixture
+def coarse_pictures(monkeypatch):
+    """Pictures of few pixels and without a layout, which take half the time."""
+    from matplotlib.figure import Figure
+
+    def save(figure, path, **_):
+        figure.set_layout_engine("none")
+        saved(figure, path, dpi=10)
+
+    saved = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", save)
+
+
+@pytest.fixture
 def tiny_digits(monkeypatch):
     """The preset "digits" with a smaller model."""
     preset = presets.PRESETS["digits"]

@@ -29,14 +29,11 @@ def test_rows_are_appended_and_an_absent_provider_has_its_reason(tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    "name, value", (("lr", 1.01e-3), ("betas", (0.9, 0.998)), ("weight_decay", 0.02))
+    "wrong", [{"lr": 1.01e-3}, {"betas": (0.9, 0.998)}, {"weight_decay": 0.02}]
 )
-def test_an_optimizer_that_is_a_little_wrong_gets_no_figure(monkeypatch, name, value):
-    class Wrong(AdamWEMA):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **(options | {name: value}))
-
-    monkeypatch.setattr(optim, "AdamWEMA", Wrong)
+def test_an_optimizer_that_is_a_little_wrong_gets_no_figure(monkeypatch, wrong):
+    made = lambda *args, **options: AdamWEMA(*args, **options | wrong)  # noqa: E731
+    monkeypatch.setattr(optim, "AdamWEMA", made)
     monkeypatch.setattr(optim, "GATED", ("torch",))
     row = optim.measure("torch", optim.SMALL, CPU)
     assert row["status"] == "failed" and row["message"].startswith("gate: ")

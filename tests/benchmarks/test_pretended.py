@@ -25,7 +25,8 @@ GPU_PYTHON = ROOT / ".venv-gpu" / "bin" / "python"
 LIBRARY, RELEASED = Path("repa_fast/lib/csrc.so"), ("loss.py", "models/sit.py")
 
 FACTS = """
-import ctypes, json
+import ctypes, json, sys
+import pytest
 import torch
 import triton
 import triton.language as tl
@@ -73,6 +74,8 @@ loss = x.sum()
 loss.item()
 torch.cuda.set_sync_debug_mode("default")
 print(json.dumps(found))
+flags = ["-p", "benchmarks.gpu.pretended.plugin", "-p", "no:cacheprovider"]
+sys.exit(pytest.main([*flags, *sys.argv[1:]]))
 """
 
 COLLECTED = """
@@ -91,6 +94,7 @@ def test_launch():
 def test_right():
     assert torch.ones(2, device="cuda").is_cuda
 """
+"""A wrong number, which is no failure, a wrong launch, which is one, and what passes."""
 
 
 def run(*arguments, seconds=60, **values):
@@ -103,12 +107,27 @@ def run(*arguments, seconds=60, **values):
     )
 
 
+SHORT = ("-c", ROOT / "pyproject.toml", "--full", "-m", "gpu", HERE / "test_run.py")
+SHORT += ("-k", "test_planted or ours-gate_residual]")
+"""A test of this suite, and those that are planted."""
+
+
+def assert_rehearsed(report, done):
+    (row,) = read(report)
+    assert (row["passed"], row["numbers"]) == (2, 1), done.stdout
+    (failed,) = row["failed"]
+    assert failed.endswith("test_launch") and done.returncode == 1
+
+
 @needs_card
-def test_facts_and_planted_mistakes_and_a_wait_with_its_line(tmp_path):
+def test_facts_planted_mistakes_a_wait_with_its_line_and_a_short_rehearsal(tmp_path):
+    """In one process, whose start takes most of the time."""
     (tmp_path / "planted.py").write_text(FACTS)
-    done = run("-m", "planted", PYTHONPATH=tmp_path)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    (tmp_path / "test_planted.py").write_text(COLLECTED)
+    report = tmp_path / "report.jsonl"
+    done = run("--report", report, "-m", "planted", *SHORT, tmp_path, PYTHONPATH=tmp_path)
+    assert done.stdout.startswith("{"), done.stderr
+    found = json.loads(done.stdout.splitlines()[0])
     assert found["name"].endswith("pretended")
     assert found["gib"] == pytest.approx(79.1, abs=0.05)
     assert found["launches"] == 5  # multiply, cast, two fills, product
@@ -121,23 +140,16 @@ def test_facts_and_planted_mistakes_and_a_wait_with_its_line(tmp_path):
     assert "unjoined" in found["lost stream"].lower()
     line = FACTS.splitlines().index("loss.item()") + 1
     assert f" at {tmp_path / 'planted.py'}:{line}\n" in done.stderr
+    assert_rehearsed(report, done)
 
 
 @needs_card
-@pytest.mark.parametrize("workers", (0, pytest.param(1, marks=pytest.mark.heavy)))
-def test_a_short_rehearsal_of_the_gpu_tests(tmp_path, workers):
-    """One of them, and planted ones: a wrong number is no failure and a wrong launch is."""
+@pytest.mark.usefixtures("heavy")
+def test_a_short_rehearsal_in_a_worker_which_reports_nothing(tmp_path):
     (tmp_path / "test_planted.py").write_text(COLLECTED)
     report = tmp_path / "report.jsonl"
-    flags = ("-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", "--full", "-m", "gpu")
-    flags += ("-n", workers)  # a worker reports nothing
-    flags += ("-k", "test_planted or ours-gate_residual]", HERE / "test_run.py", tmp_path)
-    done = run("--report", report, "-m", "pytest", *flags, seconds=240)
-    (row,) = read(report)
-    assert (row["passed"], row["numbers"]) == (2, 1), done.stdout
-    (failed,) = row["failed"]
-    assert failed.endswith("test_launch")
-    assert done.returncode == 1
+    flags = ("-p", "no:cacheprovider", "-n", 1, *SHORT, tmp_path)
+    assert_rehearsed(report, run("--report", report, "-m", "pytest", *flags, seconds=240))
 
 
 @needs_card
@@ -154,12 +166,9 @@ def test_all_gpu_tests_are_collected():
 @pytest.mark.usefixtures("heavy")
 def test_a_step_is_rehearsed_and_so_is_its_graph(tmp_path):
     report, results = tmp_path / "report.jsonl", tmp_path / "results"
-    flags = ("--preset", "sit-s2-repa", "--batch", 4, "--rung", "e", "g", "--steps", 2)
-    done = run(
-        *("--report", report, "-m", "benchmarks.step.ladder", *flags, "--warmup", 1),
-        seconds=500,
-        REPA_FAST_RESULTS=results,
-    )
+    flags = ("--report", report, "-m", "benchmarks.step.ladder", "--preset", "sit-s2-repa")
+    flags += ("--batch", 4, "--rung", "e", "g", "--steps", 2, "--warmup", 1)
+    done = run(*flags, seconds=500, REPA_FAST_RESULTS=results)
     assert done.returncode == 0, done.stdout + done.stderr
     (rows,) = results.glob("*/*/rows.jsonl")
     for measured in read(rows):
@@ -179,10 +188,11 @@ def test_a_step_is_rehearsed_and_so_is_its_graph(tmp_path):
     assert graphed["graph_launches"] == 1 and graphed["replayed"] > 500
 
 
-STEP = {
-    "kind": "step", "rung": "g", "preset": "sit-xl2-repa", "batch": 256, "micro_batch": 128,
-    "warm_steps": 4,
-    "synchronisations": 1 / 3, "places": {"repa_fast/train/metrics.py:73 <- " * 4: 3},
+HEAD = {"kind": "step", "rung": "g", "preset": "sit-xl2-repa", "batch": 256, "micro_batch": 128}
+FAILED = HEAD | {"error": "OutOfMemoryError: CUDA out of memory"}
+STEP = HEAD | {
+    "warm_steps": 4, "synchronisations": 1 / 3,
+    "places": {"repa_fast/train/metrics.py:73 <- " * 4: 3},
     "graphs": {"sit.py:forward": 3, "dinov2.py:forward": 1}, "block_graphs": 3,
     "recompilations": {"sit.py:forward": 1}, "graph_breaks": 0, "launches": 18.0,
     "graph_launches": 1.0, "replayed": 2975.0, "strays": 2, "host_ms": 1.5, "wall_ms": 1.25,
@@ -191,20 +201,15 @@ STEP = {
 }  # fmt: skip
 
 
-HEAD = {name: STEP[name] for name in ("kind", "rung", "preset", "batch", "micro_batch")}
-FAILED = HEAD | {"error": "OutOfMemoryError: CUDA out of memory"}
-
-
 def test_the_table_is_for_people(tmp_path):
     failed = FAILED | {"card_gib": 79, "card_of_gib": 79.1}
     tests = {"kind": "tests", "passed": 3, "numbers": 2, "skipped": 1, "failed": {"a::b": "why"}}
     append(tmp_path / "report.jsonl", STEP, failed, tests)
-    lines = pretended_report.table(tmp_path / "report.jsonl").splitlines()
-    assert all(len(line) <= 100 for line in lines)
-    text = "\n".join(lines)
-    assert "2975" in text and "OutOfMemoryError" in text
-    assert "metrics.py:73" in text and "compiled late: 1 x sit.py:forward" in text
-    assert "2 wrong in numbers alone" in text and "a::b: why" in text
+    text = pretended_report.table(tmp_path / "report.jsonl")
+    assert all(len(line) <= 100 for line in text.splitlines())
+    for part in ("2975", "OutOfMemoryError", "metrics.py:73", "2 wrong in numbers alone"):
+        assert part in text
+    assert "compiled late: 1 x sit.py:forward" in text and "a::b: why" in text
 
 
 def test_verdicts_are_about_the_last_row_of_each_step():
@@ -259,13 +264,10 @@ def test_the_tree_and_the_library_are_all_that_a_gpu_machine_needs(tmp_path):
     copied(tmp_path / "copy")
     flags = ["--pretended", "--seconds", "900", "--only", "card", "step", "--out", tmp_path / "out"]
     environment = {name: value for name, value in os.environ.items() if "CACHE_DIR" not in name}
-    done = subprocess.run(
-        [GPU_PYTHON, "-m", "benchmarks.gpu", *flags],
-        cwd=tmp_path / "copy",
-        env=environment | {"REPA_OFFICIAL": str(tmp_path / "copy" / ".released")},
-        capture_output=True,
-        text=True,
-    )
+    environment["REPA_OFFICIAL"] = str(tmp_path / "copy" / ".released")
+    command = [GPU_PYTHON, "-m", "benchmarks.gpu", *flags]
+    options = {"cwd": tmp_path / "copy", "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run(command, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "card             ok" in done.stdout and "step             ok" in done.stdout
 

@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import math
 import re
 import sys
 from functools import partial
@@ -19,6 +18,8 @@ from benchmarks.sample import rival as sample_rival
 from benchmarks.sample import sample
 from repa_fast.diffusion import samplers
 from repa_fast.models.sit import SiT
+from repa_fast.testing import seeded
+from tests.diffusion.gaussians import LABELS, SHAPE, Model, latents
 from tests.eval import checkpoints
 from tests.refusals import refused
 
@@ -36,45 +37,26 @@ def options(*providers, **changes) -> argparse.Namespace:
     return argparse.Namespace(**found | changes)
 
 
-class Analytic(torch.nn.Module):
-    """The velocity of Gaussian data of variance `data` at t = 0; a constant where no class is."""
-
-    num_classes = 3
-
-    def __init__(self, data: float) -> None:
-        super().__init__()
-        self.data = data
-
-    def forward(self, x, t, y):
-        t = t[:, None, None, None]
-        velocity = x * (t - (1 - t) * self.data) / (t**2 + (1 - t) ** 2 * self.data)
-        return torch.where((y == self.num_classes)[:, None, None, None], 0.1, velocity), []
-
-
-def test_the_rival_turns_noise_into_the_data_that_it_should():
-    """Against the variance of the data, whose samples the SDE has in the limit of many steps."""
-    torch.manual_seed(0)
-    noise, labels = torch.randn(500, 1, 4, 4), torch.zeros(500, dtype=torch.int64)
-    latents = sample_rival.sample(Analytic(0.25), noise, labels, num_steps=250, cfg_scale=1)
-    assert latents.dtype == torch.float64
-    # 8000 values: 4 standard deviations of a variance are 0.063 of it; as much for the time steps
-    assert latents.var().item() == pytest.approx(0.25, rel=0.12)
-    assert abs(latents.mean().item()) < 4 * 0.5 / math.sqrt(8000)
-    none = partial(sample_rival.sample, Analytic(1), noise, labels, num_steps=0, cfg_scale=1)
-    refused(none, "num_steps is 0, expected at least 2")
-
-
 @pytest.mark.parametrize("guidance", (FULL, PART, NONE))
 def test_the_rival_and_our_sampler_agree_in_fp64(guidance):
-    torch.manual_seed(1)
-    noise, labels = torch.randn(3, 1, 4, 4, dtype=torch.float64), torch.tensor([0, 2, 1])
-    increments = torch.randn(5, *noise.shape, dtype=torch.float64)
-    start = (Analytic(0.5), noise, labels)
+    start, increments = (Model(), latents(), LABELS), seeded((5, *SHAPE), seed=2).double()
     rival = sample_rival.sample(*start, num_steps=6, increments=increments, **guidance)
     scale, *interval = guidance.values()
     given = {"cfg_scale": scale, "guidance_interval": tuple(interval), "noise": increments}
     ours = samplers.euler_maruyama(*start, num_steps=6, **given)
     torch.testing.assert_close(rival, ours, rtol=1e-12, atol=1e-12)
+    none = partial(sample_rival.sample, *start, num_steps=0, cfg_scale=1)
+    refused(none, "num_steps is 0, expected at least 2")
+
+
+def test_the_rival_draws_standard_normal_noise_in_fp64_for_a_model_in_fp32():
+    run = partial(sample_rival.sample, Model(), latents(torch.float32), LABELS)
+    torch.manual_seed(2)
+    drawn = run(num_steps=6, cfg_scale=1)
+    torch.manual_seed(2)
+    increments = torch.stack([torch.randn(SHAPE, dtype=torch.float64) for _ in range(5)])
+    assert drawn.dtype == torch.float64
+    assert torch.equal(drawn, run(num_steps=6, cfg_scale=1, increments=increments))
 
 
 def test_figures_are_the_mix_of_the_steps_of_each_kind():

@@ -8,7 +8,6 @@ import pytest
 
 from benchmarks.harness import rows as files
 from benchmarks.harness import timing
-from benchmarks.paper import scaling
 from benchmarks.step import baseline, ladder, step
 from benchmarks.step import report as step_report
 from benchmarks.step.profile import CATEGORIES, WINDOW
@@ -26,7 +25,7 @@ def options(tmp_path, tiny_digits, monkeypatch):
 
 
 @pytest.fixture
-def report(tmp_path):
+def report(tmp_path, coarse_pictures):
     """report() -> the rows and the text of what was written."""
     out = tmp_path / "out"
     return lambda: (step_report.read(out / "rows.jsonl"), (out / "report.md").read_text())
@@ -88,13 +87,13 @@ class SILoss:
 def test_the_ladder_has_every_rung_and_its_ratios(options, report, tmp_path, monkeypatch, capsys):
     """The released code is one of them where its folder is named."""
     monkeypatch.setattr(step_report, "draw", lambda rows, path: None)  # after every rung
+    monkeypatch.setattr(step, "matmul_rate", lambda dtype, device: 1e12)
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "sit.py").write_text(RELEASED)
     (tmp_path / "loss.py").write_text(LOSS)
     rungs = ["a", "b", "d", "e", "h", "o"]
-    assert ladder.main(options("--eager", "--official", str(tmp_path), "--rung", *rungs)) == 0, (
-        capsys.readouterr().out
-    )
+    flags = options("--steps", "1", "--warmup", "0", "--eager", "--official", str(tmp_path))
+    assert ladder.main([*flags, "--rung", *rungs]) == 0, capsys.readouterr().out
     rows, text = report()
     assert [row["rung"] for row in rows] == rungs
     *rows, released = rows
@@ -116,21 +115,29 @@ def test_the_ladder_has_every_rung_and_its_ratios(options, report, tmp_path, mon
     assert "floor" not in text
 
 
-def test_the_released_code_is_left_out_where_no_folder_is_named_and_has_to_be_in_it(
-    options, make_state, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.delenv("REPA_OFFICIAL", raising=False)
-    assert ladder.main(options("--rung", "o")) == 0
-    assert "rung o left out: --official names no folder" in capsys.readouterr().out
+def test_the_released_code_has_to_be_in_the_folder(make_state, tmp_path):
     words = f"{tmp_path} has no loss.py, expected a folder"
     refused(lambda: baseline.Official(make_state(), tmp_path), words)
 
 
-def test_every_rung_changes_one_that_there_is_and_none_begins_after_the_limit(options, capsys):
+def test_every_rung_changes_one_that_there_is():
     assert ladder.bases(ladder.RUNGS["f"]) == ["g", "e", "d", "c", "b", "a"]
     assert [name for name, rung in ladder.RUNGS.items() if not ladder.bases(rung)] == ["a"]
-    assert ladder.main(options("--limit", "-1")) == 0
-    assert "time limit: rung a left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--limit", "-1"], "time limit: rung a left out"),
+        (["--rung", "o"], "rung o left out: --official names no folder"),
+    ],
+)
+def test_what_begins_after_the_limit_or_has_no_folder_is_left_out(
+    options, monkeypatch, capsys, flags, said
+):
+    monkeypatch.delenv("REPA_OFFICIAL", raising=False)
+    assert ladder.main(options(*flags)) == 0
+    assert said in capsys.readouterr().out
 
 
 def test_while_the_rival_is_timed_the_projects_model_is_gone(options, monkeypatch):
@@ -204,28 +211,17 @@ def test_the_floor_stands_beside_rung_a_on_a_gpu_at_the_shape_it_was_counted_for
 
 
 def test_a_report_has_the_last_row_of_each_rung_in_their_order(report, tmp_path):
+    """And of each way to run a single step."""
     failed = {"rung": "c", "what": "x", "status": "failed", "message": "boom", "command": "c"}
     failed |= {"preset": "sit-xl2-repa", "batch": 32, **dict.fromkeys(files.STAMP, "?")}
-    wrong = {**failed, "rung": "d"}
-    large = row_of(batch=256, rung="e")
+    wrong, large = {**failed, "rung": "d"}, row_of(batch=256, rung="e")
+    eager, compiled = row_of(rung=""), row_of(rung="", compile=True, ms_p50=1.0)
+    text = step_report.markdown([eager, compiled])
+    assert "| eager |" in text and "| compiled |" in text and "times (a)" not in text
     rows = [large, row_of(rung="d"), row_of(ms_p50=1.0), {**failed, "rung": "a"}, failed, wrong]
-    files.append(tmp_path / "out" / "rows.jsonl", *rows, row_of())
+    files.append(tmp_path / "out" / "rows.jsonl", *rows, row_of(), eager, compiled, eager)
     step_report.write(tmp_path / "out")
     found, text = report()
-    assert found == [row_of(), failed, wrong, large]
+    assert found == [eager, compiled, row_of(), failed, wrong, large]
     assert is_png(tmp_path / "out" / "shares.png")
     assert "- (c) no figure: boom" in text and "- (d) no figure: boom" in text
-
-
-def test_single_steps_are_told_apart_by_how_they_ran(tmp_path):
-    rows = [row_of(rung="", compile=False), row_of(rung="", compile=True, ms_p50=1.0)]
-    files.append(tmp_path / "rows.jsonl", *rows, rows[0])
-    assert step_report.read(tmp_path / "rows.jsonl") == rows
-    text = step_report.markdown(rows)
-    assert "| eager |" in text and "| compiled |" in text and "times (a)" not in text
-
-
-def test_only_the_projects_own_step_is_a_measured_point_of_the_scaling_page(tmp_path):
-    rows = [row_of(rung=rung) for rung in ("", *ladder.RUNGS)]
-    files.append(tmp_path / "nvidia-h200" / "2026-01-01_ladder" / "rows.jsonl", *rows)
-    assert [row["rung"] for row in scaling.measured("sit-xl2-repa", tmp_path)] == ["", "g"]

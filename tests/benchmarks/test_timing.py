@@ -12,6 +12,7 @@ from benchmarks.harness.timing import Effort
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 FAST = Effort(graph_ms=0.2, rounds=5, warmup=1)
+brief = partial(Effort, warmup=1, warmup_seconds=0.001)
 
 
 def test_percentiles_of_known_samples():
@@ -71,9 +72,6 @@ class Device:
         yield
         self.capturing = False
 
-    def replay(self, number):
-        self.now += 0.01 * self.captures[number]
-
 
 @pytest.fixture
 def device(monkeypatch):
@@ -82,7 +80,7 @@ def device(monkeypatch):
 
     class Graph:
         def replay(self):
-            fake.replay(self.number)
+            fake.now += 0.01 * fake.captures[self.number]
 
     class Event:
         def __init__(self, enable_timing):
@@ -108,18 +106,18 @@ def device(monkeypatch):
 
 
 def test_a_graph_holds_whole_turns_and_enough_work_and_a_long_call_once(device):
-    figure = timing.measure([device.call] * 7, CUDA, Effort(graph_ms=2.0, rounds=4, warmup=2))
+    figure = timing.measure([device.call] * 7, CUDA, brief(2.0, 4))
     assert figure.method == "cuda graph"
     assert figure.calls == device.captures[-1] == 203  # 29 turns of 7, the first with 2 ms
     assert figure.p50 == pytest.approx(0.01)
     device.captures.clear()
-    figure = timing.measure([device.call], CUDA, Effort(graph_ms=0.005, rounds=3, warmup=1))
+    figure = timing.measure([device.call], CUDA, brief(0.005, 3))
     assert device.captures == [1] and figure.calls == 1
 
 
 def test_events_where_no_graph_can_be_captured_and_the_reason(device):
     device.fails = True
-    figure = timing.measure([device.call] * 2, CUDA, Effort(graph_ms=0.995, rounds=3, warmup=1))
+    figure = timing.measure([device.call] * 2, CUDA, brief(0.995, 3))
     assert figure.method == "events (RuntimeError: not permitted when stream is capturing)"
     assert figure.p50 == pytest.approx(0.01) and figure.calls == 100
 

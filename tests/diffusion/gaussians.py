@@ -24,13 +24,8 @@ def coefficients(path, tau):
         return tau, 1 - tau, 1.0, -1.0
     if path == "GVP":
         half_pi = math.pi / 2
-        angle = half_pi * tau
-        return (
-            math.sin(angle),
-            math.cos(angle),
-            half_pi * math.cos(angle),
-            -half_pi * math.sin(angle),
-        )
+        sin, cos = math.sin(half_pi * tau), math.cos(half_pi * tau)
+        return sin, cos, half_pi * cos, -half_pi * sin
     log_mean = -0.25 * (1 - tau) ** 2 * (20 - 0.1) - 0.5 * (1 - tau) * 0.1
     d_log_mean = 0.5 * (1 - tau) * (20 - 0.1) + 0.5 * 0.1
     alpha, sigma = math.exp(log_mean), math.sqrt(-math.expm1(2 * log_mean))
@@ -40,19 +35,15 @@ def coefficients(path, tau):
 def diffusion(form, norm, path, tau):
     """SiT's w, of x += (v + w s) dt + sqrt(2 w) dW."""
     alpha, sigma, d_alpha, d_sigma = coefficients(path, tau)
-    match form:
-        case "constant":
-            return norm
-        case "SBDM":
-            return norm * (d_alpha / alpha * sigma**2 - sigma * d_sigma)
-        case "sigma":
-            return norm * sigma
-        case "linear":
-            return norm * (1 - tau)
-        case "decreasing":
-            return 0.25 * (norm * math.cos(math.pi * tau) + 1) ** 2
-        case "increasing-decreasing":
-            return norm * math.sin(math.pi * tau) ** 2
+    forms = {
+        "constant": lambda: norm,
+        "SBDM": lambda: norm * (d_alpha / alpha * sigma**2 - sigma * d_sigma),
+        "sigma": lambda: norm * sigma,
+        "linear": lambda: norm * (1 - tau),
+        "decreasing": lambda: 0.25 * (norm * math.cos(math.pi * tau) + 1) ** 2,
+        "increasing-decreasing": lambda: norm * math.sin(math.pi * tau) ** 2,
+    }
+    return forms[form]()
 
 
 def means(labels, channels):

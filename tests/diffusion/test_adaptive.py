@@ -1,4 +1,4 @@
-import builtins
+import sys
 
 import numpy as np
 import pytest
@@ -21,6 +21,8 @@ def test_it_follows_the_exact_flow_of_gaussian_data(path, prediction):
     options = {"path": paths.get(path), "prediction": prediction}
     result, evaluations = dopri5(model, latents(), LABELS, rtol=rtol, atol=atol, **options)
     assert evaluations == len(model.calls)
+    by_default = dopri5(Model(path, prediction), latents(), LABELS, **options)[1]
+    assert by_default < evaluations / 2  # a looser tolerance, fewer steps
     expected = gaussians.flow(path, latents(), *bounds(path, singular=prediction != "v"))
     torch.testing.assert_close(result, expected, rtol=100 * rtol, atol=100 * atol)
 
@@ -42,17 +44,9 @@ def test_guidance_is_that_of_the_guided_field(channels):
     for start, stop, guided in ((0, 1 - high, 0), (1 - high, 1 - low, 1), (1 - low, 1, 0)):
         options = {"method": "DOP853", "args": (guided,), "rtol": 1e-10, "atol": 1e-10}
         x = solve_ivp(velocity, (start, stop), x, **options).y[:, -1]
-    result, _ = dopri5(
-        Model("GVP"),
-        latents(),
-        LABELS,
-        rtol=1e-8,
-        atol=1e-8,
-        path=paths.cosine,
-        cfg_scale=scale,
-        guidance_interval=(low, high),
-        guidance_channels=channels,
-    )
+    options = {"cfg_scale": scale, "guidance_interval": (low, high), "guidance_channels": channels}
+    options |= {"path": paths.cosine, "rtol": 1e-8, "atol": 1e-8}
+    result, _ = dopri5(Model("GVP"), latents(), LABELS, **options)
     assert np.abs(result.flatten().numpy() - x).max() < 100 * 1e-8
 
 
@@ -75,17 +69,6 @@ def test_the_jumps_of_the_interval_cost_no_rejected_steps():
     assert torch.equal(plain[0], same[0]) and plain[1] == same[1]
 
 
-def test_a_tighter_tolerance_takes_more_evaluations_and_errs_less():
-    exact = gaussians.flow("linear", latents(), 0.0, 1.0)
-    runs = [
-        dopri5(Model(), latents(), LABELS, rtol=rtol, atol=rtol / 1000)
-        for rtol in (1e-3, 1e-5, 1e-7)
-    ]
-    counts = [evaluations for _, evaluations in runs]
-    errors = [(result - exact).abs().max().item() for result, _ in runs]
-    assert counts == sorted(set(counts)) and errors == sorted(set(errors), reverse=True)
-
-
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("speed", (1.0, 1e-3, 0.0))
 def test_the_model_is_never_asked_beyond_the_ends_of_time(path, speed):
@@ -106,12 +89,5 @@ def test_the_model_is_never_asked_beyond_the_ends_of_time(path, speed):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *rest):
-        if name == "torchdiffeq":
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "torchdiffeq", None)  # imports of it fail
     refused(lambda: dopri5(Model(), latents(), LABELS), "pip install torchdiffeq")

@@ -1,4 +1,4 @@
-"""NT-Xent against loops over queries and keys, and across processes."""
+"""NT-Xent against torch's cross-entropy, and across processes."""
 
 import math
 
@@ -6,81 +6,52 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from repa_fast.diffusion.alignment import nt_xent
+from repa_fast.diffusion.alignment import NEGATIVES, nt_xent
 from repa_fast.distributed import World
 from repa_fast.testing import assert_within_budget, seeded
-from tests.diffusion import contrasting
 from tests.refusals import refused
 
 ALONE = World(0, 1, torch.device("cpu"))
-POOLS = ("image", "batch", "global")
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
+every_pool = pytest.mark.parametrize("negatives", NEGATIVES)
 
 
 def pair(shape=(3, 4, 6), dtype=torch.float64):
     return seeded(shape, seed=1, dtype=dtype), seeded(shape, seed=2, dtype=dtype)
 
 
-def of_loops(projection, target, temperature, negatives):
-    """The definition with Python numbers."""
+def plain(projection, target, temperature=0.1, negatives="image"):
+    """torch's cross-entropy over the whole matrix of logits, in the dtype it is given."""
     batch, tokens, _ = projection.shape
-    losses = []
-    for b in range(batch):
-        images = [b] if negatives == "image" else range(batch)
-        loss = 0.0
-        for n in range(tokens):
-            similar = {
-                (i, k): math.exp(cosine(projection[b, n], target[i, k]) / temperature)
-                for i in images
-                for k in range(tokens)
-            }
-            loss -= math.log(similar[b, n] / sum(similar.values()))
-        losses.append(loss / tokens)
-    return torch.tensor(losses, dtype=torch.float64)
-
-
-def cosine(a, b):
-    a, b = a.tolist(), b.tolist()
-    return sum(x * y for x, y in zip(a, b)) / math.hypot(*a) / math.hypot(*b)
-
-
-def of_autograd(projection, target, temperature, negatives):
-    """torch's cross-entropy over the whole matrix of logits, in the working dtype."""
-    batch, tokens, _ = projection.shape
-    logits = (
-        F.normalize(projection, dim=-1).flatten(0, 1) @ F.normalize(target, dim=-1).flatten(0, 1).mT
-    )
-    image = torch.arange(batch).repeat_interleave(tokens)
+    queries, keys = (F.normalize(x, dim=-1).flatten(0, 1) for x in (projection, target))
+    logits, image = queries @ keys.mT / temperature, torch.arange(batch).repeat_interleave(tokens)
     if negatives == "image":
         logits = logits.masked_fill(image[:, None] != image, -torch.inf)
-    losses = F.cross_entropy(logits / temperature, torch.arange(batch * tokens), reduction="none")
+    losses = F.cross_entropy(logits, torch.arange(batch * tokens), reduction="none")
     return losses.view(batch, tokens).mean(1)
 
 
-@pytest.mark.parametrize("negatives", POOLS)
-@pytest.mark.parametrize("temperature", (0.07, 0.1, 1.0))
-def test_it_is_the_definition(negatives, temperature):
+def with_gradient(loss, projection, target, weight=1.0, **options):
+    """Losses and the gradient of their weighted sum."""
+    leaf = projection.clone().requires_grad_()
+    losses = loss(leaf, target, **options)
+    (losses * weight).sum().backward()
+    return losses.detach(), leaf.grad
+
+
+@every_pool
+@pytest.mark.parametrize(
+    "chunk, temperature", ((1024, 0.1), (1, 0.07), (3, 1.0), (5, 0.1), (12, 0.07))
+)
+def test_losses_and_gradients_are_those_of_the_whole_matrix_for_every_chunk(
+    negatives, chunk, temperature
+):
     """By default with negatives of the image and a temperature of a tenth."""
-    projection, target = pair()
-    default = of_loops(projection, target, 0.1, "image")
-    torch.testing.assert_close(nt_xent(projection, target), default, **EXACT)
-    losses = nt_xent(projection, target, temperature=temperature, negatives=negatives, world=ALONE)
-    expected = of_loops(projection, target, temperature, negatives)
-    torch.testing.assert_close(losses, expected, **EXACT)
-
-
-@pytest.mark.parametrize("negatives", POOLS)
-@pytest.mark.parametrize("chunk", (1, 3, 5, 12, 1024))
-def test_gradients_are_those_of_autograd_for_every_chunk(negatives, chunk):
-    projection, target = pair()
+    options = {"temperature": temperature, "negatives": negatives}
     weights = seeded((3,), seed=3, dtype=torch.float64)
-    found, expected = projection.requires_grad_(), projection.detach().clone().requires_grad_()
-    losses = nt_xent(found, target, negatives=negatives, world=ALONE, chunk=chunk)
-    reference = of_autograd(expected, target, 0.1, negatives)
-    torch.testing.assert_close(losses, reference, **EXACT)
-    (losses * weights).sum().backward()
-    (reference * weights).sum().backward()
-    torch.testing.assert_close(found.grad, expected.grad, **EXACT)
+    found = with_gradient(nt_xent, *pair(), weights, **options, world=ALONE, chunk=chunk)
+    torch.testing.assert_close(found, with_gradient(plain, *pair(), weights, **options), **EXACT)
+    torch.testing.assert_close(nt_xent(*pair()), plain(*pair()), **EXACT)
 
 
 def test_it_is_not_differentiated_twice():
@@ -93,22 +64,16 @@ def test_it_is_not_differentiated_twice():
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("autocast", (False, True))
 def test_it_is_computed_in_fp32_also_under_autocast(dtype, autocast):
-    projection, target = pair((4, 64, 32), dtype)
-    grads = []
-    for function, cast in (
-        (lambda p, z: nt_xent(p, z, negatives="batch", chunk=100), lambda x: x),
-        (lambda p, z: of_autograd(p, z, 0.1, "batch"), torch.Tensor.double),
-        (lambda p, z: of_autograd(p, z, 0.1, "batch"), torch.Tensor.float),
-    ):
-        leaf = cast(projection).clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and not grads):
-            losses = function(leaf, cast(target))
-        losses.sum().backward()
-        grads.append((losses.detach(), leaf.grad))
-    (found, dfound), (oracle, doracle), (working, dworking) = grads
-    assert found.dtype == torch.float32 and dfound.dtype == dtype
-    assert_within_budget("losses", found, oracle, working)
-    assert_within_budget("gradient", dfound, doracle, dworking.to(dtype))
+    given, options = pair((4, 64, 32), dtype), {"negatives": "batch"}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        losses, gradient = with_gradient(nt_xent, *given, **options, chunk=100)
+    (oracle, d_oracle), (working, d_working) = (
+        with_gradient(plain, *(tensor.to(work) for tensor in given), **options)
+        for work in (torch.float64, torch.float32)
+    )
+    assert losses.dtype == torch.float32 and gradient.dtype == dtype
+    assert_within_budget("losses", losses, oracle, working)
+    assert_within_budget("gradient", gradient, d_oracle, d_working.to(dtype))
 
 
 def test_no_tensor_of_autograd_holds_the_logits():
@@ -121,24 +86,16 @@ def test_no_tensor_of_autograd_holds_the_logits():
     assert kept and max(kept) == projection.numel() < (8 * 16) ** 2
 
 
-@pytest.mark.parametrize("negatives", ("image", "batch"))
+@pytest.mark.parametrize("negatives, keys, least", (("image", 8, 4), ("batch", 32, 1)))
 @pytest.mark.parametrize("chunk", (1, 24, 64))
-def test_no_more_logits_than_of_a_chunk_exist_at_once(negatives, chunk, monkeypatch):
-    shapes = []
-    matmul = torch.Tensor.__matmul__
-    monkeypatch.setattr(
-        torch.Tensor, "__matmul__", lambda a, b: shapes.append((a, b)) or matmul(a, b)
-    )
-    projection, target = pair((4, 8, 5))
-    nt_xent(projection, target, negatives=negatives, chunk=chunk)
-    queries = [a.shape[0] * a.shape[1] for a, _ in shapes]
-    assert sum(queries) == 32 and max(queries) <= max(chunk, 4 if negatives == "image" else 1)
-    assert {b.shape[-1] for _, b in shapes} == {8 if negatives == "image" else 32}
-
-
-def test_a_pool_of_one_key_has_no_loss():
-    projection, target = pair((3, 1, 6))
-    assert torch.equal(nt_xent(projection, target), torch.zeros(3, dtype=torch.float64))
+def test_no_more_logits_than_of_a_chunk_exist_at_once(negatives, keys, least, chunk, monkeypatch):
+    shapes, matmul = [], torch.Tensor.__matmul__
+    spy = lambda a, b: shapes.append((a.shape, b.shape)) or matmul(a, b)  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "__matmul__", spy)
+    nt_xent(*pair((4, 8, 5)), negatives=negatives, chunk=chunk)
+    queries = [a[0] * a[1] for a, _ in shapes]
+    assert sum(queries) == 32 and max(queries) <= max(chunk, least)
+    assert {b[-1] for _, b in shapes} == {keys}
 
 
 @pytest.mark.parametrize(
@@ -151,24 +108,33 @@ def test_zero_vectors_and_low_temperatures_are_finite_with_their_gradients(zeros
         projection[0, 1] = 0
     if "target" in zeros:
         target[0] = 0
-    losses = nt_xent(projection.requires_grad_(), target, temperature=temperature)
-    losses.sum().backward()
-    assert losses.isfinite().all() and projection.grad.isfinite().all()
+    losses, gradient = with_gradient(nt_xent, projection, target, temperature=temperature)
+    assert losses.isfinite().all() and gradient.isfinite().all()
     if "target" in zeros:  # all keys of the image have the cosine 0
         assert losses[0].item() == pytest.approx(math.log(4), rel=1e-6)
+
+
+def test_a_pool_of_one_key_has_no_loss():
+    assert nt_xent(*pair((3, 1, 6))).tolist() == [0, 0, 0]
+
+
+def collect(world, negatives, dtype):
+    """Losses and gradient of this process's share of 4 samples."""
+    local = 4 // world.size
+    mine = slice(world.rank * local, (world.rank + 1) * local)
+    share = (tensor[mine] for tensor in pair((4, 3, 5), dtype))
+    return with_gradient(nt_xent, *share, negatives=negatives, world=world, chunk=2)
 
 
 @pytest.mark.parametrize(
     "dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, torch.finfo().eps * 16)]
 )
 def test_two_processes_are_one_with_the_pool_of_both(ranks, dtype, tolerance):
-    expected = contrasting.collect(ALONE, "batch", dtype)
-    parts = ranks(contrasting.collect, "global", dtype)
-    losses = torch.cat([part["losses"] for part in parts])
-    torch.testing.assert_close(losses, expected["losses"], rtol=tolerance, atol=tolerance)
-    gradient = torch.cat([part["gradient"] for part in parts])
-    torch.testing.assert_close(gradient, expected["gradient"])
-    assert not torch.allclose(losses, contrasting.collect(ALONE, "image", dtype)["losses"])
+    losses, gradient = map(torch.cat, zip(*ranks(collect, "global", dtype)))
+    whole, d_whole = collect(ALONE, "batch", dtype)
+    torch.testing.assert_close(losses, whole, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(gradient, d_whole)
+    assert not torch.allclose(losses, collect(ALONE, "image", dtype)[0])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import math
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +10,6 @@ from torch.distributions import Normal, kl_divergence
 
 from repa_fast.diffusion import ddpm
 from repa_fast.diffusion.ddpm import Diffusion, ddpm_losses
-from repa_fast.diffusion.draws import draw
 from repa_fast.testing import assert_within_budget, seeded
 from tests.diffusion.chains import BETAS, forward, posterior
 from tests.refusals import refused
@@ -52,12 +52,12 @@ def test_a_respaced_chain_joins_steps_of_the_original_one(num_steps):
     times, tables = chain.times.tolist(), {name: x.tolist() for name, x in chain._asdict().items()}
     assert chain.num_steps == num_steps == len(times)
     assert times[0] == 0 and times[-1] == 999 and times == sorted(set(times))
-    for step, time in enumerate(times):
-        assert abs(time - step * 999 / (num_steps - 1)) <= 0.5 + 1e-9
+    stride = 999 / (num_steps - 1)
+    assert all(abs(time - step * stride) <= 0.5 + 1e-9 for step, time in enumerate(times))
     assert tables["alphas_cumprod_prev"] == [1, *tables["alphas_cumprod"][:-1]]
-    for step, previous, time in zip(range(1, num_steps), times, times[1:]):
-        expected = 1 - math.prod(1 - beta for beta in BETAS[previous + 1 : time + 1])
-        assert tables["betas"][step] == pytest.approx(expected, rel=1e-9)
+    parts = [BETAS[previous + 1 : time + 1] for previous, time in zip(times, times[1:])]
+    expected = [1 - math.prod(1 - beta for beta in part) for part in parts]
+    assert tables["betas"][1:] == pytest.approx(expected, rel=1e-9)
     for step in range(0, num_steps, max(1, num_steps // 10)):
         factor, variance = forward(-1, times[step])
         assert tables["alphas_cumprod"][step] == pytest.approx(factor**2, rel=1e-12)
@@ -69,7 +69,7 @@ def test_a_respaced_chain_joins_steps_of_the_original_one(num_steps):
             assert (of_clean, of_noisy, variance) == expected
 
 
-def test_known_chains():
+def test_known_and_impossible_chains():
     """The published one of 250 steps, a tie that the running sum breaks, and one of a respaced."""
     times = LINEAR.respaced(250).times.tolist()
     assert times[:4] == [0, 4, 8, 12] and times[-4:] == [987, 991, 995, 999]
@@ -80,12 +80,9 @@ def test_known_chains():
     twice = LINEAR.respaced(250).respaced(2)
     assert twice.times.tolist() == [0, 999]
     torch.testing.assert_close(twice.betas, LINEAR.respaced(2).betas, **EXACT)
-
-
-@pytest.mark.parametrize("num_steps", (0, 1, 1001))
-def test_impossible_numbers_of_steps_are_refused(num_steps):
-    words = f"num_steps is {num_steps}, expected 2 to 1000"
-    refused(lambda: LINEAR.respaced(num_steps), words)
+    for num_steps in (0, 1, 1001):
+        words = f"num_steps is {num_steps}, expected 2 to 1000"
+        refused(partial(LINEAR.respaced, num_steps), words)
 
 
 def test_the_first_posterior_is_the_data_with_the_second_variance():
@@ -94,7 +91,7 @@ def test_the_first_posterior_is_the_data_with_the_second_variance():
     assert LINEAR.posterior_log_variance[0] == LINEAR.posterior_log_variance[1]
 
 
-def test_q_sample_follows_the_chain_at_each_samples_time():
+def test_q_sample_follows_the_chain_at_each_samples_time_in_fp32_at_least():
     _, x, noise = batch()
     times = [0, 1, 300, 640, 999]
     samples = LINEAR.q_sample(x, noise, torch.tensor(times))
@@ -102,6 +99,10 @@ def test_q_sample_follows_the_chain_at_each_samples_time():
         factor, variance = forward(-1, time)
         expected = factor * x[i] + math.sqrt(variance) * noise[i]
         torch.testing.assert_close(samples[i], expected, **EXACT)
+    x, noise = x.bfloat16(), noise.bfloat16()
+    sample, exact = LINEAR.q_sample(x, noise, TIMES), LINEAR.q_sample(x.double(), noise, TIMES)
+    assert sample.dtype == torch.float32
+    torch.testing.assert_close(sample.double(), exact, rtol=1e-6, atol=1e-6)
 
 
 def reference(output, x, noise, t):
@@ -134,24 +135,19 @@ def test_the_losses_are_the_error_of_the_noise_and_the_divergence_of_two_gaussia
     torch.testing.assert_close(losses.variational, variational, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize(
-    "v, variance", ((-1, lambda t: posterior(t - 1, t)[2]), (1, BETAS.__getitem__))
-)
-def test_v_reaches_from_the_posterior_variance_to_beta(v, variance):
+def test_v_reaches_from_the_posterior_variance_to_beta():
     """With the noise itself; there the true posterior has the divergence 0."""
     _, x, noise = batch()
-    output = torch.cat([noise, torch.full_like(noise, v)], dim=1)
-    losses = ddpm_losses(LINEAR, output, x, noise, TIMES)
-    assert losses.simple.tolist() == [0] * 5 and (losses.variational != 0).all() == (v == 1)
-    assert v == 1 or losses.variational.tolist() == [0] * 5
-    for loss, time in zip(losses.variational.tolist(), TIMES.tolist()):
-        low = posterior(time - 1, time)[2]
-        q, p = (
-            Normal(0.0, torch.tensor(s, dtype=torch.float64).sqrt()) for s in (low, variance(time))
-        )
-        expected = kl_divergence(q, p).item() / math.log(2)
+    of_times = [(posterior(time - 1, time)[2], BETAS[time]) for time in TIMES.tolist()]
+    low, high = torch.tensor(of_times, dtype=torch.float64).sqrt().T
+    for v, std in ((-1, low), (1, high)):
+        output = torch.cat([noise, torch.full_like(noise, v)], dim=1)
+        losses = ddpm_losses(LINEAR, output, x, noise, TIMES)
+        assert losses.simple.tolist() == [0] * 5
+        assert ((losses.variational == 0) == (v == -1)).all()
+        expected = kl_divergence(Normal(0.0, low), Normal(0.0, std)) / math.log(2)
         # torch's formula subtracts numbers near 1.
-        assert loss == pytest.approx(expected, rel=1e-9, abs=1e-15)
+        torch.testing.assert_close(losses.variational, expected, rtol=1e-9, atol=1e-15)
 
 
 def first_step(x, mean, v):
@@ -218,23 +214,12 @@ def test_the_gradient_of_the_bound_is_its_slope():
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_losses_are_computed_in_fp32_from_any_output(dtype):
-    shape = (32, 4, 8, 8)
-    output, x, noise = batch(torch.float32, shape)
-    output = output.to(dtype)
-    t = torch.arange(1, 33) * 31
+    output, x, noise = batch(torch.float32, (32, 4, 8, 8))
+    output, t = output.to(dtype), torch.arange(1, 33) * 31
     losses = ddpm_losses(LINEAR, output, x, noise, t)
-    oracle = reference(output.double(), x.double(), noise.double(), t)
-    working = reference(output, x, noise, t)
-    for name, actual, exact, plain in zip(losses._fields, losses, oracle, working):
-        assert_within_budget(name, actual, exact, plain)
-
-
-def test_bf16_latents_are_noised_in_fp32():
-    _, x, noise = (tensor.bfloat16() for tensor in batch())
-    sample = LINEAR.q_sample(x, noise, TIMES)
-    assert sample.dtype == torch.float32
-    exact = LINEAR.q_sample(x.double(), noise.double(), TIMES)
-    torch.testing.assert_close(sample.double(), exact, rtol=1e-6, atol=1e-6)
+    oracle = reference(output, x.double(), noise.double(), t)
+    for name, *values in zip(losses._fields, losses, oracle, reference(output, x, noise, t)):
+        assert_within_budget(name, *values)
 
 
 def test_no_value_is_read_on_the_host():
@@ -247,15 +232,10 @@ def test_no_value_is_read_on_the_host():
 
 @pytest.mark.parametrize(
     "name, shape, expected",
-    (
-        ("output", (5, 3, 4, 4), (5, 6, 4, 4)),
-        ("noise", (5, 3, 4), (5, 3, 4, 4)),
-        ("t", (1,), (5,)),
-    ),
+    (("output", (5, 3, 4, 4), (5, 6, 4, 4)), ("noise", (5, 3, 4), SHAPE), ("t", (1,), (5,))),
 )
 def test_shapes_that_do_not_fit_are_named(name, shape, expected):
-    output, x, noise = batch()
-    arguments = {"output": output, "x": x, "noise": noise, "t": TIMES}
+    arguments = dict(zip(("output", "x", "noise"), batch())) | {"t": TIMES}
     arguments[name] = torch.zeros(shape, dtype=arguments[name].dtype)
     words = re.escape(f"{name} has shape {shape}, expected {expected}")
     refused(lambda: ddpm_losses(LINEAR, **arguments), words)
@@ -264,60 +244,25 @@ def test_shapes_that_do_not_fit_are_named(name, shape, expected):
         refused(lambda: LINEAR.q_sample(**arguments), words)
 
 
-def ratios():
-    """sigma / alpha of every step, by running through the chain."""
-    found, factor, variance = [], 1.0, 0.0
-    for beta in BETAS:
-        factor, variance = factor * math.sqrt(1 - beta), (1 - beta) * variance + beta
-        found.append(math.sqrt(variance) / factor)
-    return torch.tensor(found, dtype=torch.float64)
+# The chain as a path
+
+RATIOS = torch.tensor(1 / np.cumprod(1 - np.array(BETAS)) - 1).sqrt()
+"""sigma / alpha of every step."""
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 @pytest.mark.parametrize("factor, later", ((0.999, 0), (1.001, 1)))
 def test_the_time_of_a_ratio_is_the_middle_of_the_first_step_that_has_it(dtype, factor, later):
     """Ratios of neighbouring steps are at least half a percent apart."""
-    t = ddpm.path.time_of_ratio((factor * ratios()).to(dtype))
+    t = ddpm.path.time_of_ratio((factor * RATIOS).to(dtype))
     steps = (torch.arange(1000) + later).clamp(max=999)
     torch.testing.assert_close(t.double(), (steps.double() + 0.5) / 1000, rtol=1e-6, atol=0)
-    assert torch.equal(ddpm.path.model_times(t), steps)
+    for shift in (-0.49, 0, 0.49):  # a step has all times of its thousandth
+        assert torch.equal(ddpm.path.model_times(t + shift / 1000), steps)
 
 
-def test_the_chain_has_the_ratio_that_was_asked_for():
-    """Beyond its own it is at its first or last step."""
+def test_a_step_has_its_ratio_and_a_ratio_beyond_them_the_first_or_last_step():
+    alpha, sigma, *_ = ddpm.path.coefficients(torch.arange(1000))
+    torch.testing.assert_close((sigma / alpha).double(), RATIOS, rtol=1e-6, atol=0)
     t = ddpm.path.time_of_ratio(torch.tensor([0.0, 1e-30, 1e-3, 200.0, 1e30, math.inf]))
     assert ddpm.path.model_times(t).tolist() == [0, 0, 0, 999, 999, 999]
-    asked = torch.logspace(-1.9, 2.1, 50)
-    t = ddpm.path.model_times(ddpm.path.time_of_ratio(asked))
-    alpha, sigma, *_ = ddpm.path.coefficients(t)
-    assert (sigma / alpha >= asked * (1 - 1e-5)).all()  # the chain keeps fp32 of 1 - abar
-    alpha, sigma, *_ = ddpm.path.coefficients(t - 1)
-    assert (sigma / alpha < asked).all()
-
-
-def test_lognormal_draws_on_the_chain_are_as_frequent_as_their_ratios():
-    t = draw(0, 3, 20_000, (1, 2, 2), path=ddpm.path, weighting="lognormal").t
-    assert t.dtype == torch.float32 and t.min() >= 0 and t.max() <= 1
-    found = np.bincount(ddpm.path.model_times(t).numpy(), minlength=1000)
-    below = stats.norm.cdf(ratios().log().numpy())
-    below[-1] = 1  # all that is above the last step is put there
-    ends = np.searchsorted(below, np.linspace(0.05, 1, 20))
-    expected = 20_000 * np.diff(below[ends], prepend=0)
-    assert expected.sum() == pytest.approx(20_000) and expected.min() > 500
-    counts = np.diff(found.cumsum()[ends], prepend=0)
-    assert stats.chisquare(counts, expected).pvalue > 1e-3
-
-
-def test_the_weighting_changes_only_the_times_of_the_chain():
-    uniform, lognormal = (
-        draw(0, 3, 32, (1, 2, 2), path=ddpm.path, weighting=weighting, drop_prob=0.5)
-        for weighting in ("uniform", "lognormal")
-    )
-    assert not torch.equal(uniform.t, lognormal.t)
-    assert all(map(torch.equal, uniform[1:], lognormal[1:]))
-
-
-def test_uniform_draws_visit_every_step_of_the_chain_equally_often():
-    t = draw(0, 3, 100_000, (1, 1, 1), path=ddpm.path).t
-    counts = np.bincount(ddpm.path.model_times(t).numpy())
-    assert len(counts) == 1000 and stats.chisquare(counts).pvalue > 1e-3

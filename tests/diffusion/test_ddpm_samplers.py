@@ -1,6 +1,7 @@
 """Ancestral sampling and DDIM against the chain, and where they lead."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -15,11 +16,10 @@ from tests.refusals import refused
 STEPS = 12
 # Dividing by sqrt(abar) at the last time, 1 / 157, multiplies roundings of fp64.
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
-SAMPLERS = (ancestral, ddim)
 
 
-def increments(num_steps=STEPS):
-    return seeded((num_steps - 1, *SHAPE), seed=2, dtype=torch.float64)
+def increments():
+    return seeded((STEPS - 1, *SHAPE), seed=2, dtype=torch.float64)
 
 
 def joined(num_steps):
@@ -69,11 +69,9 @@ def recursion(step, parameter, **options):
         x = step(x, clean, increments()[number], previous, time, parameter)
 
 
-def visited(sampler, model=None, num_steps=STEPS, **options):
+def visited(sampler, model, **options):
     """x at every model call, and the result."""
-    model = model or Model()
-    noise = increments(num_steps)
-    result = sampler(model, latents(), LABELS, num_steps=num_steps, noise=noise, **options)
+    result = sampler(model, latents(), LABELS, num_steps=STEPS, noise=increments(), **options)
     return [*model.states, result]
 
 
@@ -83,14 +81,12 @@ def visited(sampler, model=None, num_steps=STEPS, **options):
     "scale, channels", ((1.0, None), (1.0, 2), (2.5, None), (4.0, 3), (0.0, 1))
 )
 def test_every_step_is_that_of_bayes_rule_or_of_ddims_equations(scale, channels, eta, clip):
-    """Ancestral sampling where eta is None."""
-    options = {"cfg_scale": scale, "guidance_channels": channels, "clip_denoised": clip}
+    """Ancestral sampling where eta is None; DDIM ignores the variances."""
+    sampler, step, parameter = partial(ddim, eta=eta), ddim_step, eta
     if eta is None:
-        actual = visited(ancestral, Model(math.sin), **options)
-        step, parameter = ancestral_step, math.sin
-    else:
-        actual = visited(ddim, eta=eta, **options)
-        step, parameter = ddim_step, eta
+        sampler, step, parameter = ancestral, ancestral_step, math.sin
+    options = {"guidance_channels": channels, "clip_denoised": clip}
+    actual = visited(sampler, Model(math.sin), cfg_scale=scale, **options)
     expected = recursion(step, parameter, scale=scale, channels=channels, clip=clip)
     torch.testing.assert_close(actual, expected, **EXACT)
 
@@ -107,86 +103,45 @@ def test_the_variances_follow_the_conditional_output_under_guidance():
     torch.testing.assert_close(actual, expected, **EXACT)
 
 
-def moments(num_steps, v):
-    """Mean and variance of ancestral samples of label 4, (C) each, from the marginal of x_999.
+@pytest.mark.parametrize("num_steps", (2, 10, 100))
+def test_ancestral_sampling_with_the_true_variances_is_exact_at_any_number_of_steps(num_steps):
+    """From the marginal of x_999, of two channels of label 4.
 
     For Gaussian data every step is affine in the state and in its noise and treats every value
     alone. So the sample at no noise is the mean, and those at one unit of noise each, at the
     start or at one step, differ from it by the factors whose squares sum to the variance.
     """
-    channels = 2
-    labels = torch.full((num_steps + 1,), 4)
-    factor, variance = forward(-1, 999)
-    start = factor * means(labels, channels)
-    start[1] += math.sqrt(factor**2 * STD**2 + variance)
-    noise = torch.zeros(num_steps - 1, num_steps + 1, channels, 1, 1, dtype=torch.float64)
-    steps = torch.arange(num_steps - 1)
-    noise[steps, steps + 2] = 1
-    samples = ancestral(Model(v), start, labels, num_steps=num_steps, noise=noise).flatten(1)
-    return samples[0], (samples[1:] - samples[0]).square().sum(0)
-
-
-@pytest.mark.parametrize("num_steps", (2, 10, 100))
-def test_ancestral_sampling_with_the_true_variances_is_exact_at_any_number_of_steps(num_steps):
     v = {time: exact_v(previous, time) for previous, time in joined(num_steps)[:-1]}
-    mean, variance = moments(num_steps, lambda time: v.get(time, 0.0))
-    # x_0 comes out exactly; the last step then returns the mean of the data given x_0.
-    factor, noise = forward(-1, 0)
-    gain = factor**2 * STD**2 / (factor**2 * STD**2 + noise)
-    torch.testing.assert_close(mean, means(torch.tensor([4]), 2).flatten(), rtol=0, atol=1e-9)
-    expected = torch.full((2,), STD**2 * gain, dtype=torch.float64)
-    torch.testing.assert_close(variance, expected, rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("v, too_little", ((-1.0, True), (1.0, False)))
-def test_the_extreme_variances_enclose_the_variance_of_the_data(v, too_little):
-    (_, few), (_, many) = (moments(steps, lambda time: v) for steps in (25, 250))
-    assert ((few < STD**2) == too_little).all()
-    # First order: a tenth of the step leaves about a tenth of the error.
-    assert ((many - STD**2).abs() < 0.2 * (few - STD**2).abs()).all()
-
-
-def flow(x):
-    """Where the probability-flow ODE takes x from the last time to the data."""
     factor, variance = forward(-1, 999)
-    mean = means(LABELS, x.shape[1])
-    return mean + STD / math.sqrt(factor**2 * STD**2 + variance) * (x - factor * mean)
+    labels, mean = torch.full((num_steps + 1,), 4), means(torch.tensor([4]), 2).flatten()
+    start = factor * means(labels, 2)
+    start[1] += math.sqrt(factor**2 * STD**2 + variance)
+    noise = torch.zeros(num_steps - 1, num_steps + 1, 2, 1, 1, dtype=torch.float64)
+    noise[range(num_steps - 1), range(2, num_steps + 1)] = 1
+    model = Model(lambda time: v.get(time, 0.0))
+    samples = ancestral(model, start, labels, num_steps=num_steps, noise=noise).flatten(1)
+    torch.testing.assert_close(samples[0], mean, rtol=0, atol=1e-9)
+    # x_0 comes out exactly; the last step then returns the mean of the data given x_0.
+    factor, variance = forward(-1, 0)
+    gain = factor**2 * STD**2 / (factor**2 * STD**2 + variance)
+    found = (samples[1:] - samples[0]).square().sum(0)
+    torch.testing.assert_close(found, torch.full_like(mean, STD**2 * gain), rtol=0, atol=1e-9)
 
 
-def test_ddim_converges_to_the_flow_in_the_first_order():
+def test_ddim_converges_to_the_probability_flow_in_the_first_order():
+    factor, variance = forward(-1, 999)
+    mean = means(LABELS, SHAPE[1])
+    ratio = STD / math.sqrt(factor**2 * STD**2 + variance)
+    flow = mean + ratio * (latents() - factor * mean)
     errors = [
-        (ddim(Model(), latents(), LABELS, num_steps=n) - flow(latents())).abs().max().item()
+        (ddim(Model(), latents(), LABELS, num_steps=n) - flow).abs().max().item()
         for n in (125, 250, 500)
     ]
     # Exactly 2 in the limit; the corrections are of the order of one step in 125.
     assert [a / b for a, b in zip(errors[:-1], errors[1:])] == pytest.approx([2, 2], rel=0.1)
 
 
-def test_ddim_with_eta_one_is_the_ancestral_step_with_the_small_variance():
-    small = visited(ancestral, Model(lambda time: -1.0), num_steps=50)
-    torch.testing.assert_close(visited(ddim, num_steps=50, eta=1.0), small, **EXACT)
-
-
-def test_ddim_ignores_the_variances_and_without_eta_the_noise():
-    wild = Model(lambda time: 9.0)
-    quiet = [
-        ddim(Model(), latents(), LABELS, num_steps=STEPS),
-        ddim(wild, latents(), LABELS, num_steps=STEPS, noise=increments()),
-        ddim(Model(), latents(), LABELS, num_steps=STEPS, seed=1),
-    ]
-    assert all(torch.equal(quiet[0], other) for other in quiet[1:])
-    assert not torch.equal(quiet[0], ddim(Model(), latents(), LABELS, num_steps=STEPS, eta=0.1))
-
-
-@pytest.mark.parametrize("num_steps, scale", ((2, 1.0), (7, 2.0), (250, 1.0)))
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_model_is_evaluated_once_per_step_at_the_original_times(sampler, num_steps, scale):
-    model = Model()
-    sampler(model, latents(), LABELS, num_steps=num_steps, cfg_scale=scale)
-    assert model.times == Diffusion.linear().respaced(num_steps).times.tolist()[::-1]
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", (ancestral, ddim))
 def test_a_model_without_variances_is_refused(sampler):
     words = r"output has shape \(3, 4, 2, 2\), expected \(3, 8, 2, 2\)"
     refused(lambda: sampler(lambda x, t, y: x, latents(), LABELS, num_steps=4), words)

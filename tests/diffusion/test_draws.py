@@ -4,6 +4,7 @@ import pytest
 import torch
 from scipy import stats
 
+from repa_fast.diffusion import ddpm
 from repa_fast.diffusion import path as paths
 from repa_fast.diffusion.draws import draw, stream
 from repa_fast.diffusion.prediction import PREDICTIONS, training_interval
@@ -34,25 +35,18 @@ def fits(values, *distribution):
     return stats.kstest(values.double().numpy(), *distribution).pvalue > 1e-3
 
 
-def test_shapes_and_dtypes():
-    draws = drawn(batch=5)
-    assert [tuple(f.shape) for f in draws] == [(5,), (5, *SHAPE), (5, *SHAPE), (5,), (5,)]
-    assert [f.dtype for f in draws] == [torch.float32] * 3 + [torch.bool, torch.float32]
-
-
 @every_weighting
-def test_draws_repeat_whatever_the_global_generator_did(weighting):
-    first = drawn(weighting=weighting, drop_prob=0.5)
+def test_draws_are_a_function_of_seed_and_step_whatever_the_global_generator_did(weighting):
+    options = {"weighting": weighting, "drop_prob": 0.5}
+    first = drawn(**options)
+    assert [tuple(f.shape) for f in first] == [(32,), (32, *SHAPE), (32, *SHAPE), (32,), (32,)]
+    assert [f.dtype for f in first] == [torch.float32] * 3 + [torch.bool, torch.float32]
     torch.manual_seed(123)
     state = torch.get_rng_state()
-    second = drawn(weighting=weighting, drop_prob=0.5)
-    assert all(equal(first, second))
+    assert all(equal(first, drawn(**options)))
     assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("other", ({"seed": 1}, {"step": 4}, {"seed": 3, "step": 0}))
-def test_other_seeds_and_steps_give_other_draws(other):
-    assert equal(drawn(drop_prob=0.5), drawn(drop_prob=0.5, **other)) == [False] * 5
+    for other in ({"seed": 1}, {"step": 4}, {"seed": 3, "step": 0}):
+        assert equal(first, drawn(**options, **other)) == [False] * 5
 
 
 @pytest.mark.parametrize("world_size", (1, 2, 4, 8, 32))
@@ -63,57 +57,45 @@ def test_parts_of_all_ranks_make_up_the_global_draws(world_size):
     assert all(equal((torch.cat(fields) for fields in zip(*parts)), whole))
 
 
-def test_drop_probability_changes_only_the_mask():
+def test_drop_probability_changes_only_the_mask_which_has_that_mean():
     never, sometimes, often, always = (drawn(drop_prob=p) for p in (0.0, 0.3, 0.6, 1.0))
     for other in (sometimes, often, always):
         assert equal(never[:3], other[:3]) == [True] * 3
     assert not never.drop.any() and always.drop.all()
-    assert 0 < sometimes.drop.sum() < often.drop.sum() < 32
     assert not (sometimes.drop & ~often.drop).any()
+    for probability in (0.1, 0.5):
+        frequency = drawn(batch=MANY, drop_prob=probability).drop.double().mean()
+        error = math.sqrt(probability * (1 - probability) / MANY)
+        assert abs(frequency - probability) < 5 * error
 
 
 @pytest.mark.parametrize("batch", (6, 32))
-@every_path
+@pytest.mark.parametrize("path", (*LOG_RATIOS, ddpm.path), ids=lambda path: path.name)
 def test_weighting_and_path_change_only_the_times(batch, path):
     """And the path not the uniform ones, but for the end it keeps away from."""
     uniform = drawn(batch=batch, drop_prob=0.5)
     other = drawn(batch=batch, drop_prob=0.5, weighting="lognormal", path=path)
     assert equal(uniform, other) == [False, True, True, True, True]
+    assert other.t.dtype == torch.float32
     t = drawn(batch=batch, path=path).t
     assert torch.allclose(t, path.train_eps + (1 - path.train_eps) * uniform.t)
     assert path is paths.vp or torch.equal(t, uniform.t)
 
 
-def test_what_is_drawn_separately_is_uncorrelated():
+def test_noises_are_standard_normal_and_what_is_drawn_separately_is_uncorrelated():
     """Noises of samples, steps, seeds and streams; label drop and times."""
     here, next_step, other_seed = (
-        drawn(batch=256, **options) for options in ({}, {"step": 4}, {"seed": 1})
+        drawn(batch=400, **options) for options in ({}, {"step": 4}, {"seed": 1})
     )
-    others = (
-        here.posterior_noise,
-        here.noise.roll(1, 0),
-        next_step.noise,
-        next_step.posterior_noise,
-        other_seed.noise,
-    )
+    assert fits(here.noise.flatten(), "norm") and fits(here.posterior_noise.flatten(), "norm")
+    others = [here.posterior_noise, here.noise.roll(1, 0), next_step.posterior_noise]
+    others += [next_step.noise, other_seed.noise]
     for other in others:
         correlation = (here.noise.double() * other.double()).mean()
         assert abs(correlation) < 5 / math.sqrt(here.noise.numel())
     draws = drawn(batch=4096, drop_prob=0.5)
     agreement = (draws.drop == (draws.t < 0.5)).double().mean()
     assert abs(agreement - 0.5) < 5 * 0.5 / math.sqrt(4096)
-
-
-@pytest.mark.parametrize("field", ("noise", "posterior_noise"))
-def test_noise_is_standard_normal(field):
-    assert fits(getattr(drawn(batch=400), field).flatten(), "norm")
-
-
-@pytest.mark.parametrize("probability", (0.1, 0.5))
-def test_labels_are_dropped_with_the_given_probability(probability):
-    frequency = drawn(batch=MANY, drop_prob=probability).drop.double().mean()
-    error = math.sqrt(probability * (1 - probability) / MANY)
-    assert abs(frequency - probability) < 5 * error
 
 
 def ends(path, prediction):
@@ -166,16 +148,12 @@ def test_lognormal_times_do_not_leave_the_interval(monkeypatch, path, prediction
     assert t.min() >= first and t.max() <= last
 
 
-def first_numbers(*keys):
-    return tuple(torch.rand(4, generator=stream(*keys)).tolist())
-
-
 def test_a_stream_is_a_function_of_all_its_keys():
     """Weights, sample grid and the times of step 0 use (seed), (seed, 0) and (seed, 0, 0)."""
-    for keys in ((0,), (5, 1), (2**40, 3, 2)):
-        assert first_numbers(*keys) == first_numbers(*keys)
-    different = ((0, 1), (1, 0), (1, 1), (0, 1, 2), (0, 2, 1), (2**40, 3), (7,), (7, 0), (7, 0, 0))
-    assert len({first_numbers(*keys) for keys in different}) == len(different)
+    keys = [(0,), (5, 1), (2**40, 3, 2), (0, 1), (1, 0), (1, 1), (0, 1, 2), (0, 2, 1), (2**40, 3)]
+    keys += [(7,), (7, 0), (7, 0, 0)]
+    first, again = ([torch.rand(4, generator=stream(*each)) for each in keys] for _ in range(2))
+    assert all(equal(first, again)) and len({tuple(row.tolist()) for row in first}) == len(keys)
 
 
 @pytest.mark.parametrize(

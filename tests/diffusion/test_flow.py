@@ -1,3 +1,6 @@
+import re
+
+import numpy as np
 import pytest
 import torch
 
@@ -17,31 +20,25 @@ def pair(shape=(3, 2, 4, 5), dtype=torch.float64):
     return seeded(shape, seed=1, dtype=dtype), seeded(shape, seed=2, dtype=dtype)
 
 
-def test_the_velocity_loss_equals_a_loop_over_samples_and_values():
+def test_the_velocity_loss_is_the_mean_square_of_each_sample():
     prediction, target = pair()
     losses = velocity_loss(prediction.requires_grad_(), target)
     losses.sum().backward()
-    for sample, loss in enumerate(losses.tolist()):
-        values = zip(prediction[sample].flatten().tolist(), target[sample].flatten().tolist())
-        assert loss == pytest.approx(sum((p - v) ** 2 for p, v in values) / 40, rel=1e-12)
+    for loss, p, v in zip(losses.tolist(), prediction.tolist(), target.tolist()):
+        assert loss == pytest.approx(np.square(np.subtract(p, v)).mean(), rel=1e-12)
     expected = 2 * (prediction.detach() - target) / 40
     torch.testing.assert_close(prediction.grad, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "dtype, of_target",
-    (
-        (torch.float32, torch.float32),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float16),
-        (torch.bfloat16, torch.float32),
-    ),
-)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("of_target", (None, torch.float32))
 def test_the_velocity_loss_is_computed_in_fp32(dtype, of_target):
-    prediction, target = pair((256, 4, 8, 8), of_target)
+    prediction, target = pair((256, 4, 8, 8), of_target or dtype)
     prediction = prediction.to(dtype)
-    oracle = (prediction.double() - target.double()).square().mean((1, 2, 3))
-    working = (prediction.float() - target.float()).square().mean((1, 2, 3))
+    oracle, working = (
+        (prediction.to(work) - target.to(work)).square().mean((1, 2, 3))
+        for work in (torch.float64, torch.float32)
+    )
     assert_within_budget("loss", velocity_loss(prediction, target), oracle, working)
 
 
@@ -49,11 +46,8 @@ def sit_weight(path, tau, loss_weight):
     """Of SiT's training losses: its drift's variance over its noise, in its time."""
     alpha, sigma, d_alpha, d_sigma = gaussians.coefficients(path, tau)
     variance = d_alpha / alpha * sigma**2 - sigma * d_sigma
-    return {
-        "none": 1.0,
-        "velocity": (variance / sigma) ** 2,
-        "likelihood": variance / sigma**2,
-    }[loss_weight]
+    weights = {"none": 1.0, "velocity": (variance / sigma) ** 2}
+    return (weights | {"likelihood": variance / sigma**2})[loss_weight]
 
 
 def times(path, prediction):
@@ -66,10 +60,7 @@ def times(path, prediction):
 @every_prediction
 @every_weight
 def test_noise_loss_is_sits_in_sits_time(path, prediction, loss_weight):
-    """SiT's w |sigma s + eps|^2 of scores and w |eps' - eps|^2 of noise, by a loop over values.
-
-    The noise itself has no loss.
-    """
+    """SiT's w |sigma s + eps|^2 of scores and w |eps' - eps|^2 of noise; of the noise itself 0."""
     t = times(path, prediction)
     output, noise = pair((len(t), 2, 3, 2))
     arguments = noise, t, paths.get(path), loss_weight
@@ -77,12 +68,8 @@ def test_noise_loss_is_sits_in_sits_time(path, prediction, loss_weight):
     assert actual.shape == t.shape and actual.dtype == torch.float64
     for i, time in enumerate(t.tolist()):
         sigma = gaussians.coefficients(path, 1 - time)[1]
-        values = zip(output[i].flatten().tolist(), noise[i].flatten().tolist())
-        if prediction == "score":
-            squares = [(sigma * s + eps) ** 2 for s, eps in values]
-        else:
-            squares = [(predicted - eps) ** 2 for predicted, eps in values]
-        expected = sit_weight(path, 1 - time, loss_weight) * sum(squares) / 12
+        error = sigma * output[i] + noise[i] if prediction == "score" else output[i] - noise[i]
+        expected = sit_weight(path, 1 - time, loss_weight) * error.square().mean().item()
         # 1 - time loses up to 5 digits of 16 at 1e-5 from an end, where the weights divide by it.
         assert actual[i].item() == pytest.approx(expected, rel=1e-10)
     sigma = paths.get(path).coefficients(t.view(-1, 1, 1, 1)).sigma
@@ -109,32 +96,6 @@ def test_weighted_by_velocity_it_is_the_error_of_the_velocity(path, prediction):
 
 
 @every_path
-@every_prediction
-@every_weight
-def test_gaussian_datas_prediction_has_the_least_loss_which_is_a_variance(
-    path, prediction, loss_weight
-):
-    """At t = 0.4."""
-    count = 4096
-    t = torch.full((count,), 0.4, dtype=torch.float64)
-    labels = torch.arange(count) % gaussians.NULL
-    data, noise = pair((count, 4, 2, 2))
-    data = gaussians.means(labels, 4) + gaussians.STD * data
-    noisy, _ = paths.get(path).interpolate(data, noise, t)
-    exact = gaussians.predictions(path, noisy, 0.6, labels)[prediction]
-    losses = [
-        noise_loss(prediction, gain * exact, noise, t, paths.get(path), loss_weight).mean().item()
-        for gain in (1, -1, 0.9, 1.1)
-    ]
-    alpha, sigma, *_ = gaussians.coefficients(path, 0.6)
-    share = (alpha * gaussians.STD) ** 2
-    variance = sit_weight(path, 0.6, loss_weight) * share / (share + sigma**2)
-    # The mean of 65536 squares of normal numbers of that variance, in standard errors.
-    assert abs(losses[0] / variance - 1) < 5 * (2 / 65536) ** 0.5
-    assert losses[0] < min(losses[1:])
-
-
-@every_path
 @every_weight
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 @every_prediction
@@ -158,19 +119,14 @@ def test_noise_losses_are_fp32_and_finite_with_their_gradients(
 @pytest.mark.parametrize(
     "changed, words",
     (
-        *(
-            ({"prediction": name}, (f"prediction is {name!r}, expected one of score, noise",))
-            for name in ("v", "eps", "")
-        ),
-        *(({"loss_weight": name}, (repr(name), *LOSS_WEIGHTS)) for name in ("Velocity", "")),
+        ({"prediction": "v"}, ("prediction is 'v', expected one of score, noise",)),
+        ({"prediction": ""}, ("prediction is '', expected one of score, noise",)),
+        ({"loss_weight": "Velocity"}, ("'Velocity'", *LOSS_WEIGHTS)),
         ({"t": torch.tensor(0.5)}, (r"noise_loss: t has shape \(\), expected \(3,\)",)),
         ({"t": torch.ones(1)}, (r"t has shape \(1,\), expected \(3,\)",)),
         ({"t": torch.ones(3, 1, 1, 1)}, (r"t has shape \(3, 1, 1, 1\), expected \(3,\)",)),
-        (
-            {"noise": torch.ones(3, 2, 4, 4)},
-            (r"noise_loss: noise has shape \(3, 2, 4, 4\), expected \(3, 2, 4, 5\)",),
-        ),
-        ({"noise": torch.ones(1, 2, 4, 5)}, (r"noise has shape \(1, 2, 4, 5\), expected",)),
+        ({"noise": torch.ones(3, 2, 4, 4)}, (r"noise_loss: noise has shape \(3, 2, 4, 4\), exp",)),
+        ({"noise": torch.ones(1, 2, 4, 5)}, (r"noise has shape \(1, 2, 4, 5\), expected \(3, 2",)),
     ),
 )
 def test_wrong_arguments_of_noise_loss_are_named(changed, words):
@@ -182,5 +138,5 @@ def test_wrong_arguments_of_noise_loss_are_named(changed, words):
 
 @pytest.mark.parametrize("shape", ((3, 2, 4, 4), (2, 2, 4, 5), (3, 40)))
 def test_a_target_of_another_shape_is_named(shape):
-    message = refused(lambda: velocity_loss(torch.zeros(3, 2, 4, 5), torch.zeros(shape)))
-    assert f"velocity_loss: target has shape {shape}, expected (3, 2, 4, 5)" in message
+    words = re.escape(f"velocity_loss: target has shape {shape}, expected (3, 2, 4, 5)")
+    refused(lambda: velocity_loss(torch.zeros(3, 2, 4, 5), torch.zeros(shape)), words)

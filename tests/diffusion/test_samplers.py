@@ -10,21 +10,12 @@ from repa_fast.diffusion import path as paths
 from repa_fast.diffusion.samplers import euler, euler_maruyama
 from repa_fast.testing import seeded
 from tests.diffusion import gaussians
-from tests.diffusion.gaussians import (
-    FORMS,
-    LABELS,
-    NULL,
-    PATHS,
-    SHAPE,
-    STD,
-    Model,
-    bounds,
-    latents,
-)
+from tests.diffusion.gaussians import FORMS, LABELS, NULL, PATHS, SHAPE, STD, Model, bounds, latents
 
 heun = partial(euler, heun=True)
 LAST_STEPS = ("mean", "euler", "tweedie", "none")
 STEPS = 12
+NOISE = seeded((STEPS - 1, *SHAPE), seed=2, dtype=torch.float64)
 EVERYWHERE = (0.0, 1.0)
 GUIDANCE = ((1.0, EVERYWHERE), (2.5, EVERYWHERE), (0.0, EVERYWHERE), (1.5, (0.23, 0.71)))
 
@@ -38,7 +29,7 @@ def close(actual, expected):
         torch.testing.assert_close(a, e, rtol=0, atol=1e-12 * e.abs().max().item())
 
 
-def guided(path, x, tau, guidance, *, channels=None, decided_at=None):
+def guided(path, x, tau, *, guidance, channels, decided_at=None):
     """Velocity and score in SiT's time, guided in the leading channels inside the interval."""
     scale, interval = guidance
     conditional = gaussians.predictions(path, x, tau, LABELS)
@@ -53,15 +44,16 @@ def guided(path, x, tau, guidance, *, channels=None, decided_at=None):
     return values
 
 
-def ode_recursion(path, x, guidance, *, singular, second_order, channels):
+def ode_recursion(path, guidance, *, singular, second_order, channels):
     """x at every model call, and the result."""
     first, last = bounds(path, singular=singular)
     dt = (last - first) / STEPS
-    states = []
+    states, x = [], latents()
 
     def velocity(x, tau, decided_at):
         states.append(x)
-        return guided(path, x, tau, guidance, channels=channels, decided_at=decided_at)[0]
+        options = {"guidance": guidance, "channels": channels, "decided_at": decided_at}
+        return guided(path, x, tau, **options)[0]
 
     for step in range(STEPS):
         tau = first + step * dt
@@ -72,30 +64,39 @@ def ode_recursion(path, x, guidance, *, singular, second_order, channels):
     return [*states, x]
 
 
-def sde_recursion(path, x, noise, guidance, *, form, norm, last_step, size, singular, channels):
-    """x at every model call, and the result."""
-    size = 0.0 if last_step == "none" else size
-    first, last = bounds(path, singular=singular or form == "SBDM", size=size)
-    taus = torch.linspace(first, last, len(noise) + 1, dtype=torch.float64).tolist()
-    dt = (last - first) / len(noise)
-    states = []
-    for tau, z in zip(taus[:-1], noise, strict=True):
+def sde_recursion(
+    path,
+    guidance,
+    singular,
+    *,
+    diffusion_form="linear",
+    diffusion_norm=1.0,
+    last_step="mean",
+    last_step_size=0.04,
+    guidance_channels=None,
+):
+    """x at every model call, and the result; by default with the options of REPA's release."""
+    size = 0.0 if last_step == "none" else last_step_size
+    first, last = bounds(path, singular=singular or diffusion_form == "SBDM", size=size)
+    form = partial(gaussians.diffusion, diffusion_form, diffusion_norm, path)
+    field = partial(guided, path, guidance=guidance, channels=guidance_channels)
+    taus = torch.linspace(first, last, len(NOISE) + 1, dtype=torch.float64).tolist()
+    dt = (last - first) / len(NOISE)
+    states, x = [], latents()
+    for tau, z in zip(taus[:-1], NOISE, strict=True):
         states.append(x)
-        v, s = guided(path, x, tau, guidance, channels=channels)
-        w = gaussians.diffusion(form, norm, path, tau)
+        v, s = field(x, tau)
+        w = form(tau)
         x = x + (v + w * s) * dt + math.sqrt(2 * w * dt) * z
     states.append(x)
     if last_step == "none":
         return states
-    v, s = guided(path, x, last, guidance, channels=channels)
-    alpha, sigma, *_ = gaussians.coefficients(path, last)
-    w = gaussians.diffusion(form, norm, path, last)
-    results = {
-        "mean": x + (v + w * s) * size,
-        "euler": x + v * size,
-        "tweedie": (x + sigma**2 * s) / alpha,
-    }
-    return [*states, results[last_step]]
+    v, s = field(x, last)
+    if last_step == "tweedie":
+        alpha, sigma, *_ = gaussians.coefficients(path, last)
+        return [*states, (x + sigma**2 * s) / alpha]
+    w = form(last) if last_step == "mean" else 0
+    return [*states, x + (v + w * s) * size]
 
 
 def visited(sampler, path="linear", prediction="v", guidance=(1.0, EVERYWHERE), **options):
@@ -118,37 +119,13 @@ def test_the_ode_follows_sits_recursion(path, prediction, second_order, guidance
     options = {"num_steps": STEPS, "guidance_channels": channels}
     actual, _ = visited(sampler, path, prediction, guidance, **options)
     options = {"singular": prediction != "v", "second_order": second_order, "channels": channels}
-    close(actual, ode_recursion(path, latents(), guidance, **options))
+    close(actual, ode_recursion(path, guidance, **options))
 
 
-def expect_sits_sde(path, prediction, guidance, form, norm, last_step, size, channels):
-    noise = seeded((STEPS - 1, *SHAPE), seed=2, dtype=torch.float64)
-    actual, _ = visited(
-        euler_maruyama,
-        path,
-        prediction,
-        guidance,
-        num_steps=STEPS,
-        noise=noise,
-        diffusion_form=form,
-        diffusion_norm=norm,
-        last_step=last_step,
-        last_step_size=size,
-        guidance_channels=channels,
-    )
-    expected = sde_recursion(
-        path,
-        latents(),
-        noise,
-        guidance,
-        form=form,
-        norm=norm,
-        last_step=last_step,
-        size=size,
-        singular=prediction != "v",
-        channels=channels,
-    )
-    close(actual, expected)
+def expect_sits_sde(path, prediction, guidance, **options):
+    sampler = partial(euler_maruyama, num_steps=STEPS, noise=NOISE, **options)
+    actual, _ = visited(sampler, path, prediction, guidance)
+    close(actual, sde_recursion(path, guidance, prediction != "v", **options))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -156,7 +133,9 @@ def expect_sits_sde(path, prediction, guidance, form, norm, last_step, size, cha
 @pytest.mark.parametrize("last_step", LAST_STEPS)
 @pytest.mark.parametrize("norm, size", ((1.0, 0.04), (0.3, 0.1)))
 def test_every_form_and_last_step_follow_sits_recursion(path, form, last_step, norm, size):
-    expect_sits_sde(path, "v", GUIDANCE[-1], form, norm, last_step, size, None)
+    options = {"diffusion_form": form, "diffusion_norm": norm}
+    options |= {"last_step": last_step, "last_step_size": size}
+    expect_sits_sde(path, "v", GUIDANCE[-1], **options)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -165,33 +144,26 @@ def test_every_form_and_last_step_follow_sits_recursion(path, form, last_step, n
 @pytest.mark.parametrize("channels", (None, 3))
 @pytest.mark.parametrize("guidance", GUIDANCE)
 def test_every_prediction_follows_sits_recursion(path, prediction, last_step, channels, guidance):
-    expect_sits_sde(path, prediction, guidance, "sigma", 1.0, last_step, 0.04, channels)
+    options = {"last_step": last_step, "guidance_channels": channels, "diffusion_form": "sigma"}
+    expect_sits_sde(path, prediction, guidance, **options)
 
 
 def test_by_default_the_sde_is_the_released_one():
     """Velocities of the linear path unguided, diffusion 2t, a last step of 0.04 to the mean."""
-    released = {"diffusion_form": "linear", "diffusion_norm": 1.0, "last_step": "mean"}
-    explicit, _ = visited(euler_maruyama, num_steps=STEPS, last_step_size=0.04, **released)
     model = Model()
-    default = euler_maruyama(model, latents(), LABELS, num_steps=STEPS)
-    assert all(map(torch.equal, [*model.states, default], explicit))
+    result = euler_maruyama(model, latents(), LABELS, num_steps=STEPS, noise=NOISE)
+    close([*model.states, result], sde_recursion("linear", GUIDANCE[0], singular=False))
 
 
 @pytest.mark.parametrize("num_steps", (1, 2, 7))
-def test_the_ode_is_evaluated_on_a_uniform_grid(num_steps):
-    """By Heun's method at both ends of every step but the last."""
+def test_the_model_is_evaluated_on_a_uniform_grid(num_steps):
+    """By Heun's method at both ends of every step but the last; down to 0.04 for the SDE."""
     grid = [1 - step / num_steps for step in range(num_steps)]
     both = [t for ends in zip(grid, grid[1:]) for t in ends]
-    for sampler, times in ((euler, grid), (heun, [*both, grid[-1]])):
-        _, model = visited(sampler, num_steps=num_steps)
+    down = [1 - 0.96 * step / num_steps for step in range(num_steps + 1)]
+    for sampler, times in ((euler, grid), (heun, [*both, grid[-1]]), (euler_maruyama, down)):
+        _, model = visited(sampler, num_steps=num_steps + (sampler is euler_maruyama))
         assert model.times == pytest.approx(times, abs=1e-15)
-
-
-@pytest.mark.parametrize("num_steps", (2, 3, 9))
-def test_the_sde_is_evaluated_once_per_step_down_to_0_04(num_steps):
-    _, model = visited(euler_maruyama, num_steps=num_steps)
-    grid = [1 - 0.96 * step / (num_steps - 1) for step in range(num_steps)]
-    assert model.times == pytest.approx(grid, abs=1e-15)
 
 
 SDE_TIMES = torch.linspace(1, 0.04, 5, dtype=torch.float64).tolist()
@@ -264,9 +236,8 @@ def ends(path, form, num_steps, size):
     noise = torch.zeros(num_steps - 1, num_steps + 1, 1, 1, 1)
     noise[:, 2:, 0, 0, 0] = torch.eye(num_steps - 1)
     options = {"diffusion_form": form, "last_step": "tweedie", "last_step_size": size}
-    result = euler_maruyama(
-        Model(path), x, labels, num_steps=num_steps, noise=noise, path=paths.get(path), **options
-    ).flatten()
+    options |= {"num_steps": num_steps, "noise": noise, "path": paths.get(path)}
+    result = euler_maruyama(Model(path), x, labels, **options).flatten()
     return torch.stack([result[0], (result[1:] - result[0]).square().sum()])
 
 

@@ -5,12 +5,7 @@ import math
 import pytest
 import torch
 
-from repa_fast.diffusion.alignment import (
-    KINDS,
-    sra_loss,
-    teacher_steps,
-    teacher_times,
-)
+from repa_fast.diffusion.alignment import KINDS, sra_loss, teacher_steps, teacher_times
 from repa_fast.objective.self_alignment import align_weight
 from repa_fast.testing import assert_within_budget, seeded
 from tests.refusals import refused
@@ -18,57 +13,50 @@ from tests.refusals import refused
 EPOCH = 1_281_167
 
 
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
 def pair(shape=(3, 4, 5), dtype=torch.float64):
-    # differences on both sides of smooth L1's 0.05
+    """Hidden states, with differences on both sides of smooth L1's 0.05."""
     student = seeded(shape, seed=1, dtype=dtype)
     return student, student + seeded(shape, seed=2, dtype=dtype, std=0.07)
 
 
-def cosine(a, b):
-    return sum(x * y for x, y in zip(a, b)) / math.hypot(*a) / math.hypot(*b)
-
-
-def smooth(difference):
-    size = abs(difference)
-    return size**2 / 0.1 if size < 0.05 else size - 0.025
-
-
-def of_loops(student, teacher, kind):
-    """One sample, (N, D), with Python numbers."""
+def plain(student, teacher, kind):
+    """The loss of one sample (N, D), by its formula."""
     if kind.startswith("cos"):
-        if kind == "cos":
-            student, teacher = student.T, teacher.T
-        cosines = [cosine(a, b) for a, b in zip(student.tolist(), teacher.tolist())]
-        return 1 - sum(cosines) / len(cosines)
-    of = {"sml1": smooth, "l1": abs, "l2": lambda x: x * x}[kind]
-    pairs = list(zip(student.flatten().tolist(), teacher.flatten().tolist()))
-    return sum(of(a - b) for a, b in pairs) / len(pairs)
+        over = 0 if kind == "cos" else 1
+        norms = student.square().sum(over) * teacher.square().sum(over)
+        return 1 - ((student * teacher).sum(over) / norms.sqrt()).mean()
+    size = (student - teacher).abs()
+    smooth = torch.where(size < 0.05, size**2 / 0.1, size - 0.025)
+    return {"sml1": smooth, "l1": size, "l2": size**2}[kind].mean()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_sample_has_the_loss_of_loops_over_it(kind):
+@every_kind
+def test_a_sample_has_the_loss_of_its_formula_and_none_where_states_are_equal(kind):
     student, teacher = pair()
-    losses = sra_loss(student, teacher, kind)
-    expected = [of_loops(s, z, kind) for s, z in zip(student, teacher)]
-    assert losses.tolist() == pytest.approx(expected, rel=1e-10)
+    expected = torch.stack([plain(s, z, kind) for s, z in zip(student, teacher)])
+    torch.testing.assert_close(sra_loss(student, teacher, kind), expected, rtol=1e-10, atol=0)
+    assert sra_loss(student, student, kind).tolist() == pytest.approx([0] * 3, abs=1e-15)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 def test_it_is_computed_in_fp32_also_under_autocast(kind, dtype):
     student, teacher = pair((3, 64, 48), dtype)
     with torch.autocast("cpu", torch.bfloat16):
         losses = sra_loss(student, teacher, kind)
     assert losses.dtype == torch.float32
-    oracle = sra_loss(student.double(), teacher.double(), kind)
-    working = sra_loss(student.float(), teacher.float(), kind)
+    oracle, working = (
+        sra_loss(student.to(work), teacher.to(work), kind)
+        for work in (torch.float64, torch.float32)
+    )
     assert_within_budget("losses", losses, oracle, working)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_equal_states_have_no_loss_and_zeros_are_finite(kind):
-    student = seeded((2, 3, 4), seed=1, dtype=torch.float64)
-    assert sra_loss(student, student, kind).tolist() == pytest.approx([0, 0], abs=1e-15)
+@every_kind
+def test_zeros_have_a_finite_loss_and_gradient(kind):
     zeros = torch.zeros(2, 3, 4, requires_grad=True)
     losses = sra_loss(zeros, zeros.detach(), kind)
     losses.sum().backward()
@@ -150,37 +138,25 @@ def test_what_does_not_fit_and_what_nobody_released_is_refused(function, argumen
     refused(lambda: function(*arguments), words)
 
 
-WEIGHTS = (
-    # objective, resolution, epoch, weight: 2 or 0.4 times ten to the minus e
-    ("flow", 256, 0, 0.2),
-    ("flow", 256, 149, 0.2),
-    ("flow", 256, 150, 0.19954001276),  # e = 1.001
-    ("flow", 256, 649, 0.06324555320),  # e = 1.5
-    ("flow", 256, 799, 0.04477442277),  # e = 1.65
-    ("flow", 256, 1149, 0.02),  # e = 2
-    ("flow", 512, 0, 0.2),
-    ("flow", 512, 99, 0.2),
-    ("flow", 512, 100, 0.19942518135),  # e = 1.00125
-    ("flow", 512, 399, 0.08433930069),  # e = 1.375
-    ("flow", 512, 899, 0.02),  # e = 2
-    ("ddpm", 256, 0, 0.04),
-    ("ddpm", 256, 149, 0.04),
-    ("ddpm", 256, 799, 0.00895488455),  # e = 1.65
-    ("ddpm", 256, 1149, 0.004),  # e = 2
+EXPONENTS = (
+    ("flow", 256, {0: 1, 149: 1, 150: 1.001, 649: 1.5, 799: 1.65, 1149: 2}),
+    ("flow", 512, {0: 1, 99: 1, 100: 1.00125, 399: 1.375, 899: 2}),
+    ("ddpm", 256, {0: 1, 149: 1, 799: 1.65, 1149: 2}),
 )
+"""Objective, resolution, and epoch -> e of the weight, which is 2 or 0.4 times ten to the -e."""
 
 
-@pytest.mark.parametrize("objective, resolution, epoch, weight", WEIGHTS)
-def test_weights_of_whole_epochs(objective, resolution, epoch, weight):
-    for images in (epoch * EPOCH, (epoch + 1) * EPOCH - 1):
-        found = align_weight("sml1", images, resolution, objective)
-        assert found == pytest.approx(weight, rel=1e-9)
+@pytest.mark.parametrize("objective, resolution, exponents", EXPONENTS)
+def test_weights_of_whole_epochs(objective, resolution, exponents):
+    for epoch, exponent in exponents.items():
+        expected = {"flow": 2, "ddpm": 0.4}[objective] * 10**-exponent
+        for images in (epoch * EPOCH, (epoch + 1) * EPOCH - 1):
+            found = align_weight("sml1", images, resolution, objective)
+            assert found == pytest.approx(expected, rel=1e-9), epoch
 
 
 @pytest.mark.parametrize("epoch", (0, 120, 150, 799))
-def test_weights_of_other_kinds_and_resolutions(epoch):
-    """Other distances decay as smooth L1, other resolutions as 256; cosines are constant."""
-
+def test_other_distances_decay_as_smooth_l1_other_resolutions_as_256_and_cosines_do_not(epoch):
     def weight(kind, resolution):
         return align_weight(kind, epoch * EPOCH, resolution, "flow")
 

@@ -1,6 +1,7 @@
 """The CUDA library and its build: what can be known of them without a GPU."""
 
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ ENTRY_BYTES = 72
 PARAMETER_BYTES = 32_764
 """What a kernel may take from sm_70 and CUDA 12.1 on."""
 NOTHING_TO_BUILD_WITH = "no nvcc in CUDA_HOME, on PATH or from the package nvidia-cuda-nvcc"
+NO_TORCH = "torch is not installed here (isolated build? use --no-build-isolation)"
 
 
 def setup_py(*args, root=ROOT, **environment):
@@ -32,12 +34,18 @@ def setup_py(*args, root=ROOT, **environment):
     return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
 
 
+def output(*command, **options):
+    """What a program prints that ends well."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def why_not_built():
     """setup.py's own reason, "" where it would build."""
     process = setup_py("--version", REPA_FAST_CUDA=None)
     assert process.returncode == 0, process.stderr
-    found = re.search(r"csrc is not built: (.*)", process.stdout)
-    return found.group(1) if found else ""
+    return "".join(re.findall(r"csrc is not built: (.*)", process.stdout))
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +69,7 @@ def cuobjdump(library):
         pytest.skip("Triton, which brings cuobjdump, is not installed")
     tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
-    def call(*options):
-        command = [str(tool), *options, str(library)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    return call
+    return lambda *options: output(str(tool), *options, str(library))
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +116,7 @@ def constant(name):
     """Value of a constexpr of the source, which may be a product of others."""
     expression = re.search(rf"constexpr \w+ {name} = ([^;]+);", SOURCE.read_text()).group(1)
     factors = (factor.strip() for factor in expression.split("*"))
-    product = 1
-    for factor in factors:
-        product *= int(factor) if factor.isdecimal() else constant(factor)
-    return product
+    return math.prod(int(name) if name.isdecimal() else constant(name) for name in factors)
 
 
 def test_chunks_are_as_long_in_the_source_as_in_python():
@@ -143,11 +144,7 @@ def test_importing_everything_does_not_load_it_and_it_loads_without_a_gpu(librar
         "      hasattr(torch.ops.repa_fast, 'adamw_ema'), torch.cuda.is_initialized())"
     )
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    process = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.strip() == "False False '' True False"
+    assert output(sys.executable, "-c", script, env=env).strip() == "False False '' True False"
 
 
 def test_it_needs_nothing_but_torch_and_the_system(library):
@@ -155,15 +152,11 @@ def test_it_needs_nothing_but_torch_and_the_system(library):
     readelf = shutil.which("readelf")
     if readelf is None:
         pytest.skip("readelf is not installed")
-    dynamic = subprocess.run([readelf, "-d", str(library)], capture_output=True, text=True).stdout
-    needed = set(re.findall(r"NEEDED.*\[(.+?)\]", dynamic))
+    needed = set(re.findall(r"NEEDED.*\[(.+?)\]", output(readelf, "-d", str(library))))
     system = {"libc.so.6", "libm.so.6", "libstdc++.so.6", "libgcc_s.so.1", "libdl.so.2"}
     system |= {"libpthread.so.0", "librt.so.1", "ld-linux-x86-64.so.2"}
     assert needed - system <= {"libtorch_cpu.so", "libtorch_cuda.so"}
-    symbols = subprocess.run(
-        [readelf, "--dyn-syms", "-W", str(library)], capture_output=True, text=True
-    ).stdout
-    undefined = re.findall(r" UND (\S+)", symbols)
+    undefined = re.findall(r" UND (\S+)", output(readelf, "--dyn-syms", "-W", str(library)))
     assert not [name for name in undefined if name.startswith(("_ZN2at", "_ZN3c10", "_ZN5torch"))]
 
 
@@ -228,12 +221,18 @@ def checkout(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def no_toolkit(tmp_path_factory):
-    """Environment in which neither CUDA_HOME nor PATH nor a package has an nvcc."""
-    shadow = tmp_path_factory.mktemp("shadow")
-    (shadow / "nvidia").mkdir()
-    (shadow / "nvidia" / "__init__.py").write_text("")
-    return {"PATH": "", "CUDA_HOME": None, "PYTHONPATH": str(shadow)}
+def without(tmp_path_factory):
+    """Thing -> environment of a Python in which it is not to be found."""
+    nvcc, torch = (tmp_path_factory.mktemp(name) for name in ("nvcc", "torch"))
+    (nvcc / "nvidia").mkdir()
+    (nvcc / "nvidia" / "__init__.py").write_text("")
+    (torch / "sitecustomize.py").write_text(
+        "import importlib.util as u\n"
+        "find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest)\n"
+    )
+    no_nvcc = {"PATH": "", "CUDA_HOME": None, "PYTHONPATH": str(nvcc)}
+    return {"nvcc": no_nvcc, "torch": {"PYTHONPATH": str(torch)}, "nothing": {}}
 
 
 def built(checkout):
@@ -241,34 +240,22 @@ def built(checkout):
 
 
 @pytest.mark.parametrize(
-    "wish, status, out, err",
+    "thing, wish, status, said",
     (
-        (None, 0, f"repa-fast: csrc is not built: {NOTHING_TO_BUILD_WITH}\n", ""),
-        ("0", 0, "repa-fast: csrc is not built: REPA_FAST_CUDA=0\n", ""),
-        ("1", 1, "", f"repa-fast: REPA_FAST_CUDA=1, but {NOTHING_TO_BUILD_WITH}\n"),
+        ("nvcc", None, 0, f"csrc is not built: {NOTHING_TO_BUILD_WITH}"),
+        ("nvcc", "1", 1, f"REPA_FAST_CUDA=1, but {NOTHING_TO_BUILD_WITH}"),
+        ("torch", None, 0, f"csrc is not built: {NO_TORCH}"),
+        ("torch", "1", 1, f"REPA_FAST_CUDA=1, but {NO_TORCH}"),
+        ("nothing", "0", 0, "csrc is not built: REPA_FAST_CUDA=0"),
     ),
 )
-def test_what_is_not_built_is_said_in_one_line(checkout, no_toolkit, wish, status, out, err):
-    environment = {} if wish == "0" else no_toolkit
+def test_what_is_not_built_is_said_in_one_line(checkout, without, thing, wish, status, said):
     build = ("build_ext", "--inplace")
-    process = setup_py(*build, root=checkout, REPA_FAST_CUDA=wish, **environment)
+    process = setup_py(*build, root=checkout, REPA_FAST_CUDA=wish, **without[thing])
+    line = f"repa-fast: {said}\n"
+    out, err = ("", line) if status else (line, "")
     assert (process.returncode, process.stdout, process.stderr) == (status, out, err)
     assert not built(checkout)
-
-
-def test_without_torch_the_build_says_so(checkout, no_toolkit, tmp_path):
-    """As in an isolated build: setuptools is there and torch is not."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import importlib.util as u\n"
-        "find = u.find_spec\n"
-        "u.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest)\n"
-    )
-    for value, status in ((None, 0), ("1", 1)):
-        process = setup_py(
-            "--version", root=checkout, REPA_FAST_CUDA=value, PYTHONPATH=str(tmp_path)
-        )
-        assert process.returncode == status
-        assert "torch is not installed here" in process.stdout + process.stderr
 
 
 def test_nvcc_is_told_the_architectures_that_were_chosen(checkout, tmp_path):

@@ -33,31 +33,19 @@ WRONG = (
 )
 
 
-def run(folder: Path, **files: str) -> str:
-    """What pytest says of files in `folder`, in one line each, with the reasons of skips."""
-    (folder / "pytest.ini").write_text("[pytest]\naddopts = --import-mode=importlib\n")
-    (folder / "conftest.py").write_text(CONFTEST)
+def test_what_needs_an_absent_package_is_skipped_and_other_errors_are_errors(tmp_path):
+    files = FILES | {f"test_{number}.py": text for number, text in enumerate(WRONG)}
+    files |= {"conftest.py": CONFTEST}
+    files |= {"pytest.ini": "[pytest]\naddopts = --import-mode=importlib\n"}
     for name, text in files.items():
-        (folder / name).write_text(text)
+        (tmp_path / name).write_text(text)
     flags = "-rs --continue-on-collection-errors -p no:cacheprovider -c pytest.ini ."
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": ""}
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", *flags.split()],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
+    command = [sys.executable, "-m", "pytest", *flags.split()]
+    said = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True
     ).stdout
-
-
-def test_what_needs_an_absent_package_is_skipped_and_nothing_else(tmp_path):
-    said = run(tmp_path, **FILES)
-    assert "1 passed, 4 skipped" in said, said
+    assert "1 failed, 1 passed, 4 skipped, 5 errors" in said, said
     assert "[1] test_module.py:1: needs no_such_package" in said
     assert "[1] test_part.py:1: needs os.no_such_part" in said
     assert "[2] " in said and said.count(": needs no_such_package") == 2
-
-
-def test_other_errors_are_errors(tmp_path):
-    said = run(tmp_path, **{f"test_{i}.py": text for i, text in enumerate(WRONG)})
-    assert "1 failed, 5 errors" in said and "skipped" not in said, said

@@ -1,5 +1,8 @@
+"""Which implementation runs, who may ask for one, and what is said about it."""
+
 import importlib.util
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from tests.kernels.table import OPS
 from tests.refusals import refused
 
 ONE = torch.ones(2, 3, 8)
+NEEDS_TRITON = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton")
 
 
 def call(op, arguments=None, **options):
@@ -25,28 +29,23 @@ def moved(op, *names):
     return arguments | {name: arguments[name].to("meta") for name in names}
 
 
-def tensors(op):
-    return OPS[op].tokens + OPS[op].vectors
-
-
 @pytest.fixture(autouse=True)
 def fresh_process(monkeypatch):
     """Nothing asked for, nothing said yet, and no interpreter."""
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
-    use_kernels(None)
     if importlib.util.find_spec("triton"):
         import triton
 
         monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+
+    def forget():
+        use_kernels(None)
+        dispatch.why_not_triton.cache_clear()
+        dispatch._say_once.cache_clear()
+
     forget()
     yield
-    use_kernels(None)
     forget()
-
-
-def forget():
-    dispatch.why_not_triton.cache_clear()
-    dispatch._say_once.cache_clear()
 
 
 @pytest.fixture
@@ -54,11 +53,6 @@ def interpreted(monkeypatch):
     """Kernels count as able to run on the CPU; they are not run."""
     knobs = pytest.importorskip("triton").knobs
     monkeypatch.setattr(knobs.runtime, "interpret", True)
-
-
-@pytest.fixture
-def needs_triton():
-    pytest.importorskip("triton")
 
 
 @pytest.fixture
@@ -76,7 +70,7 @@ def said(caplog):
     return lambda: [r.getMessage() for r in caplog.records if r.name == dispatch.__name__]
 
 
-@pytest.mark.usefixtures("needs_triton")
+@NEEDS_TRITON
 @pytest.mark.parametrize("op", OPS)
 def test_auto_runs_the_reference_on_the_cpu_and_says_once_why(said, op):
     expected = call(op, implementation="reference")
@@ -97,7 +91,7 @@ def test_auto_takes_the_kernels_where_they_can_run_and_says_each_reason_once(sai
     ]
 
 
-@pytest.mark.usefixtures("needs_triton")
+@NEEDS_TRITON
 @pytest.mark.parametrize("ask", ("call", "process", "environment"))
 @pytest.mark.parametrize("op", OPS)
 def test_triton_on_the_cpu_raises_with_the_reason(monkeypatch, op, ask):
@@ -110,7 +104,7 @@ def test_triton_on_the_cpu_raises_with_the_reason(monkeypatch, op, ask):
         refused(lambda: call(op, **options), f"{op}: .*'triton'.* the tensors are on the CPU")
 
 
-@pytest.mark.usefixtures("needs_triton")
+@NEEDS_TRITON
 def test_triton_on_the_cpu_raises_when_compiled():
     compiled = torch.compile(ops.adaln, fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match="the tensors are on the CPU"):
@@ -130,7 +124,7 @@ def test_without_triton_auto_runs_the_reference_and_triton_raises(said, op):
 @pytest.mark.parametrize("implementation", ("auto", "triton", "reference"))
 @pytest.mark.parametrize("op", OPS)
 def test_tensors_on_two_devices_are_refused(op, implementation):
-    for name in tensors(op):
+    for name in OPS[op].tokens + OPS[op].vectors:
         refused(
             lambda name=name: call(op, moved(op, name), implementation=implementation),
             f"{op}: tensors on .*expected one device",
@@ -141,29 +135,24 @@ def test_tensors_on_two_devices_are_refused(op, implementation):
 
 @pytest.mark.parametrize("op", OPS)
 def test_meta_tensors_take_the_reference_and_are_refused_by_the_kernels(op):
-    arguments = moved(op, *tensors(op))
+    arguments = moved(op, *OPS[op].tokens, *OPS[op].vectors)
     assert call(op, arguments)[0].is_meta
     refused(lambda: call(op, arguments, implementation="triton"), f"{op}: .*'triton', but ")
 
 
-@pytest.mark.usefixtures("needs_triton")
-@pytest.mark.parametrize("device", ("mps", "xpu"))
-def test_devices_without_kernels_have_a_reason(device):
-    assert dispatch.why_not_triton(device)
+@NEEDS_TRITON
+def test_devices_without_kernels_have_a_reason():
+    assert all(map(dispatch.why_not_triton, ("mps", "xpu")))
 
 
-@pytest.mark.parametrize("asked", (*dispatch.IMPLEMENTATIONS, ""))
-def test_the_environment_asks_where_nobody_else_does(monkeypatch, asked):
+def test_the_environment_asks_where_nobody_else_does_and_is_named_for_an_unknown_name(monkeypatch):
     assert dispatch.asked() == "auto"
-    monkeypatch.setenv("REPA_FAST_KERNELS", asked)
-    assert dispatch.asked() == (asked or "auto")
-
-
-def test_an_unknown_name_in_the_environment_names_the_variable(monkeypatch):
+    for asked in (*dispatch.IMPLEMENTATIONS, ""):
+        monkeypatch.setenv("REPA_FAST_KERNELS", asked)
+        assert dispatch.asked() == (asked or "auto")
     monkeypatch.setenv("REPA_FAST_KERNELS", "cuda")
-    message = "REPA_FAST_KERNELS is 'cuda', expected one of auto, triton, reference"
-    refused(lambda: call("adaln"), message)
-    refused(dispatch.asked, message)
+    for ask in (dispatch.asked, lambda: call("adaln")):
+        refused(ask, "REPA_FAST_KERNELS is 'cuda', expected one of auto, triton, reference")
 
 
 @pytest.mark.parametrize("name", ("cuda", "", "Triton"))
@@ -231,11 +220,10 @@ def test_auto_takes_the_first_that_nothing_is_against(said, against, expected):
 def test_what_is_asked_for_runs_or_raises():
     candidates = {"a": never, "b": dispatch.runs, "c": lambda: "there is none"}
     assert dispatch.choose("what", "b", candidates) == ("b", "asked for")
-    for asked, words in (
-        ("c", "what is 'c', but there is none"),
-        ("d", "what is 'd', expected one of auto, a, b, c"),
-    ):
-        refused(lambda asked=asked: dispatch.choose("what", asked, candidates), words)
     nothing = {"a": lambda: "no a", "b": lambda: "no b"}
-    words = "what is 'auto', but nothing can run: no a; no b"
-    refused(lambda: dispatch.choose("what", "auto", nothing), words)
+    for asked, among, words in (
+        ("c", candidates, "what is 'c', but there is none"),
+        ("d", candidates, "what is 'd', expected one of auto, a, b, c"),
+        ("auto", nothing, "what is 'auto', but nothing can run: no a; no b"),
+    ):
+        refused(partial(dispatch.choose, "what", asked, among), words)

@@ -24,28 +24,28 @@ MAX_BYTES = 1_000_000
 
 
 @functools.cache
-def load(split: str) -> tuple[torch.Tensor, np.ndarray]:
+def load(split):
     """Return images uint8 (N, 3, 16, 16) and labels int64 (N,)."""
     images, labels = digit_images(split)
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
 
 
 @pytest.fixture(scope="module")
-def teacher() -> DigitsViT:
+def teacher():
     return encoders.load("digits-vit", 16, "cpu")
 
 
 @pytest.fixture(scope="module")
-def judge() -> DigitsJudge:
+def judge():
     return DigitsJudge()
 
 
 @pytest.fixture(scope="module")
-def val_tokens(teacher: DigitsViT) -> torch.Tensor:
+def val_tokens(teacher):
     return teacher(load("val")[0])
 
 
-def test_splits_are_stratified_and_disjoint() -> None:
+def test_splits_are_stratified_and_disjoint():
     (train, train_labels), (val, val_labels) = digit_images("train"), digit_images("val")
     assert train.shape == (1500, 16, 16, 3) and val.shape == (297, 16, 16, 3)
     assert train.dtype == val.dtype == np.uint8 and train.max() == 255 and train.min() == 0
@@ -54,28 +54,20 @@ def test_splits_are_stratified_and_disjoint() -> None:
     assert np.abs(shares[0] - shares[1]).max() < 1 / 297
     assert not {image.tobytes() for image in train} & {image.tobytes() for image in val}
     assert np.array_equal(digit_images("val")[0], val)
-
-
-def test_an_unknown_split_is_refused() -> None:
     refused(lambda: digit_images("test"), "expected 'train' or 'val', got 'test'")
 
 
-@pytest.mark.parametrize("name", ["digits-vit", "digits-judge"])
-def test_weight_files_are_small(name: str) -> None:
-    weights = resources.files("repa_fast").joinpath("encoders", "weights", f"{name}.safetensors")
-    assert len(weights.read_bytes()) < MAX_BYTES
-
-
-@pytest.mark.parametrize("build", [DigitsViT, DigitsJudge])
-def test_nets_are_frozen(build: type[torch.nn.Module]) -> None:
-    loaded = [encoders.load("digits-vit", 16, "cpu")] if build is DigitsViT else []
-    for net in (build(pretrained=True), build(pretrained=False), *loaded):
+def test_nets_are_small_and_frozen(teacher, judge):
+    for name in ("digits-vit", "digits-judge"):
+        file = resources.files("repa_fast").joinpath("encoders", "weights", f"{name}.safetensors")
+        assert len(file.read_bytes()) < MAX_BYTES
+    for net in (teacher, judge, DigitsViT(pretrained=False), DigitsJudge(pretrained=False)):
         assert not any(module.training for module in net.modules())
         assert not any(p.requires_grad for p in net.parameters())
         assert {p.dtype for p in net.parameters()} == {torch.float32}
 
 
-def test_shapes_are_those_the_registry_promises(teacher: DigitsViT, judge: DigitsJudge) -> None:
+def test_shapes_are_those_the_registry_promises(teacher, judge):
     images, spec = load("val")[0][:5], encoders.spec("digits-vit")
     tokens, features, logits = teacher(images), judge.features(images), judge(images)
     assert tokens.shape == (5, teacher.num_tokens(16), teacher.width) == (5, 16, 96)
@@ -87,42 +79,38 @@ def test_shapes_are_those_the_registry_promises(teacher: DigitsViT, judge: Digit
     assert {tokens.dtype, features.dtype, logits.dtype} == {torch.float32}
 
 
-@pytest.mark.parametrize("resolution", [8, 15, 32, 256])
-def test_another_resolution_is_refused(teacher: DigitsViT, resolution: int) -> None:
-    refused(lambda: teacher.num_tokens(resolution), f"expected 16, got {resolution}")
+def test_another_resolution_and_wrong_images_are_refused(teacher, judge):
+    for resolution in (8, 15, 32, 256):
+        call = functools.partial(teacher.num_tokens, resolution)
+        refused(call, f"expected 16, got {resolution}")
+    shapes = ((2, 3, 32, 32), (2, 1, 16, 16), (3, 16, 16))
+    wrong = [torch.zeros(shape, dtype=torch.uint8) for shape in shapes]
+    for images in (*wrong, torch.zeros(2, 3, 16, 16)):
+        for forward in (teacher, judge, judge.features):
+            refused(functools.partial(forward, images), "expected uint8")
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 32, 32), (2, 1, 16, 16), (3, 16, 16)])
-def test_wrong_images_are_refused(
-    teacher: DigitsViT, judge: DigitsJudge, shape: tuple[int, ...]
-) -> None:
-    for forward in (teacher, judge, judge.features):
-        for images in (torch.zeros(shape, dtype=torch.uint8), torch.zeros(2, 3, 16, 16)):
-            with pytest.raises(ValueError, match="expected uint8"):
-                forward(images)
-
-
-def test_tokens_keep_row_major_order(teacher: DigitsViT) -> None:
+def test_tokens_keep_row_major_order(teacher):
     images = load("val")[0][:64]
     changed = images.clone()
-    changed[:, :, 4:8, 8:12] = 255 - changed[:, :, 4:8, 8:12]  # row 1, column 2 of 4x4 patches
+    changed[:, :, 4:8, 8:12] ^= 255  # row 1, column 2 of 4x4 patches
     moved = (teacher(changed) - teacher(images)).norm(dim=-1).mean(dim=0)
     assert moved.argmax().item() == 1 * 4 + 2
 
 
-def test_teacher_linear_probe(teacher: DigitsViT, val_tokens: torch.Tensor) -> None:
+def test_teacher_linear_probe(teacher, val_tokens):
     images, labels = load("train")
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     probe.fit(teacher(images).mean(dim=1).numpy(), labels)
     assert probe.score(val_tokens.mean(dim=1).numpy(), load("val")[1]) >= PROBE_FLOOR
 
 
-def test_judge_accuracy(judge: DigitsJudge) -> None:
+def test_judge_accuracy(judge):
     images, labels = load("val")
     assert (judge(images).argmax(dim=-1).numpy() == labels).mean() >= JUDGE_FLOOR
 
 
-def test_tokens_are_not_collapsed(val_tokens: torch.Tensor) -> None:
+def test_tokens_are_not_collapsed(val_tokens):
     tokens = val_tokens.flatten(0, 1)  # (297 * 16, D)
     unit = F.normalize(tokens, dim=-1)
     count = len(unit)
@@ -133,11 +121,9 @@ def test_tokens_are_not_collapsed(val_tokens: torch.Tensor) -> None:
     assert (-(share * share.log()).sum()).exp().item() > MIN_EFFECTIVE_RANK
 
 
-def test_nets_differ(teacher: DigitsViT, judge: DigitsJudge) -> None:
-    shared = teacher.vit.state_dict()
-    other = judge.vit.state_dict()
+def test_nets_differ(teacher, judge):
+    shared, other = teacher.vit.state_dict(), judge.vit.state_dict()
     assert set(shared) < set(other)
-    weights = [key for key in shared if key.endswith("weight") and shared[key].ndim > 1]
-    for key in weights:
+    for key in (key for key in shared if key.endswith("weight") and shared[key].ndim > 1):
         cosine = F.cosine_similarity(shared[key].flatten(), other[key].flatten(), dim=0)
         assert cosine.abs().item() < 0.5, key

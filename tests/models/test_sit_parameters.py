@@ -9,20 +9,24 @@ from repa_fast.testing import seeded
 from tests.models.plain import SMALL
 from tests.refusals import refused
 
-COUNTS = {  # without and with one 768-d projector
-    "SiT-S/2": (32_957_200, 39_515_664),
-    "SiT-B/2": (130_500_112, 137_845_008),
-    "SiT-L/2": (458_086_416, 465_955_600),
-    "SiT-XL/2": (675_111_184, 683_242_512),
+SIZES = {  # depth, width, heads; parameters without and with one 768-d projector
+    "S": (12, 384, 6, 32_957_200, 39_515_664),
+    "B": (12, 768, 12, 130_500_112, 137_845_008),
+    "L": (24, 1024, 16, 458_086_416, 465_955_600),
+    "XL": (28, 1152, 16, 675_111_184, 683_242_512),
 }
 
 
-@pytest.mark.parametrize("name", COUNTS)
-def test_parameter_counts_are_the_official_ones(name):
+@pytest.mark.parametrize("letter", SIZES)
+def test_sizes_are_the_papers_and_parameter_counts_the_official_ones(letter):
+    depth, width, heads, *counts = SIZES[letter]
+    expected = {"depth": depth, "hidden_size": width, "num_heads": heads}
+    for patch in (2, 4, 8):
+        assert size(f"SiT-{letter}/{patch}") == expected | {"patch_size": patch}
     with torch.device("meta"):  # shapes without memory
-        model = SiT(**size(name), z_dims=(768,))
+        model = SiT(**size(f"SiT-{letter}/2"), z_dims=(768,))
     whole, head = (sum(p.numel() for p in part.parameters()) for part in (model, model.projectors))
-    assert (whole - head, whole) == COUNTS[name]
+    assert [whole - head, whole] == counts
 
 
 @pytest.mark.parametrize("qk_norm", (False, True))
@@ -61,41 +65,43 @@ def test_the_initial_model_gives_zero_and_holds_the_position_table():
     assert all(p.any() for p in projections)
 
 
-@pytest.mark.parametrize(
-    "name", ("y_embedder.embedding_table", "t_embedder.mlp.0", "t_embedder.mlp.2")
-)
-def test_embeddings_start_as_normal_numbers_of_std_0_02(name):
+@pytest.fixture(scope="module")
+def fresh():
+    """A model as it is made, with weights large enough for statistics of them."""
     torch.manual_seed(0)
-    model = SiT(**SMALL | {"hidden_size": 128, "depth": 2, "num_classes": 500})
-    weight = model.get_parameter(f"{name}.weight").double().flatten()
-    standard_error = 0.02 / math.sqrt(len(weight))
-    assert abs(weight.mean()) < 5 * standard_error
-    assert abs(weight.std() - 0.02) < 5 * standard_error / math.sqrt(2)
-    inside = (weight.abs() < 0.02).double().mean()  # 0.6827 for a normal distribution
-    assert abs(inside - math.erf(math.sqrt(0.5))) < 5 * math.sqrt(0.2166 / len(weight))
+    sizes = {"hidden_size": 128, "depth": 2, "num_classes": 500}
+    return SiT(**SMALL | sizes | {"projector_dim": 96, "z_dims": (64,)})
+
+
+def test_embeddings_start_as_normal_numbers_of_std_0_02(fresh):
+    for name in ("y_embedder.embedding_table", "t_embedder.mlp.0", "t_embedder.mlp.2"):
+        weight = fresh.get_parameter(f"{name}.weight").double().flatten()
+        standard_error = 0.02 / math.sqrt(len(weight))
+        assert abs(weight.mean()) < 5 * standard_error, name
+        assert abs(weight.std() - 0.02) < 5 * standard_error / math.sqrt(2), name
+        inside = (weight.abs() < 0.02).double().mean()  # 0.6827 for a normal distribution
+        assert abs(inside - math.erf(math.sqrt(0.5))) < 5 * math.sqrt(0.2166 / len(weight)), name
 
 
 @pytest.mark.parametrize(
     "name, fans",
     (
-        ("x_embedder.proj", (3 * 2 * 2, 128)),
-        ("blocks.0.attn.qkv", (128, 3 * 128)),
-        ("blocks.1.attn.proj", (128, 128)),
-        ("blocks.0.mlp.fc1", (128, 512)),
-        ("blocks.0.mlp.fc2", (512, 128)),
-        ("projectors.0.0", (128, 96)),
-        ("projectors.0.4", (96, 64)),
+        ("x_embedder.proj", 3 * 2 * 2 + 128),
+        ("blocks.0.attn.qkv", 128 + 3 * 128),
+        ("blocks.1.attn.proj", 128 + 128),
+        ("blocks.0.mlp.fc1", 128 + 512),
+        ("blocks.0.mlp.fc2", 512 + 128),
+        ("projectors.0.0", 128 + 96),
+        ("projectors.0.4", 96 + 64),
     ),
 )
-def test_linear_layers_start_xavier_uniform_with_zero_bias(name, fans):
-    torch.manual_seed(0)
-    model = SiT(**SMALL | {"hidden_size": 128, "depth": 2, "projector_dim": 96, "z_dims": (64,)})
-    weight = model.get_parameter(f"{name}.weight").double().flatten()
-    bound = math.sqrt(6 / sum(fans))
+def test_linear_layers_start_xavier_uniform_with_zero_bias(fresh, name, fans):
+    weight = fresh.get_parameter(f"{name}.weight").double().flatten()
+    bound = math.sqrt(6 / fans)
     assert 0.98 * bound < weight.abs().max() <= bound * (1 + 1e-6)
     # sample variance of a uniform distribution: relative standard error sqrt(0.8 / n)
     assert abs(weight.var() / (bound**2 / 3) - 1) < 5 * math.sqrt(0.8 / len(weight))
-    assert not model.get_parameter(f"{name}.bias").any()
+    assert not fresh.get_parameter(f"{name}.bias").any()
 
 
 @pytest.mark.parametrize("row, column", ((0, 0), (0, 5), (5, 0), (2, 7), (7, 7)))
@@ -112,13 +118,3 @@ def test_position_table_encodes_column_then_row_as_sines_then_cosines(row, colum
 @pytest.mark.parametrize("name", ("SiT-XL/3", "SiT-H/2", "DiT-XL/3", ""))
 def test_an_unknown_size_is_named_with_the_known_ones(name):
     refused(lambda: size(name), repr(name), "SiT-XL/2")
-
-
-@pytest.mark.parametrize(
-    "letter, depth, width, heads",
-    (("S", 12, 384, 6), ("B", 12, 768, 12), ("L", 24, 1024, 16), ("XL", 28, 1152, 16)),
-)
-def test_sizes_are_the_papers(letter, depth, width, heads):
-    expected = {"depth": depth, "hidden_size": width, "num_heads": heads}
-    for patch in (2, 4, 8):
-        assert size(f"SiT-{letter}/{patch}") == expected | {"patch_size": patch}

@@ -16,29 +16,23 @@ SKIPPED = 3
 MAX_NORM = 5.0
 
 
-class Net(nn.Module):
-    """`last` has one row, so that a second rank holds empty shards of its weight and bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.frozen = nn.Parameter(seeded((3, 4), seed=1), requires_grad=False)
-        self.first = nn.Linear(4, 7)
-        self.last = nn.Linear(7, 1)
-        with torch.no_grad():
-            for i, p in enumerate(self.parameters()):
-                p.copy_(seeded(tuple(p.shape), seed=i))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(torch.tanh(self.first(x))).square().mean()
+def small_net() -> nn.Module:
+    """The last layer has one row, so that a second rank holds empty shards of it."""
+    net = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 1))
+    net.frozen = nn.Parameter(torch.empty(3, 4), requires_grad=False)
+    with torch.no_grad():
+        for i, p in enumerate(net.parameters()):
+            p.copy_(seeded(tuple(p.shape), seed=i))
+    return net
 
 
 def steps(world: World, count: int = 6) -> dict[str, torch.Tensor]:
     """Whole parameters, moments, averages and norms after `count` steps; one of them is skipped."""
-    model = Net()
+    model = small_net()
     averages = [copy.deepcopy(model).requires_grad_(False) for _ in DECAYS]
     if world.size > 1:
         for module in (model, *averages):
-            fully_shard(module.first)
+            fully_shard(module[0])
             fully_shard(module)
     optimizer = AdamWEMA(
         model.parameters(), [a.parameters() for a in averages], DECAYS,
@@ -49,7 +43,7 @@ def steps(world: World, count: int = 6) -> dict[str, torch.Tensor]:
     for step in range(count):
         optimizer.zero_grad(set_to_none=True)
         x = seeded((4, 4), seed=100 + step, std=3.0)
-        model(x[world.rank * local : (world.rank + 1) * local]).backward()
+        model(x[world.rank * local : (world.rank + 1) * local]).square().mean().backward()
         norms.append(optimizer.gradient_norm())
         factor = clip_factor(norms[-1], MAX_NORM)
         optimizer.step(grad_scale=factor, skip=torch.tensor(float(step == SKIPPED)))

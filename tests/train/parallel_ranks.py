@@ -97,7 +97,7 @@ def traced_steps(world: World, overrides: dict) -> dict:
     compile = nn.Module.compile
 
     def traced(module, **options):
-        compile(module, backend="aot_eager", **options)
+        compile(module, backend="eager", **options)
 
     with mock.patch.object(nn.Module, "compile", traced):
         return steps(world, overrides | {"compile": True})

@@ -1,5 +1,6 @@
 """Copies of the weights in bf16, adaLN layers in one product, and a residual stream in bf16."""
 
+import pytest
 import torch
 
 from repa_fast.train import checkpoint
@@ -22,6 +23,13 @@ def trained(make_state, steps=3, **overrides):
 def batch_of(state):
     torch.manual_seed(0)
     return synthetic_batch(state, 12)[0]
+
+
+def gradients(make_state, **overrides):
+    state = make_state(**BF16, **overrides)
+    state.optimizer.write_copies()
+    accumulate(state, batch_of(state), draw_local(state))
+    return {n: p.grad for n, p in state.model.named_parameters() if p.grad is not None}
 
 
 def test_training_is_the_same_to_the_bit(make_state):
@@ -57,11 +65,12 @@ def test_checkpoints_and_averages_hold_no_copies(make_state, tmp_path):
     assert_same(other.model.parameters(), state.model.parameters())
 
 
-def test_blocks_with_copies_compile_into_one_graph(make_state):
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.heavy)])
+def test_blocks_with_copies_compile_into_one_graph(make_state, backend):
     state = make_state(**COPIES)
     block = state.model.blocks[0]
     arguments = torch.randn(2, 16, 32), None, None, torch.randn(2, 6 * 32)
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
     results = []
     for run in (block, compiled):
         with state.autocast():
@@ -98,31 +107,23 @@ def test_one_product_for_all_adaln_layers_is_their_own():
 
 def test_joint_layers_have_the_gradients_of_single_ones(make_state):
     """To the rounding of bf16: the condition's gradient is summed in fp32 instead of bf16."""
-    found = []
-    for joint in (False, True):
-        state = make_state(**COPIES, joint_adaln=joint)
-        state.optimizer.write_copies()
-        accumulate(state, batch_of(state), draw_local(state))
-        found.append({name: p.grad for name, p in state.model.named_parameters()})
-    single, joint = found
+    single, joint = (
+        gradients(make_state, compute_copy="optimizer", joint_adaln=joint)
+        for joint in (False, True)
+    )
     assert single.keys() == joint.keys()
     for name, expected in single.items():
-        if expected is not None:
-            assert (joint[name] - expected).norm() <= 2**-6 * expected.norm(), name
+        assert (joint[name] - expected).norm() <= 2**-6 * expected.norm(), name
 
 
-def test_the_optimizer_writes_joint_copies(make_state):
+def test_joint_copies_are_one_tensor_that_the_optimizer_writes(make_state):
+    """And without autocast the layers compute with their weights."""
     state = trained(make_state, compute_copy="optimizer", joint_adaln=True)
     layers = [block.adaLN_modulation[1] for block in state.model.blocks]
     for layer in layers:
         assert torch.equal(layer.weight_copy, layer.weight.bfloat16())
-        assert (
-            layer.weight_copy.untyped_storage().nbytes() == 2 * len(layers) * layer.weight.numel()
-        )
-
-
-def test_joint_layers_are_single_ones_in_fp32(make_state):
-    state = make_state(**COPIES, joint_adaln=True)
+        size = layer.weight_copy.untyped_storage().nbytes()
+        assert size == 2 * len(layers) * layer.weight.numel()
     c = torch.randn(4, 32)
     for block, modulation in zip(state.model.blocks, state.model.modulations(c), strict=True):
         assert torch.equal(modulation, block.adaLN_modulation(c))
@@ -141,10 +142,7 @@ def test_a_bf16_residual_stream_is_the_models_alone(make_state):
 
 def test_a_bf16_residual_stream_rounds_every_addition(make_state):
     """Six of them, each by 2^-9 at most: gradients move by about as much as under autocast."""
-    found = []
-    for residual in ("fp32", "bf16"):
-        state = make_state(**BF16, residual_dtype=residual)
-        accumulate(state, batch_of(state), draw_local(state))
-        found.append({n: p.grad for n, p in state.model.named_parameters() if p.requires_grad})
-    for name, expected in found[0].items():
-        assert 0 < (found[1][name] - expected).norm() <= 2**-4 * expected.norm(), name
+    fp32, bf16 = (gradients(make_state, residual_dtype=dtype) for dtype in ("fp32", "bf16"))
+    assert fp32.keys() == bf16.keys()
+    for name, expected in fp32.items():
+        assert 0 < (bf16[name] - expected).norm() <= 2**-4 * expected.norm(), name

@@ -1,8 +1,7 @@
 """The step as a graph, recorded and replayed without a GPU; test_gpu.py has one."""
 
-from contextlib import nullcontext
 from dataclasses import replace
-from types import SimpleNamespace
+from unittest.mock import MagicMock, call
 
 import pytest
 import torch
@@ -44,15 +43,6 @@ def test_what_is_recorded_does_every_step_again(make_state, overrides):
     for a, b in zip(*((s.model, s.ema, *s.more_emas) for s in (graphed, plain)), strict=True):
         assert_same(a.state_dict().values(), b.state_dict().values())
     assert plain.metrics.read(plain.world) == graphed.metrics.read(graphed.world)
-
-
-def test_a_replay_draws_anew(make_state):
-    state = make_state()
-    seen = []
-    step = GraphedStep(state, lambda work: lambda: seen.append(step._inputs[1].t.clone()))
-    for batch in batches(state, FIRST_STEPS + 2):
-        step(batch)
-    assert len(seen) == 2 and not torch.equal(*seen)
 
 
 def test_it_is_asked_for_by_its_flag(make_state):
@@ -105,30 +95,16 @@ def test_a_capture_that_fails_is_one_line_and_the_steps_go_on(make_state, capsys
 
 def test_warm_up_and_capture_are_on_one_stream(make_state, monkeypatch):
     """Each stream has its own memory. CUDA is made up here; tests/train/test_gpu.py has it."""
-    made, used = [], []
-
-    class Stream:
-        def __init__(self, device):
-            self.device = device
-            made.append(self)
-
-        def wait_stream(self, other):
-            pass
-
-    default = SimpleNamespace(wait_stream=lambda other: None)
-    recording = SimpleNamespace(replay=lambda: None)
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: default)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: used.append(stream) or nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: recording)
-    monkeypatch.setattr(
-        torch.cuda, "graph", lambda _, stream, **rest: used.append(stream) or nullcontext(rest)
-    )
-    monkeypatch.setattr(graph, "train_step", lambda state, batch: None)
-    state = make_state()
+    state, cuda = make_state(), MagicMock()
     state.world = GPU
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(graph, "train_step", lambda state, batch: None)
     step = GraphedStep(state)
     for _ in range(FIRST_STEPS):
         step({})
-    assert step._record(lambda: None) is recording.replay
-    assert len(made) == 1 and used == made * (FIRST_STEPS + 1)
+    assert step._record(lambda: None) is cuda.CUDAGraph.return_value.replay
+    cuda.Stream.assert_called_once()
+    stream = cuda.Stream.return_value
+    assert cuda.stream.call_args_list == [call(stream)] * FIRST_STEPS
+    cuda.graph.assert_called_once()
+    assert cuda.graph.call_args.kwargs["stream"] is stream

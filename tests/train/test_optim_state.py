@@ -1,7 +1,6 @@
 """The state of AdamWEMA: torch AdamW's own, through files, devices and gradient scalers."""
 
 import copy
-import math
 import pickle
 
 import pytest
@@ -13,19 +12,9 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from repa_fast import ops
 from repa_fast.train import optim
 from repa_fast.train.optim import AdamWEMA
-from repa_fast.train.torch_private import record_overflow
 from tests.refusals import refused
-from tests.train.adamw import (
-    FROZEN,
-    as_model,
-    everything,
-    flat,
-    give_gradients,
-    make_groups,
-    make_parameters,
-    our_adamw,
-    torch_adamw,
-)
+from tests.train import adamw
+from tests.train.adamw import give_gradients, make_parameters, our_adamw, torch_adamw
 from tests.train.conftest import assert_same
 
 KINDS = ({"foreach": False}, {"fused": True}, {})
@@ -51,7 +40,7 @@ def test_our_state_continues_in_torchs_adamw_and_the_other_way_round(options, tm
         torch.save(first.state_dict(), tmp_path / "state.pt")
         second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
         take(second, params, range(3, 6))
-        torch.testing.assert_close(flat(params), flat(expected), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(adamw.flat(params), adamw.flat(expected), rtol=1e-6, atol=1e-6)
         assert second.state[params[1]]["step"].item() == 6
 
 
@@ -61,28 +50,12 @@ def test_state_dict_is_torchs_own():
     give_gradients(params, 0)
     ours.step()
     other.step()
-    a, b = ours.state_dict(), other.state_dict()
-    assert a.keys() == b.keys()
-
-    def layout(state):
-        return {
-            index: {key: (value.dtype, value.shape) for key, value in values.items()}
-            for index, values in state["state"].items()
-        }
-
-    assert layout(a) == layout(b)
-    assert a["param_groups"] == b["param_groups"]
-    assert type(a["param_groups"][0]["lr"]) is float
-
-
-def test_taking_and_loading_the_state_leave_the_learning_rate_on_the_device():
-    ours = our_adamw(make_parameters())
-    state = ours.state_dict()
-    assert isinstance(ours.param_groups[0]["lr"], torch.Tensor)
-    ours.load_state_dict(state)
-    assert isinstance(ours.param_groups[0]["lr"], torch.Tensor)
-    ours.set_lr(0.25)
-    assert ours.state_dict()["param_groups"][0]["lr"] == 0.25
+    states, layouts = [optimizer.state_dict() for optimizer in (ours, other)], []
+    for state in states:
+        values = state.pop("state")
+        layouts.append({i: {k: (v.dtype, v.shape) for k, v in values[i].items()} for i in values})
+    assert layouts[0] == layouts[1] and states[0] == states[1]
+    assert type(states[0]["param_groups"][0]["lr"]) is float
 
 
 @pytest.mark.parametrize("how", (copy.deepcopy, pickle.dumps))
@@ -96,9 +69,9 @@ def test_reading_the_state_of_a_begun_optimizer_moves_neither_weights_nor_averag
     ours = our_adamw(params, (0.5, 0.9), weight_decay=0.1)
     torch._foreach_zero_([tensor for average in ours.averages for tensor in average])
     ours.begin_states()
-    get_optimizer_state_dict(as_model(params), ours)
+    get_optimizer_state_dict(adamw.as_model(params), ours)
     assert_same(params, make_parameters())
-    assert len(ours.state) == 5 and params[FROZEN] not in ours.state
+    assert len(ours.state) == 5 and params[adamw.FROZEN] not in ours.state
     assert all(not value.any() for state in ours.state.values() for value in state.values())
     assert all(not t.any() for average in ours.averages for t in average)
 
@@ -139,7 +112,7 @@ def test_every_scalar_of_a_step_is_on_the_parameters_device(fake_cuda, monkeypat
     ours = AdamWEMA(fake_cuda)
     assert ours.implementation == "cuda"
     ours.begin_states()
-    get_optimizer_state_dict(as_model(fake_cuda), ours)
+    get_optimizer_state_dict(adamw.as_model(fake_cuda), ours)
     assert not devices
     for p in fake_cuda:
         p.grad = torch.zeros_like(p)
@@ -162,56 +135,12 @@ def test_the_cuda_path_hands_its_lists_to_the_op(monkeypatch):
     for implementation in ("cuda", "torch"):
         params = make_parameters()
         options = {"weight_decay": 0.1, "implementation": implementation}
-        optimizer = our_adamw(params, (0.9, 0.5), make_groups(params), **options)
+        optimizer = our_adamw(params, (0.9, 0.5), adamw.make_groups(params), **options)
         for step in range(6):
             give_gradients(params, step)
             optimizer.step(grad_scale=torch.tensor(0.5), skip=torch.tensor(float(step == 2)))
-        runs.append(everything(params, optimizer))
+        runs.append(adamw.everything(params, optimizer))
     assert len(calls) == 12
     assert all(c["implementation"] == "cuda" and c["ema_decay"] == 0.9 for c in calls)
     assert [len(c["emas"]) for c in calls[:4]] == [2, 3, 2, 2]
-    torch.testing.assert_close(*map(flat, runs), rtol=1e-5, atol=1e-6)
-
-
-# Gradient scalers.
-
-
-def test_overflow_halves_the_scale_and_good_steps_grow_it_as_torchs_own_do():
-    ours_params, their_params = make_parameters(), make_parameters()
-    ours, other = our_adamw(ours_params, weight_decay=0.1), torch_adamw(their_params)
-    scalers = [torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3) for _ in range(2)]
-    overflows, seen = {2, 3, 9, 14}, []
-    for step in range(18):
-        for params, scaler in zip((ours_params, their_params), scalers, strict=True):
-            scale = scaler.scale(torch.ones(()))
-            give_gradients(params, step)
-            for p in params:
-                if p.grad is not None:
-                    p.grad.mul_(scale)
-            if step in overflows:
-                params[2].grad[5] = math.inf if step % 2 else math.nan
-        norm = ours.gradient_norm()
-        bad = 1 - torch.isfinite(norm).float()
-        ours.step(grad_scale=scalers[0]._get_scale_async().reciprocal(), skip=bad)
-        record_overflow(scalers[0], ours, bad)
-        scalers[1].unscale_(other)
-        scalers[1].step(other)
-        for scaler in scalers:
-            scaler.update()
-        a, b = (scaler.state_dict() for scaler in scalers)
-        assert a == b
-        seen.append(a["scale"])
-        torch.testing.assert_close(flat(ours_params), flat(their_params), rtol=1e-6, atol=1e-6)
-    assert min(seen) == 2.0 and max(seen) >= 8.0 and len(set(seen)) >= 3
-    assert ours.state[ours_params[1]]["step"].item() == 14
-
-
-def test_gradient_scalers_own_step_is_honoured():
-    """torch's fused AdamW, whose subclass this is, takes scale and overflow from the scaler."""
-    params = make_parameters()
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    scaler.scale(torch.ones(()))
-    give_gradients(params, 0)
-    params[1].grad[0, 0] = math.inf
-    scaler.step(our_adamw(params))
-    assert_same(params, make_parameters())
+    torch.testing.assert_close(*map(adamw.flat, runs), rtol=1e-5, atol=1e-6)

@@ -27,9 +27,8 @@ def fresh(config) -> TrainState:
     "size",
     [
         pytest.param(
-            {"hidden_size": 144, "num_heads": 2, "projector_dim": 256}, id="an eighth of the width"
+            PAST_THE_ALIGNMENT, id="to one block past the alignment", marks=pytest.mark.heavy
         ),
-        pytest.param({}, id="to one block past the alignment", marks=pytest.mark.heavy),
         # `make smoke-full`, within 22 GiB of memory and 12 GiB of disk
         pytest.param(
             {"enc_type": "dinov2-vit-b", "depth": 28}, id="whole", marks=pytest.mark.smoke_full
@@ -37,12 +36,9 @@ def fresh(config) -> TrainState:
     ],
 )
 def test_once_through(size, tmp_path):
-    config = dataclasses.replace(
-        presets.get("sit-xl2-repa"),
-        **{"data_dir": "/nowhere", "batch_size": 1} | PAST_THE_ALIGNMENT | size,
-    )
-    weights = random_encoder_weights(config.enc_type, 256, tmp_path)
-    config = dataclasses.replace(config, enc_weights=weights)
+    weights = random_encoder_weights(size["enc_type"], 256, tmp_path)
+    options = {"data_dir": "/nowhere", "batch_size": 1, "enc_weights": weights}
+    config = dataclasses.replace(presets.get("sit-xl2-repa"), **options, **size)
     state = fresh(config)
     batch, _ = synthetic_batch(state, 1)
     train_step(state, batch)

@@ -1,4 +1,7 @@
+"""One training step: micro-batches, torch's own pieces, steps that are skipped, precision."""
+
 import copy
+import math
 
 import pytest
 import torch
@@ -9,9 +12,11 @@ from repa_fast.data.digits import digits_metadata
 from repa_fast.diffusion.draws import draw
 from repa_fast.diffusion.path import linear
 from repa_fast.distributed import World
+from repa_fast.train.optim import learning_rate
 from repa_fast.train.state import build_state
 from repa_fast.train.step import accumulate, draw_local, synthetic_batch, train_step
 from tests.refusals import refused
+from tests.train.adamw import follow
 from tests.train.conftest import assert_same
 
 
@@ -55,27 +60,22 @@ def test_baseline_without_encoder_has_no_projector(make_state):
     assert state.metrics.read(state.world)["skipped"] == 0
 
 
-@pytest.mark.usefixtures("heavy")
-def test_overfits_one_batch(make_state):
-    """Width 96 is above the 48 values of a patch, so the velocity can be fitted exactly."""
-    state = make_state(hidden_size=96, learning_rate=3e-3)
-    batch, _ = synthetic_batch(state, 12)
-    batch["moments"][:, 3:] = 0
-    denoise = []
-    for _ in range(150):
-        state.step = 0  # the same times and noise every time
-        train_step(state, batch)
-        denoise.append(state.metrics.read(state.world)["denoise"])
-    assert denoise[-1] < 0.1 * denoise[0]
-
-
-def test_equals_plain_adamw_clip_and_average(make_state):
-    """The whole step against torch's own pieces, written out, over several steps."""
-    state = make_state(adam_weight_decay=0.05, ema_decay="0.9", max_grad_norm=0.1)
-    model, ema = copy.deepcopy(state.model), copy.deepcopy(state.model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05, foreach=False)
-    for step in range(4):
+def test_steps_equal_plain_adamw_with_clipping_a_schedule_and_averages(make_state):
+    """Whole steps against torch's own pieces, written out; the third has a NaN and is skipped."""
+    schedule = {"lr_schedule": "cosine", "warmup_steps": 2, "max_train_steps": 8}
+    state = make_state(adam_weight_decay=0.05, ema_decay="0.9,0.5", max_grad_norm=0.1, **schedule)
+    model, emas = copy.deepcopy(state.model), [state.ema, *state.more_emas]
+    averages = [parameters(ema) for ema in emas]
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, foreach=False)
+    for step in range(5):
         batch, _ = synthetic_batch(state, 12)
+        if step == 2:
+            batch["moments"].fill_(math.nan)
+        train_step(state, batch)
+        rate = learning_rate(state.config, step)
+        assert state.optimizer.param_groups[0]["lr"].item() == pytest.approx(rate, rel=1e-6)
+        if step == 2:
+            continue
         draws = draw(0, step, 12, (3, 16, 16), path=linear, drop_prob=0.1)
         mean, std = batch["moments"].chunk(2, dim=1)
         clean = mean + std * draws.posterior_noise
@@ -89,18 +89,17 @@ def test_equals_plain_adamw_clip_and_average(make_state):
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
-        with torch.no_grad():
-            for average, parameter in zip(ema.parameters(), model.parameters(), strict=True):
-                average.mul_(0.9).add_(parameter, alpha=0.1)
-        train_step(state, batch)
-    for ours, theirs in zip(state.model.parameters(), model.parameters(), strict=True):
-        assert torch.allclose(ours, theirs, atol=2e-6)
-    for ours, theirs in zip(state.ema.parameters(), ema.parameters(), strict=True):
-        assert torch.allclose(ours, theirs, atol=2e-6)
+        follow(averages, (0.9, 0.5), list(model.parameters()))
+    for ours, theirs in zip([state.model, *emas], [model.parameters(), *averages], strict=True):
+        for mine, expected in zip(ours.parameters(), theirs, strict=True):
+            assert torch.allclose(mine, expected, atol=2e-6)
+    for ema in emas:
+        assert not ema.training and not any(p.requires_grad for p in ema.parameters())
 
 
-@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+@pytest.mark.parametrize("value", (math.nan, math.inf))
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(make_state, value):
     state = make_state(ema_decay="0.9,0.5,0")
 
@@ -120,8 +119,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(make_state, va
     assert_same(everything(), before)
     reading = state.metrics.read(state.world)
     assert reading["skipped"] == 1 and reading["loss"] is None
-    assert int(state.metrics.bad_run) == 1
-    assert state.step == 2
+    assert int(state.metrics.bad_run) == 1 and state.step == 2
     train_step(state, good)
     assert int(state.metrics.bad_run) == 0
     assert not torch.equal(everything()[1], before[1])
@@ -167,8 +165,7 @@ def test_images_per_step_must_divide_among_processes(config):
 
 def test_the_linear_layers_of_an_encoder_are_cast_once_and_its_tokens_stay_the_same(make_state):
     state = make_state(mixed_precision="bf16")
-    (cast,) = state.alignment.encoders.values()
-    (name,) = state.alignment.encoders
+    ((name, cast),) = state.alignment.encoders.items()
     whole = encoders.load(name, state.config.resolution, "cpu")
     images, _ = synthetic_batch(state, 4)
     with torch.no_grad(), state.autocast():

@@ -8,6 +8,7 @@ fails ends its processes, so that the next one begins with new ones.
 """
 
 import contextlib
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -53,6 +54,8 @@ def answer(world: World, request: bytes) -> bytes:
         torch.compiler.reset()
     try:
         function, arguments = pickle.loads(request)
+        gc.collect()
+        gc.freeze()  # every save collects: let it pass over what was imported
         return pickle.dumps((True, function(world, *arguments)))
     except BaseException:
         return pickle.dumps((False, traceback.format_exc()))

@@ -22,20 +22,11 @@ class Whole:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(ranks, digits_dir, tmp_path_factory):
-    """(steps) -> such a run, by the processes that are there already."""
-
-    def train(steps: int) -> Whole:
-        run = tmp_path_factory.mktemp("whole") / "run"
-        flags = chaos.flags(digits_dir, steps, chaos.SAVE_EVERY, chaos.LOG_EVERY, "--parallel fsdp")
-        place = ["--output-dir", str(run.parent), "--exp-name", run.name]
-        kept = ["--keep-last", str(chaos.KEEP_LAST)]
-        assert ranks(train_by_flags, [*flags, *place, *kept]) == [0, 0]
-        return Whole(run, flags)
-
-    return train
-
-
-@pytest.fixture(scope="session")
-def whole(undisturbed):
-    return undisturbed(STEPS)
+def whole(ranks, digits_dir, tmp_path_factory):
+    """Such a run, by the processes that are there already."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    flags = chaos.flags(digits_dir, STEPS, chaos.SAVE_EVERY, chaos.LOG_EVERY, "--parallel fsdp")
+    place = ["--output-dir", str(run.parent), "--exp-name", run.name]
+    kept = ["--keep-last", str(chaos.KEEP_LAST)]
+    assert ranks(train_by_flags, [*flags, *place, *kept]) == [0, 0]
+    return Whole(run, flags)

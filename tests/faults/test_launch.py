@@ -21,7 +21,7 @@ from benchmarks.faults.chaos import differences
 from benchmarks.faults.chaos_run import descendants, kill
 from repa_fast.checkpoint.layout import path_of, steps
 from tests.faults.conftest import STEPS
-from tests.launching import ROOT
+from tests.train.runs import ended, start, until
 
 pytestmark = pytest.mark.usefixtures("torchrun", "heavy")
 
@@ -38,13 +38,7 @@ def launched(whole, tmp_path):
     def launch(flags: list[str], *more: str, shell: tuple[str, ...] = ()) -> subprocess.Popen:
         torchrun = [sys.executable, "-m", "torch.distributed.run", *flags, "train.py"]
         place = ["--output-dir", str(tmp_path), "--exp-name", "run"]
-        processes.append(
-            subprocess.Popen(
-                [*shell, *torchrun, *whole.flags, *place, *more], cwd=ROOT, text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )
-        )  # fmt: skip
+        processes.append(start([*shell, *torchrun, *whole.flags, *place, *more]))
         return processes[-1]
 
     yield launch
@@ -59,18 +53,6 @@ def workers(pid: int) -> list[int]:
     environments = {d: Path(f"/proc/{d}/environ").read_bytes() for d in descendants(pid)}
     found = {d: re.search(rb"\0RANK=(\d+)\0", value) for d, value in environments.items()}
     return sorted((d for d, match in found.items() if match), key=lambda d: int(found[d][1]))
-
-
-def until(process: subprocess.Popen, line: str) -> None:
-    """Read on until a line begins with a pattern."""
-    if not any(re.match(line, printed) for printed in process.stdout):
-        raise AssertionError(f"it ended without {line}")
-
-
-def ended(process: subprocess.Popen, status: int = 0) -> str:
-    printed, _ = process.communicate(timeout=240)
-    assert process.returncode == status, printed
-    return printed
 
 
 def test_data_is_skipped_once_however_often_torchrun_restarts(launched, whole, tmp_path):
@@ -98,12 +80,7 @@ def test_a_refused_start_is_refused_after_a_restart_too(launched, whole, tmp_pat
     "number, shell, status", [(signal.SIGTERM, (), 1), (signal.SIGUSR1, IGNORING, 0)]
 )
 def test_a_signal_to_every_process_saves_once_and_resumes_exactly(
-    launched,
-    whole,
-    tmp_path,
-    number,
-    shell,
-    status,
+    launched, whole, tmp_path, number, shell, status
 ):
     """Slurm's way: processes get SIGTERM from it and from torchrun; SIGUSR1 warns ahead of time."""
     process = launched(STANDALONE, shell=shell)

@@ -20,22 +20,19 @@ from tests.train.parallel_ranks import FSDP, SRA, unequal, with_a_nan
 NAMESPACE = ("unshare", "-rm")
 
 
-def run(*arguments: str | Path, timeout: float = 240, **environment: str):
+def run(*arguments: str | Path, timeout: float = 240):
     """A process in the repository's root."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(
-        list(map(str, arguments)), cwd=ROOT, env=env, capture_output=True, text=True,
-        timeout=timeout,
-    )  # fmt: skip
+    options = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "timeout": timeout}
+    return subprocess.run(list(map(str, arguments)), capture_output=True, text=True, **options)
 
 
 @pytest.fixture(scope="module")
 def disk(digits_dir, tmp_path_factory):
     """What disk_faults found on a tmpfs of its own."""
-    trial = ("mount", "-t", "tmpfs", "tmpfs", tmp_path_factory.mktemp("trial"))
-    if shutil.which(NAMESPACE[0]) is None or run(*NAMESPACE, *trial).returncode:
+    folder, trial = (tmp_path_factory.mktemp(name) for name in ("disk", "trial"))
+    mount = (*NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", trial)
+    if shutil.which(NAMESPACE[0]) is None or run(*mount).returncode:
         pytest.skip("needs a mount namespace of its own, which `unshare -rm` cannot make here")
-    folder = tmp_path_factory.mktemp("disk")
     process = run(*NAMESPACE, sys.executable, "-m", "tests.faults.disk_faults", digits_dir, folder)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])

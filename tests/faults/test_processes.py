@@ -108,14 +108,14 @@ def test_a_jump_of_the_clock_changes_nothing(whole, tmp_path, clock, seconds):
     assert len({line[:10] for line in (run / "log.txt").read_text().splitlines()}) == 2
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_another_number_of_processes_goes_on_with_the_same_run(whole, tmp_path, ranks):
+@pytest.mark.parametrize("processes", [1, 3])
+def test_another_number_of_processes_goes_on_with_the_same_run(whole, tmp_path, processes):
     """What two processes had saved at step 30, to 1e-6."""
     run = tmp_path / "run"
     shutil.copytree(whole.run, run)
     for step in steps(run / "checkpoints")[1:]:
         shutil.rmtree(path_of(run / "checkpoints", step))
-    with chaos.started(whole.flags, run, ranks) as trainer:
+    with chaos.started(whole.flags, run, processes) as trainer:
         trainer.finish()
         assert trainer.began_at == STEPS - 2 * chaos.SAVE_EVERY
     ours, theirs = chaos.readings(run), chaos.readings(whole.run)

@@ -10,7 +10,8 @@ import torch
 from repa_fast import testing
 from repa_fast.configs import presets
 from repa_fast.configs.config import TrainConfig
-from repa_fast.data.digits import digits_metadata
+from repa_fast.data import digits
+from repa_fast.data.digits import digit_images, digits_metadata
 from repa_fast.distributed import World
 from repa_fast.train.state import TrainState, build_state
 
@@ -50,6 +51,15 @@ def tiny_state(**overrides) -> TrainState:
     return state
 
 
+@pytest.fixture(scope="session")
+def few_digits(tmp_path_factory):
+    """The first 200 of the digits, where their number does not matter."""
+    with pytest.MonkeyPatch.context() as patch:
+        few = {split: [part[:200] for part in digit_images(split)] for split in ("train", "val")}
+        patch.setattr(digits, "digit_images", few.get)
+        return str(digits.prepare_digits(tmp_path_factory.mktemp("data") / "few"))
+
+
 @pytest.fixture
 def train(digits_dir, tmp_path):
     """(name, config overrides) -> folder of a run of 5 steps, each of them logged."""
@@ -60,6 +70,11 @@ def train(digits_dir, tmp_path):
     return run
 
 
+def config_of_run(digits_dir: str, folder: Path, **overrides) -> TrainConfig:
+    values = {"data_dir": digits_dir, "output_dir": str(folder.parent), "exp_name": folder.name}
+    return tiny_config(**values | {"max_train_steps": 5, "log_every": 1} | overrides)
+
+
 def trained(digits_dir: str, folder: Path, *, plotted: bool = False, **overrides) -> Path:
     """Train a tiny run in `folder`, in this process; return it.
 
@@ -67,12 +82,10 @@ def trained(digits_dir: str, folder: Path, *, plotted: bool = False, **overrides
     """
     from repa_fast.train import run
 
-    values = {"data_dir": digits_dir, "output_dir": str(folder.parent), "exp_name": folder.name}
-    values |= {"max_train_steps": 5, "log_every": 1}
     with pytest.MonkeyPatch.context() as patch:
         if not plotted:
             patch.setattr(run, "plot_losses", lambda *_: None)
-        return run.train(tiny_config(**values | overrides))
+        return run.train(config_of_run(digits_dir, folder, **overrides))
 
 
 def randomise(state: TrainState) -> None:

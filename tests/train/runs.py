@@ -1,26 +1,21 @@
-"""Runs of train.py on the digits: flags, processes, and what they come to."""
+"""Runs of train.py on the digits in processes of their own, and when two runs are the same."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
-from benchmarks.faults import chaos
 from repa_fast.train import checkpoint
 from repa_fast.train.state import TrainState
+from tests.launching import ROOT
 from tests.train.conftest import TINY
 
-ROOT = Path(__file__).parents[2]
 STEPS = 24
-FLAGS = {
-    "--preset": "digits",
-    **{f"--{name.replace('_', '-')}": str(value) for name, value in TINY.items()},
-    "--log-every": "4",
-    "--checkpointing-steps": "3",
-    "--max-train-steps": str(STEPS),
-}
+FLAGS = {"--preset": "digits"} | {f"--{n.replace('_', '-')}": str(v) for n, v in TINY.items()}
+FLAGS |= {"--log-every": "4", "--checkpointing-steps": "3", "--max-train-steps": str(STEPS)}
 
 
 def assert_same_weights(state: TrainState, expected: TrainState) -> None:
@@ -51,26 +46,18 @@ def command(flags: list[str], ranks: int = 1) -> list[str]:
 
 def start(arguments: list[str]) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
-        arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True,
-    )  # fmt: skip
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(arguments, cwd=ROOT, env=environment, **output)
 
 
-def finish(arguments: list[str]) -> str:
-    """What a command prints until it ends well."""
-    process = start(arguments)
+def until(process: subprocess.Popen, line: str) -> None:
+    """Read on until a line begins with a pattern."""
+    if not any(re.match(line, printed) for printed in process.stdout):
+        raise AssertionError(f"it ended without {line}")
+
+
+def ended(process: subprocess.Popen, status: int = 0) -> str:
+    """What a process still prints, which ends with a status."""
     output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
+    assert process.returncode == status, output
     return output
-
-
-def descendants(pid: int) -> list[int]:
-    """Processes below `pid`: torchrun's workers are in sessions of their own."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in children] + [d for c in children for d in descendants(int(c))]
-
-
-def assert_bit_identical(run: Path, undisturbed: Path) -> None:
-    """Metrics, and all tensors of the last checkpoint, are the same."""
-    assert chaos.differences(run, undisturbed) == []

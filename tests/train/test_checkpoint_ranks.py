@@ -4,39 +4,28 @@ import functools
 import shutil
 
 import pytest
-import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 pytest.importorskip("lance")
 pytest.importorskip("timm")
 
-from repa_fast.checkpoint import formats, writer
+from repa_fast.checkpoint import writer
 from repa_fast.checkpoint.export import export
-from repa_fast.checkpoint.layout import MARKER, path_of, read_native, steps
+from repa_fast.checkpoint.layout import path_of, read_native, steps
+from tests.refusals import refused
 from tests.train import checkpoint_ranks as cases
 from tests.train.checkpoint_ranks import SAVED
 from tests.train.conftest import tiny_config
-from tests.train.parallel_ranks import (
-    ALONE,
-    FSDP,
-    REPLICATED,
-    SQUARE,
-    build,
-    distance,
-    only,
-    unequal,
-)
+from tests.train.parallel_ranks import ALONE, FSDP, REPLICATED, SQUARE, distance, only, unequal
 
 MODES = {"ddp": {}, "fsdp": FSDP, "hsdp 2 x 1": REPLICATED, "hsdp 2 x 2": SQUARE}
-SAVES = ("fsdp", "ddp")
-"""What two processes save in a run from its start."""
 HEAVY = pytest.mark.heavy
 LOADS = [  # saved as, loaded as, by so many processes; parts of a matrix when they save it again
-    ("fsdp", "ddp", 2, 1),
-    ("fsdp", "fsdp", 2, 2),
     ("fsdp", "hsdp 2 x 1", 2, 1),
     ("ddp", "fsdp", 2, 2),
     ("fsdp", "ddp", 1, 0),
+    pytest.param("fsdp", "ddp", 2, 1, marks=HEAVY),
+    pytest.param("fsdp", "fsdp", 2, 2, marks=HEAVY),
     pytest.param("fsdp", "fsdp", 3, 3, marks=HEAVY),
     pytest.param("ddp", "fsdp", 3, 3, marks=HEAVY),
     pytest.param("fsdp", "hsdp 2 x 2", 4, 2, marks=HEAVY),
@@ -62,27 +51,19 @@ def entries(target):
     return sizes, len(metadata["model.blocks.0.mlp.fc1.weight"].chunks)
 
 
-@pytest.mark.parametrize("mode", SAVES)
+@pytest.mark.parametrize("mode", ["fsdp", "ddp"])
 def test_what_is_stored_is_of_its_step_though_training_went_on(saved, mode):
+    """Under the official names; both processes write about as much."""
     target, (job, _) = saved(mode)
     assert unequal(read_native(target, ""), job["saved"]) == []
     moved = unequal(job["next"], job["saved"])
     assert {key.split(".")[0] for key in moved} == {"model", "ema", "ema_2", "optimizer"}
     assert writer.damage(target) == ""
     assert len(job["lines"]) == 1 and job["lines"][0].startswith(f"checkpoint {target} paused the ")
-
-
-@pytest.mark.parametrize("mode", SAVES)
-def test_both_processes_write_about_as_much(saved, mode):
-    target, _ = saved(mode)
+    names = [name.removeprefix("model.") for name in job["saved"] if name.startswith("model.")]
+    assert names == list(cases.build(ALONE, tiny_config()).model.state_dict())
     small, large = sorted(file.stat().st_size for file in target.glob("__*.distcp"))
     assert large < 1.2 * small
-
-
-def test_names_are_the_official_ones(saved):
-    stored = saved("fsdp")[1][0]["saved"]
-    names = [name.removeprefix("model.") for name in stored if name.startswith("model.")]
-    assert names == list(build(ALONE, tiny_config()).model.state_dict())
 
 
 @pytest.mark.parametrize("source, mode, size, parts", LOADS)
@@ -111,27 +92,14 @@ def test_other_kinds_and_numbers_of_processes_load_the_same_bits_and_go_on(
             assert (job["next"][name] - value).norm() <= 1e-3 * moved + 1e-7, name
 
 
-def test_a_sharded_one_is_exported_to_the_official_file_and_goes_on_under_fsdp(
-    ranks, saved, tmp_path
-):
+def test_an_official_file_of_a_sharded_one_goes_on_under_fsdp(ranks, saved, tmp_path):
     target, (job, _) = saved("fsdp")
     assert entries(target)[1] == 2
-    file, expected = tmp_path / "0000002.pt", job["saved"]
+    file = tmp_path / "0000002.pt"
     export(target, "official", file)
-    contents = formats.read_file(file)
-    model = build(ALONE, tiny_config()).model
-    assert list(contents["model"]) == list(contents["ema"]) == list(model.state_dict())
-    for part in ("model", "ema"):
-        stored = {f"{part}.{name}": tensor for name, tensor in contents[part].items()}
-        wanted = {name: value for name, value in expected.items() if name.startswith(f"{part}.")}
-        assert unequal(stored, wanted) == []
-    for number, (name, parameter) in enumerate(model.named_parameters()):
-        if parameter.requires_grad:
-            moment = contents["opt"]["state"][number]["exp_avg"]
-            assert torch.equal(moment, expected[f"optimizer.state.{name}.exp_avg"])
-    alone = cases.load_official(ALONE, {}, file)
-    for loaded in ranks(cases.load_official, FSDP, file):
-        assert unequal(loaded, alone) == []
+    wanted = {name: t for name, t in job["saved"].items() if not name.startswith("ema_2.")}
+    for found in (cases.load_official(ALONE, {}, file), *ranks(cases.load_official, FSDP, file)):
+        assert unequal(found, wanted) == []
 
 
 def test_an_error_on_one_process_is_everyones_and_the_third_in_a_row_ends_the_run(ranks, tmp_path):
@@ -152,6 +120,5 @@ def test_a_missing_shard_is_damage(saved, tmp_path):
     shutil.copytree(saved("fsdp")[0], target)
     (target / "__1_0.distcp").unlink()
     assert writer.damage(target) == "missing __1_0.distcp"
-    with pytest.raises(ValueError, match=r"0000002 cannot be loaded: .*__1_0\.distcp"):
-        read_native(target, "")
-    assert (target / MARKER).exists()
+    words = r"0000002 cannot be loaded: .*__1_0\.distcp"
+    refused(lambda: read_native(target, ""), words)

@@ -7,9 +7,11 @@ import gc
 import json
 import os
 import threading
+from functools import partial
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
-import torch
 
 from repa_fast.checkpoint import writer
 from repa_fast.checkpoint.layout import MARKER, path_of, read_native, steps
@@ -18,6 +20,7 @@ from repa_fast.train.checkpoint import Checkpointer, CheckpointFailed
 from repa_fast.train.step import synthetic_batch, train_step
 from tests.refusals import refused
 from tests.train.conftest import tiny_state
+from tests.train.parallel_ranks import everything, unequal
 
 
 @pytest.fixture
@@ -68,40 +71,27 @@ def full_disk(monkeypatch):
     return full
 
 
-def copies(state):
-    return {name: tensor.clone() for name, tensor in checkpoint.tensors(state).items()}
-
-
-def test_training_goes_on_during_a_save_which_holds_the_step_it_began_at(
+def test_training_goes_on_during_a_save_and_the_next_one_waits_for_it(
     state, saves, held, lines, tmp_path
 ):
-    expected = copies(state)
-    target = saves.save(state)
-    for _ in range(2):
-        train_step(state, synthetic_batch(state, 12)[0])
-        saves.poll()
-    assert lines == [] and steps(tmp_path) == []
-    held.set()
-    saves.settle()
-    assert len(lines) == 1 and lines[0].startswith(f"checkpoint {target} paused the run ")
-    stored = read_native(target, "")
-    assert stored.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(stored[name], expected[name])] == []
-    changed = [name for name, now in copies(state).items() if not torch.equal(now, stored[name])]
-    assert {"model", "ema", "optimizer"} == {name.split(".")[0] for name in changed}
-    assert json.loads((target / "counters.json").read_text())["step"] == 1
-
-
-def test_one_save_at_a_time(state, saves, held, lines, tmp_path):
+    """What is stored is of the step at which the save began."""
+    expected = everything(state)
     first = saves.save(state)
-    state.step = 2
+    train_step(state, synthetic_batch(state, 12)[0])
+    moved = unequal(everything(state), expected)
+    assert {name.split(".")[0] for name in moved} == {"model", "ema", "optimizer"}
+    saves.poll()
+    assert lines == [] and steps(tmp_path) == []
     threading.Timer(0.3, held.set).start()
     second = saves.save(state)
-    assert (first / MARKER).exists() and len(lines) == 1 and str(first) in lines[0]
+    assert (first / MARKER).exists() and len(lines) == 1
+    assert lines[0].startswith(f"checkpoint {first} paused the run ")
     saves.settle()
     assert (second / MARKER).exists() and len(lines) == 2
-    paused = float(lines[1].split(" paused the run ")[1].split(" ms")[0])
-    assert paused > 200
+    assert float(lines[1].split(" paused the run ")[1].split(" ms")[0]) > 200
+    assert unequal(read_native(first, ""), expected) == []
+    assert unequal(read_native(second, ""), everything(state)) == []
+    assert json.loads((first / "counters.json").read_text())["step"] == 1
 
 
 def test_what_a_save_leaves_behind_does_not_add_up(state, saves):
@@ -158,26 +148,20 @@ def test_two_failures_in_a_row_warn_and_a_third_raises(state, saves, full_disk, 
 def test_too_little_space_is_said_with_both_sizes_before_anything_is_written(
     state, saves, tmp_path, monkeypatch
 ):
-    there = []
+    """What is asked for is a little more than what is taken."""
+    needed = sum(tensor.nbytes + writer.HEADER_BYTES for tensor in everything(state).values())
+    free, there = iter([1000, needed - 1, needed]), []
 
     def usage(folder):
         there.append(list(folder.iterdir()))
-        return type("usage", (), {"free": 1000})
+        return SimpleNamespace(free=next(free))
 
     monkeypatch.setattr(writer.shutil, "disk_usage", usage)
-    words = r"0000001 needs 0\.0\d+ GiB, and .* 9\.31e-07 GiB f"
-    with pytest.raises(CheckpointFailed, match=words):
-        saves.save(state, wait=True)
-    assert there == [[]] and list(tmp_path.iterdir()) == []
-
-
-def test_what_is_asked_for_is_a_little_more_than_what_is_taken(state, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(writer, "expect_space", lambda folder, needed: asked.append(needed))
-    target = checkpoint.save(tmp_path, state)
-    taken = (target / "__0_0.distcp").stat().st_size
-    tensors = checkpoint.tensors(state)
-    assert taken <= asked[0] == sum(t.nbytes + writer.HEADER_BYTES for t in tensors.values())
+    for words in (r"0000001 needs 0\.0\d+ GiB, and .* 9\.31e-07 GiB f", "0000001 needs "):
+        with pytest.raises(CheckpointFailed, match=words):
+            saves.save(state, wait=True)
+    assert there == [[], []] and list(tmp_path.iterdir()) == []
+    assert (saves.save(state, wait=True) / "__0_0.distcp").stat().st_size <= needed
 
 
 def test_a_folder_that_is_read_only_is_a_failure_not_a_crash(state, saves, tmp_path, lines):
@@ -195,12 +179,9 @@ def test_old_checkpoints_that_cannot_be_removed_do_not_spoil_the_new_one(
 ):
     state.config.keep_last = 1
     saves.save(state, wait=True)
-
-    def refused(path, **_):
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
-
     state.step = 2
-    monkeypatch.setattr(writer.shutil, "rmtree", refused)
+    refusal = PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(writer.shutil, "rmtree", mock.Mock(side_effect=refusal))
     assert (saves.save(state, wait=True) / MARKER).exists()
     assert "were not removed: [Errno 13]" in caplog.text
 
@@ -242,11 +223,11 @@ def test_another_task_is_refused_where_the_tensors_would_fit(state, tmp_path):
     for name, ours, theirs in (("path_type", "linear", "cosine"), ("prediction", "v", "noise")):
         other = tiny_state(enc_type="none", **{name: theirs})
         words = f"of a run with {name} '{ours}', expected '{theirs}': .*--init-from"
-        refused(lambda other=other: checkpoint.load(target, other), words)
+        refused(partial(checkpoint.load, target, other), words)
     stored = json.loads((target / "dataset.json").read_text())
     (target / "dataset.json").write_text(json.dumps(stored | {"scale": 0.18215}))
     words = r"of a run with scale 0\.18215, expected 1\.0: "
-    refused(lambda: checkpoint.load(target, state), words)
+    refused(partial(checkpoint.load, target, state), words)
 
 
 def test_the_last_are_kept_and_every_nth_and_later_ones(state, saves, tmp_path):

@@ -1,6 +1,8 @@
 """Training from columns of features, without images and encoders."""
 
 import dataclasses
+import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ pytest.importorskip("lance")
 from repa_fast import encoders
 from repa_fast.data import dataset as dataset_module
 from repa_fast.data.dataset import LatentDataset
-from repa_fast.data.digits import digits_metadata, prepare_digits
+from repa_fast.data.digits import digits_metadata
 from repa_fast.data.loader import read_batch
 from repa_fast.prepare.features import Extraction, FeaturesConfig, prepare_features
 from repa_fast.train import step
@@ -24,15 +26,14 @@ pytestmark = pytest.mark.xdist_group("train features")  # what its tests share i
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    """The digits with their features as fp16 and int8, and one column that says another encoder."""
-    out = prepare_digits(tmp_path_factory.mktemp("data") / "digits")
+def data_dir(few_digits, tmp_path_factory):
+    """Some digits with their features as fp16 and int8, and a column that says another encoder."""
+    out = shutil.copytree(few_digits, tmp_path_factory.mktemp("data") / "digits")
     for name, storage in (("digits_vit", "fp16"), ("small", "int8")):
-        config = FeaturesConfig(
-            data_dir=str(out), enc_type="digits-vit", column=name, storage=storage
-        )
+        options = {"enc_type": "digits-vit", "column": name, "storage": storage}
+        config = FeaturesConfig(data_dir=str(out), **options)
         said = prepare_features(config)
-        assert f"1500 rows of {name}" in said and "kB per image" in said
+        assert f"200 rows of {name}" in said and "kB per image" in said
         assert "all as they were" in prepare_features(dataclasses.replace(config, verify=True))
     table = LatentDataset(out)
     other = dataclasses.replace(table.features["small"], name="other", encoder="mae-vit-l")
@@ -60,9 +61,7 @@ def online(metrics):
 def test_the_run_is_the_online_one_up_to_the_rounding_of_the_features(
     metrics, online, column, bound, monkeypatch
 ):
-    def never(*arguments, **options):
-        raise AssertionError("no image and no encoder is needed")
-
+    never = mock.Mock(side_effect=AssertionError("no image and no encoder is needed"))
     monkeypatch.setattr(dataset_module, "decode", never)
     monkeypatch.setattr(encoders, "load", never)
     cached = metrics(features=column)
@@ -96,10 +95,9 @@ def test_columns_that_do_not_fit_are_refused(metrics, overrides, words):
 
 
 def test_an_official_folder_has_no_columns(config):
-    refused(
-        lambda: build_state(config(features="digits_vit"), digits_metadata(), ALONE),
-        "columns: none; `repa-fast prepare features`",
-    )
+    run = config(features="digits_vit")
+    words = "columns: none; `repa-fast prepare features`"
+    refused(lambda: build_state(run, digits_metadata(), ALONE), words)
 
 
 def test_a_made_up_batch_has_the_columns(config, data_dir):

@@ -5,9 +5,12 @@ import torch
 
 from repa_fast import ops
 from repa_fast.backend import dispatch
+from repa_fast.diffusion.draws import draw
+from repa_fast.diffusion.path import cosine, linear
 from repa_fast.kernels.attention import current_backend
-from repa_fast.train.step import draw_local, synthetic_batch, train_step
+from repa_fast.train.step import draw_local, losses, synthetic_batch, train_step
 from tests.refusals import refused
+from tests.train.conftest import assert_same
 
 
 @pytest.fixture(autouse=True)
@@ -21,16 +24,11 @@ def defaults(monkeypatch):
     ops.set_attention_backend("sdpa")
 
 
-def drawn(make_state, **flags):
-    return draw_local(make_state(batch_size=2000, **flags))
-
-
 def test_adam_flags_reach_the_optimizer(make_state):
-    betas = {"adam_beta1": 0.8, "adam_beta2": 0.95}
-    state = make_state(learning_rate=3e-4, adam_weight_decay=0.1, adam_epsilon=1e-6, **betas)
-    group = state.optimizer.param_groups[0]
-    assert group["lr"] == 3e-4 and group["betas"] == (0.8, 0.95)
-    assert group["weight_decay"] == 0.1 and group["eps"] == 1e-6
+    flags = {"adam_weight_decay": 0.1, "adam_epsilon": 1e-6, "adam_beta1": 0.8, "adam_beta2": 0.95}
+    group = make_state(learning_rate=3e-4, **flags).optimizer.param_groups[0]
+    found = [group[name] for name in ("lr", "betas", "weight_decay", "eps")]
+    assert found == [3e-4, (0.8, 0.95), 0.1, 1e-6]
 
 
 def test_max_grad_norm_clips(make_state):
@@ -48,42 +46,36 @@ def test_max_grad_norm_clips(make_state):
 
 
 @pytest.mark.parametrize(
-    "flags, probability",
-    [({"cfg_prob": 0.0}, 0.0), ({"cfg_prob": 0.3}, 0.3), ({"cfg_prob": 0.3, "legacy": True}, 0.51)],
-)
-def test_cfg_prob_is_honoured(make_state, flags, probability):
-    share = drawn(make_state, **flags).drop.float().mean().item()
-    assert share == pytest.approx(probability, abs=4 * (0.25 / 2000) ** 0.5 if probability else 0)
+    "flags, options",
+    [
+        ({"seed": 3}, {"drop_prob": 0.1}),
+        ({"cfg_prob": 0.3}, {"drop_prob": 0.3}),
+        ({"cfg_prob": 0.3, "legacy": True}, {"drop_prob": 0.51}),
+        ({"cfg_prob": 0.0, "weighting": "lognormal"}, {"weighting": "lognormal"}),
+        ({"cfg_prob": 0.0, "path_type": "cosine", "weighting": "lognormal"},
+         {"path": cosine, "weighting": "lognormal"}),
+    ],
+)  # fmt: skip
+def test_flags_of_the_draws_are_honoured(make_state, flags, options):
+    state = make_state(batch_size=200, **flags)
+    expected = draw(flags.get("seed", 0), 0, 200, (3, 16, 16), **{"path": linear} | options)
+    assert_same(draw_local(state), expected)
 
 
-def test_weighting_and_path_shape_the_times(make_state):
-    uniform = drawn(make_state, weighting="uniform", path_type="linear").t
-    linear, cosine = (
-        drawn(make_state, weighting="lognormal", path_type=path).t for path in ("linear", "cosine")
-    )
-    ratio = linear / (1 - linear)
-    assert torch.allclose((torch.pi / 2 * cosine).tan(), ratio, rtol=1e-4)
-    assert uniform.std() == pytest.approx(12**-0.5, abs=0.01)
-    assert ratio.log().std() == pytest.approx(1, abs=0.06)
+def test_a_velocity_is_learnt_along_the_path_of_the_flag(make_state):
+    state = make_state(path_type="cosine", enc_type="none")
+    batch, draws = synthetic_batch(state, 6)
+    clean, batch["moments"][:, 3:] = batch["moments"][:, :3], 0
+    noisy, velocity = cosine.interpolate(clean, draws.noise, draws.t)
+    output, _ = state.model(noisy, draws.t, batch["label"], draws.drop)
+    denoise, _ = losses(state, state.model, batch, draws)
+    assert torch.allclose(denoise, (output - velocity).square().mean((1, 2, 3)), rtol=1e-5)
 
 
-def test_path_type_changes_the_loss(make_state):
-    losses = set()
-    for path in ("linear", "cosine"):
-        state = make_state(path_type=path)
-        batch, _ = synthetic_batch(state, 12)
-        batch["moments"].fill_(0.5)
-        train_step(state, batch)
-        losses.add(state.metrics.read(state.world)["denoise"])
-    assert len(losses) == 2
-
-
-def test_seed_changes_weights_and_draws(make_state):
-    a, b, c = make_state(seed=0), make_state(seed=1), make_state(seed=0)
-    name = "blocks.0.attn.qkv.weight"
-    assert torch.equal(a.model.state_dict()[name], c.model.state_dict()[name])
-    assert not torch.equal(a.model.state_dict()[name], b.model.state_dict()[name])
-    assert not torch.equal(draw_local(a).noise, draw_local(b).noise)
+def test_the_seed_decides_the_weights(make_state):
+    states = (make_state(seed=seed) for seed in (0, 1, 0))
+    first, other, again = (s.model.state_dict()["blocks.0.attn.qkv.weight"] for s in states)
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_model_flags_reach_the_model(make_state):
@@ -100,11 +92,13 @@ def test_allow_tf32(make_state):
         assert torch.get_float32_matmul_precision() == precision
 
 
-def test_a_run_says_which_kernels_it_uses_and_why(make_state):
+def test_a_run_says_which_kernels_it_uses_and_why(make_state, monkeypatch):
     kernels, attention, optimizer = make_state().notes
     assert kernels == "kernels: reference, since the tensors are on the CPU"
     assert attention.startswith("attention: sdpa (auto: ")
     assert optimizer == "optimizer: torch, since the tensors are on cpu"
+    monkeypatch.setenv(dispatch.VARIABLE, "reference")
+    assert make_state().notes[0] == "kernels: reference, asked for"
 
 
 def test_what_is_asked_for_is_set_for_the_process(make_state):
@@ -114,32 +108,26 @@ def test_what_is_asked_for_is_set_for_the_process(make_state):
     assert dispatch.asked() == "reference" and current_backend() == "math"
 
 
-def test_auto_leaves_the_choice_to_the_environment(make_state, monkeypatch):
-    monkeypatch.setenv(dispatch.VARIABLE, "reference")
-    assert make_state().notes[0] == "kernels: reference, asked for"
-
-
 def test_the_explicit_softmax_leaves_the_backend_alone(make_state):
     state = make_state(fused_attn=False, attention="math")
     assert len(state.notes) == 2 and current_backend() == "sdpa"
+
+
+COPIES, BF16 = {"compute_copy": "optimizer"}, {"residual_dtype": "bf16"}
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
         ({"patch_size": 2}, "digits-vit gives 16 tokens, expected 64"),
-        ({"compute_copy": "optimizer", "mixed_precision": "no"}, "compute_copy is 'optimizer'"),
-        ({"compute_copy": "optimizer", "mixed_precision": "fp16"}, "compute_copy is 'optimizer'"),
-        ({"compute_copy": "optimizer", "mixed_precision": "auto"}, "compute_copy is 'optimizer'"),
+        *((COPIES | {"mixed_precision": dtype}, "compute_copy is 'optimizer'")
+          for dtype in ("no", "fp16", "auto")),
         ({"joint_adaln": True}, "joint_adaln is set, which needs --compute-copy"),
-        ({"residual_dtype": "bf16"}, "residual_dtype is 'bf16', which needs --mixed-precision"),
-        (
-            {"residual_dtype": "bf16", "mixed_precision": "fp16"},
-            "with mixed_precision 'fp16', expected bf16",
-        ),
+        (BF16, "residual_dtype is 'bf16', which needs --mixed-precision"),
+        (BF16 | {"mixed_precision": "fp16"}, "with mixed_precision 'fp16', expected bf16"),
         ({"kernels": "triton"}, "'triton', but the tensors are on the CPU"),
         ({"attention": "fa9"}, "'fa9', expected one of auto, sdpa"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_had_is_refused_at_the_start(make_state, flags, words):
     refused(lambda: make_state(**flags), words)

@@ -1,5 +1,7 @@
 """The accumulator of metrics: means, bins over t, skipped steps, and resuming."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -15,26 +17,22 @@ GOOD, BAD = torch.tensor(0.0), torch.tensor(1.0)
 NAN = float("nan")
 
 
-class Lockstep(World):
-    """A process among others whose accumulators are at hand, so that they can be added up."""
-
-    def join(self, accumulators: list[Accumulator]) -> "Lockstep":
-        object.__setattr__(self, "all", [a.sums for a in accumulators])
-        return self
-
-    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        return torch.stack(self.all)
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.copy_(torch.stack(self.all).sum(0))
-
-
 class Run:
     """`size` processes; `add` gives each its share of a step, as train_step does."""
 
     def __init__(self, size: int = 1) -> None:
-        self.processes = [Accumulator(["align/a"], CPU) for _ in range(size)]
-        together = [Lockstep(rank, size, CPU).join(self.processes) for rank in range(size)]
+        self.processes = processes = [Accumulator(["align/a"], CPU) for _ in range(size)]
+
+        class Lockstep(World):
+            """Of one among others whose sums are at hand."""
+
+            def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+                return torch.stack([process.sums for process in processes])
+
+            def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+                return tensor.copy_(self.gather(tensor).sum(0))
+
+        together = [Lockstep(rank, size, CPU) for rank in range(size)]
         self.worlds = together if size > 1 else [ALONE]
 
     def add(self, denoise: torch.Tensor, t: torch.Tensor, norm: float = 1.0, bad=GOOD) -> None:
@@ -44,19 +42,21 @@ class Run:
             values = StepValues(2 * mean, mean, -mean[None], part)
             process.add(values, mean * 0 + norm, bad, times)
 
-    def state(self) -> dict:
-        states = [p.state(world) for p, world in zip(self.processes, self.worlds)]
-        assert all(state == states[0] for state in states)
-        return states[0]
-
     def resumed(self, size: int) -> "Run":
-        state, other = self.state(), Run(size)
-        for process, world in zip(other.processes, other.worlds):
+        """What `size` processes make of the state, which all of these agree on."""
+        state, *others = (p.state(world) for p, world in zip(self.processes, self.worlds))
+        assert all(other == state for other in others) and json.loads(json.dumps(state)) == state
+        run = Run(size)
+        for process, world in zip(run.processes, run.worlds):
             process.load_state(state, world)
-        return other
+        return run
 
     def read(self) -> dict:
         return self.processes[0].read(self.worlds[0])
+
+    @property
+    def bad_runs(self) -> list[int]:
+        return [int(process.bad_run) for process in self.processes]
 
 
 def steps(count: int, batch: int = 12) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -111,24 +111,18 @@ def test_skipped_steps_add_nothing_but_their_count():
     assert alone["loss"] is None and alone["align/a"] is None and alone["skipped"] == 1
 
 
-def test_the_bad_run_counts_consecutive_skipped_steps():
-    run, (denoise, t), seen = Run(), steps(1)[0], []
-    for bad in (GOOD, BAD, BAD, GOOD, BAD, BAD, BAD, GOOD):
-        run.add(denoise, t, bad=bad)
-        seen.append(int(run.processes[0].bad_run))
-    assert seen == [0, 1, 2, 0, 1, 2, 3, 0]
-
-
-def test_reading_resets_the_sums_but_not_the_bad_run():
-    run, data = Run(), steps(2)
-    run.add(*data[0])
-    run.add(*data[0], bad=BAD)
+def test_the_bad_run_counts_consecutive_skipped_steps_and_reading_resets_all_but_it():
+    run, (first, second), seen = Run(), steps(2), []
+    for bad in (GOOD, BAD, BAD, GOOD, BAD, BAD, BAD, GOOD, BAD):
+        run.add(*first, bad=bad)
+        seen += run.bad_runs
+    assert seen == [0, 1, 2, 0, 1, 2, 3, 0, 1]
     run.read()
     empty = run.read()
     assert empty["loss"] is None and empty["loss_by_t"] == [None] * T_BINS
-    assert empty["skipped"] == 0 and int(run.processes[0].bad_run) == 1
-    run.add(*data[1])
-    assert run.read()["denoise"] == pytest.approx(data[1][0].mean().item())
+    assert empty["skipped"] == 0 and run.bad_runs == [1]
+    run.add(*second)
+    assert run.read()["denoise"] == pytest.approx(second[0].mean().item())
 
 
 @pytest.mark.parametrize("taken", [3, 5])
@@ -141,20 +135,12 @@ def test_a_resumed_run_reads_what_an_undisturbed_one_reads(before, after, taken)
     for _ in range(3):
         run.add(*data[0], bad=BAD)
     run = run.resumed(after)
-    assert [int(process.bad_run) for process in run.processes] == [3] * after
+    assert run.bad_runs == [3] * after
     for denoise, t in data[taken:]:
         run.add(denoise, t)
     for denoise, t in data:
         undisturbed.add(denoise, t)
     assert_equal_readings(run.read(), undisturbed.read() | {"skipped": 3})
-
-
-def test_the_state_is_plain_numbers():
-    run = Run(2)
-    run.add(*steps(1)[0])
-    state = run.state()
-    assert type(state["bad_run"]) is int
-    assert all(type(value) is float for row in state["sums"] for value in row)
 
 
 class Devices(TorchDispatchMode):

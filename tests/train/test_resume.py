@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -10,12 +11,12 @@ import torch
 from repa_fast import cli
 from repa_fast.checkpoint import formats
 from repa_fast.checkpoint.export import export, file_beside, format_of
-from repa_fast.models.sit import SiT
+from repa_fast.checkpoint.layout import load_ema
 from repa_fast.train import checkpoint
 from repa_fast.train.resume import resume, start_from
 from repa_fast.train.step import accumulate, draw_local, synthetic_batch, train_step
 from tests.refusals import refused
-from tests.train.conftest import tiny_state
+from tests.train.conftest import assert_same, tiny_state
 from tests.train.runs import assert_same_state, assert_same_weights
 
 
@@ -53,6 +54,15 @@ def official(trained):
 def folder(trained, tmp_path):
     """All checkpoints, to do anything with."""
     return shutil.copytree(trained[-1], tmp_path / "checkpoints")
+
+
+def test_a_checkpoint_holds_the_config_over_which_flags_win(state, saved):
+    assert json.loads((saved / "config.json").read_text()) == state.config.to_dict()
+    other = tiny_state(learning_rate=1e-5)
+    checkpoint.load(saved, other)
+    assert other.optimizer.param_groups[0]["lr"] == 1e-5
+    load_ema(saved, other.model)
+    assert_same(other.model.state_dict().values(), state.ema.state_dict().values())
 
 
 def test_official_file_has_the_official_structure(state, official):
@@ -110,42 +120,27 @@ def test_a_step_a_directory_a_run_or_the_newest_can_be_named(state, folder):
     other = tiny_state(resume_step=3)
     assert resume(folder / "official", other) == folder / "official" / "0000003.pt"
     assert_same_weights(other, state)
-    for name, words in (
-        ("9", r"no complete checkpoint of step 9.*found: 0000003, 0000002"),
-        ("nowhere", r"resume is 'nowhere', expected auto, never, a step"),
-    ):
-        other = tiny_state(resume=name)
-        refused(lambda other=other: resume(folder, other), words)
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
-def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(folder, caplog, harm):
-    shard = next(checkpoint.path_of(folder, 3).glob("*.distcp"))
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(trained, folder, caplog, harm):
+    """And written again when its step comes."""
+    target = checkpoint.path_of(folder, 3)
+    shard = target / "__0_0.distcp"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     if harm == "remove":
         shard.unlink()
     else:
         shard.write_bytes(content if harm == "flip" else content[:-100])
-    other = tiny_state(resume="auto")
+    other, again, named = (tiny_state(resume=name) for name in ("auto", "auto", "3"))
+    refused(partial(resume, folder, named), r"0000003 is damaged: .*__0_0\.distcp")
     with caplog.at_level(logging.WARNING):
         assert resume(folder, other) == checkpoint.path_of(folder, 2)
     assert other.step == 2
     assert "passing over" in caplog.text and shard.name in caplog.text
-    named = tiny_state(resume="3")
-    refused(lambda: resume(folder, named), r"0000003 is damaged: .*distcp")
-
-
-def test_a_damaged_checkpoint_is_written_again_when_its_step_comes(trained, folder):
-    target = checkpoint.path_of(folder, 3)
-    with open(target / "__0_0.distcp", "ab") as shard:
-        shard.truncate(1000)
-    other = tiny_state(resume="auto")
-    resume(folder, other)
-    assert other.step == 2
     train_step(other, trained[1])
     assert checkpoint.save(folder, other) == target
-    again = tiny_state(resume="auto")
     assert resume(folder, again) == target
     assert_same_state(again, other)
 
@@ -153,19 +148,23 @@ def test_a_damaged_checkpoint_is_written_again_when_its_step_comes(trained, fold
 def test_all_damaged_is_an_error_not_a_new_run(folder):
     for step in (1, 2, 3):
         (checkpoint.path_of(folder, step) / "counters.json").write_text("{}")
-    other = tiny_state(resume="auto")
-    refused(lambda: resume(folder, other), r"all checkpoints in .* are damaged")
-
-
-def test_bare_weights_cannot_be_gone_on_from(state, tmp_path):
-    torch.save(state.ema.state_dict(), tmp_path / "last.pt")
-    other = tiny_state(resume=str(tmp_path / "last.pt"))
-    refused(lambda: resume(tmp_path / "none", other), r"has no model, ema, opt, steps.*--init-from")
+    words = r"all checkpoints in .* are damaged"
+    refused(partial(resume, folder, tiny_state(resume="auto")), words)
 
 
 def test_another_model_is_refused_with_what_differs(saved):
     with pytest.raises(ValueError, match=r"holds a SiT \(depth 3.*model is a SiT \(depth 2"):
         resume(saved.parent, tiny_state(resume="auto", depth=2))
+
+
+def test_what_is_not_there_and_bare_weights_cannot_be_gone_on_from(state, saved, tmp_path):
+    torch.save(state.ema.state_dict(), tmp_path / "last.pt")
+    for name, words in (
+        ("9", r"no complete checkpoint of step 9.*found: 0000003, 0000002"),
+        ("nowhere", r"resume is 'nowhere', expected auto, never, a step"),
+        (str(tmp_path / "last.pt"), r"has no model, ema, opt, steps.*--init-from"),
+    ):
+        refused(partial(resume, saved.parent, tiny_state(resume=name)), words)
 
 
 def test_start_from_sets_model_and_average(state, saved):
@@ -184,25 +183,14 @@ def test_export_refuses_and_leaves_nothing_half_written(folder):
     there = folder / "official" / "0000003.pt"
     half = checkpoint.path_of(folder, 2)
     (half / checkpoint.MARKER).unlink()
-    for source, to, out, words in (
-        (newest, "official", there, "exists already"),
-        (newest, "gguf", new / "x", "format is 'gguf', expected one of official, sra, saf"),
-        (newest, "sra", new / "step-3.pt", "0000003 is of a run with --align repa, expected sra"),
-        (half, "official", new / "y.pt", "not a complete checkpoint"),
+    for words, *arguments in (
+        ("exists already", newest, "official", there),
+        ("format is 'gguf', expected one of official, sra, saf", newest, "gguf", new / "x"),
+        ("0000003 is of a run with --align repa, expected sra", newest, "sra", new / "step-3.pt"),
+        ("not a complete checkpoint", half, "official", new / "y.pt"),
     ):
-        refused(lambda source=source, to=to, out=out: export(source, to, out), words)
+        refused(partial(export, *arguments), words)
     assert not list(folder.glob("new/*"))
-
-
-def test_safetensors_export_is_the_average_with_its_arguments(state, saved, tmp_path):
-    out = tmp_path / "model.safetensors"
-    export(saved, "safetensors", out)
-    described = json.loads(out.with_suffix(".json").read_text())
-    model = SiT(**described["model"])
-    formats.load_exactly(model, formats.read_weights(out), str(out))
-    for name, tensor in state.ema.state_dict().items():
-        assert torch.equal(model.state_dict()[name], tensor)
-    assert described["dataset"]["latent_shape"] == [3, 16, 16]
 
 
 def test_sras_file_has_its_keys_and_goes_on_bit_for_bit(tmp_path):
@@ -227,18 +215,12 @@ def test_sras_file_has_its_keys_and_goes_on_bit_for_bit(tmp_path):
     assert formats.read_weights(file).keys() == names - head
 
 
-@pytest.mark.parametrize(
-    "name, to",
-    [
-        ("0000003.pt", "official"),
-        ("x.safetensors", "safetensors"),
-        ("step-3.pt", "sra"),
-        ("epoch-12.pt", "sra"),
-        ("step-3.safetensors", "safetensors"),
-        ("my-step-3.pt", "official"),
-    ],
-)
-def test_the_format_follows_the_name_and_the_name_the_format(saved, name, to):
-    assert format_of(saved.parent / name) == to
-    default = file_beside(saved, to)
-    assert default.parent == saved.parent and format_of(default) == to and "3" in default.name
+def test_the_format_follows_the_name_and_the_name_the_format(saved):
+    for to, names in {
+        "official": ("0000003.pt", "my-step-3.pt"),
+        "safetensors": ("x.safetensors", "step-3.safetensors"),
+        "sra": ("step-3.pt", "epoch-12.pt"),
+    }.items():
+        default = file_beside(saved, to)
+        assert default.parent == saved.parent and "3" in default.name
+        assert {format_of(saved.parent / name) for name in (*names, default.name)} == {to}

@@ -11,24 +11,17 @@ pytest.importorskip("lance")
 pytest.importorskip("tyro")
 
 from benchmarks.faults import chaos
+from benchmarks.faults.chaos_run import descendants
 from repa_fast.train import checkpoint
 from repa_fast.train.run import main
-from tests.train.runs import (
-    STEPS,
-    assert_bit_identical,
-    command,
-    descendants,
-    finish,
-    flags,
-    start,
-)
+from tests.train.runs import STEPS, command, ended, flags, start
 
 pytestmark = pytest.mark.usefixtures("torchrun")
 
 ONCE = ["--checkpointing-steps", str(STEPS)]
 
 
-def interrupt(arguments: list[str], at: int, number: int, delay: float) -> int:
+def interrupt(arguments: list[str], at: int, number: int, delay: float = 0.0) -> int:
     """Signal all processes `delay` s after the first line of a step >= `at`; returns the status."""
     process = start(arguments)
     for line in process.stdout:
@@ -48,54 +41,41 @@ def undisturbed(digits_dir, tmp_path_factory):
     return output / "run"
 
 
-@pytest.mark.parametrize(
-    "number, status, more, least", [(signal.SIGTERM, 0, ONCE, 8), (signal.SIGKILL, -9, [], 3)]
-)
-def test_a_signal_ends_a_run_that_resumes_exactly(
-    digits_dir, undisturbed, tmp_path, number, status, more, least
+def test_a_run_that_is_killed_and_then_stopped_ends_bit_identical(
+    digits_dir, undisturbed, tmp_path
 ):
-    """SIGTERM saves first, and exits with 0; after SIGKILL there is what had been saved."""
-    own = flags(digits_dir, tmp_path, *more, "--resume", "auto")
-    assert interrupt(command(own), 8, number, 0.0) == status
-    assert least <= checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] < STEPS
+    """After SIGKILL there is what had been saved; at SIGTERM the run saves, and exits with 0."""
+    folder = tmp_path / "run" / "checkpoints"
+    own = flags(digits_dir, tmp_path, "--resume", "auto")
+    assert interrupt(command(own), 8, signal.SIGKILL) == -signal.SIGKILL
+    killed = checkpoint.steps(folder)[-1]
+    assert 3 <= killed < STEPS
+    assert interrupt(command([*own, *ONCE]), killed + 1, signal.SIGTERM) == 0
+    assert killed < checkpoint.steps(folder)[-1] < STEPS
     main(own)
-    assert_bit_identical(tmp_path / "run", undisturbed)
+    assert chaos.differences(tmp_path / "run", undisturbed) == []
 
 
 @pytest.mark.usefixtures("heavy")
-@pytest.mark.parametrize(
-    "ranks, more, kills", [(1, [], (4, 8, 12, 16, 20)), (2, ["--compile"], (8, 16))]
-)
-def test_killed_and_resumed_run_is_bit_identical(
-    digits_dir, undisturbed, tmp_path, ranks, more, kills
-):
-    """Kills at random moments after some steps."""
-    if ranks > 1:
-        finish(command(flags(digits_dir, tmp_path / "undisturbed", *more), ranks))
-        undisturbed = tmp_path / "undisturbed" / "run"
-    arguments = command(flags(digits_dir, tmp_path, "--resume", "auto", *more), ranks)
+def test_a_compiled_run_of_two_ranks_killed_twice_is_bit_identical(digits_dir, tmp_path):
+    """Killed at random moments after some steps."""
+    whole, run = tmp_path / "whole", tmp_path / "killed"
+    ended(start(command(flags(digits_dir, whole, "--compile"), ranks=2)))
+    arguments = command(flags(digits_dir, run, "--compile", "--resume", "auto"), ranks=2)
     draw = random.Random(0)
-    for at in kills:
+    for at in (8, 16):
         delay = draw.uniform(0, 0.1)
         assert interrupt(arguments, at, signal.SIGKILL, delay) == -signal.SIGKILL
-    finish(arguments)
-    assert_bit_identical(tmp_path / "run", undisturbed)
+    ended(start(arguments))
+    assert chaos.differences(run / "run", whole / "run") == []
 
 
 @pytest.mark.usefixtures("heavy")
-@pytest.mark.parametrize(
-    "more, names, tolerance",
-    [
-        ([], ("loss", "denoise", "grad_norm", "align/digits-vit"), {"abs": 1e-6, "rel": 1e-6}),
-        (["--compile"], ("loss",), {"rel": 1e-3}),
-    ],
-)
-def test_two_ranks_equal_one_process(digits_dir, undisturbed, tmp_path, more, names, tolerance):
-    finish(command(flags(digits_dir, tmp_path, *more), ranks=2))
+def test_two_ranks_equal_one_process(digits_dir, undisturbed, tmp_path):
+    ended(start(command(flags(digits_dir, tmp_path), ranks=2)))
     ours, theirs = chaos.readings(tmp_path / "run"), chaos.readings(undisturbed)
-    assert len(ours) == STEPS // 4
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for a, b in zip(ours, theirs, strict=True):
-        assert a["step"] == b["step"]
-        for name in names:
-            assert a[name] == pytest.approx(b[name], **tolerance)
-    assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] == STEPS
+        for name in ("loss", "denoise", "grad_norm", "align/digits-vit"):
+            assert a[name] == pytest.approx(b[name], abs=1e-6, rel=1e-6)
+    assert ours[-1]["step"] == checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] == STEPS

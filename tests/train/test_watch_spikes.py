@@ -1,10 +1,9 @@
 """Spikes of the loss, and the command that goes on before one and past the data that made it."""
 
 import json
-import os
 import re
 import shlex
-import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +13,20 @@ from scipy.stats import median_abs_deviation
 
 pytest.importorskip("lance")
 
+from benchmarks.faults.chaos import differences
 from repa_fast.configs import presets
 from repa_fast.configs.flags import flags_of, parse_config
 from repa_fast.data.order import SampleOrder
+from repa_fast.eval.load import load
 from repa_fast.train import checkpoint, graph, spikes
 from repa_fast.train import run as runs
-from repa_fast.train.resume import last_good, resume
+from repa_fast.train.resume import last_good, resume, stop_if_diverged
 from repa_fast.train.spikes import TrainingDiverged, is_spike
 from repa_fast.train.step import draw_local, train_step
 from tests.refusals import refused
-from tests.train.conftest import assert_same, tiny_config, tiny_state
-from tests.train.runs import assert_bit_identical, assert_same_state, finish, start
+from tests.train.conftest import ALONE, assert_same, config_of_run, tiny_state
+from tests.train.runs import ended, start, until
 
-ROWS = 1500
-BATCH = 12
 STEPS = 16
 
 
@@ -35,34 +34,19 @@ STEPS = 16
 def run_config(digits_dir, tmp_path, monkeypatch):
     """Reads the loss at every step; checkpoints at 5, 10, ...; draws no plot at the end."""
     monkeypatch.setattr(runs, "plot_losses", lambda *_: None)
-
-    def make(**overrides):
-        values = {
-            "data_dir": digits_dir,
-            "output_dir": str(tmp_path),
-            "exp_name": "run",
-            "enc_type": "none",
-            "max_train_steps": STEPS,
-            "log_every": 1,
-            "checkpointing_steps": 5,
-            "stop_on_spike": True,
-        }
-        return tiny_config(**{**values, **overrides})
-
-    return make
+    options = {"enc_type": "none", "max_train_steps": STEPS, "checkpointing_steps": 5}
+    options |= {"stop_on_spike": True}
+    return lambda **overrides: config_of_run(digits_dir, tmp_path / "run", **options | overrides)
 
 
 class Recorder:
-    """Stands in for train_step: keeps what each step saw, and throws the weights at some data.
+    """Stands in for train_step: notes what each step saw, and throws the weights at some data.
 
-    Attributes:
-        seen: (step, data step, rows of the dataset) of every step, in the order they ran.
-        state: of the run.
+    seen: (step, data step, rows of the dataset) of every step, in the order they ran.
     """
 
-    def __init__(self, poisoned: int = -1, scale=3.0, stop_after=None) -> None:
-        self.poisoned, self.scale, self.stop_after = poisoned, scale, stop_after
-        self.seen, self.state = [], None
+    def __init__(self, poisoned: int, scale: float = 3.0) -> None:
+        self.poisoned, self.scale, self.seen, self.state = poisoned, scale, [], None
 
     def __call__(self, state, batch) -> None:
         self.state = state
@@ -72,8 +56,6 @@ class Recorder:
         if bad:
             with torch.no_grad():
                 state.model.final_layer.linear.bias.add_(self.scale)
-        if len(self.seen) == self.stop_after:
-            raise KeyboardInterrupt
 
     @property
     def steps(self) -> list[tuple[int, int]]:
@@ -83,8 +65,8 @@ class Recorder:
 
 @pytest.fixture
 def record(monkeypatch):
-    def install(*poisoned, **options) -> Recorder:
-        recorder = Recorder(*poisoned, **options)
+    def install(poisoned: int, **options) -> Recorder:
+        recorder = Recorder(poisoned, **options)
         monkeypatch.setattr(graph, "train_step", recorder)
         return recorder
 
@@ -101,13 +83,10 @@ def test_a_spike_is_six_robust_deviations_up(seed):
     assert is_spike(2.0, list(losses))
 
 
-@pytest.mark.parametrize(
-    "loss, expected",
-    [(1.09, False), (1.11, True), (0.1, False), (float("nan"), True), (float("inf"), True)],
-)
-def test_a_spike_is_a_tenth_up_where_nothing_varies(loss, expected):
-    assert is_spike(loss, [1.0] * spikes.ENOUGH) is expected
-    assert not is_spike(loss, [1.0] * (spikes.ENOUGH - 1))
+def test_a_spike_is_a_tenth_up_where_nothing_varies():
+    for loss, spike in ((1.09, False), (1.11, True), (0.1, False), (np.nan, True), (np.inf, True)):
+        assert is_spike(loss, [1.0] * spikes.ENOUGH) is spike
+        assert not is_spike(loss, [1.0] * (spikes.ENOUGH - 1))
 
 
 def test_a_falling_loss_and_a_noisy_one_are_no_spikes():
@@ -126,11 +105,11 @@ def test_skipped_data_is_that_of_later_steps():
 
 
 def diverged(config) -> tuple[str, list[str]]:
-    """(message, command) of a run that stops because it diverged; no command if there is none."""
+    """(message, command) of a run that stops because it diverged."""
     with pytest.raises(TrainingDiverged) as stopped:
         runs.train(config)
-    message, *command = str(stopped.value).split("\n")
-    return message, shlex.split(command[0]) if command else []
+    message, command = str(stopped.value).split("\n")
+    return message, shlex.split(command)
 
 
 def config_of(command: list[str]):
@@ -156,7 +135,7 @@ def test_a_spike_stops_the_run_and_the_next_one_takes_later_data(run_config, rec
     steps = record(10)
     runs.train(config)
     assert steps.steps == [(step, step + 2) for step in range(10, STEPS)]
-    order = SampleOrder(ROWS, BATCH, seed=0)
+    order = SampleOrder(1500, 12, seed=0)
     for _, data, rows in steps.seen:
         assert rows == order.rows(data).tolist()
 
@@ -171,27 +150,24 @@ def test_the_command_survives_kills_and_skips_once(run_config, record, tmp_path)
     record(17)
     _, command = diverged(run_config(max_train_steps=48, checkpointing_steps=15))
     run, whole = tmp_path / "run-from-15", tmp_path / "whole"
-    finish(["sh", "-c", shlex.join(command)])
+    ended(start(["sh", "-c", shlex.join(command)]))
     run.rename(whole)
     for line, saved in ((r"step 17/", []), (r"checkpoint \S+/0000030 ", [30])):
         process = start(command)
-        assert any(re.match(line, printed) for printed in process.stdout)
-        os.kill(process.pid, signal.SIGKILL)
+        until(process, line)
+        process.kill()
         process.communicate(timeout=60)
         assert checkpoint.steps(run / "checkpoints") == saved
-    output = finish([*command, "--resume=auto"])
+    output = ended(start([*command, "--resume=auto"]))
     assert "going on from" in output and "0000030" in output
-    assert_bit_identical(run, whole)
+    assert differences(run, whole) == []
     last = checkpoint.path_of(run / "checkpoints", 48)
     assert json.loads((last / checkpoint.COUNTERS).read_text())["history"]["skipped"] == 4
 
 
 def test_data_is_skipped_once_from_where_a_run_begins(tmp_path):
     """From another run's checkpoint, as often as none of its own is there; not from its own."""
-
-    def asking(**overrides):
-        return tiny_state(enc_type="none", **overrides)
-
+    asking = partial(tiny_state, enc_type="none")
     state = asking()
     state.history.skipped = 3
     other, own = tmp_path / "other", tmp_path / "own"
@@ -206,7 +182,7 @@ def test_data_is_skipped_once_from_where_a_run_begins(tmp_path):
     fresh = asking(skip_steps=4)
     assert resume(tmp_path / "none", fresh) is None and fresh.data_step == 4
     more = asking(resume="auto", skip_steps=9)
-    refused(lambda: resume(own, more), r"skip_steps is 9, .*--resume .*0000000 --exp-name NEW")
+    refused(partial(resume, own, more), r"skip_steps is 9, .*--resume .*0000000 --exp-name NEW")
 
 
 @pytest.mark.usefixtures("heavy")
@@ -216,28 +192,25 @@ def test_flags_give_the_config(name):
     assert parse_config(flags_of(config)) == config
 
 
-def test_without_the_flag_a_spike_is_left_alone(run_config, record):
-    steps = record(10)
-    runs.train(run_config(stop_on_spike=False, max_train_steps=13))
-    assert len(steps.steps) == 13
-
-
-@pytest.mark.usefixtures("heavy")
-def test_a_spike_before_the_first_checkpoint_leaves_none_to_go_on_from(run_config, record):
-    record(10)
-    message, command = diverged(run_config(checkpointing_steps=50))
-    assert message.endswith("; there is no good checkpoint to go on from") and not command
+def test_a_spike_is_left_alone_without_the_flag_and_may_leave_nothing_to_go_on_from(tmp_path):
+    state, saves = tiny_state(enc_type="none"), checkpoint.Checkpointer(tmp_path, ALONE)
+    state.history.losses = [1.0] * spikes.ENOUGH
+    reading = {"denoise": 2.0, "skipped": 0}
+    stop_if_diverged(saves, state, reading)
+    assert state.history.losses[-1] == 2.0
+    state.config.stop_on_spike = True
+    with pytest.raises(TrainingDiverged, match=r"; there is no good checkpoint to go on from$"):
+        stop_if_diverged(saves, state, reading)
 
 
 @pytest.mark.parametrize(
     "log_every, checkpointing_steps, poisoned, noticed, source",
     [(2, 7, 20, 22, 14), (1, 5, 9, 11, 5)],
-    ids=["saved between readings", "saved at a reading"],
 )
 def test_a_checkpoint_without_a_good_reading_after_it_is_not_trusted(
     run_config, record, log_every, checkpointing_steps, poisoned, noticed, source
 ):
-    """What the data of step 9 spoils is saved at 10, whose reading has not seen it yet."""
+    """Saved between readings, or at 10, whose reading has not seen yet what data 9 spoilt."""
     steps = record(poisoned)
     every = {"log_every": log_every, "checkpointing_steps": checkpointing_steps}
     config = config_of(diverged(run_config(**every, max_train_steps=24))[1])
@@ -250,9 +223,7 @@ def test_non_finite_steps_name_a_good_checkpoint_as_well(run_config, record, tmp
     steps = record(10, scale=float("inf"))
     message, command = diverged(run_config(max_bad_steps=3, stop_on_spike=False))
     assert steps.steps == [(step, step) for step in range(14)]
-    assert re.match(
-        r"3 consecutive steps up to step 14 .*; saved to \S+/0000014; the last ", message
-    )
+    assert re.match(r"3 consecutive steps up to step 14 .*; saved to \S+/0000014; the las", message)
     assert checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] == 14
     steps = record(10, scale=float("inf"))
     runs.train(config_of(command))
@@ -279,17 +250,12 @@ def test_only_whole_checkpoints_with_the_encoders_are_gone_back_to(tmp_path):
 
 
 @pytest.mark.usefixtures("heavy")
-def test_qk_norm_trains_samples_and_resumes(run_config, record):
-    run = {"qk_norm": True, "max_train_steps": 8}
-    sampling = {"sampling_steps": 8, "num_steps": 2, "cfg_scale": 1.0}
-    whole = record()
-    folder = runs.train(run_config(**run, exp_name="whole", **sampling))
-    assert (folder / "samples.png").stat().st_size > 1000
-    record(stop_after=6)
-    with pytest.raises(KeyboardInterrupt):
-        runs.train(run_config(**run))
-    rest = record()
-    runs.train(run_config(**run, resume="auto"))
-    assert_same_state(rest.state, whole.state)
-    weight = rest.state.model.state_dict()["blocks.0.attn.q_norm.weight"]
+def test_qk_norm_trains_samples_and_resumes(train):
+    options = {"enc_type": "none", "qk_norm": True, "num_steps": 2, "sampling_steps": 5}
+    whole = train("whole", **options)
+    train("cut", **options, max_train_steps=2)
+    cut = train("cut", **options, resume="auto")
+    assert differences(cut, whole) == []
+    assert (cut / "samples.png").stat().st_size > 1000
+    weight = load(cut).model.state_dict()["blocks.0.attn.q_norm.weight"]
     assert not torch.equal(weight, torch.ones_like(weight))

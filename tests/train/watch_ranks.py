@@ -16,10 +16,10 @@ from repa_fast.train import run as runs
 from repa_fast.train.spikes import TrainingDiverged
 from repa_fast.train.state import TrainState
 from repa_fast.train.step import train_step
-from tests.train.conftest import tiny_config
+from tests.train.conftest import config_of_run
 
-STEPS = 24
-POISONED = 17
+STEPS = 16
+POISONED = 10
 FAILING = 5
 TIMEOUT = 2.0
 
@@ -36,10 +36,9 @@ def train_by_flags(world: World, flags: list[str]) -> int:
 
 def train(data: str, folder: Path, name: str, step, **overrides) -> None:
     """A run whose steps are `step`(state, batch)."""
-    values = {"data_dir": data, "output_dir": str(folder), "exp_name": name}
-    values |= {"enc_type": "none", "max_train_steps": STEPS, "log_every": 1}
+    options = {"enc_type": "none", "max_train_steps": STEPS} | overrides
     with mock.patch.object(graph, "train_step", step):
-        runs.train(tiny_config(**values | overrides))
+        runs.train(config_of_run(data, folder / name, **options))
 
 
 def spike(world: World, data: str, folder: Path) -> dict:
@@ -54,7 +53,7 @@ def spike(world: World, data: str, folder: Path) -> dict:
             with torch.no_grad():
                 state.model.final_layer.linear.bias.add_(3)
 
-    flags = {"stop_on_spike": True, "checkpointing_steps": 5, "parallel": "fsdp"}
+    flags = {"stop_on_spike": True, "checkpointing_steps": 10, "parallel": "fsdp"}
     with inside(world), mock.patch.object(watch, "LAST_WORD", 0.0):  # no torchrun waits for it
         try:
             train(data, folder, "spikes", step, **flags)

@@ -13,6 +13,7 @@ from repa_fast.configs import presets
 from repa_fast.data.digits import digits_metadata
 from repa_fast.distributed import World
 from repa_fast.eval import digits
+from repa_fast.eval.load import load
 from repa_fast.train import checkpoint
 from repa_fast.train.state import build_state
 from tests.refusals import refused
@@ -20,10 +21,12 @@ from tests.refusals import refused
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run at step 7 that has learnt nothing: its velocity is zero, so its samples are noise."""
+    """A run at step 7 whose EMA has learnt nothing: its velocity is zero, so samples are noise."""
     config = replace(presets.get("digits"), hidden_size=32, depth=3, num_steps=2, cfg_scale=1.0)
     state = build_state(config, digits_metadata(), World(0, 1, torch.device("cpu")))
     state.step = 7
+    with torch.no_grad():
+        state.model.final_layer.linear.weight.fill_(1.0)  # nothing that is evaluated
     folder = tmp_path_factory.mktemp("run")
     checkpoint.save(folder / "checkpoints", state)
     return folder
@@ -74,9 +77,13 @@ def test_a_stopped_run_is_evaluated_only_by_the_step_that_is_named_and_as_what_i
     assert "alignment" not in digits.describe(replace(scores, alignment_cosine=None))
 
 
-def test_samples_ask_for_each_class_alike_and_repeat_with_the_seed(run):
+def test_samples_are_the_ema_s_ask_for_each_class_alike_and_repeat_with_the_seed(run):
     config, model, step = digits.load_run(run)
     assert step == 7 and config.hidden_size == 32 and not model.training
+    expected = load(run).model.state_dict()
+    assert not expected["final_layer.linear.weight"].any() and expected["pos_embed"].any()
+    found = model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
     pixels, labels = digits.generate(config, model, 20, seed=1)
     assert pixels.shape == (20, 3, 16, 16) and pixels.dtype == np.uint8
     assert np.bincount(labels).tolist() == [2] * 10

@@ -97,6 +97,8 @@ class Checkpointer:
         called = time.perf_counter()
         self.settle()
         gc.collect()  # DCP's plans of earlier saves are cycles, which Python leaves for long
+        if not gc.get_freeze_count():
+            gc.freeze()  # what the first save finds was imported or built: others pass over it
         wait = wait or self.failing
         begun = time.perf_counter()
         target = path_of(self.folder, state.step)

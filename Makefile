@@ -38,10 +38,10 @@ lint: $(VENV)/.installed ## ruff check and ruff format --check
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-test: $(VENV)/.csrc ## the fast tier of the tests that need no GPU; five minutes on two cores
+test: $(VENV)/.csrc ## the fast tier of the tests that need no GPU; four minutes on two cores
 	@$(PYTEST) -m "not gpu and not smoke_full"
 
-test-full: $(VENV)/.csrc ## all tests that need no GPU, with every case of their grids; half an hour
+test-full: $(VENV)/.csrc ## all tests that need no GPU, with every case of their grids; twenty minutes
 	@$(PYTEST) --full -m "not gpu and not smoke_full"
 
 smoke-full: $(VENV)/.installed ## SiT-XL/2 with DINOv2-B: a step, save, resume, sample; 22 GiB of memory

@@ -12,10 +12,11 @@ import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from repa_fast.checkpoint import reader
+from repa_fast.checkpoint.index import read_index
+from repa_fast.checkpoint.marker import MARKER, expect_intact, is_complete
 from repa_fast.configs.config import TrainConfig, from_saved
 from repa_fast.data.dataset import Metadata
 
-MARKER = "COMPLETE"
 CONFIG, COUNTERS, DATASET = "config.json", "counters.json", "dataset.json"
 """Beside the tensors: the run's config, its counters (the step and so on), its data's metadata."""
 
@@ -27,8 +28,11 @@ def path_of(folder: Path, step: int) -> Path:
 
 def steps(folder: Path) -> list[int]:
     """Return the steps of the complete checkpoints in `folder`, ascending."""
+    found = (path.parent for path in folder.glob(f"*/{MARKER}"))
     return sorted(
-        int(path.parent.name) for path in folder.glob(f"*/{MARKER}") if path.parent.name.isdecimal()
+        int(path.name)
+        for path in found
+        if path.name.isdecimal() and path == path_of(folder, int(path.name))
     )
 
 
@@ -42,7 +46,7 @@ def run_checkpoints(run: Path) -> list[Path]:
 
 def newest_checkpoint(path: Path) -> Path:
     """Return `path` if it is a complete checkpoint, else the newest one of the run it is."""
-    return path if (path / MARKER).exists() else run_checkpoints(path)[-1]
+    return path if is_complete(path) else run_checkpoints(path)[-1]
 
 
 @dataclass(frozen=True)
@@ -55,16 +59,35 @@ class Settings:
 
 
 def read_settings(checkpoint: Path) -> Settings:
-    """Return what a checkpoint of this version or an earlier one says beside its tensors."""
+    """Return what a checkpoint of this version or an earlier one says beside its tensors.
+
+    ValueError if it is damaged, of a later version, or of another step than its name says.
+    """
     config, counters, metadata = (
-        json.loads((checkpoint / name).read_text()) for name in (CONFIG, COUNTERS, DATASET)
+        _read_json(checkpoint, name) for name in (CONFIG, COUNTERS, DATASET)
     )
-    return Settings(from_saved(config), counters, Metadata.from_dict(metadata))
+    step = counters.get("step")
+    if type(step) is not int or (checkpoint.name.isdecimal() and step != int(checkpoint.name)):
+        raise ValueError(f"{checkpoint} is of step {step!r}, expected the step that it is named by")
+    try:
+        return Settings(from_saved(config), counters, Metadata.from_dict(metadata))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{checkpoint}: {error}") from error
+
+
+def _read_json(checkpoint: Path, name: str) -> dict:
+    expect_intact(checkpoint, [name])
+    try:
+        values = json.loads((checkpoint / name).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{checkpoint / name} is not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{checkpoint / name} holds {values!r:.40}, expected values by name")
+    return values
 
 
 def load_ema(checkpoint: Path, model: torch.nn.Module) -> None:
     """Read the EMA of a complete checkpoint into `model`; ValueError if it is not of this model."""
-    expect_complete(checkpoint)
     reader.load({f"ema.{name}": t for name, t in model.state_dict().items()}, checkpoint)
 
 
@@ -72,19 +95,12 @@ def read_native(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
     """Read the tensors whose names start with `prefix`, and name them without it, on the CPU.
 
     They are whole, however many processes wrote them. ValueError if the checkpoint is not complete,
-    or unreadable.
+    or a file that is read is damaged.
     """
-    expect_complete(checkpoint)
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in reader.read_index(checkpoint).state_dict_metadata.items()
+        for name, entry in read_index(checkpoint).state_dict_metadata.items()
         if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
     reader.load(tensors, checkpoint)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-
-
-def expect_complete(checkpoint: Path) -> None:
-    """Raise ValueError unless `checkpoint` is a complete native checkpoint."""
-    if not (checkpoint / MARKER).exists():
-        raise ValueError(f"{checkpoint} is not a complete checkpoint (it has no file {MARKER})")

@@ -5,15 +5,13 @@ index, the settings and, last, the marker, with the checksum of every other file
 without a marker is what a crash left behind: it is never loaded, and removed at the next start.
 """
 
-import fcntl
 import json
 import logging
 import math
 import os
+import pickle
 import shutil
-import zlib
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
@@ -22,8 +20,10 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from repa_fast.checkpoint.layout import MARKER, path_of, steps
-from repa_fast.checkpoint.reader import INDEX
+from repa_fast.checkpoint.index import INDEX, PICKLED, describe
+from repa_fast.checkpoint.layout import path_of, steps
+from repa_fast.checkpoint.marker import MARKER, checksum, is_complete, of_each
+from repa_fast.lock import Lock
 
 log = logging.getLogger(__name__)
 
@@ -37,23 +37,30 @@ class Writer(dcp.FileSystemWriter):
     An error on any process is raised on all of them, by torch's own protocol.
 
     Args:
-        target: directory of the checkpoint; what a crash or damage left in it is removed.
+        target: directory of the checkpoint; what a crash left in it is removed.
         settings: further files by name, and their text.
         keep_last, keep_every: as for `prune`, once the checkpoint is complete.
+        lock: the run's, without which no checkpoint of it becomes complete.
     """
 
-    def __init__(self, target: Path, settings: dict[str, str], keep_last: int, keep_every: int):
+    def __init__(
+        self,
+        target: Path,
+        settings: dict[str, str],
+        keep_last: int,
+        keep_every: int,
+        lock: Lock | None = None,
+    ) -> None:
         super().__init__(target, sync_files=False)  # `seal` does, and everything
         self._settings = settings
         self._keep = (keep_last, keep_every)
-        self._folder: int | None = None
+        self._lock = lock
+        self._begun = False
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Plan on the first process, when all have made the directory and none has written."""
-        self._folder = _locked(self.path)
-        (self.path / MARKER).unlink(missing_ok=True)  # first, as in `prune`
-        for leftover in self.path.iterdir():
-            leftover.unlink()
+        make_room(self.path)
+        self._begun = True
         expect_space(self.path, sum(_bytes(plan) for plan in plans))
         return super().prepare_global_plan(plans)
 
@@ -70,11 +77,18 @@ class Writer(dcp.FileSystemWriter):
     ) -> None:
         """Finish on the first process, when all have written."""
         super().finish(metadata, [written for written, _ in results])
-        for name, text in self._settings.items():
-            (self.path / name).write_text(text)
-        sums = seal([self.path / name for name in (INDEX, *self._settings)])
+        described = describe(metadata)
+        # written by this process a moment ago, and read at the speed of C beside training
+        if describe(pickle.loads((self.path / PICKLED).read_bytes())) != described:
+            raise RuntimeError(f"{self.path / PICKLED} does not say what was written")
+        texts = self._settings | {INDEX: json.dumps(described)}
+        for name, text in texts.items():
+            (self.path / name).write_text(text, encoding="utf-8")
+        sums = seal([self.path / name for name in (PICKLED, *texts)])
         for _, own in results:
             sums |= own
+        if self._lock is not None:
+            self._lock.expect()
         write_marker(self.path, sums)
         try:
             prune(self.path.parent, int(self.path.name), *self._keep)
@@ -82,11 +96,25 @@ class Writer(dcp.FileSystemWriter):
             log.warning("old checkpoints in %s were not removed: %s", self.path.parent, error)
 
     def close(self) -> None:
-        """Let go of the directory; where there is no checkpoint now, nothing stays of it."""
-        if self._folder is not None:
-            os.close(self._folder)
-            if not (self.path / MARKER).exists():
-                shutil.rmtree(self.path, ignore_errors=True)
+        """Leave nothing of what did not become a checkpoint."""
+        if self._begun and not is_complete(self.path):
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+def make_room(target: Path) -> None:
+    """Make an empty directory: what was half written goes, all else is moved aside.
+
+    A checkpoint is there if it is damaged, or cannot be read; it, or a link, becomes
+    `NAME.damaged`, `NAME.damaged1` and so on.
+    """
+    if target.is_symlink() or is_complete(target):
+        numbered = (f"{target.name}.damaged{n or ''}" for n in count())
+        aside = next(p for p in map(target.with_name, numbered) if not os.path.lexists(p))
+        log.warning("%s is damaged: moved to %s", target, aside.name)
+        target.rename(aside)
+    elif target.exists() and any(target.iterdir()):
+        shutil.rmtree(target)
+    target.mkdir(parents=True, exist_ok=True)
 
 
 def expect_space(folder: Path, needed: int) -> None:
@@ -100,8 +128,8 @@ def expect_space(folder: Path, needed: int) -> None:
 
 def seal(files: list[Path]) -> dict[str, int]:
     """Sync files, several for the price of one, and return their checksums by name."""
-    _of_each(_sync, files)
-    return _of_each(_checksum, files)
+    of_each(_sync, files)
+    return of_each(checksum, files)
 
 
 def write_marker(target: Path, sums: dict[str, int]) -> None:
@@ -123,41 +151,26 @@ def prune(folder: Path, newest: int, keep_last: int, keep_every: int) -> None:
     found = [step for step in steps(folder) if step <= newest]
     for step in found[:-keep_last] if keep_last else []:
         if not (keep_every and step % keep_every == 0):
+            path = path_of(folder, step)
+            if path.is_symlink():  # of what is not this run's
+                path.unlink()
+                continue
             # The marker first: a crash half-way leaves no checkpoint that looks whole.
-            (path_of(folder, step) / MARKER).unlink()
-            shutil.rmtree(path_of(folder, step))
+            (path / MARKER).unlink()
+            shutil.rmtree(path)
 
 
 def clean(folder: Path) -> list[Path]:
-    """Remove directories of steps that have no marker and that no process is writing; says which.
-
-    Whoever writes one holds a lock on it, which ends with the process. Where a file system has no
-    locks for directories nothing is removed, until its step is saved again.
-    """
-    steps_here = [path for path in sorted(folder.glob("*")) if path.name.isdecimal()]
+    """Remove directories of steps that have no marker, where nobody else writes; says which."""
     halves = [
         path
-        for path in steps_here
-        if path == path_of(folder, int(path.name)) and path.is_dir() and not path.is_symlink()
-        if not (path / MARKER).exists() and not _being_written(path)
+        for path in sorted(folder.glob("*"))
+        if path.name.isdecimal() and path == path_of(folder, int(path.name))
+        if path.is_dir() and not path.is_symlink() and not is_complete(path)
     ]
     for path in halves:
         shutil.rmtree(path)
     return halves
-
-
-def damage(path: Path) -> str:
-    """Return what differs from the checksums in the marker, "" if nothing does."""
-    try:
-        expected = json.loads((path / MARKER).read_text())
-        found = _of_each(_checksum, [file for file in path.iterdir() if file.name != MARKER])
-        missing = sorted(expected.keys() - found.keys())
-    except (OSError, ValueError, AttributeError) as error:
-        return f"it cannot be read ({error})"
-    if missing:
-        return f"missing {', '.join(missing)}"
-    changed = sorted(name for name, value in expected.items() if found[name] != value)
-    return f"wrong checksum of {', '.join(changed)}" if changed else ""
 
 
 def _bytes(plan: SavePlan) -> int:
@@ -167,56 +180,9 @@ def _bytes(plan: SavePlan) -> int:
     return sum(sizes) + HEADER_BYTES * len(parts)
 
 
-def _locked(path: Path) -> int:
-    """Return a descriptor that holds the lock on a directory, where its file system has locks.
-
-    OSError if another process holds it.
-    """
-    folder, refused = _try_lock(path)
-    if isinstance(refused, BlockingIOError):
-        os.close(folder)
-        raise OSError(f"{path} is being written by another process") from refused
-    return folder
-
-
-def _being_written(path: Path) -> bool:
-    """Return whether a process writes it, or might: no locks here, or it is gone meanwhile."""
-    try:
-        folder, refused = _try_lock(path)
-    except OSError:
-        return True
-    os.close(folder)
-    return refused is not None
-
-
-def _try_lock(path: Path) -> tuple[int, OSError | None]:
-    """Return a descriptor of a directory, and why it does not hold the lock, if it does not."""
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return folder, error
-    return folder, None
-
-
-def _of_each(work: Callable[[Path], int | None], files: list[Path]) -> dict[str, int | None]:
-    """Return what `work` returns of each file, by name; its threads run side by side."""
-    with ThreadPoolExecutor() as pool:
-        return dict(zip((file.name for file in files), pool.map(work, files), strict=True))
-
-
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _checksum(file: Path) -> int:
-    """Return the CRC-32 of a file."""
-    value = 0
-    with open(file, "rb") as stream:
-        while chunk := stream.read(1 << 24):
-            value = zlib.crc32(chunk, value)
-    return value

@@ -22,23 +22,19 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from repa_fast.checkpoint import formats, reader
-from repa_fast.checkpoint.layout import (
-    CONFIG,
-    COUNTERS,
-    DATASET,
-    MARKER,
-    expect_complete,
-    path_of,
-    read_settings,
-    steps,
-)
-from repa_fast.checkpoint.writer import Writer, damage
+from repa_fast.checkpoint.index import read_index
+from repa_fast.checkpoint.layout import CONFIG, COUNTERS, DATASET, path_of, read_settings, steps
+from repa_fast.checkpoint.marker import damage, is_complete
+from repa_fast.checkpoint.writer import Writer
 from repa_fast.distributed import World
+from repa_fast.encoders.files import differences
+from repa_fast.failure import Failure
+from repa_fast.lock import Lock
 from repa_fast.train.spikes import History
 from repa_fast.train.state import TrainState
 
 
-class CheckpointFailed(RuntimeError):
+class CheckpointFailed(Failure):
     """A checkpoint that had to be written was not, or two in a row were not."""
 
 
@@ -70,16 +66,17 @@ class Checkpointer:
     waited for anyway, which is at the end, on a signal, and when training has diverged.
     """
 
-    def __init__(self, folder: Path, world: World) -> None:
+    def __init__(self, folder: Path, world: World, lock: Lock | None = None) -> None:
         self.folder = folder
         self.world = world
+        self._lock = lock
         self.announce: Callable[[str], None] = lambda line: None
         self._group = None
         if world.size > 1:  # beside the steps' collectives, a thread's need a group of their own
             self._group = dist.new_group(backend="gloo", timeout=world.timeout)
         self._save: Save | None = None
         self._failures: list[str] = []  # in a row
-        reader.single_process_is_meant()
+        reader.expect_no_warnings()
 
     @property
     def failing(self) -> bool:
@@ -89,10 +86,11 @@ class Checkpointer:
     def save(self, state: TrainState, *, wait: bool = False) -> Path:
         """Begin to write the checkpoint of the current step; return its directory.
 
-        A whole checkpoint of this step is left as it is; a damaged one is written again.
+        A whole checkpoint of this step is left as it is; a damaged one is moved aside.
 
         Raises:
             CheckpointFailed: it failed, with `wait` or after two others that did.
+            LockLost: another launch has taken the run over.
         """
         called = time.perf_counter()
         self.settle()
@@ -102,8 +100,7 @@ class Checkpointer:
         wait = wait or self.failing
         begun = time.perf_counter()
         target = path_of(self.folder, state.step)
-        whole = self.world.is_main and (target / MARKER).exists() and not damage(target)
-        if self.world.broadcast("whole" if whole else ""):
+        if self.world.on_first(lambda: self._look_at(target)):
             self.announce(f"checkpoint {target} is there already")
             return target
         config = state.config
@@ -113,7 +110,7 @@ class Checkpointer:
             DATASET: asdict(state.metadata),
         }
         texts = {name: json.dumps(values, indent=2) for name, values in settings.items()}
-        writer = Writer(target, texts, config.keep_last, config.keep_every)
+        writer = Writer(target, texts, config.keep_last, config.keep_every, self._lock)
         stager = DefaultStager(StagingOptions(False, False, False, False))
         done = dcp.async_save(
             share(tensors(state), self.world),
@@ -131,6 +128,15 @@ class Checkpointer:
             if self._failures:
                 raise CheckpointFailed(self._failures[-1])
         return target
+
+    def _look_at(self, target: Path) -> str:
+        """Return whether `target` is a whole checkpoint, "" if not; LockLost as for `save`."""
+        if self._lock is not None:
+            self._lock.expect()
+        try:
+            return "whole" if is_complete(target) and not damage(target) else ""
+        except OSError:  # unreadable
+            return ""
 
     def poll(self) -> None:
         """Announce the save in flight if it has ended; never waits."""
@@ -196,10 +202,9 @@ def load(source: Path, state: TrainState) -> None:
     """Read a checkpoint directory into `state`, in place; hyperparameters stay the config's.
 
     Raises:
-        ValueError: it is not complete or cannot be read, or is of another model (lists what
-            differs), another task or another dataset's latents.
+        ValueError: it is not complete or damaged, or is of another model (lists what differs),
+            another task or another dataset's latents.
     """
-    expect_complete(source)
     _expect_same_model(source, state)
     stored = read_settings(source)
     # with other values of these the tensors would fit, and mean something else
@@ -212,7 +217,13 @@ def load(source: Path, state: TrainState) -> None:
             "new run from its weights with --init-from"
         )
     reader.load(tensors(state), source, no_dist=state.world.size == 1)
-    counters = stored.counters
+    try:
+        _take_counters(stored.counters, state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{source / COUNTERS} is not what a run counts: {error!r}") from error
+
+
+def _take_counters(counters: dict, state: TrainState) -> None:
     if state.scaler.is_enabled() and counters["scaler"]:
         state.scaler.load_state_dict(counters["scaler"])
     state.metrics.load_state(counters["metrics"], state.world)
@@ -253,7 +264,7 @@ def _counters(state: TrainState) -> dict:
 
 
 def _expect_same_model(source: Path, state: TrainState) -> None:
-    entries = reader.read_index(source).state_dict_metadata
+    entries = read_index(source).state_dict_metadata
     averages = len({name.split(".")[0] for name in entries if name.startswith("ema")})
     expected = len(state.config.ema_decays)
     if averages != expected:
@@ -267,9 +278,9 @@ def _expect_same_model(source: Path, state: TrainState) -> None:
         for name, entry in entries.items()
         if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
     }
-    problems = formats.differences(ours, stored)
+    problems = differences(stored, ours)
     if problems:
         raise ValueError(
             f"{source} holds a {formats.shape_of(stored)}, the run's model is a "
-            f"{formats.shape_of(ours)}\n" + "\n".join(problems)
+            f"{formats.shape_of(ours)}: {'; '.join(problems)}"
         )

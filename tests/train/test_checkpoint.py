@@ -14,6 +14,7 @@ from repa_fast.train import checkpoint, spikes
 from repa_fast.train.spikes import History
 from repa_fast.train.step import synthetic_batch, train_step
 from tests.refusals import refused
+from tests.sealing import reseal
 from tests.train.conftest import assert_same, tiny_state
 from tests.train.runs import assert_same_state
 
@@ -51,6 +52,7 @@ def test_history_is_saved_and_restored(tmp_path):
     for rollbacks in ({}, {"rollbacks": 2}):  # as earlier versions saved them
         saved = json.loads(counters.read_text())
         counters.write_text(json.dumps(saved | {"history": saved["history"] | rollbacks}))
+        reseal(counters.parent)
         other = tiny_state(enc_type="none")
         checkpoint.load(counters.parent, other)
         assert other.history == History(17, spikes.WINDOW + 2, expected)

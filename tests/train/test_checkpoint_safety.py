@@ -1,6 +1,8 @@
 """Checkpoints from strangers: nothing in them is run, and what is refused is named."""
 
+import json
 import pickle
+import random
 import shutil
 from pathlib import Path
 
@@ -14,9 +16,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from repa_fast.checkpoint import reader
-from repa_fast.checkpoint.layout import MARKER, load_ema, read_native
+from repa_fast.checkpoint.index import describe, described_by_pickle, metadata_of
+from repa_fast.checkpoint.layout import load_ema, read_native
+from repa_fast.checkpoint.marker import MARKER, trusted
 from repa_fast.train import checkpoint
 from tests.refusals import refused
+from tests.sealing import reseal
 from tests.train.conftest import tiny_state
 
 
@@ -56,8 +61,12 @@ def proof(tmp_path):
     return tmp_path / "code-ran"
 
 
-def write(index: Metadata, target: Path) -> None:
-    (target / ".metadata").write_bytes(pickle.dumps(index))
+def write(index: Metadata | bytes, target: Path) -> None:
+    """Put an index into a checkpoint, which has no other, as earlier versions wrote them."""
+    data = index if isinstance(index, bytes) else pickle.dumps(index)
+    (target / ".metadata").write_bytes(data)
+    (target / "index.json").unlink()
+    reseal(target)
 
 
 def described(index: Metadata) -> dict:
@@ -113,7 +122,7 @@ STRANGERS += [("torch.serialization", "load"), ("pathlib", "Path.unlink")]
     + [(content, "") for content in (b"", b"\x80\x04N.", b"\x80\x04]}a.", b"garbage")],
 )
 def test_an_index_that_is_damaged_or_names_anything_else_is_refused(target, content, words):
-    (target / ".metadata").write_bytes(content)
+    write(content, target)
     words = rf"\.metadata is not a readable index of a checkpoint: .*{words}"
     refused(lambda: read_native(target, "model."), words)
 
@@ -131,7 +140,7 @@ def test_bytes_in_place_of_a_tensor_are_refused_and_not_run(state, tmp_path, pro
     target = tmp_path / "0000000"
     hostile = {**weights, "pos_embed": Hostile(proof)}
     dcp.save({"ema": hostile}, checkpoint_id=target, no_dist=True)
-    (target / MARKER).write_text("{}")
+    reseal(target)
     words = r"__0_0\.distcp holds pickled bytes for ema\.pos_embed"
     refused(lambda: load_ema(target, state.model), words)
     assert "pos_embed" not in read_native(target, "ema.")  # left out where nobody asks for it
@@ -147,6 +156,91 @@ def test_code_in_a_tensors_place_is_refused_and_not_run(target, index, state, pr
     for place in index.storage_data.values():
         place.offset, place.length = 0, shard.stat().st_size
     write(index, target)
-    with pytest.raises(ValueError, match=r"0000000 cannot be loaded: .*[Ww]eights.only"):
-        checkpoint.load(target, state)
+    words = "0000000 cannot be loaded: what lies in the place of a tensor is none"
+    assert "weights_only" not in refused(lambda: checkpoint.load(target, state), words)
     assert not proof.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02cpathlib\nPosixPath\nN}X\x04\0\0\0nameX\x05\0\0\0owneds\x86b.",
+        b"\x80\x02cpathlib\nPosixPath\nX\x04\0\0\0nameX\x05\0\0\0owneds.",
+        b"\x80\x02ctorch\nSize\n(dX\x01\0\0\0xX\x01\0\0\0yub.",
+    ],
+    ids=["state", "item", "items"],
+)
+def test_a_pickle_cannot_change_a_class_of_this_process(target, content):
+    """BUILD on a class sets its attributes: so Path.name, which an export writes to, was owned."""
+    write(content, target)
+    refused(lambda: read_native(target, "ema."), r"\.metadata is not a readable index")
+    assert Path("a/b").name == "b" and not hasattr(torch.Size, "x")
+
+
+def test_the_index_is_json_and_says_what_torchs_does(saved, index):
+    own = json.loads((saved / "index.json").read_text())
+    assert own == describe(index) == described_by_pickle((saved / ".metadata").read_bytes())
+    assert described(metadata_of(own)) == described(index)
+
+
+OPCODES = [v for v in vars(pickle).values() if isinstance(v, bytes) and len(v) == 1]
+OPCODES += [b"cos\nsystem\n", b"cpathlib\nPosixPath\n", b"ctorch\nSize\n", b"(", b")R", b"}b"]
+
+
+def mutated(data: bytes, draw: random.Random) -> bytes:
+    """With a few bytes changed, cut out or put in."""
+    found = bytearray(data)
+    for _ in range(draw.randint(1, 4)):
+        place, kind = draw.randrange(len(found) or 1), draw.randrange(4)
+        if kind == 0:
+            found[place : place + 1] = bytes([draw.randrange(256)])
+        elif kind == 1:
+            del found[place : place + draw.randint(1, 8)]
+        elif kind == 2:
+            found[place:place] = draw.choice(OPCODES)
+        else:
+            found = found[:place]
+    return bytes(found)
+
+
+@pytest.mark.parametrize("count", [500, pytest.param(100_000, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("name", [".metadata", "index.json"])
+def test_of_a_mutated_index_only_value_errors_come(tmp_path, name, count):
+    """Or an index, where the mutation hit what does not matter, or makes another one."""
+    weights = {"ema": {"a": torch.ones(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}}
+    dcp.save(weights, checkpoint_id=tmp_path, no_dist=True)
+    data = (tmp_path / ".metadata").read_bytes()
+    if name == "index.json":
+        data = json.dumps(described_by_pickle(data)).encode()
+    before = {kind: dict(vars(kind)) for kind in (Metadata, type(Path()), TensorProperties)}
+    draw, messages = random.Random(0), []
+    (tmp_path / MARKER).touch()
+    with trusted():
+        for _ in range(count):
+            (tmp_path / name).write_bytes(mutated(data, draw))
+            try:
+                assert isinstance(reader.read_index(tmp_path), Metadata)
+            except ValueError as error:
+                messages.append(str(error))
+    assert len(messages) > count / 2
+    assert not [text for text in messages if "\n" in text]
+    assert before == {kind: dict(vars(kind)) for kind in before}
+
+
+@pytest.mark.parametrize(
+    "tensors, words",
+    [
+        ({"a": ["float32", [2, 3], []]}, "a has shape .*, its parts do not cover it"),
+        ({"a": ["float32", [2], [[[1], [2], "x", 0, 8]]]}, "a part of it ends outside"),
+        ({"a": ["float32", [2], [[[0, 0], [2, 1], "x", 0, 8]]]}, "1 axes, a part of it others"),
+        ({"a": ["float32", [2], [[[0], [2], "../x", 0, 8]]]}, r"points to '\.\./x'"),
+        ({"a": ["float32", [2], [[[0], [2], "x", -1, 8]]]}, "expected whole numbers"),
+        ({"a": ["float32", [2.0], [[[0], [2], "x", 0, 8]]]}, "expected whole numbers"),
+        ({"a": ["object", [2], [[[0], [2], "x", 0, 8]]]}, "object"),
+        ([], "AttributeError"),
+    ],
+)
+def test_an_index_that_cannot_be_is_refused(tmp_path, tensors, words):
+    (tmp_path / "index.json").write_text(json.dumps({"tensors": tensors, "bytes": {}}))
+    reseal(tmp_path)
+    refused(lambda: read_native(tmp_path, ""), r"index\.json is not a readable index.*", words)

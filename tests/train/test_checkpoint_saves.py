@@ -1,24 +1,29 @@
 """Saves beside training: what is stored, when it is announced, and what happens when one fails."""
 
-import contextlib
 import errno
-import fcntl
 import gc
 import json
 import os
+import shutil
 import threading
+from contextlib import closing
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 
-from repa_fast.checkpoint import writer
-from repa_fast.checkpoint.layout import MARKER, path_of, read_native, steps
+from repa_fast.checkpoint import marker, writer
+from repa_fast.checkpoint.layout import path_of, read_native, steps
+from repa_fast.checkpoint.marker import MARKER, damage
+from repa_fast.lock import LockLost, hold
 from repa_fast.train import checkpoint
 from repa_fast.train.checkpoint import Checkpointer, CheckpointFailed
+from repa_fast.train.resume import resume
 from repa_fast.train.step import synthetic_batch, train_step
 from tests.refusals import refused
+from tests.sealing import reseal
 from tests.train.conftest import tiny_state
 from tests.train.parallel_ranks import everything, unequal
 
@@ -38,7 +43,7 @@ def lines():
 
 @pytest.fixture
 def saves(state, tmp_path, lines):
-    with contextlib.closing(Checkpointer(tmp_path, state.world)) as saves:
+    with closing(Checkpointer(tmp_path, state.world)) as saves:
         saves.announce = lines.append
         yield saves
 
@@ -209,22 +214,10 @@ def test_directories_of_steps_without_a_marker_are_cleaned_and_nothing_else(tmp_
     assert writer.clean(tmp_path / "nowhere") == []
 
 
-def test_one_that_is_being_written_is_not_cleaned(state, saves, held, tmp_path):
-    half = path_of(tmp_path, 9)
-    half.mkdir()
-    target = saves.save(state)
-    while not list(target.glob("*.distcp")):
-        pass
-    assert writer.clean(tmp_path) == [half]
-    held.set()
-    saves.settle()
-    assert steps(tmp_path) == [1] and writer.damage(target) == ""
-
-
 def test_a_marker_that_is_cut_off_is_damage(tmp_path):
-    for text in ("", '{"a', "null", "[]"):
+    for text in ("", '{"a', "null", "[]", '{"../x": 1}', "\0"):
         (tmp_path / MARKER).write_text(text)
-        assert writer.damage(tmp_path).startswith("it cannot be read")
+        assert damage(tmp_path).startswith("its file COMPLETE cannot be read")
 
 
 def test_another_task_is_refused_where_the_tensors_would_fit(state, tmp_path):
@@ -235,6 +228,7 @@ def test_another_task_is_refused_where_the_tensors_would_fit(state, tmp_path):
         refused(partial(checkpoint.load, target, other), words)
     stored = json.loads((target / "dataset.json").read_text())
     (target / "dataset.json").write_text(json.dumps(stored | {"scale": 0.18215}))
+    reseal(target)
     words = r"of a run with scale 0\.18215, expected 1\.0: "
     refused(partial(checkpoint.load, target, state), words)
 
@@ -250,15 +244,78 @@ def test_the_last_are_kept_and_every_nth_and_later_ones(state, saves, tmp_path):
     assert [int(path.name) for path in sorted(tmp_path.iterdir())] == [4, 6, 7, 9]
 
 
-def test_what_another_process_writes_is_left_to_it(state, saves, tmp_path):
-    target = path_of(tmp_path, state.step)
-    target.mkdir()
-    (target / "__0_0.distcp").write_bytes(b"theirs")
-    folder = os.open(target, os.O_RDONLY)
-    fcntl.flock(folder, fcntl.LOCK_EX)
-    try:
-        with pytest.raises(CheckpointFailed, match="is being written by another process"):
-            saves.save(state, wait=True)
-    finally:
-        os.close(folder)
-    assert (target / "__0_0.distcp").read_bytes() == b"theirs"
+def changed(target: Path) -> Path:
+    """A checkpoint with another byte in its largest file."""
+    shard = target / "__0_0.distcp"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    return target
+
+
+def test_what_is_no_file_of_a_checkpoint_does_not_damage_it(state, saves, tmp_path, lines):
+    target = saves.save(state, wait=True)
+    (target / ".ipynb_checkpoints").mkdir()
+    (target / "notes.txt").write_text("mine")
+    assert damage(target) == ""
+    saves.save(state, wait=True)
+    assert lines[-1] == f"checkpoint {target} is there already"
+
+
+def test_a_damaged_one_is_moved_aside_and_never_removed(state, saves, tmp_path):
+    for name in ("0000001.damaged", "0000001.damaged1"):
+        target = changed(saves.save(state, wait=True))
+        content = (target / "__0_0.distcp").read_bytes()
+        saves.save(state, wait=True)
+        assert damage(target) == "" and steps(tmp_path) == [1]
+        assert (tmp_path / name / "__0_0.distcp").read_bytes() == content
+        assert damage(tmp_path / name) == "wrong checksum of __0_0.distcp"
+    assert writer.clean(tmp_path) == []
+
+
+def test_one_that_cannot_be_read_is_not_damaged(state, saves, tmp_path, monkeypatch):
+    """A resume stops there; a save of its step moves it aside, and it is whole again later."""
+    target, read = saves.save(state, wait=True), marker.checksum
+
+    def fails(file: Path) -> int:
+        if file.parent == target:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+        return read(file)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(marker, "checksum", fails)
+        state.config.resume = "auto"
+        with pytest.raises(OSError, match="Input/output error"):
+            resume(tmp_path, state)
+        saves.save(state, wait=True)
+    assert damage(target) == "" and damage(tmp_path / "0000001.damaged") == ""
+
+
+def test_links_are_never_followed_when_anything_is_removed(state, saves, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    other = shutil.copytree(saves.save(state, wait=True), elsewhere / "0000001")
+    shutil.rmtree(path_of(tmp_path, 1))
+    path_of(tmp_path, 1).symlink_to(other)
+    state.config.keep_last = 1
+    state.step = 2
+    saves.save(state, wait=True)
+    assert steps(tmp_path) == [2] and damage(other) == ""
+    content = (changed(other) / "__0_0.distcp").read_bytes()
+    path_of(tmp_path, 3).symlink_to(other)
+    state.step = 3
+    saves.save(state, wait=True)
+    assert damage(path_of(tmp_path, 3)) == "" and not path_of(tmp_path, 3).is_symlink()
+    assert (other / "__0_0.distcp").read_bytes() == content
+
+
+def test_none_becomes_complete_once_another_launch_holds_the_run(state, held, tmp_path, lines):
+    folder, taken = tmp_path / "checkpoints", "was taken over by process 1 on node7"
+    with hold(tmp_path) as lock, closing(Checkpointer(folder, state.world, lock)) as saves:
+        saves.announce = lines.append
+        saves.save(state)
+        (tmp_path / "lock").write_text('{"token": "x", "host": "node7", "process": 1}')
+        held.set()
+        saves.settle()
+        assert taken in lines[-1] and not list(folder.iterdir())
+        with pytest.raises(LockLost, match=taken):
+            saves.save(state)

@@ -14,8 +14,9 @@ import torch
 
 from repa_fast.checkpoint.layout import read_native
 from repa_fast.contracts import expect_choice
+from repa_fast.data.store import one_line
 from repa_fast.distributed import shard_like
-from repa_fast.encoders.files import load_safely
+from repa_fast.encoders import files
 from repa_fast.models.embed import T_FREQUENCIES
 from repa_fast.models.sit import PATCH_SIZES, SIZES
 
@@ -24,6 +25,9 @@ State = dict[str, torch.Tensor]
 SIGN_REVERSED = {"v": -1, "score": 1, "noise": 1}
 """What a prediction is multiplied by where time runs the other way."""
 LABELS = "y_embedder.embedding_table.weight"
+AXES = {"pos_embed": 3, "x_embedder.proj.weight": 4, LABELS: 2, "t_embedder.mlp.0.weight": 2}
+AXES |= {"final_layer.linear.weight": 2, "final_layer.linear.bias": 1}
+"""What every SiT and DiT has, by the number of axes."""
 
 
 @dataclass(frozen=True)
@@ -61,20 +65,29 @@ class Shape:
 def shape_of(state: State) -> Shape:
     """Return the architecture that a state dict in our names belongs to.
 
-    ValueError names the tensors that every SiT and DiT has, if they are missing.
+    ValueError names the tensors that every SiT and DiT has, if they are missing or misshapen.
     """
-    needed = ("pos_embed", "x_embedder.proj.weight", LABELS, "final_layer.linear.weight")
-    missing = [name for name in needed if name not in state]
-    if missing:
-        raise ValueError(f"not the weights of a SiT or DiT: {', '.join(missing)} missing")
+    if missing := files.lacking(state, AXES):
+        raise ValueError(
+            f"not the weights of a SiT or DiT: {', '.join(missing)} missing, or with other axes"
+        )
     width, channels, patch, _ = state["x_embedder.proj.weight"].shape
-    heads = sorted(name for name in state if re.fullmatch(r"projectors\.\d+\.4\.weight", name))
+    rows, biases = (len(state[f"final_layer.linear.{name}"]) for name in ("weight", "bias"))
+    times = state["t_embedder.mlp.0.weight"].shape[1]
+    if not patch or rows % patch**2 or rows != biases or times != T_FREQUENCIES:
+        raise ValueError(
+            f"not the weights of a SiT or DiT: patches of {patch} pixels, {rows} outputs with "
+            f"{biases} biases, {times} features of time, expected {T_FREQUENCIES} and outputs for "
+            "each pixel"
+        )
+    heads = [name for name in state if re.fullmatch(r"projectors\.\d+\.4\.weight", name)]
+    heads = sorted(set(heads) - set(files.lacking(state, dict.fromkeys(heads, 2))))
     return Shape(
         hidden_size=width,
         depth=_depth(state),
         patch_size=patch,
         in_channels=channels,
-        out_channels=len(state["final_layer.linear.weight"]) // patch**2,
+        out_channels=rows // patch**2,
         grid=round(state["pos_embed"].shape[1] ** 0.5),
         num_classes=len(state[LABELS]) - 1,
         z_dims=tuple(len(state[name]) for name in heads),
@@ -83,12 +96,15 @@ def shape_of(state: State) -> Shape:
 
 
 def read_file(path: Path) -> dict:
-    """Read a .safetensors or torch file, tensors on the CPU; ValueError if it is neither."""
-    kind = "safetensors file" if path.suffix == ".safetensors" else "torch checkpoint"
-    try:
-        return load_safely(path, allow_namespace=True)
-    except Exception as error:  # torch raises a different kind for each way a file can be broken
-        raise ValueError(f"{path} is not a readable {kind} ({error})") from error
+    """Read a .safetensors or torch file; errors are those of `files.load_safely`.
+
+    ValueError too if the number of steps of an official file is none.
+    """
+    contents = files.load_safely(path, allow_namespace=True)
+    steps = contents.get("steps", 0)
+    if type(steps) is not int or steps < 0:
+        raise ValueError(f"{path}: steps is {one_line(steps):.60}, expected an integer from 0 on")
+    return contents
 
 
 def read_weights(path: Path, origin: str = "repa", **kept: bool | str) -> State:
@@ -97,13 +113,15 @@ def read_weights(path: Path, origin: str = "repa", **kept: bool | str) -> State:
     `origin` and `kept` are those of `normalise`, which says what is returned and raised.
     """
     state = read_native(path, "ema.") if path.is_dir() else weights_in(read_file(path))
-    return normalise(state, origin, **kept)
+    try:
+        return normalise(state, origin, **kept)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def weights_in(contents: dict) -> State:
     """Return the EMA in a file, or the model where there is none, or all of bare weights."""
-    found = (contents[key] for key in ("ema", "model") if isinstance(contents.get(key), dict))
-    return next(found, contents)
+    return files.unwrap(contents, "ema", "model")
 
 
 def normalise(
@@ -128,8 +146,9 @@ def normalise(
     """
     expect_choice("origin", origin, ("repa", "sit", "dit"))
     expect_choice("prediction", prediction, tuple(SIGN_REVERSED))
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    state = _rename_legacy(state)
+    if not isinstance(state, dict):
+        raise ValueError(f"the weights are a {type(state).__name__}, expected tensors by name")
+    state = _rename_legacy(files.unwrap(state))
     if not with_head:
         state = {name: t for name, t in state.items() if not name.startswith("ap_head.")}
     shape = shape_of(state)
@@ -192,14 +211,13 @@ def _reverse_time(state: State, prediction: str) -> State:
 def load_exactly(model: torch.nn.Module, state: State, source: str) -> None:
     """Load every tensor into a model of exactly that shape.
 
-    ValueError lists the names or shapes that differ, and the model `source` seems to hold.
+    ValueError says how many names or shapes differ, and the model `source` seems to hold.
     """
     own = model.state_dict()
-    problems = differences(own, state)
-    if problems:
+    if problems := files.differences(state, own):
         raise ValueError(
-            f"{source} does not fit the model. It seems to hold a {shape_of(state)}; "
-            f"the model is a {shape_of(own)}.\n" + "\n".join(problems)
+            f"{source} does not fit the model, it {'; '.join(problems)}. It seems to hold a "
+            f"{shape_of(state)}; the model is a {shape_of(own)}"
         )
     model.load_state_dict({name: shard_like(state[name], tensor) for name, tensor in own.items()})
 
@@ -224,20 +242,8 @@ def initialise_from(model: torch.nn.Module, state: State, source: str) -> list[s
     }
     for prefix, note in notes.items():
         kept, given = ({n: t for n, t in s.items() if n.startswith(prefix)} for s in (own, state))
-        if differences(kept, given):
+        if files.differences(given, kept):
             merged = {n: t for n, t in merged.items() if n not in given} | kept
             dropped.append(note)
     load_exactly(model, merged, source)
     return dropped
-
-
-def differences(expected: State, got: State) -> list[str]:
-    """Return a line for each name that is missing, unexpected, or of another shape."""
-    lines = [f"  missing: {name}" for name in expected if name not in got]
-    lines += [f"  unexpected: {name}" for name in got if name not in expected]
-    lines += [
-        f"  {name}: {tuple(got[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in got and got[name].shape != tensor.shape
-    ]
-    return lines

@@ -1,7 +1,7 @@
 """A batch's encoded images decoded at once by DALI, on the CPU or the GPU.
 
-Pixels compared with Pillow's, which `images.decode` gives, at 256x256 (photographs; JPEG quality 50
-to 100; chroma 4:4:4, 4:2:2 and 4:2:0; baseline and progressive):
+Pixels compared with Pillow's, which `dataset.decode` gives, at 256x256 (photographs; JPEG quality
+50 to 100; chroma 4:4:4, 4:2:2 and 4:2:0; baseline and progressive):
 
     PNG                equal; DALI decodes PNG on the CPU for "dali-gpu" too, and then copies
     JPEG, dali-cpu     equal: maximum and mean absolute difference 0 (both libjpeg-turbo: exact
@@ -18,7 +18,6 @@ where DALI refuses what Pillow takes (a PNG without its last bytes); the last tw
 """
 
 import functools
-import io
 import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Literal
@@ -29,8 +28,11 @@ from torch import Tensor
 
 from repa_fast.backend import dispatch
 from repa_fast.data.dataset import Sample
+from repa_fast.data.images import open_image
 from repa_fast.data.official import OfficialFolder
 from repa_fast.data.open import Dataset
+from repa_fast.data.store import one_line
+from repa_fast.failure import Failure
 
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
@@ -145,7 +147,7 @@ class DaliDecoder:
             self._pipeline = None
             found = REFUSAL.search(refused)
             if found is None:
-                raise RuntimeError(f"{name}: {refused}")
+                raise Failure(f"{name}: {one_line(refused)}")
             raise ValueError(f"{name}: DALI refuses an image ({found[0]})")
         shape = (self.resolution, self.resolution, 3)
         if any(tuple(image) != shape for image in output.shape()):
@@ -196,10 +198,7 @@ def _parts(dataset: Dataset, resolution: int, fetched: tuple) -> tuple[Sample, b
     name = f"{dataset.uri} row {fetched[0]}"
     if isinstance(dataset, OfficialFolder):
         sample = dataset.decode((fetched[0], False))
-        try:
-            encoded = dataset.image_bytes(fetched[0])
-        except TypeError as error:  # of a .npy file that is no image
-            raise ValueError(f"{name}: {error}") from error
+        encoded = dataset.image_bytes(fetched[0])
     else:
         encoded = fetched.image
         sample = dataset.decode(fetched._replace(image=None))
@@ -212,15 +211,8 @@ def expect_usual(data: bytes, resolution: int, name: str) -> None:
 
     Its pixels may still be damaged, which DALI finds where Pillow does.
     """
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data), formats=tuple(MODES)) as image:
-            kind, mode, size = image.format, image.mode, image.size
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{name}: cannot be decoded ({error})") from error
-    if size != (resolution, resolution):
-        raise ValueError(f"{name}: is {size[0]}x{size[1]}, expected {resolution}x{resolution}")
+    image = open_image(data, name, resolution)
+    kind, mode = image.format, image.mode
     usual = mode in MODES.get(kind, ())
     # a PNG's byte 24 is its bit depth
     if not usual or not (data[24] <= 8 if kind == "PNG" else well_formed(data)):

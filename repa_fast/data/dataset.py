@@ -4,15 +4,26 @@ import functools
 import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
-from repa_fast.data.features import METADATA_KEY, FeatureColumn, feature_columns
-from repa_fast.data.store import from_lists, open_table, take, to_lists, unwrapped
+from repa_fast.data.features import (
+    COUNT,
+    METADATA_KEY,
+    TEXT,
+    FeatureColumn,
+    describing,
+    expect_fields,
+    expect_type,
+    feature_columns,
+)
+from repa_fast.data.images import open_image, to_rgb
+from repa_fast.data.store import NULL, from_lists, open_table, take, to_lists, unwrapped
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -21,6 +32,24 @@ ROWS_PER_FILE = 4096
 """Rows of a fragment: what a kill costs while a column is added."""
 
 Encoding = Literal["jpeg", "png"]
+
+
+def _finite(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _all(value: object, fits: Callable[[object], bool]) -> bool:
+    return isinstance(value, list | tuple) and all(map(fits, value))
+
+
+FIELDS = {
+    "resolution": COUNT,
+    "latent_shape": ("three integers above 0", lambda v: _all(v, COUNT[1]) and len(v) == 3),
+    "vae": TEXT,
+    "scale": ("a finite number other than 0", lambda value: _finite(value) and value != 0),
+    "bias": ("a finite number", _finite),
+    "class_names": ("texts, at least one", lambda value: _all(value, TEXT[1]) and len(value) > 0),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +65,11 @@ class Metadata:
 
     @classmethod
     def from_dict(cls, fields: dict) -> "Metadata":
-        """Return the metadata that `asdict` and JSON wrote, where tuples are lists."""
+        """Return the metadata that `asdict` and JSON wrote, where tuples are lists.
+
+        ValueError names a field that is missing, too much, or not what it has to be.
+        """
+        expect_fields(fields, FIELDS)
         lists = {name: tuple(fields[name]) for name in ("latent_shape", "class_names")}
         return cls(**fields | lists)
 
@@ -91,7 +124,7 @@ def schema(metadata: Metadata) -> "pa.Schema":
     """Return the table's Arrow schema, with the metadata in it."""
     import pyarrow as pa
 
-    values = int(np.prod(metadata.moments_shape))
+    values = math.prod(metadata.moments_shape)
     fields = [
         pa.field("image", pa.binary()),
         pa.field("moments", pa.list_(pa.float32(), values)),
@@ -162,22 +195,13 @@ def record_batch(rows: Sequence[Row], table_schema: "pa.Schema") -> "pa.RecordBa
 
 
 def decode(data: bytes, resolution: int, name: str = "image") -> np.ndarray:
-    """Decode PNG or JPEG bytes to uint8 RGB (3, resolution, resolution).
+    """Decode an image of that size to uint8 RGB (3, resolution, resolution).
 
     Raises:
         ValueError: the bytes cannot be decoded or have another size; `name` is in the message.
     """
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            pixels = np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{name}: cannot be decoded ({error})") from error
-    if pixels.shape[:2] != (resolution, resolution):
-        size = f"{pixels.shape[1]}x{pixels.shape[0]}"
-        raise ValueError(f"{name}: is {size}, expected {resolution}x{resolution}")
-    return pixels.transpose(2, 0, 1)
+    image = open_image(data, name, resolution)
+    return np.asarray(to_rgb(image, name)).transpose(2, 0, 1)
 
 
 def encode(pixels: np.ndarray, kind: Encoding = "png", quality: int = 95) -> bytes:
@@ -208,7 +232,8 @@ class LatentDataset:
         split: "train" or "val", for such a folder.
 
     Raises:
-        ValueError: there is no such table, its store fails, or it was not written by this package.
+        ValueError: there is no such table, its store fails, it has no rows, or it is not as this
+            package writes it: names the field or column, what was expected and what there is.
     """
 
     def __init__(self, uri: str | Path, split: str = "train") -> None:
@@ -216,8 +241,15 @@ class LatentDataset:
         stored = (self.table.schema.metadata or {}).get(METADATA_KEY)
         if stored is None:
             raise ValueError(f"{self.uri} is a Lance table without repa-fast's metadata")
-        self.metadata = Metadata.from_dict(json.loads(stored))
+        with describing(f"{self.uri}: metadata {METADATA_KEY.decode()}"):
+            self.metadata = Metadata.from_dict(json.loads(stored))
+        with describing(self.uri):
+            for field in schema(self.metadata):
+                if field.name != "image" or "image" in self.table.schema.names:
+                    expect_type(self.table.schema, field)
         self._length = self.table.count_rows()
+        if not self._length:
+            raise ValueError(f"{self.uri} has no rows, expected at least one")
 
     def __len__(self) -> int:
         return self._length
@@ -225,15 +257,18 @@ class LatentDataset:
     @functools.cached_property
     def features(self) -> dict[str, FeatureColumn]:
         """Columns of features that `repa-fast prepare features` has added, by name."""
-        return feature_columns(self.table.schema)
+        with describing(self.uri):
+            return feature_columns(self.table.schema)
 
     def rows(
         self, indices: np.ndarray, *, images: bool = True, features: Sequence[str] = ()
     ) -> Rows:
         """Return the rows at `indices` (B), in order; `image` is empty where not asked for.
 
+        What is null comes as what `decode` refuses: no bytes, label -1, and as `from_lists` says.
+
         Raises:
-            ValueError: there is no such column of features.
+            ValueError: there is no such column of features, or none of images.
             StoreError: the object store failed, and all retries too.
         """
         for name in features:
@@ -243,15 +278,17 @@ class LatentDataset:
                     f"{self.uri} has no column of features {name!r}, expected one of: {there}; "
                     "`repa-fast prepare features` adds one"
                 )
+        if images and "image" not in self.table.schema.names:
+            raise ValueError(f"{self.uri} has no column image, expected one for the encoder")
         columns = [self.features[name] for name in features]
         names = ["moments", "label", *(["image"] if images else [])]
         names += [name for column in columns for name in column.columns]
         table = take(self.table, self.uri, indices.tolist(), names)
         return {
             "index": np.asarray(indices, dtype=np.int64),
-            "image": table["image"].to_pylist() if images else [],
+            "image": table["image"].fill_null(b"").to_pylist() if images else [],
             "moments": from_lists(table["moments"], self.metadata.moments_shape),
-            "label": table["label"].to_numpy(),
+            "label": table["label"].fill_null(-1).to_numpy(),
             "features": {k: array for column in columns for k, array in column.read(table).items()},
         }
 
@@ -284,6 +321,7 @@ class LatentDataset:
         if features:
             sample["features"] = features
         for column, values in features.items():
-            if not np.isfinite(values).all():
-                raise ValueError(f"{name}: {column} is not finite")
+            null = values.dtype == np.int8 and (values == NULL).any()
+            if null or not np.isfinite(values).all():
+                raise ValueError(f"{name}: {column} is {'null' if null else 'not finite'}")
         return sample

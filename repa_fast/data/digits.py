@@ -1,10 +1,6 @@
 """scikit-learn's bundled handwritten digits as small RGB images: real data, no download."""
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +8,7 @@ import numpy as np
 
 from repa_fast.data import dataset
 from repa_fast.data.dataset import Metadata, Row, encode
+from repa_fast.whole import whole_or_not
 
 DIGITS_DIR = Path("data/digits")
 RESOLUTION = 16
@@ -93,19 +90,3 @@ def ensure_digits(out: Path = DIGITS_DIR) -> Path:
             if not out.exists():
                 raise
     return out
-
-
-@contextmanager
-def whole_or_not(out: Path) -> Iterator[Path]:
-    """Yield a folder to write into that takes the name `out` at the end, or vanishes."""
-    if out.exists():
-        raise ValueError(f"{out} exists already; remove it first, or train from it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        os.rename(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

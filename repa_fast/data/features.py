@@ -6,14 +6,15 @@ at 256 pixels 393 kB or 198 kB, where the image itself, a JPEG, takes about 15 k
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 
-from repa_fast.data.store import from_lists
+from repa_fast.data.store import from_lists, one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,6 +24,40 @@ Storage = Literal["fp16", "int8"]
 METADATA_KEY = b"repa_fast"
 INT8_MAX = 127
 FP16_MAX = 65504.0
+
+Fields = Mapping[str, tuple[str, Callable[[object], bool]]]
+"""By the name of a field: what is expected of its value, in words, and whether that is it."""
+TEXT = ("text", lambda value: isinstance(value, str))
+UNSIGNED = ("an integer from 0 on", lambda value: type(value) is int and value >= 0)
+COUNT = ("an integer above 0", lambda value: type(value) is int and value > 0)
+
+
+def one_of(*choices: str) -> tuple[str, Callable[[object], bool]]:
+    """Return what is expected of a field that is one of some texts."""
+    return " or ".join(choices), lambda value: value in choices
+
+
+@contextmanager
+def describing(what: str) -> Iterator[None]:
+    """Raise ValueError that names `what`, whatever is wrong with its description in JSON."""
+    try:
+        yield
+    except (ValueError, RecursionError, OverflowError) as error:  # of parts in parts, of huge sizes
+        raise ValueError(f"{what}: {error}") from error
+
+
+def expect_fields(given: object, expected: Fields) -> None:
+    """Raise ValueError, of one line, unless `given`, from JSON, has these fields and no other."""
+    names = ", ".join(expected)
+    if not isinstance(given, dict):
+        raise ValueError(f"is {one_line(repr(given)):.60}, expected {names} by name")
+    if lacking := [name for name in expected if name not in given]:
+        raise ValueError(f"lacks {', '.join(lacking)}, expected {names}")
+    if more := [name for name in given if name not in expected]:
+        raise ValueError(f"has {more!r:.60} too, expected {names} alone")
+    for name, (words, fits) in expected.items():
+        if not fits(given[name]):
+            raise ValueError(f"{name} is {one_line(repr(given[name])):.60}, expected {words}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +71,21 @@ class FeatureColumn:
     width: int  # D, features per token
     storage: Storage
     precision: str  # in which the encoder ran, "fp32" or "bf16"
+
+    @classmethod
+    def from_field(cls, field: "pa.Field", schema: "pa.Schema") -> "FeatureColumn":
+        """Return the column that the metadata of its first field describes.
+
+        ValueError if it is no such description, or of another column than there is.
+        """
+        with describing(f"column {field.name}"):
+            fields = json.loads(field.metadata[METADATA_KEY])
+            own = (repr(field.name), lambda value: value == field.name)
+            expect_fields(fields, DESCRIPTION | {"name": own})
+            column = cls(**fields)
+            for expected in column.fields():
+                expect_type(schema, expected)
+        return column
 
     @property
     def scale_name(self) -> str:
@@ -115,8 +165,20 @@ class FeatureColumn:
             )
 
 
+DESCRIPTION = {"encoder": TEXT, "resolution": COUNT, "tokens": COUNT, "width": COUNT}
+DESCRIPTION |= {"storage": one_of("fp16", "int8"), "precision": one_of("fp32", "bf16")}
+
+
 def feature_columns(schema: "pa.Schema") -> dict[str, FeatureColumn]:
-    """Return the columns of features of a table, by name."""
-    stored = [(field.metadata or {}).get(METADATA_KEY) for field in schema]
-    columns = [FeatureColumn(**json.loads(text)) for text in stored if text is not None]
-    return {column.name: column for column in columns}
+    """Return the columns of features of a table, by name; ValueError names one that is none."""
+    fields = [field for field in schema if METADATA_KEY in (field.metadata or {})]
+    return {field.name: FeatureColumn.from_field(field, schema) for field in fields}
+
+
+def expect_type(schema: "pa.Schema", field: "pa.Field") -> None:
+    """Raise ValueError unless a table has such a column; its bytes may be of the large type."""
+    if field.name not in schema.names:
+        raise ValueError(f"there is no column {field.name}, expected one of {field.type}")
+    kind = schema.field(field.name).type
+    if kind != field.type and (str(kind), str(field.type)) != ("large_binary", "binary"):
+        raise ValueError(f"column {field.name} is {kind}, expected {field.type}")

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 
 from repa_fast.data.dataset import Metadata
+from repa_fast.data.store import first_line
+from repa_fast.failure import Failure
 
 HUB = ("sd-vae-ft-mse", "sd-vae-ft-ema")
 """Names of Stability AI's autoencoders on the Hugging Face hub."""
@@ -93,7 +95,7 @@ class VAE:
         try:
             from diffusers import AutoencoderKL
         except ImportError as error:
-            raise RuntimeError(
+            raise Failure(
                 f"the autoencoder {self.source} needs diffusers (pip install diffusers): {error}"
             ) from error
         on_hub = self.source in HUB and not Path(self.source).is_dir()
@@ -102,11 +104,10 @@ class VAE:
             # without low_cpu_mem_usage it does not ask for accelerate
             model = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)
         except Exception as error:  # of diffusers, the hub's client, json or safetensors
-            reason = next(iter(str(error).splitlines()), "")
-            raise RuntimeError(
+            raise Failure(
                 f"the autoencoder {name} is neither a folder nor can it be fetched; give "
                 "--vae-path a folder that holds config.json and the weights, or a hub name "
-                f"({type(error).__name__}: {reason})"
+                f"({type(error).__name__}: {first_line(error)})"
             ) from error
         return model.eval().requires_grad_(False)
 

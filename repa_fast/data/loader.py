@@ -18,13 +18,14 @@ from repa_fast.data.dali import DaliDecoder, Decode, choose
 from repa_fast.data.dataset import Sample
 from repa_fast.data.open import Dataset
 from repa_fast.data.order import Consecutive, SampleOrder
+from repa_fast.failure import Failure
 
 PREFETCHED_BATCHES = 3
 
 log = logging.getLogger(__name__)
 
 
-class DataTimeout(RuntimeError):
+class DataTimeout(Failure):
     """A batch has not come in time."""
 
 

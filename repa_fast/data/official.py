@@ -17,9 +17,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.lib import format as npy
 
 from repa_fast.data.dataset import Metadata, Sample, check_sample, decode, encode
-from repa_fast.data.features import FeatureColumn
+from repa_fast.data.features import FeatureColumn, describing
+from repa_fast.data.store import first_line
 
 SD_VAE_FACTOR = 8
 SD_VAE_SCALE = 0.18215
@@ -27,6 +29,10 @@ CACHE_NAME = ".repa-fast-index.npz"
 NUMBER = re.compile(r"(\d+)\.\w+$")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".npy")
 SHOWN = 3
+MAX_LABEL = 10**6
+"""A class is named for each label up to the largest."""
+KINDS = {"latents": "S", "images": "S", "labels": "i"}
+"""Of the arrays of an index: bytes, and integers."""
 
 
 class OfficialFolder:
@@ -45,7 +51,7 @@ class OfficialFolder:
         self.root = Path(root)
         self.uri = str(root)
         index = load_index(self.root)
-        self._latents, self._images, self._labels = map(index.get, ("latents", "images", "labels"))
+        self._latents, self._images, self._labels = map(index.get, KINDS)
         first = self._read_moments(0)
         channels, side = first.shape[0] // 2, first.shape[-1]
         self.metadata = Metadata(
@@ -100,7 +106,7 @@ class OfficialFolder:
         path = self._image_path(index)
         if path.suffix != ".npy":
             return read_bytes(path)
-        return encode(_npy(path).transpose(1, 2, 0))
+        return encode(self._read_image(index).transpose(1, 2, 0))
 
     def _latent_path(self, index: int) -> Path:
         return self.root / "vae-sd" / self._latents[index].decode()
@@ -113,8 +119,9 @@ class OfficialFolder:
         moments = _npy(path)
         if moments.ndim == 4 and len(moments) == 1:
             moments = moments[0]
-        if moments.ndim != 3 or len(moments) % 2:
-            raise ValueError(f"{path}: moments have shape {moments.shape}, expected (2C, h, w)")
+        if moments.ndim != 3 or len(moments) % 2 or not moments.size or moments.dtype.kind != "f":
+            got = f"{moments.dtype} {moments.shape}"
+            raise ValueError(f"{path}: moments are {got}, expected float32 (2C, h, w)")
         return moments.astype(np.float32, copy=False)
 
     def _read_image(self, index: int) -> np.ndarray:
@@ -138,10 +145,8 @@ def load_index(root: Path) -> dict[str, np.ndarray]:
     home = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
     caches = [root / CACHE_NAME, Path.home() / ".cache" / "repa-fast" / f"{home}.npz"]
     for cache in caches:
-        if cache.is_file():
-            with np.load(cache) as stored:
-                if np.array_equal(stored["state"], state):
-                    return dict(stored)
+        if cache.is_file() and (index := _cached(cache, state)) is not None:
+            return index
     index = pair(root, listing)
     for cache in caches:
         partial = cache.with_name(f"{cache.name}.{os.getpid()}.npz")
@@ -153,6 +158,24 @@ def load_index(root: Path) -> dict[str, np.ndarray]:
         except OSError:
             partial.unlink(missing_ok=True)
     return index
+
+
+def _cached(cache: Path, state: np.ndarray) -> dict[str, np.ndarray] | None:
+    """Return the index that a cache holds; None unless it is whole and belongs to this listing."""
+    try:
+        with np.load(cache, allow_pickle=False) as stored:
+            found, index = stored["state"], {name: stored[name] for name in KINDS}
+    except Exception:  # cut short, of another program, or of objects: it is made anew
+        return None
+    latents, images, labels = index.values()
+    whole = (
+        np.array_equal(found, state)
+        and all(a.ndim == 1 and a.dtype.kind == KINDS[name] for name, a in index.items())
+        and len(latents) == len(labels) > 0
+        and len(images) in (0, len(latents))
+        and 0 <= labels.min() <= labels.max() <= MAX_LABEL
+    )
+    return index if whole else None
 
 
 def pair(root: Path, listing: Path) -> dict[str, np.ndarray]:
@@ -183,15 +206,21 @@ def _listing(root: Path) -> Path:
 
 
 def _labels(listing: Path) -> dict[str, int]:
-    pairs = json.loads(listing.read_text()).get("labels")
-    if not pairs:
-        raise ValueError(f"{listing} has no labels, expected a list of [name, class]")
-    labels = {_key(name, listing): int(label) for name, label in pairs}
+    with describing(str(listing)):
+        content = json.loads(read_bytes(listing))
+        pairs = content.get("labels") if isinstance(content, dict) else None
+        if not pairs or not isinstance(pairs, list):
+            raise ValueError("has no labels, expected a list of [name, class] under that name")
+        labels: dict[str, int] = {}
+        for item in pairs:
+            if not isinstance(item, list) or [*map(type, item)] != [str, int]:
+                raise ValueError(f"{item!r:.60}, expected [name, class] with an integer class")
+            if not 0 <= item[1] <= MAX_LABEL:
+                expected = f"expected 0..{MAX_LABEL}"
+                raise ValueError(f"label of {item[0]!r:.60} is {item[1]!r:.60}, {expected}")
+            labels[_key(item[0], listing)] = item[1]
     if len(labels) != len(pairs):
         raise ValueError(f"{listing} lists {len(pairs)} names, {len(labels)} of them different")
-    first = min(labels, key=labels.get)
-    if labels[first] < 0:
-        raise ValueError(f"{listing}: label of {first} is {labels[first]}, expected >= 0")
     return labels
 
 
@@ -242,6 +271,6 @@ def some(names: Iterable[object]) -> str:
 def _npy(path: Path) -> np.ndarray:
     data = read_bytes(path)
     try:
-        return np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: not a .npy array ({error})") from error
+        return npy.read_array(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # lack of memory too, for what a header claims
+        raise ValueError(f"{path}: not a .npy array ({first_line(error)})") from error

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from repa_fast.failure import Failure
+
 if TYPE_CHECKING:
     import lance
     import pyarrow as pa
@@ -27,7 +29,11 @@ ADVICE = (
 )
 
 
-class StoreError(RuntimeError):
+NULL = -128
+"""Where a value of int8 is null; features as int8 are at least -127."""
+
+
+class StoreError(Failure):
     """The store failed while rows were read; no ValueError, since no row is known to be bad."""
 
 
@@ -108,12 +114,32 @@ def to_lists(array: np.ndarray) -> "pa.FixedSizeListArray":
 
 
 def from_lists(column: "pa.ChunkedArray", shape: tuple[int, ...]) -> np.ndarray:
-    """Convert B lists to an array (B, *shape)."""
-    values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return values.reshape(len(column), *shape)
+    """Convert B lists to an array (B, *shape); what is null becomes NaN, or `NULL` of int8."""
+    lists = column.combine_chunks()
+    size = lists.type.list_size
+    values = lists.values.slice(lists.offset * size, len(lists) * size)
+    null = NULL if lists.type.value_type == "int8" else np.nan
+    if values.null_count:
+        values = values.fill_null(null)
+    array = values.to_numpy(zero_copy_only=False).reshape(len(lists), *shape)
+    if lists.null_count:
+        array = array.copy()
+        array[lists.is_null().to_numpy(zero_copy_only=False)] = null
+    return array
+
+
+def one_line(text: object) -> str:
+    """Return an error or another text, maybe a stranger's, in one line without control codes."""
+    line = " ".join(str(text).split()) or type(text).__name__
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
+
+
+def first_line(error: Exception) -> str:
+    """Return how an error's text begins: numpy's goes on with advice to unpickle what is given."""
+    return one_line(str(error).partition("\n")[0][:100] or type(error).__name__)
 
 
 def _failure(uri: str, what: str, start: float, error: Exception) -> str:
     """Describe a failure since `start`; Lance's own text says what the last request met."""
-    reason = re.sub(r"(, /\S+\.rs:\d+:\d+)+$", "", str(error))  # lines of Lance's source
+    reason = re.sub(r"(, /\S+\.rs:\d+:\d+)+$", "", one_line(error))  # lines of Lance's source
     return f"{uri}: {what}, given up after {time.monotonic() - start:.1f} s: {reason}; {ADVICE}"

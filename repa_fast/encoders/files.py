@@ -10,11 +10,13 @@ for the caller to find.
 import argparse
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from repa_fast.data.store import one_line
 
 Weights = dict[str, Tensor]
 
@@ -46,10 +48,14 @@ MOCO = (  # slips in the ViT-L file
     (r"^blocks\.14\.norm14\.", "blocks.14.norm2."),
     (r"^blocks\.14\.mlp\.fc14\.", "blocks.14.mlp.fc2."),
 )
+REFUSED = re.compile(r"GLOBAL ([\w.]+)")
+"""What torch says of a name that its unpickler does not know."""
 
 
-def load_safely(path: str | Path, allow_namespace: bool = False) -> object:
-    """Read a .safetensors or torch file without executing code, tensors on the CPU, maybe mapped.
+def load_safely(path: str | Path, allow_namespace: bool = False) -> dict:
+    """Return the dictionary in a .safetensors or torch file; tensors are on the CPU, maybe mapped.
+
+    No code in it is executed.
 
     Args:
         path: the file.
@@ -57,45 +63,52 @@ def load_safely(path: str | Path, allow_namespace: bool = False) -> object:
             flags in; anything else that is not weights or plain Python is refused in any case.
 
     Raises:
-        Exception: of any kind, for a damaged file.
-    """
-    if Path(path).suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    mappable = zipfile.is_zipfile(path)  # since torch 1.6; spares reading what is not used
-    with torch.serialization.safe_globals([argparse.Namespace] if allow_namespace else []):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
-
-
-def read(path: str | Path, allow_namespace: bool = False) -> dict:
-    """Return the dictionary in a weight file; arguments as for `load_safely`.
-
-    Raises:
-        ValueError: no such file, or not such a dictionary; says what was expected.
+        ValueError: no such file, damaged, with code in it, or not a dictionary: one line that names
+            the file, without torch's advice on how to run the code.
     """
     if not Path(path).is_file():
-        raise ValueError(f"--enc-weights: {path} is not a file")
-    fault = f"--enc-weights: {path} cannot be read as .safetensors or as weights of torch.save"
+        raise ValueError(f"{path} is not a file")
     try:
-        names = []
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
-        is_script = any(name.endswith("/constants.pkl") for name in names)
-        content = {} if is_script else load_safely(path, allow_namespace)
+        content = _load(path, allow_namespace)
     except Exception as error:  # a damaged file fails in any way
-        raise ValueError(f"{fault}: {type(error).__name__}") from error
-    if is_script:
+        if named := REFUSED.search(str(error)):
+            found = f"holds code: it names {named[1]}, expected tensors and plain values"
+        else:
+            found = "is damaged, or neither .safetensors nor of torch.save"
+        raise ValueError(f"{path} {found}") from error
+    if content is None:
         raise ValueError(
-            f"--enc-weights: {path} is a TorchScript archive, which holds code; expected weights. "
+            f"{path} is a TorchScript archive, which holds code; expected weights. "
             'Where you trust it, write them with python -c "import torch; '
             f"torch.save(torch.jit.load('{path}', 'cpu').state_dict(), 'weights.pth')\" "
             "and give weights.pth"
         )
     if not isinstance(content, dict):
-        raise ValueError(f"{fault}: expected a dictionary, got {type(content).__name__}")
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a dictionary")
     return content
+
+
+def _load(path: str | Path, allow_namespace: bool) -> object:
+    """Return what is in a file, None of a TorchScript archive; raises anything."""
+    if Path(path).suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    mappable = zipfile.is_zipfile(path)  # since torch 1.6; spares reading what is not used
+    if mappable:
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                return None
+    with torch.serialization.safe_globals([argparse.Namespace] if allow_namespace else []):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+
+
+def read(path: str | Path, allow_namespace: bool = False) -> dict:
+    """Return the dictionary in an encoder's file; arguments and errors are `load_safely`'s."""
+    try:
+        return load_safely(path, allow_namespace)
+    except ValueError as error:
+        raise ValueError(f"--enc-weights: {error}") from error
 
 
 def unwrap(content: dict, *keys: str) -> Weights:
@@ -113,8 +126,8 @@ def measure(state: Weights) -> tuple[int, int, int, int]:
     width, _, patch_size, _ = state["patch_embed.proj.weight"].shape
     blocks = [re.match(r"blocks\.(\d+)\.", name) for name in state]
     depth = max((int(block[1]) + 1 for block in blocks if block), default=0)
-    tokens = (state[name].shape[1] for name in ("register_tokens", "reg_token") if name in state)
-    return width, depth, patch_size, sum(tokens)
+    tokens = (state[name] for name in ("register_tokens", "reg_token") if name in state)
+    return width, depth, patch_size, sum(table.shape[1] for table in tokens if table.ndim == 3)
 
 
 def differences(state: Weights, wanted: Weights) -> list[str]:
@@ -131,9 +144,14 @@ def differences(state: Weights, wanted: Weights) -> list[str]:
     return [f"{what} {len(names)}: {some(names)}" for what, names in groups.items() if names]
 
 
+def lacking(state: Weights, axes: Mapping[str, int]) -> list[str]:
+    """Return the names that are not in `state`, or not with as many axes as `axes` says."""
+    return [name for name, count in axes.items() if getattr(state.get(name), "ndim", -1) != count]
+
+
 def some(names: Sequence[str]) -> str:
-    """Join the first of `names`."""
-    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+    """Join the first of `names`, in one line whatever a file calls its tensors."""
+    return one_line(", ".join(names[:6])) + (", ..." if len(names) > 6 else "") if names else ""
 
 
 def dino(content: dict) -> Weights:
@@ -144,8 +162,7 @@ def dino(content: dict) -> Weights:
 def dinov2(content: dict) -> Weights:
     """Return facebookresearch/dinov2's state dict; ValueError where it lacks what each has."""
     state = unwrap(content, "state_dict", "model")
-    axes = {"patch_embed.proj.weight": 4, "cls_token": 3, "pos_embed": 3}
-    missing = [name for name in axes if getattr(state.get(name), "ndim", 0) != axes[name]]
+    missing = lacking(state, {"patch_embed.proj.weight": 4, "cls_token": 3, "pos_embed": 3})
     if missing:
         raise ValueError(
             f"is not a DINOv2 state dict: expected {', '.join(missing)}, "
@@ -173,7 +190,8 @@ def siglip(content: dict) -> Weights:
     state = _rename(state, SIGLIP)
     for name in [name for name in state if ".attn.q." in name]:
         parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
-        if all(part in state for part in parts):
+        shapes = {state[part].shape if part in state else () for part in parts}
+        if len(shapes) == 1 and () not in shapes:
             fused = torch.cat([state.pop(part) for part in parts])
             state[name.replace(".attn.q.", ".attn.qkv.")] = fused
     return state
@@ -183,10 +201,7 @@ def timm_names(state: Weights, vit: nn.Module) -> Weights:
     """Rename what is left by timm's filter; resample the position table, bicubic with antialias."""
     from timm.models.vision_transformer import checkpoint_filter_fn
 
-    try:
-        return checkpoint_filter_fn(dict(state), vit)
-    except (RuntimeError, IndexError):  # the table is no square grid: its shape is then refused
-        return state
+    return _filtered(checkpoint_filter_fn, state, vit)
 
 
 def eva_names(state: Weights, vit: nn.Module) -> Weights:
@@ -198,7 +213,14 @@ def eva_names(state: Weights, vit: nn.Module) -> Weights:
     from timm.models.eva import checkpoint_filter_fn
 
     zeros = {n: torch.zeros_like(v) for n, v in vit.state_dict().items() if n.endswith("_bias")}
-    return zeros | checkpoint_filter_fn(dict(state), vit)
+    return zeros | _filtered(checkpoint_filter_fn, state, vit)
+
+
+def _filtered(timms: Callable[..., Weights], state: Weights, vit: nn.Module) -> Weights:
+    try:
+        return timms(dict(state), vit)
+    except Exception:  # of a table that is no square grid, say: its shape is then refused
+        return state
 
 
 def _below(state: Weights, prefix: str) -> Weights:
@@ -221,6 +243,6 @@ def _rename(state: Weights, renames: Sequence[tuple[str, str]]) -> Weights:
         for pattern, replacement in renames:
             name = re.sub(pattern, replacement, name)
         if name in ("cls_token", "pos_embed") and value.ndim in (1, 2):
-            value = value.reshape(1, -1, value.shape[-1])
+            value = value.reshape((1,) * (3 - value.ndim) + value.shape)
         renamed[name] = value
     return renamed

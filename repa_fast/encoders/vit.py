@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repa_fast.encoders.files import Weights, differences, measure, read, some
+from repa_fast.failure import Failure
 from repa_fast.models.flops import vit_flops
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -177,7 +178,7 @@ def _build(recipe: Recipe, input_size: int, from_hub: bool) -> nn.Module:
         config = timm.get_pretrained_cfg(name)
         repository, url = (getattr(config, key, None) for key in ("hf_hub_id", "url"))
         copy = f", or model.safetensors of {repository}" if repository else ""
-        raise RuntimeError(
+        raise Failure(
             f"the weights of {recipe.name} are neither in the local cache nor can they be fetched "
             f"from {repository or url}; give them with --enc-weights FILE, where FILE is "
             f"{recipe.file}{copy}"

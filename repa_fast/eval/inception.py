@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from repa_fast.encoders.files import Weights, load_safely, some, unwrap
+from repa_fast.failure import Failure
 
 POOL_WIDTH = 2048
 SPATIAL_CHANNELS = 7
@@ -55,7 +56,7 @@ class Inception:
         try:
             from torch_fidelity import feature_extractor_inceptionv3 as port
         except ImportError as error:
-            raise RuntimeError(
+            raise Failure(
                 f"the Inception features need torch-fidelity (pip install torch-fidelity): {error}"
             ) from error
         self.weights = Path(weights) if weights else _fetch(port.URL_INCEPTION_V3)
@@ -147,7 +148,7 @@ def _fetch(url: str) -> Path:
         torch.hub.download_url_to_file(url, str(path), WEIGHTS_SHA256, progress=False)
     except (OSError, RuntimeError) as error:
         release = url.split("/")[-2]
-        raise RuntimeError(
+        raise Failure(
             f"the Inception weights are neither at {path} nor can they be fetched from {url} "
             f"({error}); give them with --inception-weights FILE, where FILE is "
             f"{path.name} of torch-fidelity's release {release}"
@@ -157,14 +158,7 @@ def _fetch(url: str) -> Path:
 
 def _read(path: Path) -> Weights:
     """Return the tensors in a file of torch.save, read without executing pickled code."""
-    name = f"--inception-weights: {path}"
-    if not path.is_file():
-        raise ValueError(f"{name} is not a file")
     try:
-        content = load_safely(path)
-    except Exception as error:  # a damaged file fails in any way
-        kind = type(error).__name__
-        raise ValueError(f"{name} cannot be read as weights of torch.save: {kind}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{name} holds {type(content).__name__}, expected a dictionary")
-    return unwrap(content)
+        return unwrap(load_safely(path))
+    except ValueError as error:
+        raise ValueError(f"--inception-weights: {error}") from error

@@ -13,13 +13,18 @@ import torch
 from repa_fast.checkpoint import formats
 from repa_fast.checkpoint.formats import Shape
 from repa_fast.checkpoint.layout import newest_checkpoint, read_settings
+from repa_fast.checkpoint.marker import trusted
 from repa_fast.configs.objective import ObjectiveConfig
 from repa_fast.data.dataset import Metadata
+from repa_fast.data.features import TEXT, UNSIGNED, describing, expect_fields
 from repa_fast.data.official import SD_VAE_FACTOR, SD_VAE_SCALE
 from repa_fast.models.sit import SIZES, SiT, size
 from repa_fast.objective import Objective, build_objective
 
 HASH_DIGITS = 8
+KINDS = dict.fromkeys(("objective", "path_type", "prediction", "model"), TEXT)
+KINDS |= dict.fromkeys(("num_heads", "resolution"), UNSIGNED)
+"""Of the training arguments that are looked at, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +68,13 @@ class WeightsConfig:
     """Whose weights CKPT holds: REPA's or ours, or the original SiT's or DiT's."""
     num_heads: int = 0
     """Of an architecture that is no SiT-{S,B,L,XL} and whose file does not say."""
+    verify: bool = True
+    """Compare checksums of what is read of a native checkpoint; otherwise read it as it is."""
 
     def load(self, device: torch.device, **options: str) -> "Loaded":
         """Load them; `options` and errors are those of `load`."""
-        return load(self.ckpt, device, origin=self.origin, num_heads=self.num_heads, **options)
+        with trusted(not self.verify):
+            return load(self.ckpt, device, origin=self.origin, num_heads=self.num_heads, **options)
 
 
 def load(
@@ -145,18 +153,38 @@ def _described(source: Path) -> tuple[dict, int | None, Metadata | None]:
         settings = read_settings(source)
         return settings.config.to_dict(), settings.counters["step"], settings.metadata
     if source.suffix == ".safetensors":
-        beside = source.with_suffix(".json")
-        described = json.loads(beside.read_text()) if beside.exists() else {}
-        if not {"model", "dataset"} <= described.keys():  # not that of `repa-fast export`
-            return {}, None, None
-        config = described["model"] | described.get("objective", {})
-        return config, None, Metadata.from_dict(described["dataset"])
+        return _exported(source.with_suffix(".json"))
     contents = formats.read_file(source)
-    if not isinstance(contents, dict):
-        raise ValueError(f"{source} holds no weights but a {type(contents).__name__}")
-    arguments, step = contents.get("args"), contents.get("steps")
+    arguments = contents.get("args")
     config = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
-    return config, step if isinstance(step, int) else None, None
+    with describing(str(source)):
+        _expect_kinds(config)
+    return config, contents.get("steps"), None
+
+
+def _exported(beside: Path) -> tuple[dict, None, Metadata | None]:
+    """Return what `repa-fast export` has written beside weights, or nothing of another program's.
+
+    ValueError if it is no JSON, or not as it was written.
+    """
+    with describing(str(beside)):
+        described = json.loads(beside.read_bytes()) if beside.is_file() else {}
+        if not isinstance(described, dict):
+            raise ValueError(f"holds a {type(described).__name__}, expected values by name")
+        if not {"model", "dataset"} <= described.keys():
+            return {}, None, None
+        parts = described["model"], described.get("objective", {})
+        if not all(isinstance(part, dict) for part in parts):
+            raise ValueError("model or objective is no dictionary, expected values by name")
+        config = parts[0] | parts[1]
+        _expect_kinds(config)
+        return config, None, Metadata.from_dict(described["dataset"])
+
+
+def _expect_kinds(config: dict) -> None:
+    """Raise ValueError unless those training arguments that are looked at are of their kind."""
+    expected = {name: KINDS[name] for name in KINDS if name in config}
+    expect_fields({name: config[name] for name in expected}, expected)
 
 
 def _ours(name: str) -> str:

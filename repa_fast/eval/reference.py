@@ -8,9 +8,8 @@ in arr_0 the images for precision and recall (10,000 in the published files).
 import hashlib
 import os
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from numpy.lib import format as npy
 
+from repa_fast.data.store import first_line, one_line
 from repa_fast.eval.inception import POOL_WIDTH, SPATIAL_WIDTH
 
 Statistics = tuple[np.ndarray, np.ndarray]
@@ -85,12 +85,13 @@ class ImageFile:
     @contextmanager
     def _images(self) -> Iterator[tuple[BinaryIO, tuple[int, ...]]]:
         """Open arr_0 as a stream that stands at the first pixel; also its shape (N, H, W, 3)."""
-        with _archive(self.path, "arr_0") as archive, archive.open("arr_0.npy") as stream:
+        with _archive(self.path, "arr_0") as archive, ExitStack() as opened:
             with _naming(self.path):
+                stream = opened.enter_context(archive.open("arr_0.npy"))
                 first = npy.read_magic(stream) == (1, 0)
                 read = npy.read_array_header_1_0 if first else npy.read_array_header_2_0
                 shape, fortran, dtype = read(stream)
-            if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran:
+            if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or min(shape) < 1 or fortran:
                 raise ValueError(
                     f"{self.path}: arr_0 is {dtype} {shape}{' in Fortran order' * fortran}, "
                     "expected uint8 (N, H, W, 3)"
@@ -176,13 +177,13 @@ def _archive(path: str | Path, *needed: str) -> Iterator[zipfile.ZipFile]:
     """Open an .npz, which must have the arrays `needed`."""
     try:
         archive = zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not an npz file: {error}") from error
+    except Exception as error:  # a damaged archive fails in any way
+        raise ValueError(f"{path} is not an npz file: {first_line(error)}") from error
     with archive:
         names = archive.namelist()
         if missing := [name for name in needed if f"{name}.npy" not in names]:
             known = ", ".join(name.removesuffix(".npy") for name in names) or "nothing"
-            raise ValueError(f"{path} lacks {', '.join(missing)}, it has {known}")
+            raise ValueError(f"{path} lacks {', '.join(missing)}, it has {one_line(known)}")
         yield archive
 
 
@@ -191,8 +192,8 @@ def _naming(path: str | Path) -> Iterator[None]:
     """Turn what goes wrong in reading `path` into a ValueError that names it."""
     try:
         yield
-    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    except Exception as error:  # of zip, zlib or numpy, and lack of memory that a header claims
+        raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 def _expect_statistics(arrays: dict[str, np.ndarray], where: str = "") -> None:

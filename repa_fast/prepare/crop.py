@@ -14,19 +14,10 @@ What becomes of unusual images is what REPA's preprocessing makes of them, unles
 The content decides the format, never the name. Whatever does not decode whole is refused.
 """
 
-import io
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-if TYPE_CHECKING:
-    from PIL import Image
+from repa_fast.data.images import decoding, expect_pixels, open_image, to_rgb
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-MAX_PIXELS = 89_478_485
-"""Of an image as stored and as resized: 0.25 GiB, where Pillow warns of decompression bombs."""
 EXIF_ORIENTATION = 0x0112
 
 
@@ -43,13 +34,13 @@ def center_crop(data: bytes, resolution: int, name: str = "image") -> np.ndarray
     """
     from PIL.Image import Resampling
 
-    image = _decode(data, name)
+    image = to_rgb(open_image(data, name), name)
     while min(image.size) >= 2 * resolution:
         # not reduce(2): resize rounds to 8 bits after each direction, which upstream's images show
         image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
     scale = resolution / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
-    _check_pixels(f"{name}: of {image.width}x{image.height} pixels, resized", width, height)
+    expect_pixels(f"{name}: of {image.width}x{image.height} pixels, resized", width, height)
     image = image.resize((width, height), Resampling.BICUBIC)
     left, top = (width - resolution) // 2, (height - resolution) // 2
     return np.asarray(image)[top : top + resolution, left : left + resolution].copy()
@@ -64,8 +55,8 @@ def original(data: bytes, resolution: int, name: str = "image") -> bytes:
     Raises:
         ValueError: it may not; says why.
     """
-    image = _open(data, name)
-    with _named(name):
+    image = open_image(data, name)
+    with decoding(name):
         orientation = image.getexif().get(EXIF_ORIENTATION, 1)
     if image.size != (resolution, resolution):
         got, expected = f"is {image.width}x{image.height}", f"{resolution}x{resolution}"
@@ -80,48 +71,3 @@ def original(data: bytes, resolution: int, name: str = "image") -> bytes:
     raise ValueError(
         f"{name}: {got}, expected {expected} to keep the original file; encode as jpeg or png"
     )
-
-
-def _decode(data: bytes, name: str) -> "Image.Image":
-    """Decode the first frame to 8-bit RGB."""
-    from PIL import Image
-
-    image = _open(data, name)
-    with _named(name):
-        image.load()
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image.convert("RGB")
-
-
-def _open(data: bytes, name: str) -> "Image.Image":
-    """Read the header, not yet the pixels."""
-    from PIL import Image
-
-    if not data:
-        raise ValueError(f"{name}: is empty, expected an image")
-    with _named(name):
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    _check_pixels(f"{name}: is", *image.size)
-    return image
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Raise ValueError with the image's name, whatever a decoder stumbles over."""
-    from PIL import UnidentifiedImageError
-
-    try:
-        yield
-    except MemoryError:  # is no fault of the image: MAX_PIXELS bounds its needs
-        raise
-    except UnidentifiedImageError as error:
-        expected = f"expected one of {', '.join(FORMATS)}"
-        raise ValueError(f"{name}: is not an image, {expected}") from error
-    except Exception as error:
-        raise ValueError(f"{name}: cannot be decoded ({error})") from error
-
-
-def _check_pixels(what: str, width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{what} {width}x{height}, expected at most {MAX_PIXELS} pixels")

@@ -1,10 +1,15 @@
 """The native table: what is written comes back, and what does not fit is refused by name."""
 
+import json
+from dataclasses import asdict
+from functools import partial
+
 import numpy as np
 import pytest
 
 from repa_fast.data import dataset
 from repa_fast.data.dataset import LatentDataset, Metadata
+from repa_fast.data.loader import read_batch
 from tests.refusals import refused
 
 lance = pytest.importorskip("lance")
@@ -78,6 +83,115 @@ def test_what_is_no_table_is_refused(folder, tmp_path):
     lance.write_dataset(pa.table({"label": [1, 2]}), str(tmp_path / "other.lance"))
     words = r"other\.lance.*without repa-fast's metadata"
     refused(lambda: LatentDataset(tmp_path / "other.lance"), words)
+
+
+NAN, INF = float("nan"), float("inf")
+COUNTED, NAMES = "expected an integer above 0", "expected texts, at least one"
+OTHER_FIELDS = [
+    *[({"resolution": v}, f"resolution is .*, {COUNTED}") for v in (0, -1, 16.0, True, "16", None)],
+    *[
+        ({"latent_shape": value}, "latent_shape is .*, expected three integers above 0")
+        for value in (4, "444", [4, 4], [4, 4, 4, 4], [4, 4, 0], [4, 4, 4.0], [4, 4, [4]], {})
+    ],
+    *[({"vae": value}, "vae is .*, expected text") for value in (None, 3, ["x"])],
+    *[
+        ({"scale": value}, "scale is .*, expected a finite number other than 0")
+        for value in (0, 0.0, NAN, INF, -INF, "1", None, [1.0], True)
+    ],
+    *[({"bias": v}, "bias is .*, expected a finite number") for v in (NAN, INF, "0", None, [0])],
+    *[({"class_names": v}, f"class_names is .*, {NAMES}") for v in ([], "abc", None, [1], {}, 3)],
+    ({"extra": 1}, r"has \['extra'\] too, expected resolution, latent_shape, vae"),
+]
+
+
+@pytest.mark.parametrize("changes, words", OTHER_FIELDS, ids=[str(c) for c, _ in OTHER_FIELDS])
+def test_metadata_that_is_not_as_written_is_refused_by_field(changes, words):
+    refused(lambda: Metadata.from_dict(asdict(METADATA) | changes), f"^{words}")
+
+
+def test_metadata_may_lack_nothing_and_hold_integers_as_numbers():
+    for name in asdict(METADATA):
+        fields = {key: value for key, value in asdict(METADATA).items() if key != name}
+        refused(lambda fields=fields: Metadata.from_dict(fields), f"^lacks {name}, expected reso")
+    refused(lambda: Metadata.from_dict([1]), r"^is \[1\], expected resolution, .* by name")
+    assert Metadata.from_dict(asdict(METADATA) | {"scale": 1, "bias": 0}).scale == 1
+    assert Metadata.from_dict(json.loads(json.dumps(asdict(METADATA)))) == METADATA
+
+
+def arrow(rows: int = 3, metadata: bytes | None = None, **changes):
+    """A table of that many rows, some of its columns changed (None: left out), and its metadata."""
+    whole = pa.Table.from_batches([dataset.record_batch(make_rows(4), dataset.schema(METADATA))])
+    columns = {name: whole[name][:rows] for name in whole.schema.names} | changes
+    table = pa.table({name: column for name, column in columns.items() if column is not None})
+    text = metadata or json.dumps(asdict(METADATA)).encode()
+    return table.replace_schema_metadata({b"repa_fast": text})
+
+
+def lists(kind, size: int = 64):
+    return pa.array([[0] * size] * 3, pa.list_(kind, size))
+
+
+OTHER_TABLES = [
+    ({"metadata": b"{"}, "metadata repa_fast: Expecting property name"),
+    ({"metadata": b"[" * 100_000}, "metadata repa_fast: .*recursion"),
+    ({"metadata": b"[1]"}, r"metadata repa_fast: is \[1\], expected resolution"),
+    ({"metadata": b'{"scale": NaN}'}, "metadata repa_fast: lacks resolution, latent_shape, vae, "),
+    (
+        {"metadata": json.dumps(asdict(METADATA) | {"latent_shape": [10**9] * 3}).encode()},
+        "too large",
+    ),
+    ({"label": None}, "there is no column label, expected one of int64"),
+    ({"moments": None}, r"there is no column moments, expected one of fixed_size_list.*\[64\]"),
+    ({"label": pa.array([0.0, 1.0, 2.0])}, "column label is double, expected int64"),
+    ({"label": pa.array("abc")}, "column label is string, expected int64"),
+    ({"moments": lists(pa.float64())}, r"column moments is .*double>\[64\], expected .*float>\[64"),
+    ({"moments": lists(pa.float32(), 32)}, r"column moments is .*\[32\], expected .*\[64\]"),
+    ({"image": pa.array("abc")}, "column image is string, expected binary"),
+    ({"rows": 0}, "has no rows, expected at least one"),
+]
+
+
+@pytest.mark.parametrize("changes, words", OTHER_TABLES, ids=[words for _, words in OTHER_TABLES])
+def test_a_table_that_is_not_as_written_is_refused_when_it_is_opened(tmp_path, changes, words):
+    lance.write_dataset(arrow(**changes), str(tmp_path / "a.lance"))
+    refused(lambda: LatentDataset(tmp_path / "a.lance"), r"/a\.lance", words)
+
+
+def without(value: object, kind) -> "pa.Array":
+    """Three values of which the second is null."""
+    return pa.array([value, None, value], kind)
+
+
+NULLS = [
+    ({"label": without(1, pa.int64())}, r"label is -1, expected 0\.\.2"),
+    ({"moments": without([1.0] * 64, pa.list_(pa.float32(), 64))}, "moments are not finite"),
+    (
+        {"moments": pa.array([[1.0] * 64, [1.0] * 63 + [None], [1.0] * 64],
+                             pa.list_(pa.float32(), 64))},
+        "moments are not finite",
+    ),
+    ({"image": without(dataset.encode(np.zeros((32, 32, 3), np.uint8)), pa.binary())}, "is empty"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, words", NULLS, ids=["label", "moments", "a moment", "image"])
+def test_what_is_null_is_a_bad_row(tmp_path, changes, words):
+    lance.write_dataset(arrow(**changes), str(tmp_path / "a.lance"))
+    table = LatentDataset(tmp_path / "a.lance")
+    read = partial(read_batch, table, np.array([1, 0]), images="image" in changes)
+    refused(read, rf"a\.lance row 1: .*{words}")
+    skipped = []
+    batch = read(skipped=skipped)
+    assert batch["index"].tolist() == [2, 0] and len(skipped) == 1
+    assert batch["label"].dtype.itemsize == 8 and batch["moments"].dtype.itemsize == 4
+
+
+def test_large_bytes_are_images_and_a_table_without_any_says_so_when_they_are_asked_for(tmp_path):
+    image = dataset.encode(np.zeros((32, 32, 3), np.uint8))
+    for name, column in (("a", pa.array([image] * 3, pa.large_binary())), ("b", None)):
+        lance.write_dataset(arrow(image=column), str(tmp_path / f"{name}.lance"))
+    assert read_batch(LatentDataset(tmp_path / "a.lance"), np.arange(3))["image"].sum() == 0
+    refused(lambda: LatentDataset(tmp_path / "b.lance").rows(np.arange(2)), "has no column image")
 
 
 def test_an_existing_table_is_refused_and_kept(written):

@@ -1,9 +1,14 @@
+import json
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
 
+from repa_fast.data.dataset import LatentDataset
 from repa_fast.data.features import feature_columns
-from tests.prepare.extracting import column
+from repa_fast.data.loader import read_batch
+from tests.prepare.extracting import begin, column
 from tests.refusals import refused
 
 either_storage = pytest.mark.parametrize("storage", ["fp16", "int8"])
@@ -79,3 +84,59 @@ def test_the_description_travels_in_the_schema():
     fields = [pa.field("label", pa.int64()), *columns[0].fields(), *columns[1].fields()]
     found = feature_columns(pa.schema(fields, metadata={b"repa_fast": b"{}"}))
     assert found == {"made_up": columns[0], "small": columns[1]}
+
+
+OTHERS = [
+    (b"{", "Expecting"),
+    (b"[]", "expected encoder, resolution"),
+    ({"extra": 1}, "has .'extra'. too"),
+    ({"tokens": 0}, "tokens is 0, expected an integer above 0"),
+    ({"width": "6"}, "width is '6', expected an integer above 0"),
+    ({"encoder": None}, "encoder is None, expected text"),
+    ({"storage": "fp8"}, "storage is 'fp8', expected fp16 or int8"),
+    ({"precision": []}, r"precision is \[\], expected fp32 or bf16"),
+    ({"name": "other"}, "name is 'other', expected 'made_up'"),
+    ({"width": 7}, r"column made_up is .*halffloat>\[24\], expected .*halffloat>\[28\]"),
+    ({"width": 2**40}, "too large"),
+    ({"storage": "int8"}, "column made_up is .*halffloat.*, expected .*int8"),
+]
+
+
+@pytest.mark.parametrize("changes, words", OTHERS, ids=[words for _, words in OTHERS])
+def test_a_description_that_is_none_is_refused_by_column(changes, words):
+    import pyarrow as pa
+
+    text = json.dumps(asdict(column()) | changes).encode() if isinstance(changes, dict) else changes
+    field = column().fields()[0].with_metadata({b"repa_fast": text})
+    refused(lambda: feature_columns(pa.schema([field])), "^column made_up: ", words)
+    values = column(storage="int8").fields()[0]
+    refused(lambda: feature_columns(pa.schema([values])), "there is no column made_up_scale, exp")
+
+
+@pytest.mark.parametrize(
+    "storage, name", [("fp16", "made_up"), ("int8", "made_up"), ("int8", "made_up_scale")]
+)
+def test_features_that_are_null_are_a_bad_row(tmp_path, storage, name):
+    import pyarrow as pa
+
+    of = column(storage=storage)
+    begin(tmp_path, rows=4)
+    packed = of.pack(torch.ones(4, 4, 6))
+    arrays = []
+    for field in of.fields():
+        rows = packed[field.name].reshape(4, -1).tolist()
+        rows[1] = None if field.name == name else rows[1]
+        rows[2] = [*rows[2][:-1], None] if field.name == name else rows[2]
+        arrays.append(pa.array(rows, field.type))
+    batch = pa.record_batch(arrays, schema=pa.schema(of.fields()))
+    added = pa.RecordBatchReader.from_batches(batch.schema, [batch])
+    LatentDataset(tmp_path).table.add_columns(added)
+    table = LatentDataset(tmp_path)
+    for row in (1, 2):
+        words = f"row {row}: {name} is (null|not finite)"
+        refused(lambda row=row: read_batch(table, np.array([row]), features=["made_up"]), words)
+    skipped = []
+    batch = read_batch(table, np.arange(4), features=["made_up"], skipped=skipped)
+    assert batch["index"].tolist() == [0, 3, 3, 3] and len(skipped) == 3
+    assert batch["made_up"].dtype == (torch.int8 if storage == "int8" else torch.float16)
+    assert torch.allclose(of.unpack(batch).float(), torch.ones(4, 4, 6))

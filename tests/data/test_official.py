@@ -4,6 +4,7 @@ import json
 import os
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -120,8 +121,6 @@ MISMATCHES = [
     (lambda root: image_of(root, 4).unlink(), f"{LATENTS_LACK} images: 00000/00000004"),
     (lambda root: save_npy(latent_of(root, 99), moments(0)), f"{LATENTS_LACK} labels"),
     (lambda root: write(image_of(root, 99)), "1 images have no counterpart among latents: 00019/"),
-    (lambda root: write(root / LISTING, '{"labels": null}'), r"dataset\.json has no labels"),
-    (lambda root: write(root / LISTING, "{}"), r"dataset\.json has no labels"),
     (lambda root: (root / LISTING).unlink(), r"has no vae-sd/dataset\.json"),
 ]
 
@@ -130,6 +129,79 @@ MISMATCHES = [
 def test_files_and_labels_that_do_not_match_are_named(root, harm, words):
     harm(root)
     refused(lambda: OfficialFolder(root), words)
+
+
+PAIR = r"expected \[name, class\] with an integer class"
+NAME = "00000/img-mean-std-00000004.npy"
+LISTINGS = [
+    (b"", "Expecting value"),
+    (b"\xff{", "'utf-8' codec can't decode"),
+    (b"[" * 100_000, "recursion"),
+    *[(text, "has no labels, expected a list") for text in (
+        b"{}", b"null", b"[]", b'"labels"', b'{"labels": null}', b'{"labels": []}',
+        b'{"labels": {"a.npy": 3}}', b'{"labels": "a.npy"}', b'{"labels": 3}',
+    )],
+    *[(json.dumps({"labels": [item]}).encode(), PAIR) for item in (
+        None, NAME, 3, [], [NAME], [NAME, 1, 2], [3, NAME], [[NAME, 1]], {NAME: 1}, [NAME, "1"],
+        [NAME, 0.5], [NAME, None], [NAME, True], [NAME, [0, 1]],
+    )],
+    (json.dumps({"labels": [[NAME, -1]]}).encode(), r"label of '0.*' is -1, expected 0\.\.1000000"),
+    (json.dumps({"labels": [[NAME, 10**12]]}).encode(), "is 1000000000000, expected 0"),
+    (json.dumps({"labels": [[NAME, 1]] * 2}).encode(), "lists 2 names, 1 of them different"),
+    (json.dumps({"labels": [["a\nb", 1]]}).encode(), r"'a.nb' has no number"),
+]  # fmt: skip
+
+
+def test_a_listing_that_is_none_is_refused_by_name(root):
+    for text, words in LISTINGS:
+        write(root / LISTING, text)
+        refused(lambda: OfficialFolder(root), r"vae-sd/dataset\.json", words)
+
+
+def spoiled(cache: Path, **changes) -> None:
+    """Rewrite the cached index with other arrays; None leaves one out."""
+    with np.load(cache) as stored:
+        arrays = dict(stored) | changes
+    np.savez(cache, **{name: array for name, array in arrays.items() if array is not None})
+
+
+def test_a_cached_index_that_is_none_is_made_anew(root, monkeypatch):
+    """And never unpickled: what lies in the folder may be a stranger's."""
+    first, cache, paired = all_rows(OfficialFolder(root)), root / official.CACHE_NAME, []
+    pair, whole = official.pair, cache.read_bytes()
+    monkeypatch.setattr(official, "pair", lambda *given: paired.append(0) or pair(*given))
+    harms = [partial(Path.write_bytes, data=data) for data in (b"", b"x", whole[:300], whole[:-9])]
+    harms += [partial(spoiled, **{name: None}) for name in ("state", "latents", "images", "labels")]
+    harms += [
+        partial(spoiled, **changes)
+        for changes in (
+            {"latents": np.array([Path("x")] * ROWS, dtype=object)},
+            {"labels": np.arange(ROWS - 1)},
+            {"labels": np.full(ROWS, 10**12)},
+            {"labels": np.zeros(ROWS)},
+            {"images": np.array([b"a"])},
+            {"latents": np.array([b"a"])[0]},
+        )
+    ]
+    for number, harm in enumerate(harms, 1):
+        harm(cache)
+        again = all_rows(OfficialFolder(root))
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        assert len(paired) == number
+    assert len(OfficialFolder(root)) == ROWS and len(paired) == len(harms)
+
+
+def test_an_array_that_is_no_image_is_named_whoever_asks(root):
+    image_of(root, 4).unlink()
+    path = image_of(root, 4, "npy")
+    save_npy(path, np.asfortranarray(pixels(4).transpose(2, 0, 1)))
+    dataset = OfficialFolder(root)
+    assert_belong_together(all_rows(dataset))
+    index = [number_of(row) for row in all_rows(dataset)["moments"]].index(4)
+    for array in (pixels(4), pixels(4).transpose(2, 0, 1).astype(np.uint16), moments(4)[0]):
+        save_npy(path, array)
+        for read in (dataset.image_bytes, lambda index: dataset.decode((index, True))):
+            refused(partial(read, index), r"00000004\.npy: .*, expected uint8 \(3, 32, 32\)")
 
 
 def test_the_walk_happens_once_and_again_when_the_listing_changes(root, monkeypatch):
@@ -154,13 +226,28 @@ def test_a_folder_that_cannot_be_written_is_cached_at_home(root, monkeypatch, tm
     assert len(OfficialFolder(root)) == ROWS
 
 
+def header(shape: str, end: str = "}") -> bytes:
+    """An array's file without the array."""
+    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, {end}".encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
 BAD = [  # image, what becomes of it, and what is said
-    (True, lambda path: write(path, b"no image"), "cannot be decoded"),
+    (True, lambda path: write(path, b"no image"), "is not an image"),
+    (True, lambda path: write(path, encode(pixels(4))[:90]), "cannot be decoded"),
     (True, lambda path: write(path, encode(pixels(4)[:16])), "is 32x16, expected 32x32"),
     (True, Path.unlink, "cannot be read"),
     (False, lambda path: write(path, b"no array"), "not a .npy array"),
     (False, lambda path: save_npy(path, moments(4)[:, :2, :2]), r"\(8, 2, 2\), .* \(8, 4, 4\)"),
     (False, lambda path: save_npy(path, moments(4) * np.nan), "moments are not finite"),
+    (False, lambda path: save_npy(path, moments(4).astype(complex)), "moments are complex128"),
+    (False, lambda path: save_npy(path, moments(4).astype(str)), r"moments are <U\d+ .*float32"),
+    (False, lambda path: save_npy(path, moments(4)[:0]), r"float32 \(0, 4, 4\), .* \(2C, h, w\)"),
+    (False, lambda path: np.save(path, [{}], allow_pickle=True), "not a .npy array .Object"),
+    (False, lambda path: write(path, header("(8, 4, 10**15)", "")), "not a .npy array"),
+    (False, lambda path: write(path, header("(8, 4, 9000000000000)")), "not a .npy array"),
+    (False, lambda path: write(path, header("()" + " " * 20000)), "not a .npy array .Header"),
+    (False, lambda path: write(path, b"PK\x03\x04" + bytes(99)), "not a .npy array .the magic"),
 ]
 
 

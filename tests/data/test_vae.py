@@ -121,7 +121,7 @@ def test_without_it_one_line_warns_and_training_goes_on(
     state = build_state(config(vae_path=str(tmp_path / "absent")), METADATA, world)
     with contextlib.closing(Reporter(tmp_path, 10, 0, None)) as reporter:
         for state.step in (3, 6, 9):
-            loop.snapshot(SimpleNamespace(state=state, folder=tmp_path, reporter=reporter))
+            loop.snapshot(SimpleNamespace(state=state, seen={}, reporter=reporter))
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("warning: no sample grids in this run: ")
     assert advice in line and str(tmp_path / "absent") in line

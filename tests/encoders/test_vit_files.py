@@ -40,6 +40,11 @@ def official(name: str, depth: int = 2, **changed: torch.Tensor) -> dict:
     return OFFICIAL[name].layout({k: v for k, v in weights.items() if v is not None})
 
 
+def hollow(part: str, tensor: torch.Tensor) -> dict:
+    """SigLIP's file with `tensor` in the place of those with `part` in their names."""
+    return {n: tensor if part in n else given for n, given in official("siglip2-vit-b").items()}
+
+
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_what_is_missing_or_too_much_is_named(refuse, name):
     norm = "norm.weight"
@@ -89,13 +94,21 @@ def test_the_size_of_dinov2_is_named(tmp_path):
             {"cls_token": 3},
             "DINOv2 state dict: expected patch_embed.proj.weight, cls_token",
         ),
-        ("dinov2-vit-s", {"model": argparse.Namespace()}, "cannot be read"),  # weights only
+        ("dinov2-vit-s", {"model": argparse.Namespace()}, "code: it names argparse.N"),
         ("dinov2-vit-s", {"epoch": 3}, "not a DINOv2 state dict: expected .*, got nothing"),
         ("mae-vit-l", {"epoch": 3}, "not a file of mae-vit-l: expected .*, got one with epoch"),
         ("mae-vit-l", {}, "got one with nothing"),
-        ("mae-vit-l", torch.zeros(3), "cannot be read .*: expected a dictionary, got Tensor"),
-        ("mae-vit-l", [1, 2], "expected a dictionary, got list"),
-        ("mae-vit-l", {"model": fractions.Fraction(1, 2)}, "cannot be read .*: UnpicklingError"),
+        ("mae-vit-l", torch.zeros(3), "holds a Tensor, expected a dictionary"),
+        ("mae-vit-l", [1, 2], "holds a list, expected a dictionary"),
+        (
+            "mae-vit-l",
+            {"model": fractions.Fraction(1, 2)},
+            "pth holds code: it names fractions.Fraction, expected tensors and plain values$",
+        ),
+        ("dinov2-vit-s", official("dinov2-vit-s", pos_embed=torch.zeros(48)), "expected pos_embed"),
+        ("dinov2reg-vit-s", official("dinov2reg-vit-s", register_tokens=torch.zeros(4)), "holds"),
+        ("siglip2-vit-b", hollow("position_embedding", torch.zeros(0)), r"pos_embed \(1, 1, 0\)"),
+        ("siglip2-vit-b", hollow("q_proj.weight", torch.zeros(())), "lacks 2: blocks.0.attn.qkv.w"),
         # MLP and SwiGLU are told apart
         ("dinov3-vit-splus", official("dinov3-vit-b"), "lacks 8|lacks 4"),
         ("dinov3-vit-b", official("dinov3-vit-splus"), "lacks 8|lacks 4"),
@@ -157,7 +170,7 @@ def test_periods_of_another_width_are_refused(refuse):
 def test_damaged_files_are_refused(tmp_path, name, file, content):
     if content is not None:
         (tmp_path / file).write_bytes(content)
-    words = f"{file} is not a file" if content is None else f"{file} cannot be read"
+    words = f"{file} is not a file" if content is None else f"{file} is damaged, or neither"
     refused(lambda: FrozenViT(small(name), 224, str(tmp_path / file)), words)
 
 

@@ -194,7 +194,7 @@ def test_weights_are_fetched_once_and_checked_by_their_hash(hub):
 
     file = hub(download)
     for _ in range(2):
-        refused(Inception, f"--inception-weights: {file} cannot be read as weights")
+        refused(Inception, f"--inception-weights: {file} is damaged, or neither")
     assert asked == [(port.URL_INCEPTION_V3, "6726825d")]
 
 
@@ -210,9 +210,9 @@ class Code:
 
 @pytest.mark.parametrize("content, message", [
     (None, "is not a file"),
-    (b"not weights", "cannot be read as weights"),
-    ({"code": Code()}, "cannot be read as weights"),
-    ([torch.zeros(1)], "holds list, expected a dictionary"),
+    (b"not weights", "is damaged, or neither"),
+    ({"code": Code()}, r"holds code: it names [\w.]+, expected tensors and plain values$"),
+    ([torch.zeros(1)], "holds a list, expected a dictionary"),
     (dict.fromkeys("abcdefg", torch.zeros(1)), rf"has 7 tensors \(a.*\), expected .* {FILE}"),
     ({}, r"has 0 tensors \(none\)"),
 ])  # fmt: skip

@@ -1,6 +1,8 @@
 """The model in any file: the same weights give the same model and the same digest."""
 
 import argparse
+import dataclasses
+import json
 import re
 import shutil
 from pathlib import Path
@@ -161,8 +163,8 @@ def test_a_run_of_another_model_than_is_said_is_refused(run, options, words):
 @pytest.mark.parametrize("content, options, words", [
     (sit().state_dict(), {}, r"x\.pt: depth 3 and width 32 .*--num-heads"),
     (ORIGINAL, {"num_heads": HEADS}, "8 channels, expected 4: .*origin"),
-    ([1, 2], {}, "holds no weights but a list"),
-    (torch.zeros(3), {}, "holds no weights but a Tensor"),
+    ([1, 2], {}, "holds a list, expected a dictionary"),
+    (torch.zeros(3), {}, "holds a Tensor, expected a dictionary"),
     ({"epoch": 3}, {}, "not the weights of a SiT"),
     (None, {}, "x.pt does not exist, expected a run"),
 ])  # fmt: skip
@@ -181,8 +183,7 @@ class Code:
 
 def test_no_code_of_a_file_is_run(tmp_path):
     source = write(tmp_path / "x.pt", {"ema": sit().state_dict(), "args": Code()})
-    with pytest.raises(ValueError, match=r"x\.pt is not a readable torch checkpoint"):
-        load(source, num_heads=HEADS)
+    refused(lambda: load(source, num_heads=HEADS), r"x\.pt holds code: it names pytest\.fail|_pyt")
 
 
 @pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
@@ -191,15 +192,55 @@ def test_a_file_cut_short_is_named(tmp_path, name, kept):
     whole = write(tmp_path / name, sit().state_dict())
     content = whole.read_bytes()
     whole.write_bytes(content[: int(kept * len(content))])
-    refused(lambda: load(whole, num_heads=HEADS), re.escape(f"{whole} is not a readable"))
+    refused(lambda: load(whole, num_heads=HEADS), re.escape(f"{whole} is damaged"))
 
 
 def test_a_missing_tensor_is_named(tmp_path):
     state = sit().state_dict()
     del state["blocks.1.mlp.fc2.bias"]
     source = write(tmp_path / "x.pt", state)
-    with pytest.raises(ValueError, match=r"x\.pt does not fit(.|\n)*missing: blocks\.1\.mlp\.fc2"):
-        load(source, num_heads=HEADS)
+    words = r"x\.pt does not fit the model, it lacks 1: blocks\.1\.mlp\.fc2\.bias\."
+    refused(lambda: load(source, num_heads=HEADS), words)
+
+
+ODD = [
+    ({"num_heads": "4"}, "num_heads is '4', expected an integer from 0 on"),
+    ({"num_heads": -4}, "num_heads is -4, expected an integer"),
+    ({"model": ["SiT-XL/2"]}, "model is .'SiT-XL/2'., expected text"),
+    ({"path_type": {}}, "path_type is {}, expected text"),
+    ({"prediction": None}, "prediction is None, expected text"),
+    ({"resolution": torch.zeros(2, 2)}, "resolution is tensor"),
+]
+
+
+@pytest.mark.parametrize("args, words", ODD, ids=[words for _, words in ODD])
+def test_training_arguments_of_another_kind_are_refused_by_name(tmp_path, args, words):
+    contents = {"ema": sit().state_dict(), "args": argparse.Namespace(**args)}
+    source = write(tmp_path / "x.pt", contents)
+    refused(lambda: load(source), rf"x\.pt: {words}")
+
+
+DATASET = dataclasses.asdict(digits_metadata())
+WRITTEN = {"model": {"num_heads": HEADS}, "objective": {}, "dataset": DATASET}
+DESCRIPTIONS = [
+    ("{", "Expecting"),
+    ("[" * 100_000, "recursion"),
+    ([WRITTEN], "holds a list, expected values by name"),
+    ("null", "holds a NoneType"),
+    (WRITTEN | {"model": [1]}, "model or objective is no dictionary"),
+    (WRITTEN | {"objective": "flow"}, "model or objective is no dictionary"),
+    (WRITTEN | {"objective": {"objective": 3}}, "objective is 3, expected text"),
+    (WRITTEN | {"dataset": 3}, "is 3, expected resolution, latent_shape"),
+    (WRITTEN | {"dataset": DATASET | {"scale": 0}}, "scale is 0, expected a finite number"),
+]
+
+
+@pytest.mark.parametrize("described, words", DESCRIPTIONS, ids=[words for _, words in DESCRIPTIONS])
+def test_a_description_beside_weights_that_is_none_is_refused_by_name(tmp_path, described, words):
+    source = write(tmp_path / "x.safetensors", sit().state_dict())
+    text = described if isinstance(described, str) else json.dumps(described)
+    source.with_suffix(".json").write_text(text, encoding="utf-8")
+    refused(lambda: load(source), rf"x\.json: .*{words}")
 
 
 def test_the_digest_is_of_the_values_and_not_of_the_file(tmp_path):

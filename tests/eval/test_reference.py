@@ -119,6 +119,9 @@ WANTED = r".* expected uint8 \(N, H, W, 3\)"
 @pytest.mark.parametrize("content, message", [
     ({"arr_0": np.zeros((2, 4, 4, 3), np.float32)}, f"arr_0 is .*float32{WANTED}"),
     ({"arr_0": np.zeros((2, 4, 4, 4), np.uint8)}, rf"arr_0 is .*\(2, 4, 4, 4\){WANTED}"),
+    ({"arr_0": np.zeros((0, 4, 4, 3), np.uint8)}, rf"arr_0 is .*\(0, 4, 4, 3\){WANTED}"),
+    ({"arr_0": np.full(3, None)}, f"arr_0 is object{WANTED}"),
+    ({"a\nb": np.zeros(3)}, "lacks arr_0, it has a b"),
     ({"arr_0": np.zeros((4, 4, 3), np.uint8)}, rf"arr_0 is .*\(4, 4, 3\){WANTED}"),
     ({"arr_0": np.asfortranarray(PIXELS)}, f"arr_0 is .*in Fortran order{WANTED}"),
     ({"samples": PIXELS, "labels": np.zeros(3)}, r"lacks arr_0.* it has samples, labels"),
@@ -151,17 +154,32 @@ def npy_of(images: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+LONG = b"\x93NUMPY\x01\x00\xff\xff" + b" " * 65535
+
+
 @pytest.mark.parametrize("content, words", [
     (b"", "images.npz cannot be read"),
     (b"text", "images.npz cannot be read"),
     (b"\x93NUMPY\x03\x00", "images.npz cannot be read"),
     (b"\x93NUMPY\x01\x00\x10", "images.npz cannot be read"),
+    pytest.param(LONG, "images.npz cannot be read: Header info length", id="long header"),
+    (b"\x93NUMPY\x01\x00\x10\x00" + b"(" * 16, "images.npz cannot be read"),
     (npy_of(PIXELS)[:-100], f"arr_0 ends early, expected {COUNT} images"),
 ])  # fmt: skip
 def test_damaged_headers_and_images_that_end_early_are_noticed(tmp_path, content, words):
     with zipfile.ZipFile(tmp_path / "images.npz", "w") as archive:
         archive.writestr("arr_0.npy", content)
     refused(lambda: list(ImageFile(tmp_path / "images.npz").batches(4)), words)
+
+
+@pytest.mark.parametrize("place, value", [(6, 1), (8, 99)])  # encrypted; a method that is not known
+def test_an_archive_that_cannot_be_unpacked_is_named(tmp_path, place, value):
+    np.savez(tmp_path / "images.npz", PIXELS)
+    data = bytearray((tmp_path / "images.npz").read_bytes())
+    for start in (data.index(b"PK\x03\x04"), data.index(b"PK\x01\x02") + 2):
+        data[start + place] = value
+    (tmp_path / "images.npz").write_bytes(data)
+    refused(lambda: ImageFile(tmp_path / "images.npz"), "images.npz cannot be read: ")
 
 
 def in_parts(size: int):

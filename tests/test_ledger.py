@@ -1,11 +1,14 @@
-"""What a process finds that starts while the first one commits."""
+"""What a process finds that starts while the first one commits, or after a kill."""
 
+import os
 import shutil
 
 import pytest
 
 from repa_fast import ledger
 from repa_fast.ledger import Ledger, share
+from repa_fast.whole import write_whole
+from tests.refusals import refused
 
 UNITS = 4
 
@@ -60,3 +63,59 @@ def test_a_folder_that_someone_else_removed_is_an_error(folder, monkeypatch):
     monkeypatch.setattr(ledger, "write_whole", lambda *a: shutil.rmtree(folder))
     with pytest.raises(FileNotFoundError):
         share(folder, {}, UNITS, 1, 2, lambda: False)
+
+
+def test_what_changed_is_said_by_name_and_in_short(folder):
+    begun = {"metadata": {"vae": "a", "classes": ["x"] * 1000}, "batch": 4, "more": 1}
+    now = {"metadata": {"vae": "b", "classes": ["y"] * 1000}, "batch": 4, "labels": "c"}
+    Ledger(folder, begun)
+    words = (
+        r"metadata.vae: 'a', now 'b'; metadata.classes: \['x', .*; labels: not recorded, now 'c'"
+    )
+    message = refused(lambda: Ledger(folder, now), words, "go on with the same, or remove it")
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize("content", ["", '{"rows": ', "3"])
+def test_a_damaged_record_is_an_unfinished_unit(folder, content, capsys):
+    finish(folder)
+    (folder / "000002.json").write_text(content, encoding="utf-8")
+    again, left = share(folder, {"recipe": 1}, UNITS, 0, 1, lambda: False)
+    assert left == [2] and "1 of 4 finished blocks are damaged" in capsys.readouterr().err
+    refused(lambda: again.read(2), "000002.json is damaged")
+    again.write(2, {})
+    assert again.done() == [0, 1, 2, 3]
+
+
+def test_waiting_says_for_whom_and_not_at_every_moment(folder, capsys, monkeypatch):
+    work, clock, missing = Ledger(folder, {}), [0.0], [3, 2, 1]
+    work.write(0, {})
+    said = {}
+
+    def sleep(seconds):
+        clock[0] += seconds
+        if text := capsys.readouterr().err:
+            said[clock[0]] = text
+        if clock[0] % 100 == 0:
+            work.write(missing.pop(), {})
+
+    monkeypatch.setattr(ledger.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(ledger.time, "sleep", sleep)
+    work.wait_for(UNITS, lambda: None, world_size=2)
+    first = f"repa-fast: waiting for 3 of 4 blocks of processes 0, 1 (of 2): {folder}\n"
+    last = f"repa-fast: waiting for 1 of 4 blocks of process 1 (of 2): {folder}\n"
+    assert said[10.5] == said[70.5] == first and said[210.5] == last and len(said) == 6
+    work.wait_for(UNITS, lambda: None)
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "[a].json"
+    write_whole(path, "old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        refused(lambda: write_whole(path, "new"), "No space left", error=OSError)
+    assert os.listdir(tmp_path) == [path.name] and path.read_text(encoding="utf-8") == "old"

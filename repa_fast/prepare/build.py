@@ -4,6 +4,7 @@ The unit of work is a block of consecutive images, which are cropped, and encode
 size, the last one padded.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,14 @@ import numpy as np
 from repa_fast.data import dataset
 from repa_fast.data.dataset import Fetched, Metadata, Row, encode
 from repa_fast.prepare.crop import center_crop, original
-from repa_fast.prepare.fragments import Fragments, Parts, checksum, encode_padded, expect_checksums
+from repa_fast.prepare.fragments import (
+    ANEW,
+    Fragments,
+    Parts,
+    checksum,
+    encode_padded,
+    expect_checksums,
+)
 from repa_fast.prepare.sources import Source
 
 BLOCK = 4096
@@ -32,9 +40,9 @@ class Recipe:
     metadata: Metadata
     image: str = "jpeg"  # "png", or "original", the file's own bytes
     quality: int = 95  # of JPEG
-    encoder: str  # of the latents: autoencoder and precision
+    encoder: str  # of the latents: autoencoder, precision and, of a local one, its weights
     batch: int = 32  # images per encoding
-    on_bad_image: str = "error"  # or "skip"
+    on_bad_image: str = "error"  # or "skip", which may follow an "error"
     block: int = BLOCK  # images per block
 
 
@@ -54,7 +62,8 @@ class Building(Fragments):
     ) -> None:
         self.source, self.recipe, self.encode_batch = source, recipe, encode_batch
         self.uri, self.folder = out / f"{split}.lance", out / f".{split}.building"
-        self.settings = asdict(recipe)
+        self.settings = asdict(recipe) | source.identity()
+        del self.settings["on_bad_image"]
         self.starts = [*range(0, recipe.rows, recipe.block), recipe.rows]
         self.checks_file = self.uri.with_suffix(".blocks.json")
         self.kept = f"of {len(self.starts) - 1} blocks"
@@ -63,6 +72,20 @@ class Building(Fragments):
         """Return "", or that there is a table already."""
         there = (self.uri / "_versions").exists()
         return f"{self.uri} exists already; remove it first, or --verify it" if there else ""
+
+    def clean(self) -> None:
+        """Remove the data files, where there is no table."""
+        if not self.taken():
+            shutil.rmtree(self.uri / "data", ignore_errors=True)
+
+    def expect_begun(self) -> None:
+        """Raise ValueError if a bad image stops, and one was skipped before."""
+        for unit in self.ledger.done() if self.recipe.on_bad_image == "error" else ():
+            if skipped := self.ledger.read(unit)["skipped"]:
+                raise ValueError(
+                    f"{self.folder}: block {unit} has left out {len(skipped)} of its images "
+                    f"({skipped[0]}); go on with --on-bad-image skip, or {ANEW}"
+                )
 
     def write(self, unit: int) -> None:
         """Write a block's rows, then its record."""

@@ -18,9 +18,18 @@ import torch
 
 from repa_fast.data.dataset import Fetched, LatentDataset
 from repa_fast.data.features import FeatureColumn, Storage
-from repa_fast.data.store import to_lists, unwrapped
+from repa_fast.data.store import one_line, to_lists, unwrapped
 from repa_fast.distributed import own_device, progress_bar, rank_and_size
-from repa_fast.prepare.fragments import Fragments, Parts, checksum, encode_padded, expect_checksums
+from repa_fast.failure import Failure
+from repa_fast.prepare.fragments import (
+    ANEW,
+    Fragments,
+    Parts,
+    checksum,
+    encode_padded,
+    expect_checksums,
+    weights_digest,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -58,6 +67,8 @@ class FeaturesConfig:
     """torch.compile the encoder."""
     num_workers: int = 4
     """Threads that decode, per process."""
+    restart: bool = False
+    """Throw away an unfinished beginning, of whatever column, and begin anew."""
     verify: bool = False
     """Read a finished column again and compare its checksums, instead of writing one."""
 
@@ -70,7 +81,7 @@ def prepare_features(config: FeaturesConfig) -> str:
 
     Raises:
         ValueError: dataset, encoder or an earlier beginning do not fit, or an image is bad.
-        RuntimeError: the encoder's weights cannot be had, or the disk is full.
+        RuntimeError: the encoder's weights cannot be had, or, a Failure, the disk is full.
     """
     from repa_fast import encoders
 
@@ -105,10 +116,12 @@ def prepare_features(config: FeaturesConfig) -> str:
             return encoder(on_device)
 
     with progress_bar(f"{dataset.uri} {name}", rank == 0) as progress:
-        rows = Extraction(dataset, column, encode, config.batch_size).run(
+        weights = weights_digest(config.enc_weights)
+        rows = Extraction(dataset, column, encode, config.batch_size, weights).run(
             rank=rank,
             world_size=world_size,
             workers=config.num_workers,
+            restart=config.restart,
             progress=progress(len(dataset)),
         )
     if rows is None:
@@ -123,13 +136,19 @@ class Extraction(Fragments):
 
     Args:
         encode: for exactly `batch` images.
+        weights: a hash of the encoder's file, "" for its own source.
 
     Raises:
         ValueError: the name of the column cannot be one.
     """
 
     def __init__(
-        self, dataset: LatentDataset, column: FeatureColumn, encode: EncodeImages, batch: int
+        self,
+        dataset: LatentDataset,
+        column: FeatureColumn,
+        encode: EncodeImages,
+        batch: int,
+        weights: str = "",
     ) -> None:
         if not NAME.fullmatch(column.name) or column.name in RESERVED:
             raise ValueError(
@@ -139,7 +158,8 @@ class Extraction(Fragments):
         self.dataset, self.column, self.encode, self.batch = dataset, column, encode, batch
         self.uri, self.version = Path(dataset.uri), dataset.table.version
         self.folder = self.uri.parent / f".{self.uri.stem}.features"
-        self.settings = asdict(column) | {"batch": batch, "version": self.version}
+        own = {"weights": weights, "batch": batch, "version": self.version}
+        self.settings = asdict(column) | own
         self.fragments = dataset.table.get_fragments()
         self.starts = np.cumsum([0, *(fragment.count_rows() for fragment in self.fragments)])
         self.checks_file = _checks_file(dataset, column.name)
@@ -151,6 +171,19 @@ class Extraction(Fragments):
 
         names = set(self.column.columns) & set(lance.dataset(str(self.uri)).schema.names)
         return f"{self.uri} has a column {min(names)} already; --verify it" if names else ""
+
+    def outdated(self) -> str:
+        """Return "", or that the table was changed since it was opened."""
+        import lance
+
+        same = lance.dataset(str(self.uri)).version == self.version
+        return "" if same else f"{self.uri} was changed a moment ago; run the same command again"
+
+    def clean(self) -> None:
+        """Remove data files that no version of the table has."""
+        import lance
+
+        lance.dataset(str(self.uri)).cleanup_old_versions(older_than=NEVER, delete_unverified=True)
 
     def write(self, unit: int) -> None:
         """Write the new columns of a fragment, then its record."""
@@ -198,17 +231,16 @@ class Extraction(Fragments):
 
     def commit(self) -> int:
         """Commit all fragments; remove what a kill cut off between columns and their record."""
-        import lance
         from lance.commit import CommitConflictError
 
         try:
             rows = super().commit()
         except CommitConflictError as error:
-            raise RuntimeError(
-                f"{self.uri} was changed while the features were computed; remove {self.folder} "
-                f"and begin again ({error})"
+            raise Failure(
+                f"{self.uri} was changed while the features were computed; {ANEW} "
+                f"({one_line(error)})"
             ) from error
-        lance.dataset(str(self.uri)).cleanup_old_versions(older_than=NEVER, delete_unverified=True)
+        self.clean()
         return rows
 
 

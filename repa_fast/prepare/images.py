@@ -11,6 +11,7 @@ from repa_fast.data.digits import pixel_metadata, pixel_moments
 from repa_fast.data.latents import VAE
 from repa_fast.distributed import own_device, progress_bar, rank_and_size
 from repa_fast.prepare import build
+from repa_fast.prepare.fragments import weights_digest
 from repa_fast.prepare.sources import Subset, open_source
 
 
@@ -50,6 +51,8 @@ class ImagesConfig:
     """Chooses the subset."""
     on_bad_image: Literal["error", "skip"] = "error"
     """A file that is no image: stop, or leave it out and record it in SPLIT.blocks.json."""
+    restart: bool = False
+    """Throw away an unfinished beginning, never a finished table, and begin anew."""
     num_workers: int = 4
     """Threads that decode and crop, per process."""
     verify: bool = False
@@ -63,8 +66,9 @@ def prepare_images(config: ImagesConfig) -> str:
         What was done, for people; empty on processes other than the first.
 
     Raises:
-        ValueError: source, options or an earlier beginning do not fit, or an image is bad.
-        RuntimeError: the autoencoder cannot be loaded, or the disk is full.
+        ValueError: source, options or an earlier beginning do not fit, an image is bad, or
+            another launch prepares the same table.
+        RuntimeError: the autoencoder cannot be loaded, or, a Failure, the disk is full.
     """
     out, (rank, world_size) = Path(config.out), rank_and_size()
     uri = f"{out / config.split}.lance"
@@ -93,6 +97,7 @@ def prepare_images(config: ImagesConfig) -> str:
             rank=rank,
             world_size=world_size,
             workers=config.num_workers,
+            restart=config.restart,
             progress=progress(len(source)),
         )
     return "" if rows is None else f"{uri}: {rows} rows of {len(source)} images"
@@ -117,4 +122,6 @@ def _latents(
     metadata = vae.metadata(config.resolution, class_names)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
     encode = vae.encoder(metadata, device, dtype, config.compile)
-    return metadata, encode, f"{config.vae}, {config.precision}"
+    digest = weights_digest(config.vae)
+    weights = f", weights {digest}" if digest else ""
+    return metadata, encode, f"{config.vae}, {config.precision}{weights}"

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from repa_fast.data import dataset
-from repa_fast.data.digits import DIGITS_DIR, prepare_digits, whole_or_not
+from repa_fast.data.digits import DIGITS_DIR, prepare_digits
 from repa_fast.data.official import SD_VAE_FACTOR, SD_VAE_SCALE, OfficialFolder
+from repa_fast.whole import whole_or_not
 
 FILES_PER_FOLDER = 1000
 EXPORTED_ROWS = 256
@@ -118,5 +119,6 @@ def export_folder(config: ExportConfig) -> Path:
                     (partial / "images" / folder).mkdir(parents=True, exist_ok=True)
                     file = partial / "images" / folder / f"img{index:08d}.{suffix}"
                     file.write_bytes(image)
-        (partial / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": labels}))
+        listing = json.dumps({"labels": labels})
+        (partial / "vae-sd" / "dataset.json").write_text(listing, encoding="utf-8")
     return config.out

@@ -18,6 +18,7 @@ RESOLUTION, CLASSES, ROWS = 8, 3, 45
 WORK = build.Building
 FOLDER, CHECKS, KEPT = ".train.building", "train.blocks.json", "of 8 blocks"
 TAKEN, WRONG = "exists already", r"rows 12 to 17 \(block 2\)"
+HOW = {"rank", "world_size", "restart"}
 ANOTHER = {"quality": 90}, "quality: 95, now 90"
 
 
@@ -37,6 +38,9 @@ class Photographs:
         data = b"no image" if index in self.bad else saved(rgb(*size, seed=index))
         return Item(f"image {index}", data, index % CLASSES)
 
+    def identity(self):
+        return {"names": "images", "labels": str(CLASSES)}
+
 
 def encode(pixels):
     time.sleep(float(os.environ.get("ENCODE_SECONDS", "0")))
@@ -48,13 +52,14 @@ def begin(out, rows=ROWS, bad=()):
     """There is nothing before the work."""
 
 
-def run(out, rows=ROWS, rank=0, world_size=1, split="train", bad=(), progress=None, **changes):
+def run(out, rows=ROWS, split="train", bad=(), progress=None, **changes):
+    how = {name: changes.pop(name) for name in HOW & changes.keys()}
     settings = {"image": "png", "encoder": "pixels", "batch": 4, "block": 6} | changes
     metadata = pixel_metadata(RESOLUTION, Photographs.class_names)
     recipe = build.Recipe(source="photographs", rows=rows, metadata=metadata, **settings)
     building = build.Building(Photographs(rows, bad), Path(out), split, recipe, encode)
     options = {"progress": progress} if progress else {}
-    return building.run(rank=rank, world_size=world_size, workers=2, **options)
+    return building.run(workers=2, **how, **options)
 
 
 def content(out, split="train"):

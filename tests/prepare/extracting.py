@@ -21,6 +21,7 @@ METADATA = pixel_metadata(RESOLUTION, ("a", "b"))
 WORK = extract.Extraction
 FOLDER, CHECKS, KEPT = ".train.features", "train.made_up.json", "fragments"
 TAKEN, WRONG = "made_up already", r"made_up of rows 12 to 17 \(part 2\) has checksum"
+HOW = {"rank", "world_size", "restart"}
 ANOTHER = {"storage": "int8"}, "storage: 'fp16', now 'int8'"
 
 
@@ -57,9 +58,10 @@ def encode(images):
     return torch.cat([means, -means], dim=-1)
 
 
-def run(out, rows=ROWS, rank=0, world_size=1, **changes):
-    work = extract.Extraction(LatentDataset(out), column(**changes), encode, 4)
-    return work.run(rank=rank, world_size=world_size, workers=2)
+def run(out, rows=ROWS, weights="", **changes):
+    how = {name: changes.pop(name) for name in HOW & changes.keys()}
+    work = extract.Extraction(LatentDataset(out), column(**changes), encode, 4, weights)
+    return work.run(workers=2, **how)
 
 
 def stored(out, name="made_up"):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from repa_fast.data import dataset, digits, latents
 from repa_fast.data.dataset import LatentDataset, Metadata
 from repa_fast.data.digits import digit_images, digits_metadata
 from repa_fast.testing import seeded
+from repa_fast.whole import whole_or_not
 from tests.prepare.writing import write
 from tests.refusals import refused
 
@@ -49,6 +51,20 @@ def test_an_existing_folder_is_refused_and_untouched(tmp_path):
     assert sorted(tmp_path.rglob("*")) == [mine.parent, mine] and mine.read_text() == "kept"
 
 
+@pytest.mark.parametrize("mask, mode", [(0o077, 0o700), (0o002, 0o775)])
+def test_files_and_folders_have_the_permissions_of_the_umask(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        with whole_or_not(tmp_path / "digits") as partial:
+            write(partial / "x", "")
+        with whole_or_not(tmp_path / "file") as partial:
+            write(partial, "").chmod(0o400)  # as safetensors does
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "digits").stat().st_mode) == mode
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode & 0o666
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_failure_half_way_leaves_nothing(tmp_path, monkeypatch, error):
     written = []
@@ -66,13 +82,13 @@ def test_a_failure_half_way_leaves_nothing(tmp_path, monkeypatch, error):
 
 def test_processes_that_race_to_prepare_the_digits_all_find_them(tmp_path, monkeypatch):
     """The other one finishes between our writing and our renaming."""
-    rename = digits.os.rename
+    rename = os.rename
 
     def late(source, target):
         shutil.copytree(source, target)
         rename(source, target)
 
-    monkeypatch.setattr(digits.os, "rename", late)
+    monkeypatch.setattr(os, "rename", late)
     out = tmp_path / "nested" / "digits"
     for _ in range(2):
         assert digits.ensure_digits(out) == out and os.listdir(out.parent) == ["digits"]

@@ -1,5 +1,6 @@
 """What every source of images shares."""
 
+import hashlib
 import os
 import re
 from collections import Counter
@@ -41,6 +42,10 @@ class Source(Protocol):
         """Read one image, 0 <= index < len; any thread may call; ValueError names a bad one."""
         ...
 
+    def identity(self) -> dict[str, str]:
+        """Return hashes of names and labels: what tells another source without reading images."""
+        ...
+
 
 class Files:
     """Images that are files, in order: `names`, relative to `root`, have `labels`."""
@@ -57,6 +62,10 @@ class Files:
         """Read one image; see `Source.read`."""
         name = os.fsdecode(self._names[index])
         return Item(name, read_bytes(self.root / name), int(self._labels[index]))
+
+    def identity(self) -> dict[str, str]:
+        """Return hashes of the files' names and of the labels."""
+        return {"names": hashed(self._names), "labels": hashed(self._labels)}
 
 
 class Subset:
@@ -79,6 +88,23 @@ class Subset:
     def read(self, index: int) -> Item:
         """Read an image as the source does."""
         return self._source.read(int(self._indices[index]))
+
+    def identity(self) -> dict[str, str]:
+        """Return the source's, and a hash of the choice."""
+        return self._source.identity() | {"subset": hashed(self._indices)}
+
+
+def hashed(*arrays: np.ndarray) -> str:
+    """Return 16 hexadecimal digits of a SHA-256 over the bytes of arrays."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()[:16]
+
+
+def sizes(files: Sequence[Path]) -> np.ndarray:
+    """Return names and bytes of files, of which both tell when another has taken its place."""
+    return np.array([f"{file.name} {file.stat().st_size}".encode() for file in files])
 
 
 def read_classes(classes: Classes | None) -> tuple[str, ...] | None:

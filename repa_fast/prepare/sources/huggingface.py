@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .base import Classes, Item, Labeller, read_classes, shard_files
+from .base import Classes, Item, Labeller, hashed, read_classes, shard_files, sizes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -77,6 +77,11 @@ class HuggingFaceDataset:
         if value is None:
             raise ValueError(f"{name}: image is null, expected bytes")
         return Item(name, value, label)
+
+    def identity(self) -> dict[str, str]:
+        """Return hashes of the files' names and sizes, and of the labels."""
+        files = list(dict.fromkeys(file for file, *_ in self._groups))
+        return {"names": hashed(sizes(files)), "labels": hashed(self._labels)}
 
     def _find(self, index: int) -> tuple[int, int]:
         """Return the group of a row, and the row in it."""

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from .base import Classes, Item, Labeller, is_image, read_classes, shard_files, some
+from .base import Classes, Item, Labeller, hashed, is_image, read_classes, shard_files, sizes, some
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 """The compressed ones to be refused, if they are."""
@@ -70,6 +70,11 @@ class WebDataset:
         if len(data) != size:
             raise ValueError(f"{name}: ends after {len(data)} bytes, expected {size}")
         return Item(name, data, int(self._labels[index]))
+
+    def identity(self) -> dict[str, str]:
+        """Return hashes of shards and members, and of the labels."""
+        names = hashed(sizes(self._shards), self._names, self._shard_of, self._spans)
+        return {"names": names, "labels": hashed(self._labels)}
 
     def _name(self, index: int) -> str:
         return f"{self._shards[self._shard_of[index]].name}/{os.fsdecode(self._names[index])}"

@@ -5,7 +5,6 @@ They are kept in a cache, since a pass over the images costs more than what is m
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,8 @@ import torch
 from repa_fast import encoders
 from repa_fast.analysis.hidden import Features, collect
 from repa_fast.checkpoint.layout import read_settings
+from repa_fast.checkpoint.marker import trusted
+from repa_fast.contracts import expect_writable, looks_like_url
 from repa_fast.data.loader import Batch, Loader
 from repa_fast.data.official import OfficialFolder
 from repa_fast.data.open import Dataset, open_dataset
@@ -25,6 +26,7 @@ from repa_fast.data.store import is_url
 from repa_fast.distributed import progress_bar
 from repa_fast.eval.inception import mean_patch_tokens
 from repa_fast.eval.load import Loaded, WeightsConfig
+from repa_fast.whole import whole_or_not
 
 CACHE = Path.home() / ".cache" / "repa-fast" / "features"
 HELD_OUT = 0.1
@@ -61,13 +63,21 @@ class AnalysisConfig(WeightsConfig):
     def run_defaults(self, loaded: Loaded) -> tuple[str, list[str]]:
         """Return dataset and encoders: those asked for, or the run's.
 
+        A run's dataset at a URL is not opened unless it is asked for: whoever wrote the run's
+        config.json would choose what is read there, with the user's credentials.
+
         Raises:
-            ValueError: no dataset is asked for and the weights are no run's.
+            ValueError: no dataset is asked for, and the weights are no run's or the run's is a URL.
         """
-        run = read_settings(loaded.source).config if loaded.source.is_dir() else None
+        with trusted(not self.verify):
+            run = read_settings(loaded.source).config if loaded.source.is_dir() else None
         data_dir = self.data_dir or (run.data_dir if run else "")
         if not data_dir:
             raise ValueError(f"{loaded.source} does not say its dataset, expected --data-dir")
+        if not self.data_dir and looks_like_url(data_dir):
+            raise ValueError(
+                f"the run's dataset is {data_dir!r}, expected --data-dir with that URL to open it"
+            )
         wanted = self.encoders or (run.enc_type if run else "none")
         return data_dir, [spec.name for spec in encoders.specs(wanted)]
 
@@ -76,12 +86,15 @@ class AnalysisConfig(WeightsConfig):
         return list(self.layers or range(1, len(loaded.model.blocks) + 1))
 
     def output_folder(self, loaded: Loaded, name: str) -> Path:
-        """Make the folder of the results: as asked for, or one beside the checkpoints."""
+        """Return the folder of the results: as asked for, or one beside the checkpoints.
+
+        ValueError if it cannot be written to.
+        """
         parent = loaded.source.parent
         run = parent.parent if parent.name == "checkpoints" else parent
         step = "" if loaded.step is None else f"-{loaded.step:07d}"
         out = Path(self.out) if self.out else run / f"{name}{step}"
-        out.mkdir(parents=True, exist_ok=True)
+        expect_writable("out", out, folder=True)
         return out
 
 
@@ -139,12 +152,12 @@ def gather(
     if config.cache and cached.exists():
         tensors = load_file(cached)
     else:
+        if config.cache:
+            expect_writable("cache", cached.parent, folder=True)
         tensors = _compute(loaded, dataset, rows, dict(zip(names, files)), config, device)
         if config.cache:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            partial = cached.with_suffix(f".{os.getpid()}")
-            save_file(tensors, partial)
-            partial.replace(cached)
+            with whole_or_not(cached, replace=True) as partial:
+                save_file(tensors, partial)
     tokens = {name: tensors[f"tokens/{name}"] for name in names}
     return Features(tensors["hidden"], tensors["label"], tokens)
 

@@ -35,6 +35,7 @@ def pca(config: PcaConfig) -> str:
     """
     device = own_device()
     loaded = config.load(device)
+    out = config.output_folder(loaded, "pca")
     data_dir, _ = config.run_defaults(loaded)
     _, dataset, _ = open_splits(data_dir)
     for row in config.rows:
@@ -51,7 +52,6 @@ def pca(config: PcaConfig) -> str:
         )
         maps.append(torch.stack([colours(states[layer - 1]) for layer in layers]))
     pictures = torch.stack(maps, dim=1)  # layers, times, B, 3, side, side
-    out = config.output_folder(loaded, "pca")
     titles = [f"block {layer}, t={t:g}" for layer in layers for t in config.times]
     files = []
     for number, row in enumerate(config.rows):

@@ -12,7 +12,7 @@ from repa_fast.analysis.gather import AnalysisConfig, chosen_rows, gather, open_
 from repa_fast.analysis.linear import PAPER, SMALL, Accuracy, fit_probes
 from repa_fast.distributed import own_device
 from repa_fast.eval.pictures import by_layer_and_time, layer_table
-from repa_fast.ledger import write_whole
+from repa_fast.whole import write_whole
 
 RECIPES = {"paper": PAPER, "small": SMALL}
 
@@ -33,6 +33,7 @@ def probe(config: ProbeConfig) -> str:
     """Fit the probes, write probe.json and probe.png; return a table."""
     device = own_device()
     loaded = config.load(device)
+    out = config.output_folder(loaded, "probe")
     data_dir, names = config.run_defaults(loaded)
     train, val, apart = open_splits(data_dir)
     if apart:
@@ -66,7 +67,7 @@ def probe(config: ProbeConfig) -> str:
         "rows": {"train": len(rows), "val": len(held_out)},
         "settings": asdict(config),
     }
-    out = config.output_folder(loaded, "probe")
+    out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "probe.json", json.dumps(results, indent=2) + "\n")
     plot(results, out / "probe.png")
     return f"{table(results)}\n\n{out / 'probe.png'}"

@@ -16,7 +16,7 @@ from repa_fast.contracts import expect_choice
 from repa_fast.distributed import own_device
 from repa_fast.eval.load import Loaded
 from repa_fast.eval.pictures import by_layer_and_time, layer_table, over_points
-from repa_fast.ledger import write_whole
+from repa_fast.whole import write_whole
 
 VARIANTS = {
     f"{definition}{', normalised' if normalize else ''}": (definition, normalize)
@@ -46,6 +46,7 @@ def similarity(config: SimilarityConfig) -> str:
     found, run = [], Path(config.ckpt)
     for source in run_checkpoints(run) if config.all_steps else [run]:
         loaded = replace(config, ckpt=str(source)).load(own_device())
+        out = config.output_folder(loaded, "cknna")
         found.append(_of_checkpoint(config, loaded))
     results = {
         "layers": config.layers_of(loaded),
@@ -54,7 +55,7 @@ def similarity(config: SimilarityConfig) -> str:
         "checkpoints": found,
         "settings": asdict(config),
     }
-    out = config.output_folder(loaded, "cknna")
+    out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "cknna.json", json.dumps(results, indent=2) + "\n")
     _plot(results, config.plotted, out)
     return f"{table(results, config.plotted)}\n\n{out / 'cknna.png'}"

@@ -10,9 +10,11 @@ from typing import Literal, get_args
 import torch
 
 from repa_fast.checkpoint.layout import newest_checkpoint, read_native, read_settings
+from repa_fast.checkpoint.marker import trusted
 from repa_fast.configs.build import empty_model, model_arguments
-from repa_fast.contracts import expect_choice
+from repa_fast.contracts import expect_choice, expect_writable
 from repa_fast.objective.self_alignment import IMAGENET_IMAGES
+from repa_fast.whole import whole_or_not
 
 Format = Literal["official", "sra", "safetensors"]
 
@@ -27,14 +29,17 @@ class ExportConfig:
     """Format; by OUT's name, or official, where not given."""
     out: Path | None = None
     """File to write: STEP.pt, step-STEP.pt (sra) or STEP.safetensors."""
+    verify: bool = True
+    """Compare checksums of what is read; otherwise read it as it is."""
 
 
 def export_checkpoint(config: ExportConfig) -> Path:
     """Export a checkpoint, or a run's newest one; return the file."""
     source = newest_checkpoint(config.checkpoint)
     to = config.to or (format_of(config.out) if config.out else "official")
-    out = config.out or file_beside(source, to)
-    export(source, to, out)
+    with trusted(not config.verify):
+        out = config.out or file_beside(source, to)
+        export(source, to, out)
     return out
 
 
@@ -43,32 +48,35 @@ def export(source: Path, to: str, out: Path) -> None:
 
     "official" is REPA's {model, ema, opt, args, steps}; "sra" adds the epoch, as SRA's code has it;
     "safetensors" is the EMA's weights alone, with the model's arguments, its objective and the
-    dataset's metadata in a .json beside. The file appears whole or not at all.
+    dataset's metadata in a .json beside. The files appear whole or not at all.
 
     Raises:
         ValueError: unknown format, an incomplete checkpoint, one that SRA's code has no model for,
-            or a file that exists.
+            or a file that exists or cannot be written.
     """
     expect_choice("format", to, get_args(Format))
-    if out.exists():
-        raise ValueError(f"{out} exists already; remove it first")
-    partial = out.with_name(f".{out.name}.partial")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    expect_writable("out", out, ".safetensors" if to == "safetensors" else "")
     if to == "safetensors":
         from safetensors.torch import save_file
 
-        settings = read_settings(source)
-        config, metadata = settings.config, settings.metadata
-        save_file(read_native(source, "ema."), partial)
-        described = {
-            "model": model_arguments(config, metadata),
-            "objective": {"objective": config.objective, "prediction": config.prediction},
-            "dataset": asdict(metadata),
-        }
-        out.with_suffix(".json").write_text(json.dumps(described, indent=2) + "\n")
+        # first the description, without which the weights would be read as another objective's
+        with whole_or_not(out) as weights, whole_or_not(out.with_suffix(".json")) as described:
+            save_file(read_native(source, "ema."), weights)
+            described.write_text(json.dumps(description(source), indent=2) + "\n", "utf-8")
     else:
-        torch.save((sra_contents if to == "sra" else official_contents)(source), partial)
-    partial.replace(out)
+        with whole_or_not(out) as partial:
+            torch.save((sra_contents if to == "sra" else official_contents)(source), partial)
+
+
+def description(source: Path) -> dict:
+    """Return what the weights alone do not say: the model's arguments, its objective, its data."""
+    settings = read_settings(source)
+    config, metadata = settings.config, settings.metadata
+    return {
+        "model": model_arguments(config, metadata),
+        "objective": {"objective": config.objective, "prediction": config.prediction},
+        "dataset": asdict(metadata),
+    }
 
 
 def official_contents(source: Path) -> dict:

@@ -7,6 +7,7 @@ net trained by another objective than the aligned encoder.
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from repa_fast import command, encoders
 from repa_fast.checkpoint import layout
 from repa_fast.configs.build import build_model
 from repa_fast.configs.config import TrainConfig
+from repa_fast.contracts import expect_writable
 from repa_fast.data import latents
 from repa_fast.data.digits import digit_images, digits_metadata, pixel_moments
 from repa_fast.diffusion.alignment import cosine_losses
@@ -24,6 +26,7 @@ from repa_fast.diffusion.draws import draw, stream
 from repa_fast.eval.scores import frechet_distance, statistics
 from repa_fast.models.sit import SiT
 from repa_fast.objective import build_objective
+from repa_fast.whole import write_whole
 
 CLASSES = 10
 ALIGNMENT_DRAWS = 4
@@ -179,20 +182,22 @@ def describe(scores: Scores) -> str:
     return "\n".join(lines)
 
 
-def main() -> str:
+def main(argv: Sequence[str] | None = None) -> str:
     """Write the scores to RUN/scores.json and return them as lines."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run on the digits")
     parser.add_argument("--step", type=int, help="checkpoint; the newest by default")
     parser.add_argument("--samples", type=int, default=500, dest="count", metavar="SAMPLES")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    out = arguments.run / "scores.json"
+    expect_writable("run", out)
     if arguments.step is None:
         expect_whole(arguments.run)
     scores = evaluate(**vars(arguments))
-    (arguments.run / "scores.json").write_text(json.dumps(asdict(scores), indent=2) + "\n")
+    write_whole(out, json.dumps(asdict(scores), indent=2) + "\n")
     return describe(scores)
 
 
 if __name__ == "__main__":
-    sys.exit(command.main(main))
+    sys.exit(command.main(main, sys.argv[1:]))

@@ -1,18 +1,22 @@
 """Many images of a checkpoint to one .npz: `torchrun -m repa_fast.eval.generate --ckpt FILE ...`.
 
 The unit of work is a block of consecutive image numbers, as many as a batch, the last one padded.
-A process takes every WORLD_SIZE-th block and writes its images to a file and then a record; a block
-without a record is computed again. When every block has one, the first process joins them and the
-.npz appears whole. Processes meet in the file system alone.
+A process takes every WORLD_SIZE-th block and writes its images to a file and then a record with the
+file's CRC-32; a block without a record is computed again. When every block has one, the first
+process joins them, computes again what does not match its record, and the .npz appears whole.
+Processes meet in the file system alone; a lock keeps a second launch out.
 """
 
+import functools
 import hashlib
 import io
 import itertools
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -20,16 +24,21 @@ from typing import Literal
 import numpy as np
 import torch
 
-from repa_fast import command
+from repa_fast import command, lock
 from repa_fast.configs.part import expect_at_least
 from repa_fast.configs.sampler import SamplerConfig
+from repa_fast.contracts import expect_writable
 from repa_fast.data.dataset import Metadata
+from repa_fast.data.store import first_line
 from repa_fast.distributed import own_device, progress_bar, rank_and_size
 from repa_fast.eval.load import Loaded, WeightsConfig
 from repa_fast.eval.pictures import arrange, save_png
-from repa_fast.eval.reference import write_npz
+from repa_fast.eval.reference import ImageFile, write_npz
 from repa_fast.eval.sampling import ImageSampler, labels_of
-from repa_fast.ledger import Ledger, is_disk_full, share, write_whole
+from repa_fast.failure import Failure
+from repa_fast.ledger import Ledger, read_dict, share
+from repa_fast.lock import Lock
+from repa_fast.whole import is_disk_full, write_whole
 
 SHEET_IMAGES = 64
 SHEET_COLUMNS = 8
@@ -37,7 +46,7 @@ LONGEST_NAME = 190
 """Bytes of the .npz's name; file systems take 255, and some are put around it."""
 INDIFFERENT = (
     "ckpt", "sample_dir", "pngs", "origin", "model", "resolution", "num_classes", "encoder_depth",
-    "projector_embed_dims", "qk_norm", "legacy",
+    "projector_embed_dims", "qk_norm", "legacy", "verify",
 )  # fmt: skip
 """Settings that do not decide the images, once the weights are loaded."""
 
@@ -87,46 +96,80 @@ def generate(config: GenerateConfig) -> Path:
         JSON of all settings and a contact sheet.
 
     Raises:
-        ValueError: weights or settings that do not fit, or a finished .npz of other settings.
-        RuntimeError: the autoencoder cannot be loaded, or the disk is full.
+        ValueError: weights or settings that do not fit, a finished .npz of other settings, or
+            another launch that is at work on this one.
+        Failure: the disk is full.
+        RuntimeError: the autoencoder cannot be loaded.
     """
-    (rank, world_size), device = rank_and_size(), own_device()
-    loaded = config.load(device, model=config.model, prediction=config.prediction)
+    expect_writable("sample_dir", Path(config.sample_dir), folder=True)
+    rank, _ = rank_and_size()
+    loaded = config.load(own_device(), model=config.model, prediction=config.prediction)
     _check(config, loaded)
     for block in loaded.model.blocks:
         block.attn.fused_attn = config.fused_attn
     out = Path(config.sample_dir) / f"{name_of(config, loaded)}.npz"
     work = out.with_name(f".{out.stem}.generating")
-    if out.exists():
-        _expect_same(out, settings(config, loaded))
-        if rank == 0:  # of a process that was killed right after the .npz took its name
-            shutil.rmtree(work, ignore_errors=True)
-        return out
-    blocks = -(-config.num_fid_samples // config.per_proc_batch_size)
-    shared = share(work, settings(config, loaded), blocks, rank, world_size, out.exists)
-    if shared is None:
-        return out
-    ledger, mine = shared
-    sampler = ImageSampler(loaded, config, device) if mine else None
     try:
-        with progress_bar(out.name, rank == 0) as progress:
-            advance, batch = progress(config.num_fid_samples), config.per_proc_batch_size
-            for block in mine:
-                _write_block(ledger, block, sample_block(sampler, config, block))
-                advance(len(ledger.done()) * batch)
-            if rank:
-                return out
-            ledger.wait_for(blocks, lambda: advance(len(ledger.done()) * batch))
-            advance(config.num_fid_samples)
-        _finish(config, loaded, ledger, out)
+        with lock.hold(work, rank) as held:
+            _generate(config, loaded, out, work, held)
     except OSError as error:
         if not is_disk_full(error):
             raise
-        raise RuntimeError(
-            f"the disk of {work} is full; {len(ledger.done())} of {blocks} batches are written "
-            "and kept: make room and run the same command again"
+        done, blocks = len([*work.glob("[0-9]*.json")]), _blocks(config)
+        raise Failure(
+            f"the disk of {work} is full; {done} of {blocks} batches are written and kept: make "
+            "room and run the same command again"
         ) from error
     return out
+
+
+def _generate(config: GenerateConfig, loaded: Loaded, out: Path, work: Path, held: Lock) -> None:
+    """Write this process's share of the blocks; as the first process also join all of them."""
+    (rank, world_size), device, blocks = rank_and_size(), own_device(), _blocks(config)
+    described = settings(config, loaded)
+    shape = (config.num_fid_samples, *(loaded.metadata.resolution,) * 2, 3)
+    if out.exists():
+        _expect_same(out, described)
+        fault = fault_of(out, shape)
+        if not fault:
+            if rank == 0:  # of a process that was killed right after the .npz took its name
+                shutil.rmtree(work, ignore_errors=True)
+            return
+        if rank == 0:
+            _set_aside(out, fault)
+    shared = share(work, described, blocks, rank, world_size, lambda: not fault_of(out, shape))
+    if shared is None:
+        return
+    ledger, mine = shared
+    sampler = functools.cache(lambda: ImageSampler(loaded, config, device))
+
+    def compute(block: int) -> np.ndarray:
+        images = sample_block(sampler(), config, block)
+        _write_block(ledger, block, images)
+        return images
+
+    with progress_bar(out.name, rank == 0) as progress:
+        advance, batch = progress(config.num_fid_samples), config.per_proc_batch_size
+        for block in mine:
+            compute(block)
+            advance(len(ledger.done()) * batch)
+        if rank:
+            return
+        ledger.wait_for(blocks, lambda: advance(len(ledger.done()) * batch), world_size)
+        advance(config.num_fid_samples)
+
+    def parts() -> Iterator[np.ndarray]:
+        return (_read_block(ledger, block, compute) for block in range(blocks))
+
+    _write_beside(config, loaded, parts, out)
+    held.expect()
+    labels = chosen_labels(config, loaded.metadata, np.arange(config.num_fid_samples))
+    write_npz(out, parts(), shape, arr_1=labels)
+    ledger.remove()
+
+
+def _blocks(config: GenerateConfig) -> int:
+    return -(-config.num_fid_samples // config.per_proc_batch_size)
 
 
 def _check(config: GenerateConfig, loaded: Loaded) -> None:
@@ -145,7 +188,7 @@ def _check(config: GenerateConfig, loaded: Loaded) -> None:
 def _expect_same(out: Path, now: dict) -> None:
     """Refuse to reuse OUT if its settings differ; its name leaves digits and folders out."""
     beside = out.with_suffix(".json")
-    made = json.loads(beside.read_text()) if beside.exists() else now
+    made = read_dict(beside) if beside.exists() else now
     changed = [
         f"{name}: {made.get(name)!r}, now {value!r}"
         for name, value in now.items()
@@ -156,6 +199,35 @@ def _expect_same(out: Path, now: dict) -> None:
             f"{out} was made with other settings ({'; '.join(changed)}); remove it, or give "
             "another --sample-dir"
         )
+
+
+def fault_of(out: Path, shape: tuple[int, ...]) -> str:
+    """Return "" for a whole .npz of images of that shape and their labels, else what is wrong.
+
+    A file that was cut off has no directory. The images themselves, 9.8 GB for 50,000 of 256x256
+    pixels, are not read.
+    """
+    try:
+        file = ImageFile(out)
+        found = (file.count, file.height, file.width, 3)
+        with zipfile.ZipFile(out) as archive, np.load(out) as arrays:
+            size, labels = archive.getinfo("arr_0.npy").file_size, arrays["arr_1"].shape
+    except Exception as error:  # of a damaged directory zipfile and numpy raise all kinds
+        return first_line(error)
+    if found != shape or size < np.prod(shape, dtype=np.int64) or labels != shape[:1]:
+        return f"arr_0 {found} of {size} bytes and arr_1 {labels}, expected {shape}"
+    return ""
+
+
+def _set_aside(out: Path, fault: str) -> None:
+    names = (out.with_name(f"{out.name}.broken-{number}") for number in itertools.count(1))
+    aside = next(path for path in names if not path.exists())
+    out.replace(aside)
+    _say(f"{out.name} is broken ({fault}): kept as {aside.name}, and generated again")
+
+
+def _say(line: str) -> None:
+    print(f"repa-fast: {line}", file=sys.stderr, flush=True)
 
 
 def name_of(config: GenerateConfig, loaded: Loaded) -> str:
@@ -207,19 +279,30 @@ def _write_block(ledger: Ledger, block: int, images: np.ndarray) -> None:
     buffer = io.BytesIO()
     np.save(buffer, images)  # straight to the file, it would not say that the disk is full
     write_whole(ledger.folder / f"{block:06d}.npy", buffer.getbuffer())
-    ledger.write(block, {})
+    ledger.write(block, {"crc32": zlib.crc32(buffer.getbuffer())})
 
 
-def _finish(config: GenerateConfig, loaded: Loaded, ledger: Ledger, out: Path) -> None:
-    """Join the blocks; the .npz takes its name last."""
+def _read_block(ledger: Ledger, block: int, compute: Callable[[int], np.ndarray]) -> np.ndarray:
+    """Return the images of a block, computed again where file or record is missing or damaged."""
+    file = ledger.folder / f"{block:06d}.npy"
+    try:
+        data, record = file.read_bytes(), ledger.read(block)
+    except (FileNotFoundError, ValueError):
+        data, record = b"", {}
+    if record == {"crc32": zlib.crc32(data)}:
+        return np.load(io.BytesIO(data))
+    _say(f"{file} does not match its record, and is computed again")
+    return compute(block)
 
-    def parts() -> Iterator[np.ndarray]:
-        return (np.load(ledger.folder / f"{block:06d}.npy") for block in ledger.done())
 
-    metadata, count = loaded.metadata, config.num_fid_samples
-    labels = chosen_labels(config, metadata, np.arange(count))
-    titles = [metadata.class_names[label] for label in labels[:SHEET_IMAGES]]
+def _write_beside(
+    config: GenerateConfig, loaded: Loaded, parts: Callable[[], Iterator[np.ndarray]], out: Path
+) -> None:
+    """Write the contact sheet, PNGs where they are asked for, and the settings."""
+    metadata = loaded.metadata
     shown = np.stack(list(itertools.islice(itertools.chain.from_iterable(parts()), SHEET_IMAGES)))
+    labels = chosen_labels(config, metadata, np.arange(len(shown)))
+    titles = [metadata.class_names[label] for label in labels]
     sheet = arrange(torch.from_numpy(shown).permute(0, 3, 1, 2), SHEET_COLUMNS, titles)
     save_png(sheet, out.with_suffix(".png"))
     if config.pngs:
@@ -227,10 +310,12 @@ def _finish(config: GenerateConfig, loaded: Loaded, ledger: Ledger, out: Path) -
             save_png(image, out.with_suffix("") / f"{number:06d}.png")
     described = settings(config, loaded) | {"ckpt": str(loaded.source.resolve())}
     write_whole(out.with_suffix(".json"), json.dumps(described, indent=2))
-    write_npz(out, parts(), (count, metadata.resolution, metadata.resolution, 3), arr_1=labels)
-    ledger.remove()
 
 
 if __name__ == "__main__":
     PROG = "python -m repa_fast.eval.generate"
-    sys.exit(command.main(lambda: generate(command.parse(GenerateConfig, sys.argv[1:], PROG))))
+    sys.exit(
+        command.main(
+            lambda words: generate(command.parse(GenerateConfig, words, PROG)), sys.argv[1:]
+        )
+    )

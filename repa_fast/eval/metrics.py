@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from repa_fast.contracts import expect_writable
 from repa_fast.data.dataset import LatentDataset
 from repa_fast.data.loader import read_batch
 from repa_fast.data.open import Dataset, open_dataset
@@ -26,7 +27,7 @@ from repa_fast.eval.inception import Features, Inception, mean_patch_tokens
 from repa_fast.eval.pictures import markdown
 from repa_fast.eval.reference import ImageFile, Statistics
 from repa_fast.eval.statistics import Moments, Rows
-from repa_fast.ledger import write_whole
+from repa_fast.whole import write_whole
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 """(index int64 (B), images uint8 (B, 3, H, W))."""
@@ -110,13 +111,16 @@ def evaluate(config: EvalConfig) -> str:
     """
     if not (config.samples or config.write_reference):
         raise ValueError("samples is empty, expected an .npz of images")
-    if config.out and Path(config.out).suffix != ".json":
-        raise ValueError(f"out is {config.out}, expected the name of a .json file")
+    if config.out:
+        expect_writable("out", Path(config.out), ".json")
     with session() as world:
         if config.write_reference:
+            expect_writable("write_reference", Path(config.write_reference))
             return _write_reference(config, world)
         file = ImageFile(config.samples, config.num_samples)
         scorer = Scorer(config, world)
+        out = Path(config.out or Path(config.samples).with_suffix(f".{scorer.space.name}.json"))
+        expect_writable("out", out)
         real, generated = scorer.real, scorer.measure_file(file)
         if not world.is_main:
             return ""
@@ -128,7 +132,6 @@ def evaluate(config: EvalConfig) -> str:
             "settings": asdict(config),
         }
         table = _table(described)
-        out = Path(config.out or Path(config.samples).with_suffix(f".{scorer.space.name}.json"))
         out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(out, json.dumps(described, indent=2) + "\n")
         write_whole(out.with_suffix(".md"), table + "\n")

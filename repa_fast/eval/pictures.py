@@ -1,11 +1,18 @@
 """Grids of images, plots of the analyses, and tables of both."""
 
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from repa_fast.whole import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHOWN_PIXELS = 48
 """Images smaller than this are enlarged by a whole factor, for people to see them."""
@@ -53,11 +60,20 @@ def _titled(
 
 
 def save_png(picture: np.ndarray, path: Path) -> None:
-    """Write uint8 (H, W, 3) as PNG."""
+    """Write uint8 (H, W, 3) as PNG, whole or not at all."""
     from PIL import Image
 
+    encoded = io.BytesIO()
+    Image.fromarray(picture).save(encoded, "PNG")
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)
+    write_whole(path, encoded.getbuffer())
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a plot as PNG, whole or not at all."""
+    encoded = io.BytesIO()
+    figure.savefig(encoded, dpi=120)
+    write_whole(path, encoded.getbuffer())
 
 
 def by_layer_and_time(
@@ -92,7 +108,7 @@ def by_layer_and_time(
         axis.set(xlabel=varied)
         axis.legend(fontsize="small")
         axis.grid(alpha=0.3)
-    figure.savefig(out, dpi=120)
+    save_figure(figure, out)
 
 
 def over_points(
@@ -109,7 +125,7 @@ def over_points(
     axis.grid(alpha=0.3)
     if len(lines) > 1:
         axis.legend(fontsize="small")
-    figure.savefig(out, dpi=120)
+    save_figure(figure, out)
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 
 from repa_fast.checkpoint.layout import run_checkpoints
+from repa_fast.checkpoint.marker import trusted
 from repa_fast.configs.part import expect_at_least
 from repa_fast.configs.sampler import SamplerConfig
+from repa_fast.contracts import expect_writable
 from repa_fast.distributed import own_device
 from repa_fast.eval.load import WeightsConfig, load
 from repa_fast.eval.pictures import arrange, save_png
@@ -31,11 +33,13 @@ class SampleConfig(SamplerConfig, WeightsConfig):
     seed: int = 0
     """Determines the noise, the same for every class."""
     out: str = "sample.png"
-    """File to write."""
+    """The .png to write."""
 
 
 def sample(config: SampleConfig) -> Path:
     """Write the picture; return its path."""
+    out = Path(config.out)
+    expect_writable("out", out, ".png")
     expect_at_least(config, 1, "count")
     device = own_device()
     loaded = config.load(device, prediction=config.prediction)
@@ -47,7 +51,6 @@ def sample(config: SampleConfig) -> Path:
     sampler = ImageSampler(loaded, config, device)
     images = sampler.images(index, labels, config.seed)
     titles = [names[label].split(",")[0] for label in labels]
-    out = Path(config.out)
     save_png(arrange(images, config.count, titles), out)
     return out
 
@@ -65,25 +68,29 @@ class StripConfig(SamplerConfig):
     seed: int = 0
     """Determines the noise."""
     out: str = ""
-    """File to write; strip.png in the run's folder where empty."""
+    """The .png to write; strip.png in the run's folder where empty."""
+    verify: bool = True
+    """Compare checksums of what is read; otherwise read it as it is."""
 
 
 def strip(config: StripConfig) -> Path:
     """Write the picture; return its path."""
-    device = own_device()
+    out, device = Path(config.out or Path(config.ckpt) / "strip.png"), own_device()
+    expect_writable("out", out, ".png")
     columns, titles = [], []
     for source in run_checkpoints(Path(config.ckpt)):
-        loaded = load(source, device)
+        with trusted(not config.verify):
+            loaded = load(source, device)
+        known = loaded.metadata.class_names
         if config.classes:
-            names = class_names(loaded.metadata.class_names)
+            names = class_names(known)
             labels = np.array([class_index(name, names) for name in config.classes])
         else:
-            labels = np.arange(config.count) % loaded.model.num_classes
+            labels = np.arange(config.count) % len(known)
         sampler = ImageSampler(loaded, config, device)
         columns.append(sampler.images(np.arange(len(labels)), labels, config.seed).cpu())
         titles.append(str(loaded.step))
     pictures = torch.stack(columns, dim=1)  # rows, columns, 3, R, R
-    out = Path(config.out or Path(config.ckpt) / "strip.png")
     shown = arrange(pictures.flatten(0, 1), len(columns), titles * len(pictures))
     save_png(shown, out)
     return out

@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from repa_fast.checkpoint.layout import run_checkpoints
-from repa_fast.contracts import expect_choice
+from repa_fast.contracts import expect_choice, expect_writable
 from repa_fast.distributed import session
 from repa_fast.eval.generate import GenerateConfig, generate
 from repa_fast.eval.metrics import ScoreConfig, Scorer
 from repa_fast.eval.pictures import markdown, over_points
 from repa_fast.eval.reference import ImageFile
-from repa_fast.ledger import write_whole
+from repa_fast.whole import write_whole
 
 
 @dataclass(kw_only=True)
@@ -39,6 +39,8 @@ def sweep(config: SweepConfig) -> str:
         A Markdown table; sweep.json, sweep.md and sweep.png are in SAMPLE_DIR. Empty on processes
         other than the first.
     """
+    out = Path(config.sample_dir)
+    expect_writable("sample_dir", out, folder=True)
     runs = run_checkpoints(Path(config.ckpt)) if config.all_steps else [Path(config.ckpt)]
     scales = config.cfg_scales or (config.cfg_scale,)
     highs = config.guidance_highs or (config.guidance_high,)
@@ -61,7 +63,6 @@ def sweep(config: SweepConfig) -> str:
         "features": scorer.space.name,
         "settings": asdict(config),
     }
-    out = Path(config.sample_dir)
     written = table(results)
     write_whole(out / "sweep.json", json.dumps(results, indent=2) + "\n")
     write_whole(out / "sweep.md", written + "\n")

@@ -141,6 +141,27 @@ def test_a_pass_that_fails_leaves_nothing(loaded, tmp_path, monkeypatch):
     assert not (tmp_path / "c").exists()
 
 
+def test_a_cache_that_cannot_be_written_keeps_nothing(
+    loaded, dataset, tmp_path, computed, monkeypatch
+):
+    (tmp_path / "file").touch()
+    config = settings(tmp_path / "file")
+    refused(lambda: gathered(loaded, dataset, config), "cache is .*file, which is a file")
+    assert not computed
+
+    def save_half(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    config = settings(tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", save_half)
+        refused(lambda: gathered(loaded, dataset, config), "No space", error=OSError)
+    assert not list((tmp_path / "cache").iterdir())
+    gathered(loaded, dataset, config)
+    assert len(computed) == 2 and len(list((tmp_path / "cache").iterdir())) == 1
+
+
 @pytest.fixture
 def computed(monkeypatch):
     """How often features were computed; they are made up."""

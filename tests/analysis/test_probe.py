@@ -1,9 +1,11 @@
 """`repa-fast probe`: what it finds in images whose class is their colour, and what it writes."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -140,6 +142,16 @@ def test_dataset_and_encoders_are_the_runs_unless_said(settings, loaded, data):
     assert settings().cache != ProbeConfig(ckpt="run").cache == str(CACHE)
 
 
+@pytest.mark.parametrize("url", ["s3://bucket/data", "s3:/bucket/data", "gs://b\nx"])
+def test_a_runs_dataset_at_a_url_is_opened_if_it_is_asked_for(settings, loaded, url, monkeypatch):
+    """Whoever wrote the run's config would choose what is read with the user's credentials."""
+    said = SimpleNamespace(config=SimpleNamespace(data_dir=url, enc_type="none"))
+    monkeypatch.setattr("repa_fast.analysis.gather.read_settings", lambda source: said)
+    monkeypatch.setattr("repa_fast.analysis.gather.open_dataset", None)
+    refused(lambda: probe(settings()), re.escape(f"run's dataset is {url!r}, expected --data-dir"))
+    assert settings(data_dir=url).run_defaults(loaded) == (url, [])
+
+
 def test_bare_weights_need_a_dataset_and_have_no_baseline(settings, data, undrawn, weights):
     words = r"weights.pt does not say its dataset.*--data-dir"
     refused(lambda: probe(settings(ckpt=str(weights))), words)
@@ -151,11 +163,13 @@ def test_bare_weights_need_a_dataset_and_have_no_baseline(settings, data, undraw
 def test_results_lie_beside_the_checkpoints(settings, run, weights, tmp_path):
     older = load(run / "checkpoints" / "0000003")
     assert settings(out="").output_folder(older, "probe") == run / "probe-0000003"
-    assert (run / "probe-0000003").is_dir()
     found = settings(out="").output_folder(load(weights), "probe")
     assert found == tmp_path / "probe-0000007"
     out = tmp_path / "a" / "b"
-    assert settings(out=str(out)).output_folder(older, "probe") == out and out.is_dir()
+    assert settings(out=str(out)).output_folder(older, "probe") == out
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "file").touch()
+    refused(lambda: probe(settings(out=str(tmp_path / "file"))), "out is .*file, which is a file")
 
 
 @pytest.mark.parametrize("changes, message", [

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from repa_fast import cli
+from repa_fast import cli, lock
 from repa_fast.distributed import World
 from repa_fast.eval import generate as generating
 from repa_fast.eval.generate import GenerateConfig, generate
 from repa_fast.ledger import Ledger
-from tests.eval.conftest import BATCH
+from tests.eval.conftest import BATCH, COUNT
 from tests.refusals import refused
 
 ROOT = Path(__file__).parents[2]
@@ -29,8 +29,8 @@ class Cut(Exception):
     """The end of a process at a moment that a test chooses."""
 
 
-def is_last_of_joined(block: Path) -> bool:
-    return block.stem == "000002" and any(block.parents[1].glob("*.partial"))
+def is_last_of_joined(ledger: Ledger, block: int, compute) -> bool:
+    return block == 2 and any(ledger.folder.parent.glob("*.partial"))
 
 
 MOMENTS = {
@@ -38,7 +38,7 @@ MOMENTS = {
     "block written, no record": (Ledger, "write", None),
     "sheet": (generating, "save_png", None),
     "json": (generating, "write_whole", lambda path, text: "n-20.json" in path.name),
-    "joining": (np, "load", is_last_of_joined),
+    "joining": (generating, "_read_block", is_last_of_joined),
     "naming": (Path, "replace", lambda path, target: target.suffix == ".npz"),
     "removing": (Ledger, "remove", None),
 }
@@ -186,6 +186,68 @@ def test_a_finished_file_is_left_as_it_is_and_is_not_taken_for_that_of_other_set
     other = make(tmp_path, cfg_scale=1.50000001)
     refused(lambda: generate(other), r"cfg_scale: 1\.5, now 1\.50000001.*--sample-dir")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_a_second_launch_is_refused_and_spoils_nothing(make, whole, tmp_path, cut_off):
+    cut_off(make(tmp_path), "sampling")
+    with lock.hold(tmp_path / f".{whole.stem}.generating"):
+        refused(lambda: generate(make(tmp_path)), f"in use by process {os.getpid()} on ")
+        assert records(tmp_path) == 1 and not (tmp_path / whole.name).exists()
+    assert_same(generate(make(tmp_path)), whole)
+
+
+def test_nothing_is_joined_that_does_not_match_its_record(
+    make, whole, tmp_path, cut_off, sampled, capsys
+):
+    cut_off(make(tmp_path), "sheet")
+    work = tmp_path / f".{whole.stem}.generating"
+    flipped = bytearray((work / "000000.npy").read_bytes())
+    flipped[-7] ^= 16
+    (work / "000000.npy").write_bytes(flipped)
+    (work / "000001.json").write_bytes(b"")
+    (work / "000002.npy").unlink()
+    sampled.clear()
+    assert_same(generate(make(tmp_path)), whole)
+    assert sampled == [1, 0, 2]  # a damaged record is seen first
+    said = [line for line in capsys.readouterr().err.splitlines() if "computed again" in line]
+    assert [line.partition(" does not match")[0][-10:] for line in said] == [
+        "000000.npy", "000002.npy",
+    ]  # fmt: skip
+
+
+def test_a_broken_file_is_kept_aside_and_made_again(make, whole, tmp_path, capsys):
+    for path in whole.parent.iterdir():
+        shutil.copy2(path, tmp_path)
+    for number in (1, 2):
+        half = whole.read_bytes()[: whole.stat().st_size // 2]
+        (tmp_path / whole.name).write_bytes(half)
+        out = generate(make(tmp_path))
+        aside = out.with_name(f"{out.name}.broken-{number}")
+        assert aside.read_bytes() == half and out.read_bytes() == whole.read_bytes()
+        [said] = capsys.readouterr().err.splitlines()
+        assert said.startswith(f"repa-fast: {out.name} is broken (") and aside.name in said
+    assert len([*tmp_path.iterdir()]) == 5  # those two, and what belongs to the .npz
+
+
+def test_what_is_wrong_with_a_file_is_seen_without_reading_its_images(whole, tmp_path):
+    shape, file, data = (COUNT, 16, 16, 3), tmp_path / "x.npz", whole.read_bytes()
+    assert generating.fault_of(whole, shape) == ""
+    assert "expected (21, 16, 16, 3)" in generating.fault_of(whole, (21, 16, 16, 3))
+    for bad in (b"", data[:100], data[:-1], data[1000:], data.replace(b"arr_1", b"arr_2")):
+        file.write_bytes(bad)
+        assert generating.fault_of(file, shape)
+    np.savez(file, arr_0=np.zeros(shape, np.uint8), arr_1=np.zeros(COUNT - 1, np.int64))
+    assert "arr_1 (19,)" in generating.fault_of(file, shape)
+    assert generating.fault_of(tmp_path / "none", shape)
+
+
+def test_damaged_settings_are_named(make, whole, tmp_path):
+    for path in whole.parent.iterdir():
+        shutil.copy2(path, tmp_path)
+    whole_settings = tmp_path / whole.with_suffix(".json").name
+    whole_settings.write_text("[")
+    refused(lambda: generate(make(tmp_path)), f"{whole.stem}.json is damaged")
+    assert (tmp_path / whole.name).read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize("place, done", [("_write_block", 1), ("write_npz", 3)])

@@ -1,6 +1,7 @@
 """The name of an .npz holds what decides its images; the official flags parse."""
 
 import dataclasses
+import re
 import runpy
 
 import pytest
@@ -33,7 +34,7 @@ CHANGES = {
 }  # fmt: skip
 SAME = {
     "pngs": True, "model": "SiT-S/4", "resolution": 16, "num_classes": 10, "encoder_depth": 3,
-    "projector_embed_dims": "768,1024", "qk_norm": True, "legacy": True,
+    "projector_embed_dims": "768,1024", "qk_norm": True, "legacy": True, "verify": False,
 }  # fmt: skip
 OTHERS = {"ckpt", "origin", "num_heads", "sample_dir"}
 """Of the weights, whose digest and heads are in the name, and where the files are."""
@@ -136,6 +137,27 @@ def test_user_errors_end_in_a_message(argv, message, capsys):
         status = stop.code
     text = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert status == 2 and message in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize("argv, name", [
+    ("generate --ckpt x --sample-dir s3://b/x", "sample_dir"),
+    ("generate --ckpt gs://b/x", "ckpt"),
+    ("sample --ckpt x --out s3://b/x.png", "out"),
+    ("eval --samples x --dataset s3://b/x --write-reference s3://b/x.npz", "write_reference"),
+    ("probe --ckpt x --data-dir s3://b/x --cache s3://b/x", "cache"),
+    ("prepare digits --out s3://b/x", "out"),
+    ("prepare images --data-dir x --out s3:/b/x", "out"),
+    ("prepare import-official --out x --data-dir s3://b/x", "data_dir"),
+    ("export x --out s3://b/x.pt", "out"),
+    ("export s3://b/x", "checkpoint"),
+])  # fmt: skip
+def test_only_datasets_are_read_from_urls(argv, name, capsys, monkeypatch, tmp_path):
+    """Also one of which pathlib has made s3:/bucket."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(argv.split()) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.match(rf"repa-fast: {name} is '(s3|gs)://?b/x\S*', expected a path: ", line)
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_module_is_a_command_too(monkeypatch, capsys):

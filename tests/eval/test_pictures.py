@@ -1,10 +1,12 @@
 """Grids of images; strip, sweep and pca on a run that has learnt nothing."""
 
 import json
+import resource
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from repa_fast.analysis import pca as pca_module
@@ -57,6 +59,25 @@ def test_titles_stand_above_their_images_and_change_nothing_else():
             assert (title != GAP_GREY).any() == (3 * row + column < 5)
     long = pictures.arrange(images[:2], 2, ["W" * 100, ""])
     assert (long[:above, pitch:] == GAP_GREY).all()
+
+
+@pytest.mark.parametrize("save, content", [
+    (pictures.save_png, np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)),
+    (pictures.save_figure, Figure()),
+])  # fmt: skip
+def test_a_picture_that_cannot_be_written_leaves_the_older_one(save, content, tmp_path):
+    there = tmp_path / "x.png"
+    there.write_bytes(b"older")
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save(content, there)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert there.read_bytes() == b"older" and [*tmp_path.iterdir()] == [there]
+    save(content, there)
+    assert there.read_bytes().startswith(b"\x89PNG")
 
 
 def tile(picture, row, column, side=SIDE):

@@ -2,11 +2,20 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from repa_fast import cli
 from repa_fast.eval import pictures
-from repa_fast.eval.sample import SampleConfig, class_index, class_names, sample
+from repa_fast.eval.sample import (
+    SampleConfig,
+    StripConfig,
+    class_index,
+    class_names,
+    sample,
+    strip,
+)
+from tests.eval import checkpoints
 from tests.refusals import refused
 
 NAMES = ("tench, Tinca tinca", "Red Fox, Vulpes", "arctic fox", "crane", "ox", "crane", "12")
@@ -106,6 +115,38 @@ def test_rows_and_columns_differ_and_the_noise_is_that_of_the_column_and_the_see
 ])  # fmt: skip
 def test_wrong_settings_are_refused(picture, settings, message):
     refused(lambda: picture(**settings), message)
+
+
+@pytest.mark.parametrize("call, config", [(sample, SampleConfig), (strip, StripConfig)])
+@pytest.mark.parametrize("out, message", [
+    ("folder.png", "out is .*folder.png, which is a folder, expected a file"),
+    ("file/x.png", "out is .*x.png, but .*file is a file, expected a folder to write to"),
+    ("x.jpg", "out is .*x.jpg, expected the name of a .png file"),
+    ("s3:/x.png", "out is 's3:/x.png', expected a path"),
+])  # fmt: skip
+def test_where_nothing_can_be_written_nothing_is_sampled(
+    call, config, out, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    refused(lambda: call(config(ckpt="absent", out=out)), message)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    refused(lambda: call(config(ckpt="absent", out="a/x.png")), r"but \. is read-only")
+
+
+def test_a_strip_without_classes_has_those_of_the_dataset(tmp_path, monkeypatch):
+    """A label table may have more rows, which training never met."""
+    asked = []
+
+    def images(sampler, index, labels, seed):
+        asked.append(labels.tolist())
+        return torch.zeros(len(index), 3, 16, 16, dtype=torch.uint8)
+
+    monkeypatch.setattr("repa_fast.eval.sampling.ImageSampler.images", images)
+    wide = checkpoints.run(tmp_path / "wide", num_classes=30)
+    assert strip(StripConfig(ckpt=str(wide), count=12)) == wide / "strip.png"
+    assert asked == [[*range(10), 0, 1]]
 
 
 @pytest.mark.parametrize("argv, classes", [

@@ -69,7 +69,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; user errors end in one line and exit status 2."""
+    """Run a command; return its exit status, as of `command.main`."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is loaded
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name = next((name for name in COMMANDS if argv[: len(name.split())] == name.split()), "")
     if name:
-        return command.main(lambda: run(name, argv[len(name.split()) :]))
+        return command.main(lambda words: run(name, words), argv[len(name.split()) :])
     groups = ("", *(name.split()[0] for name in COMMANDS if " " in name))
     group = argv[0] if len(argv) > 1 else ""
     if not argv or (argv[-1] in ("-h", "--help") and group in groups):
@@ -115,7 +115,9 @@ def usage(group: str) -> str:
     shown = {name: entry for name, entry in COMMANDS.items() if name.startswith(group)}
     width = max(map(len, shown))
     lines = [f"  {name:<{width}}  {entry.summary}" for name, entry in shown.items()]
-    return "\n".join(["usage: repa-fast COMMAND ... (--help after a command, --version)", *lines])
+    return "\n".join(
+        ["usage: repa-fast COMMAND ... (--help or --debug after a command, --version)", *lines]
+    )
 
 
 def unknown(argv: Sequence[str]) -> str:

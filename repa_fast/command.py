@@ -1,43 +1,78 @@
 """A function of one config dataclass as a command; what `cli` and `__main__` blocks use."""
 
 import ast
+import contextlib
 import dataclasses
 import inspect
+import io
+import os
 import re
+import signal
 import sys
 import textwrap
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from repa_fast.failure import Failure
 
-def main(call: Callable[[], Any]) -> int:
-    """Call, and print what is returned, once for all processes; return the exit status.
+READ_FROM_URLS = ("data_dir", "dataset", "path")
+"""Fields of configs that may be URLs, where they are no pathlib.Path; the last is `info`'s."""
 
-    A ValueError, which is how everything here refuses its input, ends in one line and status 2.
+
+def main(call: Callable[[list[str]], Any], argv: Sequence[str]) -> int:
+    """Call with the words after a command and return the exit status.
+
+    What is returned is printed, once for all processes. A ValueError, which is how everything here
+    refuses its input, ends in one line and status 2; a Failure or OSError in one and status 1.
+    With `--debug` among the words the traceback is shown instead.
     """
-    from repa_fast.distributed import rank_and_size
-
+    expected = () if "--debug" in argv else (ValueError, Failure, OSError)
+    for stream in (sys.stdout, sys.stderr):  # a locale may lack letters that names have
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        result = call()
-    except ValueError as error:
+        result = call([word for word in argv if word != "--debug"])
+        if result is not None and os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(BrokenPipeError):  # `| head` has seen enough
+                print(result, flush=True)
+    except expected as error:
         print(f"repa-fast: {error}", file=sys.stderr)
-        return 2
-    if result is not None and rank_and_size()[0] == 0:
-        print(result)
+        return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        print("repa-fast: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    finally:
+        flush_or_drop()
     return 0
+
+
+def flush_or_drop() -> None:
+    """Write out what was printed; where nobody reads it (`| head`) or a disk is full, drop it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # the interpreter would try again at exit, and fail with it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def parse(config: type, argv: Sequence[str], prog: str) -> Any:
     """Return the config of a command line; exit with its help or what is wrong with it.
 
     `--class` stands for `--classes`: the former is a word of Python's and no field's name.
+    ValueError for a URL in a field that is no dataset to be read.
     """
     import tyro
+
+    from repa_fast.contracts import expect_path
 
     if "classes" in {field.name for field in dataclasses.fields(config)}:
         argv = [re.sub(r"^--class(?==|$)", "--classes", word) for word in argv]
     parsed = tyro.cli(mirror(config), args=argv, prog=prog, description=config.__doc__)
+    for name, value in vars(parsed).items():
+        if isinstance(value, Path) or (isinstance(value, str) and name not in READ_FROM_URLS):
+            expect_path(name, value)
     return config(**vars(parsed))
 
 

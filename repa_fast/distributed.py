@@ -54,12 +54,19 @@ class World:
         dist.all_gather(parts, tensor)
         return torch.stack(parts)
 
-    def broadcast(self, text: str) -> str:
-        """Return the first process's `text` on every process."""
+    def on_first(self, call: Callable[[], str | None]) -> str | None:
+        """Call on the first process alone; return on every one what it returned, or raise that."""
         if self.size == 1:
-            return text
-        held = [text]
+            return call()
+        held: list = [None]
+        if self.is_main:
+            try:
+                held = [call()]
+            except Exception as error:
+                held = [error]
         dist.broadcast_object_list(held, device=torch.device("cpu"))
+        if isinstance(held[0], Exception):
+            raise held[0]
         return held[0]
 
     def any(self, flag: bool) -> bool:

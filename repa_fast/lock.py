@@ -20,9 +20,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from repa_fast.failure import Failure
+
 NAME = "lock"
 REFRESH, STALE = 30.0, 300.0
 """Seconds between touches of a lease, and until one without them is anybody's."""
+ATTEMPTS = 100
+"""To open a file that another process may be removing."""
 SETTLED = 0.5
 """Seconds after which two who take a lease at the same moment look who was the last."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EBADF, errno.EOPNOTSUPP)
@@ -41,7 +45,7 @@ def _close_in_child() -> None:
 os.register_at_fork(after_in_child=_close_in_child)
 
 
-class LockLost(RuntimeError):
+class LockLost(Failure):
     """Another launch holds the lock now."""
 
 
@@ -78,7 +82,6 @@ class Lock:
             "token": secrets.token_hex(8),
         }
         if self.ours:
-            folder.mkdir(parents=True, exist_ok=True)
             self._acquire()
 
     def expect(self) -> None:
@@ -93,16 +96,22 @@ class Lock:
             raise LockLost(f"{self.path.parent} was taken over by {described(holder)}")
 
     def release(self) -> None:
-        """Let the lock go, if it is still held; harmless when called again."""
+        """Let the lock go, if it is still held, and the folder, if it is empty; harmless again."""
         holder = read_holder(self.path) if self.ours else None
         if holder and holder.get("token") == self._holder["token"]:
-            self.path.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.path.unlink()
+                self.path.parent.rmdir()
         self._close()
         self.ours = False
 
     def _acquire(self) -> None:
-        while True:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        for _ in range(ATTEMPTS):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            except FileNotFoundError:  # a holder has just removed the folder, its work done
+                continue
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -120,6 +129,7 @@ class Lock:
                     os.pwrite(descriptor, json.dumps(self._holder).encode(), 0)
                     return None
             os.close(descriptor)
+        raise OSError(f"{self.path} cannot be opened: it vanishes again and again")
 
     def _lease(self) -> None:
         """Take the file without a lock, if its time is over, and touch it from now on."""

@@ -4,6 +4,9 @@ import dataclasses
 import json
 import os
 import re
+import shlex
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,6 +17,7 @@ from repa_fast import __version__, cli, command
 from repa_fast.configs import presets
 from repa_fast.configs.config import PARTS, TrainConfig
 from repa_fast.configs.flags import grouped, parse_config
+from repa_fast.failure import Failure
 from tests.refusals import refused
 
 pytest.importorskip("tyro")
@@ -70,18 +74,75 @@ def test_a_mistyped_command_is_named_with_the_nearest(capsys, argv, said):
     assert re.match(f"repa-fast: {said}", told) and told.count("\n") == 1
 
 
-def test_a_value_error_is_one_line_and_status_2_and_only_the_first_process_prints(
-    capsys, monkeypatch
-):
-    def wrong():
-        raise ValueError("two is 3, expected 2")
+class Lost(Failure):
+    """A failure of a kind of its own."""
 
-    assert command.main(wrong) == 2
-    assert capsys.readouterr() == ("", "repa-fast: two is 3, expected 2\n")
+
+@pytest.mark.parametrize(
+    "error, status, said",
+    [
+        (ValueError("two is 3, expected 2"), 2, "two is 3, expected 2"),
+        (Lost("the store is gone"), 1, "the store is gone"),
+        (OSError(28, "No space left on device", "x.txt"), 1, r"\[Errno 28\] No space.*'x\.txt'"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_is_expected_to_fail_ends_in_one_line_and_a_traceback_with_debug(
+    capsys, error, status, said
+):
+    def fails(words):
+        assert words == ["--size", "3"]
+        raise error
+
+    assert command.main(fails, ["--size", "3"]) == status
+    told = capsys.readouterr()
+    assert told.out == "" and re.fullmatch(f"repa-fast: {said}\n", told.err)
+    if status < 3:
+        with pytest.raises(type(error)):
+            command.main(fails, ["--size", "--debug", "3"])
+
+
+def test_a_fault_of_the_program_keeps_its_traceback():
+    with pytest.raises(KeyError):
+        command.main(lambda words: {}[1], [])
+
+
+PRINTS = """
+import sys
+from repa_fast import command
+sys.exit(command.main(lambda words: "a line\\n" * int(words[0]), sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("lines, status", [("1", 1), ("100000", 1)])
+def test_what_a_full_disk_takes_nothing_of_is_said(lines, status):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", PRINTS, lines], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == status
+    assert done.stderr == "repa-fast: [Errno 28] No space left on device\n"
+
+
+def test_a_reader_that_has_seen_enough_ends_it_in_silence():
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(PRINTS)} 100000 | head -1"
+    shell = ["bash", "-o", "pipefail", "-c", command]
+    done = subprocess.run(shell, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "a line\n", "")
+
+
+def test_letters_that_the_locale_lacks_are_printed_escaped():
+    script = "import sys; from repa_fast import command; command.main(lambda w: w[0], ['\\u03c0'])"
+    ascii_alone = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=ascii_alone)
+    assert (done.returncode, done.stdout) == (0, b"\\u03c0\n"), done.stderr
+
+
+def test_only_the_first_process_prints(capsys, monkeypatch):
     for rank, printed in (("0", "done\n"), ("1", "")):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
-        assert command.main(lambda: "done") == 0
+        assert command.main(lambda words: "done", []) == 0
         assert capsys.readouterr() == (printed, "")
 
 

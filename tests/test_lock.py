@@ -36,9 +36,10 @@ def test_who_comes_second_is_refused_until_the_first_is_done(folder):
         words = (rf"{folder} is in use by process {os.getpid()} on \S+, since", "expected no other")
         refused(lambda: Lock(folder), *words)
         held.expect()
-    assert list(folder.iterdir()) == []
+    assert not folder.exists()
     with hold(folder):
-        pass
+        (folder / "result").touch()
+    assert [path.name for path in folder.iterdir()] == ["result"]
 
 
 def test_other_processes_of_a_launch_hold_nothing(folder):
@@ -92,17 +93,19 @@ def test_a_lease_is_refreshed_and_its_age_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", no_locks)
     monkeypatch.setattr(lock, "SETTLED", 0.0)
     monkeypatch.setattr(lock, "REFRESH", 0.01)
-    with hold(tmp_path):
-        file = tmp_path / lock.NAME
+    folder = tmp_path / "run"
+    with hold(folder):
+        file = folder / lock.NAME
         long_ago = time.time() - 200
         os.utime(file, (long_ago, long_ago))
         end = time.monotonic() + 10
         while file.stat().st_mtime < long_ago + 100 and time.monotonic() < end:
             time.sleep(0.01)
         assert file.stat().st_mtime > long_ago + 100
-    (tmp_path / lock.NAME).write_text(json.dumps(OTHER))
-    os.utime(tmp_path / lock.NAME, (long_ago, long_ago))
-    refused(lambda: Lock(tmp_path), "node7", r"comes back in (99|100|9\d) s if it has died")
+    folder.mkdir()
+    (folder / lock.NAME).write_text(json.dumps(OTHER))
+    os.utime(folder / lock.NAME, (long_ago, long_ago))
+    refused(lambda: Lock(folder), "node7", r"comes back in (99|100|9\d) s if it has died")
 
 
 def test_other_faults_of_flock_are_not_taken_for_a_lease(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from repa_fast.configs.part import Part, expect_at_least
+from repa_fast.contracts import expect_path
 
 
 @dataclass(kw_only=True)
@@ -37,6 +38,8 @@ class RunConfig(Part):
     """Start a new run from the weights in this checkpoint or file."""
     init_origin: Literal["repa", "sit", "dit"] = "repa"
     """Whose weights INIT_FROM holds: REPA's or ours, or the original SiT's or DiT's."""
+    verify: bool = True
+    """Compare checksums of what the run resumes or begins from; otherwise read it as it is."""
     skip_steps: int = 0
     """Leave out the data of so many steps from where the run is resumed, as the message of a run
     that diverged says."""
@@ -54,6 +57,8 @@ class RunConfig(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        expect_path("output_dir", self.output_dir)
+        expect_path("exp_name", self.exp_name)
         expect_at_least(self, 1, "log_every", "checkpointing_steps")
         expect_at_least(self, 0, "resume_step", "keep_last", "keep_every", "skip_steps")
         expect_at_least(self, 0, "sampling_steps", "watchdog", "data_timeout")

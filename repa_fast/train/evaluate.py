@@ -7,16 +7,23 @@ import numpy as np
 import torch
 
 from repa_fast import ops
+from repa_fast.configs.evaluate import EvaluateConfig
 from repa_fast.data import latents
+from repa_fast.data.loader import read_batch
+from repa_fast.data.open import open_dataset
 from repa_fast.diffusion.draws import stream
+from repa_fast.eval import reference
 from repa_fast.eval.load import Trained
 from repa_fast.eval.metrics import Batches, ScoreConfig, Scorer
 from repa_fast.eval.pictures import arrange
+from repa_fast.eval.reference import ImageFile
 from repa_fast.eval.sampling import ImageSampler, labels_of
 from repa_fast.models.sit import SiT
 from repa_fast.train.state import TrainState, configure_backends
 
 GRID_IMAGES = 100
+LEAST_IMAGES = 4
+"""What precision and recall need: an image and three neighbours."""
 BATCH = 64
 """Images at a time on each process."""
 
@@ -62,8 +69,8 @@ class Evaluator:
     backend was chosen for its dtype, and an fp16 run is sampled in fp32.
 
     Raises:
-        ValueError: the features are not known, or there is no reference.
-        RuntimeError: their weights cannot be had.
+        ValueError: the features are not known, there is no reference, or too few images.
+        Failure: weights of the features, or the autoencoder, cannot be had.
     """
 
     def __init__(self, state: TrainState) -> None:
@@ -77,6 +84,23 @@ class Evaluator:
             **{weights: config.eval_weights},
         )
         self._scorer = Scorer(scored, state.world, shown=False)
+        self._expect_images(config)
+        if state.vae is not None:
+            state.vae.load(state.metadata)
+
+    def _expect_images(self, config: EvaluateConfig) -> None:
+        """Find out before the first step what the first evaluation would stumble over."""
+        if not config.eval_reference:
+            dataset = open_dataset(config.data_dir)
+            read_batch(dataset, np.array([0]))
+            count = len(dataset)
+        elif self._scorer.space.name == "inception":
+            count = reference.load(config.eval_reference).images.count
+        else:
+            count = ImageFile(config.eval_reference).count
+        for name, images in (("the reference", count), ("--eval-samples", config.eval_samples)):
+            if images < LEAST_IMAGES:
+                raise ValueError(f"{name}: {images} images, expected at least {LEAST_IMAGES}")
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """Return every score by its name; all processes call it."""

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from repa_fast.data.loader import Batch, Loader
-from repa_fast.eval.pictures import save_png
 from repa_fast.train import graph
 from repa_fast.train.checkpoint import Checkpointer
 from repa_fast.train.evaluate import Evaluator, can_sample, sample_grid
@@ -18,6 +17,8 @@ from repa_fast.train.resume import stop_if_diverged
 from repa_fast.train.state import TrainState
 from repa_fast.train.watch import FIRST_STEPS, PATIENCE
 
+SAMPLES = "samples"
+"""Folder of sample grids, STEP.png, in the run's."""
 STOP_CHECK_STEPS = 8
 """With several processes, steps between agreeing on whether a signal asked to stop."""
 
@@ -32,6 +33,8 @@ class Run:
         open_loader: opens the batches from the state's step to the last one.
         reporter: of the first process; the others' say nothing.
         evaluator: None where nothing is evaluated.
+        seen: the last steps with a sample grid and with an evaluation: one that was cut off after
+            its step was saved is made up for.
         stopping: signals received so far that ask to stop.
         begins: tells the watchdog that something begins, and how many limits it may take.
     """
@@ -44,11 +47,12 @@ class Run:
     reporter: Reporter | Mute
     evaluator: Evaluator | None
     clock: Clock
+    seen: dict[str, int]
     stopping: list[int]
     begins: Callable[[int], None]
 
     def __post_init__(self) -> None:
-        self.started = self.last_read = self.state.step
+        self.last_read = self.last_saved = self.state.step
         self.open()
 
     def open(self) -> None:
@@ -63,10 +67,13 @@ class Run:
         """Whether the last step has been taken."""
         return self.state.step >= self.total
 
-    def due(self, every: int) -> bool:
-        """Return whether what happens every so many steps (0 never) and at the end is due."""
+    def due(self, every: int, last: int) -> bool:
+        """Return whether what happens every so many steps (0 never), and at the end, is due.
+
+        `last` is the step at which it happened last, or at which the run began.
+        """
         step = self.state.step
-        return bool(every) and step > self.started and (step % every == 0 or self.done)
+        return bool(every) and step > last and (step % every == 0 or self.done)
 
     def agree(self, flag: bool) -> bool:
         """Return whether any process has raised a flag, asked every few steps."""
@@ -84,31 +91,32 @@ class Run:
 
 
 def loop(run: Run) -> None:
-    """Log, sample, evaluate, save, stop: what is due after the steps so far; and then take a step.
+    """Log, save, sample, evaluate, stop: what is due after the steps so far; and then take a step.
 
     Raises:
         TrainingDiverged: as for `stop_if_diverged`.
-        CheckpointFailed, DataTimeout: as for `Checkpointer.save` and `Loader`.
+        CheckpointFailed, LockLost, DataTimeout: as for `Checkpointer.save` and `Loader`.
     """
     state, config = run.state, run.state.config
     while True:
         run.saves.poll()
         stop, failing = run.agree(bool(run.stopping)), run.agree(run.saves.failing)
-        if run.due(config.log_every):
+        if run.due(config.log_every, run.last_read):
             log(run)
         with run.paused():
-            if run.due(config.sampling_steps):
-                snapshot(run)
-            if run.evaluator is not None and run.due(config.eval_every):
-                run.reporter.scores(state.step, run.evaluator(state))
-            if run.due(config.checkpointing_steps) or run.done or stop or failing:
+            if run.due(config.checkpointing_steps, run.last_saved) or run.done or stop or failing:
                 run.saves.save(state, wait=run.done or stop)
+                run.last_saved = state.step
+            if run.due(config.sampling_steps, run.seen["samples"]) and not stop:
+                snapshot(run)
+            if run.due(config.eval_every, run.seen["evals"]) and not stop:
+                evaluate(run)
         if run.done:
             return
         if stop:
             run.reporter.line(f"stopped by a signal at step {state.step}; go on with --resume auto")
             return
-        if state.step > run.started and state.step == config.align_until:
+        if state.step > run.opened and state.step == config.align_until:
             run.loader.close()
             state.end_alignment()
             run.open()
@@ -145,9 +153,20 @@ def log(run: Run) -> None:
 def snapshot(run: Run) -> None:
     """Write a sample grid of the EMA, on the first process; all processes call it."""
     state = run.state
+    run.seen["samples"] = state.step
     average = state.whole_average(everywhere=False)
-    if not state.world.is_main or not can_sample(state, run.reporter.line):
-        return
-    picture = sample_grid(state, average)
-    save_png(picture, run.folder / "samples" / f"{state.step:07d}.png")
-    run.reporter.image("samples", state.step, picture)
+    if state.world.is_main and can_sample(state, run.reporter.line):
+        run.reporter.image(SAMPLES, state.step, sample_grid(state, average))
+
+
+def evaluate(run: Run) -> None:
+    """Evaluate the EMA, or say why that fails, on all processes alike; training goes on."""
+    state, scores, failure = run.state, {}, ""
+    run.seen["evals"] = state.step
+    try:
+        scores = run.evaluator(state)
+    except (ValueError, RuntimeError, OSError) as error:
+        failure = " ".join(f"{type(error).__name__}: {error}".split())
+    if state.world.any(bool(failure)):
+        scores, failure = {}, failure or "it failed on another process"
+    run.reporter.scores(state.step, scores, failure)

@@ -4,33 +4,59 @@ import json
 import secrets
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from repa_fast.configs.run import RunConfig
+from repa_fast.eval.pictures import save_figure, save_png
 from repa_fast.train.memory import peak_flops
+from repa_fast.train.outputs import SAID_EVERY, Attempts, Lines
+from repa_fast.whole import write_whole
 
 
 class TensorBoard:
-    """Event files in `folder`: numbers, and uint8 (H, W, 3) pictures, by step."""
+    """Event files in `folder`: numbers, and uint8 (H, W, 3) pictures, by step.
+
+    A writer whose disk was full stays broken, so that a new one, of a new file, takes its place a
+    minute later.
+    """
 
     def __init__(self, folder: Path, start_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+        self._folder, self._again = str(folder), 0.0
+        self._writer: Any = self._open(purge_step=start_step + 1)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        def write() -> None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+        self._attempt(write)
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        self._writer.add_image(name, pixels, step, dataformats="HWC")
+        self._attempt(lambda: self._writer.add_image(name, pixels, step, dataformats="HWC"))
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _open(self, **options: int) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(self._folder, **options)
+
+    def _attempt(self, write: Callable[[], None]) -> None:
+        if self._writer is None and time.monotonic() < self._again:
+            return
+        try:
+            self._writer = self._writer or self._open()
+            write()
+        except OSError:
+            self._writer, self._again = None, time.monotonic() + SAID_EVERY
+            raise
 
 
 class WeightsAndBiases:
@@ -99,14 +125,17 @@ class Reporter:
     def __init__(
         self, folder: Path, total_steps: int, start_step: int, tracker: Tracker | None
     ) -> None:
-        self._evals = folder / "evals.jsonl"
-        for path in (folder / "metrics.jsonl", self._evals):
+        self._folder = folder
+        self._files = {name: folder / f"{name}.jsonl" for name in ("metrics", "evals")}
+        for path in self._files.values():
             keep_until(path, start_step)
-        self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
-        self._log = open(folder / "log.txt", "a", buffering=1)  # noqa: SIM115
+        self._metrics = Lines(self._files["metrics"])
+        self._evals: Lines | None = None
+        self._log = Lines(folder / "log.txt")
         self._tracker = tracker or Mute()
         self._bar = _bar(total_steps, start_step) if sys.stdout.isatty() else None
         self._total_steps = total_steps
+        self.attempts = Attempts()
 
     def advance(self, step: int, **fields: str) -> None:
         """Move the bar to `step`."""
@@ -115,39 +144,52 @@ class Reporter:
 
     def metrics(self, step: int, values: dict) -> None:
         """Record one reading of the metrics."""
-        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
-        self._tracker.scalars(step, scalars(values))
+        with self.attempts.to_write("metrics.jsonl"):
+            self._metrics.add(json.dumps({"step": step, **values}))
+        with self.attempts.to_write("what the tracker takes"):
+            self._tracker.scalars(step, scalars(values))
         self.advance(step, text=short_summary(values))
         self.line(f"step {step}/{self._total_steps}  {summary(values)}", bar_has_it=True)
 
-    def scores(self, step: int, values: dict[str, float]) -> None:
-        """Record an evaluation, in evals.jsonl."""
-        with open(self._evals, "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        self._tracker.scalars(step, {f"eval/{name}": v for name, v in values.items()})
+    def scores(self, step: int, values: dict[str, float], failure: str = "") -> None:
+        """Record an evaluation in evals.jsonl: its scores, or why it failed."""
+        with self.attempts.to_write("evals.jsonl"):
+            self._evals = self._evals or Lines(self._files["evals"])
+            self._evals.add(json.dumps({"step": step, **(values or {"failed": failure})}))
+        with self.attempts.to_write("what the tracker takes"):
+            self._tracker.scalars(step, {f"eval/{name}": v for name, v in values.items()})
         listed = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        self.line(f"evaluation at step {step}  {listed}")
+        if failure:
+            self.line(f"warning: no evaluation at step {step}: {failure}")
+        else:
+            self.line(f"evaluation at step {step}  {listed}")
 
     def line(self, text: str, *, bar_has_it: bool = False) -> None:
         """Write a line to log.txt and the terminal; where the bar shows it already, not again."""
-        with suppress(OSError):  # a full disk is said on the terminal
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
-        if self._bar is None:
-            print(text, flush=True)
-        elif not bar_has_it:
-            self._bar.console.print(text, highlight=False)
+        with self.attempts.to_write("log.txt"):
+            self._log.add(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
+            self._metrics.flush()
+        with self.attempts.to_write("a line on the terminal"):
+            if self._bar is None:
+                print(text, flush=True)
+            elif not bar_has_it:
+                self._bar.console.print(text, highlight=False)
 
-    def image(self, name: str, step: int, pixels) -> None:
-        """Give a uint8 (H, W, 3) picture to the tracker."""
-        self._tracker.image(step, name, pixels)
+    def image(self, name: str, step: int, pixels: np.ndarray) -> None:
+        """Write a uint8 (H, W, 3) picture to NAME/STEP.png and give it to the tracker."""
+        file = self._folder / name / f"{step:07d}.png"
+        with self.attempts.to_write(file):
+            save_png(pixels, file)
+        with self.attempts.to_write("what the tracker takes"):
+            self._tracker.image(step, name, pixels)
 
     def close(self) -> None:
         """Close the bar and all files."""
         if self._bar is not None:
             self._bar.stop()
-        self._tracker.close()
-        self._metrics.close()
-        self._log.close()
+        for output in (self._tracker, self._metrics, self._evals or Mute(), self._log):
+            with self.attempts.to_write("the end of the log, or of metrics"):
+                output.close()
 
 
 def scalars(values: dict) -> dict[str, float]:
@@ -222,21 +264,24 @@ def keep_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in read_metrics(path) if line["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    temporary.replace(path)
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Read a metrics file; leave out a last line cut off by a crash."""
-    lines = path.read_text().splitlines()
-    readings = []
+    """Read a metrics file; leave out a last line cut off by a crash.
+
+    ValueError for another line that is no JSON object with the number of a step.
+    """
+    lines, readings = path.read_bytes().splitlines(), []
     for number, line in enumerate(lines, start=1):
         try:
-            readings.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            reading = json.loads(line)
+            if not isinstance(reading, dict) or type(reading.get("step")) is not int:
+                raise ValueError(f"{line[:40]!r}, expected values by name, a step among them")
+            readings.append(reading)
+        except ValueError as error:
             if number < len(lines):
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+                raise ValueError(f"{path}, line {number}: {error}; remove the line") from error
     return readings
 
 
@@ -254,7 +299,7 @@ def plot_losses(metrics_path: Path, out: Path) -> None:
         axis.plot(*zip(*points, strict=True) if points else ([], []), color="#1f5fa8")
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-    figure.savefig(out, dpi=120)
+    save_figure(figure, out)
 
 
 def _bar(total_steps: int, start_step: int):

@@ -6,7 +6,6 @@ that step, by an offset that is saved with the checkpoint.
 """
 
 import dataclasses
-import json
 import logging
 import os
 import shlex
@@ -16,10 +15,12 @@ from pathlib import Path
 
 import torch
 
-from repa_fast.checkpoint import formats, writer
-from repa_fast.checkpoint.layout import MARKER, path_of, steps
+from repa_fast.checkpoint import formats, marker
+from repa_fast.checkpoint.layout import path_of, read_settings, steps
+from repa_fast.checkpoint.marker import trusted
 from repa_fast.configs.flags import flags_of
-from repa_fast.distributed import World, shard_like
+from repa_fast.configs.run import RunConfig
+from repa_fast.distributed import shard_like
 from repa_fast.models.sit import SiT
 from repa_fast.train import checkpoint
 from repa_fast.train.checkpoint import Checkpointer, CheckpointFailed
@@ -52,15 +53,16 @@ def resume(folder: Path, state: TrainState) -> Path | None:
             "or choose another --exp-name"
         )
     if wanted == "auto":
-        source = newest_whole(own, state.world)
+        source = newest_whole(own, state)
         if own and source is None:
             raise ValueError(f"all checkpoints in {folder} are damaged")
     elif wanted != "never":
         source = named(folder, wanted)
-        if damaged := state.world.broadcast(damage(source) if state.world.is_main else ""):
-            raise ValueError(f"{source} is damaged: {damaged}")
+        if damaged := state.world.on_first(lambda: damage(source, config)):
+            raise ValueError(f"{source} is damaged: {damaged} (--no-verify reads it as it is)")
     if source is not None:
-        (checkpoint.load if source.is_dir() else load_official)(source, state)
+        with trusted():  # by the first process, which has looked at every file
+            (checkpoint.load if source.is_dir() else load_official)(source, state)
     if source is None or source.parent.resolve() != folder.resolve():
         state.history.skipped += config.skip_steps
     elif state.history.skipped < config.skip_steps:
@@ -78,21 +80,26 @@ def candidates(folder: Path) -> list[Path]:
     return [path for _, path in sorted((official | native).items(), reverse=True)]
 
 
-def newest_whole(found: list[Path], world: World) -> Path | None:
-    """Return the first of `found` that is not damaged; the first process warns of those before."""
-    whole = ""
-    for path in found if world.is_main else ():
-        if not (damaged := damage(path)):
-            whole = str(path)
-            break
-        log.warning("passing over %s: %s", path, damaged)
-    whole = world.broadcast(whole)
+def newest_whole(found: list[Path], state: TrainState) -> Path | None:
+    """Return the first of `found` that is not damaged; the first process warns of those before.
+
+    OSError if one cannot be read: it may be whole, and to go on from an older one would lose it.
+    """
+
+    def search() -> str:
+        for path in found:
+            if not (damaged := damage(path, state.config)):
+                return str(path)
+            log.warning("passing over %s: %s", path, damaged)
+        return ""
+
+    whole = state.world.on_first(search)
     return Path(whole) if whole else None
 
 
-def damage(path: Path) -> str:
+def damage(path: Path, config: RunConfig) -> str:
     """Return what is wrong with a native checkpoint's files; "" if nothing, or if it is a file."""
-    return writer.damage(path) if path.is_dir() else ""
+    return marker.damage(path) if path.is_dir() and config.verify else ""
 
 
 def named(folder: Path, wanted: str) -> Path:
@@ -108,7 +115,7 @@ def named(folder: Path, wanted: str) -> Path:
         found = ", ".join(path.name for path in candidates(folder)) or "none"
         raise ValueError(f"no complete checkpoint of step {wanted} in {folder} (found: {found})")
     path = Path(wanted)
-    if path.is_file() or (path / MARKER).exists():
+    if path.is_file() or marker.is_complete(path):
         return path
     for inside in (path, path / "checkpoints"):
         if found := candidates(inside):
@@ -175,9 +182,9 @@ def start_from(source: Path, origin: str, state: TrainState) -> list[str]:
     Raises:
         ValueError: unreadable, or of a model that does not fit.
     """
-    weights = formats.read_weights(
-        source, origin, prediction=state.config.prediction, **_kept(state.model)
-    )
+    kept = {"prediction": state.config.prediction, **_kept(state.model)}
+    with trusted(not state.config.verify):
+        weights = formats.read_weights(source, origin, **kept)
     notes = formats.initialise_from(state.model, weights, str(source))
     for average in (state.ema, *state.more_emas):
         average.load_state_dict(state.model.state_dict())
@@ -233,13 +240,13 @@ def last_good(folder: Path, state: TrainState) -> Path | None:
     until, end = state.config.align_until, state.history.good_step
     first = until if state.step > until else 0
     good = [path_of(folder, step) for step in steps(folder) if first <= step < end]
-    return newest_whole(good[::-1], state.world)
+    return newest_whole(good[::-1], state)
 
 
 def command_past(source: Path, state: TrainState) -> str:
     """Return the command of a new run that resumes from `source`, past the data seen since."""
     config, size = state.config, state.world.size
-    counters = json.loads((source / checkpoint.COUNTERS).read_text())
+    counters = read_settings(source).counters
     seen = counters["step"] + counters.get("history", {}).get("skipped", 0)
     name = f"{config.exp_name}-from-{counters['step']}"
     while (Path(config.output_dir) / name).exists():

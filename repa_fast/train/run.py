@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,37 +16,39 @@ from repa_fast.configs.flags import parse_config
 from repa_fast.data.loader import DataTimeout, Loader
 from repa_fast.data.open import Dataset, open_dataset
 from repa_fast.data.order import SampleOrder
-from repa_fast.data.store import StoreError
 from repa_fast.distributed import World, session
+from repa_fast.lock import Lock, own_launch
 from repa_fast.train import graph
-from repa_fast.train.checkpoint import Checkpointer, CheckpointFailed
+from repa_fast.train.checkpoint import Checkpointer
 from repa_fast.train.evaluate import Evaluator
-from repa_fast.train.loop import Run, loop
+from repa_fast.train.loop import SAMPLES, Run, loop
 from repa_fast.train.memory import budget, choose_micro_batch, describe
-from repa_fast.train.report import Clock, Mute, Reporter, open_tracker, plot_losses
+from repa_fast.train.outputs import say
+from repa_fast.train.report import (
+    Clock,
+    Mute,
+    Reporter,
+    open_tracker,
+    plot_losses,
+    read_metrics,
+)
 from repa_fast.train.resume import resume, start_from
-from repa_fast.train.spikes import TrainingDiverged
 from repa_fast.train.state import TrainState, build_state, device_name
 from repa_fast.train.watch import error_file, watchdog
+from repa_fast.whole import write_whole
 
 LAUNCH = "torchrun-id"
 """File in the run's folder: torchrun's id of the launch that trains it, and where that began."""
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train with the flags of TrainConfig, over a preset's values.
-
-    Raises:
-        SystemExit: of a run that diverged, could not save, or could not read its data, in one line.
-    """
+    """Train with the flags of TrainConfig, over a preset's values; raises as `train`."""
     config = parse_config(argv)
     if config.dry_run:
         print(describe(config))
         return
     try:
         train(config)
-    except (TrainingDiverged, CheckpointFailed, StoreError, OSError) as error:
-        raise SystemExit(f"repa-fast: {error}") from error
     except DataTimeout as error:
         print(f"repa-fast: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # leaving as usual would join the threads that hang
@@ -57,7 +58,8 @@ def train(config: TrainConfig) -> Path:
     """Run a config to its end, or to a checkpoint when a signal asks for it; return its folder.
 
     Raises:
-        ValueError: config, dataset or checkpoints do not fit together.
+        ValueError: config, dataset or checkpoints do not fit together, or another process trains
+            this run.
         TrainingDiverged: after `max_bad_steps` consecutive skipped steps, with a checkpoint; or
             after a spike of the loss, with `stop_on_spike`.
         CheckpointFailed: three checkpoints in a row could not be written, or the last one.
@@ -67,6 +69,7 @@ def train(config: TrainConfig) -> Path:
     logs = folder / config.logging_dir
     with (
         session(config.collective_timeout) as world,
+        hold_together(folder, world) as lock,
         stop_signals() as stopping,
         error_file(logs, world.rank, stopping),
         watchdog(logs / f"stacks-rank{world.rank}.txt", config.watchdog) as begins,
@@ -74,11 +77,23 @@ def train(config: TrainConfig) -> Path:
         config = after_restart(config, folder, world)
         dataset = run_dataset(config.data_dir, world)
         state = restore(config, dataset, folder, world)
-        with open_run(folder, state, dataset, stopping, begins) as run:
+        with open_run(folder, state, dataset, stopping, begins, lock) as run:
             loop(run)
-        if world.is_main and run.done:
-            finish(run)
+            if world.is_main and run.done:
+                finish(run)
     return folder
+
+
+@contextmanager
+def hold_together(folder: Path, world: World) -> Iterator[Lock]:
+    """Hold the lock of the run's folder on the first process; what refuses it is raised on all."""
+    held: list[Lock] = []
+    world.on_first(lambda: held.append(Lock(folder)))
+    lock = held[0] if held else Lock(folder, world.rank)
+    try:
+        yield lock
+    finally:
+        lock.release()
 
 
 def restore(config: TrainConfig, dataset: Dataset, folder: Path, world: World) -> TrainState:
@@ -106,6 +121,7 @@ def open_run(
     dataset: Dataset,
     stopping: list[int],
     begins: Callable[[int], None],
+    lock: Lock,
 ) -> Iterator[Run]:
     """Yield a run with everything it needs open; close it all, also after an error."""
     config, world = state.config, state.world
@@ -114,7 +130,7 @@ def open_run(
     evaluator = Evaluator(state) if config.eval_every else None
     flops, name = budget(config, state.metadata).train_flops, device_name(world.device)
     with ExitStack() as stack:
-        saves = Checkpointer(folder / "checkpoints", world)
+        saves = Checkpointer(folder / "checkpoints", world, lock)
         reporter = open_reporter(folder, state, total) if world.is_main else Mute()
         stack.callback(reporter.close)
         saves.announce = reporter.line
@@ -128,6 +144,7 @@ def open_run(
             reporter=reporter,
             evaluator=evaluator,
             clock=Clock(config.images_per_step, flops, name, world.size),
+            seen=json.loads(world.on_first(lambda: json.dumps(seen(folder, state.step)))),
             stopping=stopping,
             begins=begins,
         )
@@ -159,10 +176,11 @@ def run_dataset(path: str, world: World) -> Dataset:
     """Open the run's dataset; the first process goes ahead and writes what is made on first use."""
     if not world.is_main:
         world.barrier()
-    dataset = open_dataset(path)
-    if world.is_main:
-        world.barrier()
-    return dataset
+    try:
+        return open_dataset(path)
+    finally:
+        if world.is_main:
+            world.barrier()
 
 
 def after_restart(config: TrainConfig, folder: Path, world: World) -> TrainConfig:
@@ -171,14 +189,14 @@ def after_restart(config: TrainConfig, folder: Path, world: World) -> TrainConfi
     Only checkpoints of the same launch count, which torchrun's id of it tells from others' (without
     `--rdzv-id` or `--standalone` it has none): a start that was refused is refused again.
     """
-    launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if not world.any(restarts > 0) or launch == "none":  # each node counts its own
+    launch, restarts = own_launch(), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if not world.any(restarts > 0) or not launch:  # each node counts its own
         return config
     ours = False
     if world.is_main and (folder / LAUNCH).exists():
-        known, began = (folder / LAUNCH).read_text().rsplit(maxsplit=1)
-        ours = known == launch and max(steps(folder / "checkpoints"), default=0) > int(began)
+        began = (folder / LAUNCH).read_text("utf-8", "replace").removeprefix(f"{launch} ")
+        newest = max(steps(folder / "checkpoints"), default=0)
+        ours = began.isdecimal() and newest > int(began)
     if world.any(ours):
         return dataclasses.replace(config, resume="auto", resume_step=0)
     return config
@@ -212,18 +230,17 @@ def begin(folder: Path, state: TrainState) -> None:
         notes.append(f"starting from the weights in {config.init_from}")
     if state.world.is_main:
         for note in notes:
-            print(note, flush=True)
-        launch, file = os.environ.get("TORCHELASTIC_RUN_ID"), folder / LAUNCH
-        if launch and not (file.exists() and file.read_text().startswith(f"{launch} ")):
-            folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(f"{launch} {state.step}")
+            say(note)
+        launch, file = own_launch(), folder / LAUNCH
+        known = file.read_text("utf-8", "replace") if file.exists() else ""
+        if launch and not known.startswith(f"{launch} "):
+            write_whole(file, f"{launch} {state.step}")
 
 
 def open_reporter(folder: Path, state: TrainState, total: int) -> Reporter:
     """Open the run's reporter; also write args.json, the resolved config."""
-    folder.mkdir(parents=True, exist_ok=True)
     config = state.config
-    (folder / "args.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    write_whole(folder / "args.json", json.dumps(config.to_dict(), indent=2) + "\n")
     reporter = Reporter(folder, total, state.step, open_tracker(config, folder, state.step))
     precision = {None: "fp32"}.get(state.autocast_dtype, str(state.autocast_dtype))
     reporter.line(
@@ -238,21 +255,33 @@ def open_reporter(folder: Path, state: TrainState, total: int) -> Reporter:
 
 def finish(run: Run) -> None:
     """Write samples.png and loss.png of a finished run and say where they are."""
-    folder = run.folder
-    plot_losses(folder / "metrics.jsonl", folder / "loss.png")
-    print(f"loss curve: {folder / 'loss.png'}")
-    grid = folder / "samples" / f"{run.state.step:07d}.png"
+    folder, attempts = run.folder, run.reporter.attempts
+    with attempts.to_write(folder / "loss.png"):
+        plot_losses(folder / "metrics.jsonl", folder / "loss.png")
+        say(f"loss curve: {folder / 'loss.png'}")
+    grid = folder / SAMPLES / f"{run.state.step:07d}.png"
     if grid.exists():
-        shutil.copyfile(grid, folder / "samples.png")
-        print(f"samples: {folder / 'samples.png'}")
+        with attempts.to_write(folder / "samples.png"):
+            write_whole(folder / "samples.png", grid.read_bytes())
+            say(f"samples: {folder / 'samples.png'}")
+
+
+def seen(folder: Path, step: int) -> dict[str, int]:
+    """Return the last steps up to `step` with a sample grid and with an evaluation; 0 for none."""
+    grids = [int(p.stem) for p in (folder / SAMPLES).glob("*.png") if p.stem.isdecimal()]
+    evals = folder / "evals.jsonl"
+    evaluated = [line["step"] for line in read_metrics(evals)] if evals.exists() else []
+    found = {"samples": grids, "evals": evaluated}
+    return {k: max((s for s in steps if s <= step), default=0) for k, steps in found.items()}
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Yield a list that SIGTERM, SIGUSR1 and SIGINT append to; a second SIGINT interrupts.
+    """Yield a list that SIGTERM, SIGHUP, SIGUSR1 and SIGINT append to; a second SIGINT interrupts.
 
     SIGTERM comes twice where Slurm sends it to all processes of a job and torchrun passes its own
-    on; SIGUSR1 is what Slurm can send ahead of a time limit (docs/launch.md).
+    on; SIGUSR1 is what Slurm can send ahead of a time limit (docs/launch.md); SIGHUP what comes
+    when a terminal is closed, unless nohup has it ignored.
     """
     received: list[int] = []
     previous = {}
@@ -262,8 +291,9 @@ def stop_signals() -> Iterator[list[int]]:
         if number == signal.SIGINT:
             signal.signal(number, previous[number])
 
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        previous[number] = signal.signal(number, note)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT):
+        if signal.getsignal(number) is not signal.SIG_IGN or number != signal.SIGHUP:
+            previous[number] = signal.signal(number, note)
     try:
         yield received
     finally:

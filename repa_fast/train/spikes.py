@@ -3,6 +3,8 @@
 import statistics
 from dataclasses import dataclass, field
 
+from repa_fast.failure import Failure
+
 WINDOW = 32
 """Readings that the next one is compared with, at most."""
 ENOUGH = 8
@@ -14,7 +16,7 @@ NORMAL = 1.4826
 """Standard deviation of a normal distribution over its median absolute deviation."""
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(Failure):
     """The loss spiked, or too many steps in a row were not finite."""
 
 

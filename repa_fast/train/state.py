@@ -222,8 +222,9 @@ def choose_kernels(config: TrainConfig, model: SiT, dtype: torch.dtype, world: W
     lines = [f"kernels: {dispatch.describe(world.device.type)}"]
     if not config.fused_attn:
         return lines
-    heads, chosen = model.blocks[0].attn.num_heads, ""
-    if world.is_main:
+    heads = model.blocks[0].attn.num_heads
+
+    def choose() -> str:
         selection = ops.select_attention(
             config.attention,
             heads=heads,
@@ -233,8 +234,9 @@ def choose_kernels(config: TrainConfig, model: SiT, dtype: torch.dtype, world: W
             dtype=dtype,
             device=world.device,
         )
-        chosen = json.dumps([selection.backend, selection.reason])
-    backend, reason = json.loads(world.broadcast(chosen))
+        return json.dumps([selection.backend, selection.reason])
+
+    backend, reason = json.loads(world.on_first(choose))
     ops.set_attention_backend(backend)
     return [*lines, f"attention: {backend} ({reason})"]
 

@@ -67,7 +67,7 @@ def error_file(folder: Path, rank: int, stopping: list[int]) -> Iterator[None]:
         about += f"; after {', '.join(others)}" if others else ""
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with open(path, "a") as file:
+            with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"{about}\n{traceback.format_exc()}\n")
         except OSError as unwritable:
             print(f"repa-fast: rank {rank}: {unwritable}", file=sys.stderr, flush=True)

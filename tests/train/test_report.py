@@ -49,11 +49,13 @@ def test_lines_after_the_step_and_a_half_written_last_one_are_cut(tmp_path, step
 
 
 def test_a_bad_line_in_the_middle_is_an_error_with_file_and_line(tmp_path):
-    path, text = tmp_path / "metrics.jsonl", '{"step": 1}\n{"step"\n{"step": 3}\n'
-    path.write_text(text)
-    for call in (read_metrics, partial(keep_until, step=9)):
-        refused(partial(call, path), r"metrics\.jsonl, line 2")
-    assert path.read_text() == text
+    path = tmp_path / "metrics.jsonl"
+    for line in (b'{"step"', b"[]", b"3", b'{"step": "1"}', b"{}", b'{"step": "\xff"}'):
+        text = b'{"step": 1}\n' + line + b'\n{"step": 3}\n'
+        path.write_bytes(text)
+        for call in (read_metrics, partial(keep_until, step=9)):
+            refused(partial(call, path), r"metrics\.jsonl, line 2: ")
+        assert path.read_bytes() == text
 
 
 def test_a_resumed_run_reads_as_if_it_had_not_been_cut_off(tmp_path, capsys):

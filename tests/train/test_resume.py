@@ -12,6 +12,7 @@ from repa_fast import cli
 from repa_fast.checkpoint import formats
 from repa_fast.checkpoint.export import export, file_beside, format_of
 from repa_fast.checkpoint.layout import load_ema
+from repa_fast.checkpoint.marker import MARKER
 from repa_fast.train import checkpoint
 from repa_fast.train.resume import resume, start_from
 from repa_fast.train.step import accumulate, draw_local, synthetic_batch, train_step
@@ -182,7 +183,7 @@ def test_export_refuses_and_leaves_nothing_half_written(folder):
     new, newest = folder / "new", checkpoint.path_of(folder, 3)
     there = folder / "official" / "0000003.pt"
     half = checkpoint.path_of(folder, 2)
-    (half / checkpoint.MARKER).unlink()
+    (half / MARKER).unlink()
     for words, *arguments in (
         ("exists already", newest, "official", there),
         ("format is 'gguf', expected one of official, sra, saf", newest, "gguf", new / "x"),
@@ -191,6 +192,28 @@ def test_export_refuses_and_leaves_nothing_half_written(folder):
     ):
         refused(partial(export, *arguments), words)
     assert not list(folder.glob("new/*"))
+
+
+@pytest.mark.parametrize("name, place", [
+    ("x.pt", "torch.save"),
+    ("x.safetensors", "safetensors.torch.save_file"),
+    ("x.safetensors", "repa_fast.checkpoint.export.description"),
+])  # fmt: skip
+def test_an_export_that_fails_leaves_nothing(saved, tmp_path, monkeypatch, name, place):
+    def fail(*arguments):
+        for file in arguments[1:]:
+            file.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(place, fail)
+    to = format_of(tmp_path / name)
+    call = partial(export, saved, to, tmp_path / name)
+    refused(call, "No space left", error=OSError)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "x.json").write_text("mine")
+    if to == "safetensors":
+        refused(call, "x.json exists already")
+    assert [*tmp_path.iterdir()] == [tmp_path / "x.json"]
 
 
 def test_sras_file_has_its_keys_and_goes_on_bit_for_bit(tmp_path):

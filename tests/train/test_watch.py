@@ -172,8 +172,18 @@ def ctrl_c_interrupts():
     signal.signal(signal.SIGINT, previous)
 
 
+def test_a_hangup_that_nohup_has_ignored_stays_so():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with runs.stop_signals() as received:
+            signal.raise_signal(signal.SIGHUP)
+            assert received == []
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
 def test_signals_are_noted_twice_but_for_ctrl_c(ctrl_c_interrupts):
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
     handlers = [signal.getsignal(n) for n in numbers]
     with runs.stop_signals() as received:
         for number in (signal.SIGTERM, *numbers):
@@ -230,7 +240,7 @@ def test_processes_do_not_meet_those_before_them():
 @pytest.mark.parametrize(
     "differs",
     [{}, {"restarts": "0"}, {"saved": False}]
-    + [{"launch": launch} for launch in ("other 0", "none 0", "job 4")],
+    + [{"launch": launch} for launch in ("other 0", "none 0", "job 4", "", "job ")],
 )
 def test_a_restart_goes_on_from_what_its_own_launch_saved(tmp_path, monkeypatch, differs):
     """`other`: a start that was refused because of another launch's checkpoints; `job 4`: a launch

@@ -58,7 +58,9 @@ def read_index(checkpoint: Path) -> Metadata:
     expect_intact(checkpoint, [file.name])
     try:
         data = file.read_bytes()
-        return metadata_of(json.loads(data) if own else described_by_pickle(data))
+        metadata = metadata_of(json.loads(data) if own else described_by_pickle(data))
+        _expect_long_enough(checkpoint, metadata)
+        return metadata
     except OSError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
@@ -92,7 +94,11 @@ def metadata_of(described: dict) -> Metadata:
             if any(a + b > c for a, b, c in zip(offset, sizes, size)):
                 raise ValueError(f"{name} has shape {shape}, a part of it ends outside")
             chunks.append(ChunkStorageMetadata(offset, sizes))
-            places[MetadataIndex(name, offset)] = _place(*where)
+            place = places[MetadataIndex(name, offset)] = _place(*where)
+            if place.length < prod(sizes) * DTYPES[dtype].itemsize:
+                raise ValueError(
+                    f"{name} has shape {shape}, a part of it only {place.length} bytes"
+                )
         if sum(prod(chunk.sizes) for chunk in chunks) != prod(size):
             raise ValueError(f"{name} has shape {shape}, its parts do not cover it")
         properties = TensorProperties(dtype=DTYPES[dtype])
@@ -101,6 +107,18 @@ def metadata_of(described: dict) -> Metadata:
         entries[name] = BytesStorageMetadata()
         places[MetadataIndex(name)] = _place(*where)
     return Metadata(entries, storage_data=places, storage_meta=StorageMeta())
+
+
+def _expect_long_enough(checkpoint: Path, metadata: Metadata) -> None:
+    """Raise ValueError if a part ends behind its file, which bounds what memory can be asked for."""
+    ends: dict[str, int] = {}
+    for place in metadata.storage_data.values():
+        name = place.relative_path
+        ends[name] = max(ends.get(name, 0), place.offset + place.length)
+    for name, end in ends.items():
+        file = checkpoint / name
+        if file.exists() and file.stat().st_size < end:
+            raise ValueError(f"it reads {end} bytes of {name}, which has {file.stat().st_size}")
 
 
 def _sizes(values: list) -> torch.Size:

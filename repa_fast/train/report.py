@@ -77,7 +77,7 @@ class WeightsAndBiases:
             ) from error
         stored = run / "wandb-id"
         if not stored.exists():
-            stored.write_text(secrets.token_hex(4))
+            write_whole(stored, secrets.token_hex(4))
         self._image = wandb.Image
         self._run = wandb.init(
             project="REPA",

@@ -152,7 +152,7 @@ def test_bytes_in_place_of_a_tensor_are_refused_and_not_run(state, tmp_path, pro
 
 def test_code_in_a_tensors_place_is_refused_and_not_run(target, index, state, proof):
     shard = target / "__0_0.distcp"
-    torch.save(Hostile(proof), shard)
+    torch.save([Hostile(proof), bytes(1 << 20)], shard)  # as long as any tensor
     for place in index.storage_data.values():
         place.offset, place.length = 0, shard.stat().st_size
     write(index, target)
@@ -237,10 +237,13 @@ def test_of_a_mutated_index_only_value_errors_come(tmp_path, name, count):
         ({"a": ["float32", [2], [[[0], [2], "x", -1, 8]]]}, "expected whole numbers"),
         ({"a": ["float32", [2.0], [[[0], [2], "x", 0, 8]]]}, "expected whole numbers"),
         ({"a": ["object", [2], [[[0], [2], "x", 0, 8]]]}, "object"),
+        ({"a": ["float32", [2**40], [[[0], [2**40], "x", 0, 8]]]}, "a part of it only 8 bytes"),
+        ({"a": ["float32", [2**40], [[[0], [2**40], "x", 0, 2**43]]]}, "bytes of x, which has 8"),
         ([], "AttributeError"),
     ],
 )
 def test_an_index_that_cannot_be_is_refused(tmp_path, tensors, words):
+    (tmp_path / "x").write_bytes(bytes(8))
     (tmp_path / "index.json").write_text(json.dumps({"tensors": tensors, "bytes": {}}))
     reseal(tmp_path)
     refused(lambda: read_native(tmp_path, ""), r"index\.json is not a readable index.*", words)

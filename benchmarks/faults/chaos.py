@@ -1,26 +1,30 @@
-"""Kill a run again and again: `python -m benchmarks.faults.chaos --kills 50` (`make chaos`).
+"""Disturb a run again and again: `python -m benchmarks.faults.chaos --faults 100` (`make chaos`).
 
 An undisturbed run of a tiny model on the digits, on two processes; then runs of the same flags
 under `torchrun --max-restarts` that lose one process, both, or torchrun with them to SIGKILL at
-seeded random moments: while they train, save, start or resume. Every run has to end by itself with
-the tensors and metrics of the undisturbed one, bit for bit. A last run of 6,000 steps and 30
-checkpoints shows how memory grows.
+seeded random moments: while they train, save, start or resume; or that suffer one of the faults of
+chaos_faults.py. Every run has to end with the tensors and metrics of the undisturbed one, bit for
+bit. They live on a tmpfs, which can be filled up, where a mount namespace of our own can be had. A
+last run of 6,000 steps and 30 checkpoints shows how memory grows.
 """
 
 import argparse
 import contextlib
+import os
 import random
 import shlex
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
+from benchmarks.faults.chaos_faults import FAULTS, FULL_DISK, NEEDED, Fault, suffer
 from benchmarks.faults.chaos_report import markdown
 from benchmarks.faults.chaos_run import Broken, Trainer
 from benchmarks.harness.environment import parser, results_folder, stamp
@@ -33,8 +37,12 @@ RANKS = 2
 PHASES = ("training", "checkpointing", "resuming")
 TARGETS = ("rank 0", "rank 1", "both", "all")
 LOG_EVERY, SAVE_EVERY, KEEP_LAST = 2, 5, 3
-LONGEST = {"training": 0.2, "checkpointing": 0.2}
-"""Seconds from the step or the directory that is waited for to the latest kill."""
+KINDS = (*PHASES, *FAULTS)
+LONGEST = 0.2
+"""Seconds from the step or the directory that is waited for to the latest fault."""
+
+NAMESPACE, INSIDE = ("unshare", "-rm"), "REPA_FAST_CHAOS_INSIDE"
+MOUNT = ("mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs")
 
 TIMED = ("_ms", "_seconds", "_per_second", "mfu")  # ends of metrics that differ from run to run
 MEMORY_SAVE_EVERY, MEMORY_LOG_EVERY = 200, 20
@@ -46,26 +54,18 @@ TINY = {
 """SRA, for a start without an encoder's packages; and a wrong EMA would show in the loss."""
 
 
-@dataclass(frozen=True)
-class Kill:
-    """When and whom to kill."""
-
-    phase: str
-    target: str
-    after: int  # steps from where the run begins
-    wait: float  # of the longest delay
-
-
-def plan(kills: int, reach: int, seed: int) -> list[Kill]:
-    """Draw every phase and every target equally often, in random order."""
+def plan(faults: int, reach: int, seed: int, kinds: Sequence[str] = KINDS) -> list[Fault]:
+    """Draw every kind, and of kills every target, equally often, in random order."""
     draw = random.Random(seed)
 
-    def rounds(values: tuple[str, ...]) -> Iterator[str]:
+    def rounds(values: Sequence[str]) -> Iterator[str]:
         while True:
             yield from draw.sample(values, len(values))
 
-    pairs = zip(range(kills), rounds(PHASES), rounds(TARGETS))
-    return [Kill(*pair, draw.randint(1, reach), draw.random()) for _, *pair in pairs]
+    targets = rounds(TARGETS)
+    drawn = [kind for _, kind in zip(range(faults), rounds(kinds))]
+    whom = [next(targets) if kind in PHASES else "" for kind in drawn]
+    return [Fault(*pair, draw.randint(1, reach), draw.random()) for pair in zip(drawn, whom)]
 
 
 def flags(data: Path, steps: int, save_every: int, log_every: int, more: str = "") -> list[str]:
@@ -89,27 +89,28 @@ def undisturbed(arguments: list[str], run: Path) -> dict:
 
 
 def disturbed(
-    arguments: list[str], run: Path, kills: list[Kill], start_seconds: float, whole: Path
+    arguments: list[str], run: Path, faults: list[Fault], start_seconds: float, whole: Path
 ) -> list[dict]:
-    """Return rows of a run that suffers `kills` until they or its steps are used up.
+    """Return rows of a run that suffers `faults` until they or its steps are used up.
 
     Raise Broken if a promise was not kept, or it does not end as the run in `whole` did.
     """
     began = time.monotonic()
     with started(arguments, run) as trainer:
-        for number, kill in enumerate(kills, start=1):
-            if not moment(trainer, kill, start_seconds):
+        for number, fault in enumerate(faults, start=1):
+            if not moment(trainer, fault, start_seconds) or not suffer(trainer, fault):
                 break
-            trainer.kill(kill.target)
-            row = trainer.kills[-1]
-            what = f"{row['target']} while {row['phase']}, step {row['reached']}"
-            print(f"{run.name}, kill {number} of {len(kills)}: {what}", flush=True)
+            row = trainer.faults[-1]
+            what = f"{fault.target or fault.kind} while {row['phase']}, step {row['reached']}"
+            print(f"{run.name}, fault {number} of {len(faults)}: {what}", flush=True)
         trainer.finish()
     if differing := differences(run, whole):
         raise Broken(f"{run} differs from {whole} in {', '.join(differing)}")
-    row = {"kind": "run", "kills": len(trainer.kills), "announced": len(trainer.announced)}
+    if not trainer.faults:
+        raise Broken(f"{run} is too short for {faults[0]}, expected more --steps")
+    row = {"kind": "run", "faults": len(trainer.faults), "announced": trainer.announcements}
     row |= {"identical": True, "seconds": time.monotonic() - began}
-    return [*trainer.kills, row]
+    return [*trainer.faults, row]
 
 
 @contextlib.contextmanager
@@ -123,21 +124,24 @@ def started(arguments: list[str], run: Path, ranks: int = RANKS) -> Iterator[Tra
         trainer.stop()
 
 
-def moment(trainer: Trainer, kill: Kill, start_seconds: float) -> bool:
-    """Let the run go on until it shall be killed; return False if it ends before."""
-    if kill.phase == "resuming":
+def moment(trainer: Trainer, fault: Fault, start_seconds: float) -> bool:
+    """Let the run go on until the fault is due; return False if it ends before."""
+    if fault.kind == "resuming":
         there = trainer.until(lambda: len(trainer.workers()) == RANKS, "its processes")
         if there and trainer.began_at is None:
-            trainer.pause(kill.wait * start_seconds)
+            trainer.pause(fault.wait * start_seconds)
         return not trainer.finished
     if not trainer.until(lambda: trainer.began_at is not None, "its beginning"):
         return False
-    first = trainer.began_at + kill.after
+    first = trainer.began_at + fault.after
     if not trainer.until(lambda: (trainer.reached or 0) >= first, f"step {first}"):
         return False
-    if kill.phase == "checkpointing" and not trainer.until(trainer.saving, "a save"):
+    needed = NEEDED.get(fault.kind, 0)
+    if not trainer.until(lambda: len(trainer.complete()) >= needed, f"{needed} checkpoints"):
         return False
-    trainer.pause(kill.wait * LONGEST[kill.phase])
+    if fault.kind == "checkpointing" and not trainer.until(trainer.saving, "a save"):
+        return False
+    trainer.pause(fault.wait * LONGEST)
     return not trainer.finished
 
 
@@ -176,40 +180,61 @@ def memory(data: Path, run: Path, count: int, more: str) -> dict:
 
 
 def chaos(options: argparse.Namespace, work: Path) -> Iterator[dict]:
-    """Return rows of the undisturbed run, of kills and their runs, and of memory."""
+    """Return rows of the undisturbed run, of faults and their runs, and of memory."""
     data = prepare_digits(work / "digits")
     common = {**stamp(), "flags": options.flags, "ranks": RANKS}
-    if options.kills:
+    if options.faults:
         arguments = flags(data, options.steps, SAVE_EVERY, LOG_EVERY, options.flags)
         whole = undisturbed(arguments, work / "undisturbed")
         yield {**common, "steps": options.steps, **whole}
-        reach = max(1, min(2 * options.steps // options.kills_per_run, options.steps // 2))
-        left = plan(options.kills, reach, options.seed)
+        reach = max(1, min(2 * options.steps // options.faults_per_run, options.steps // 2))
+        left = plan(options.faults, reach, options.seed, options.kinds)
         number = 0
         while left:
             number += 1
-            share, run = left[: options.kills_per_run], work / f"run{number}"
+            share, run = left[: options.faults_per_run], work / f"run{number}"
             rows = disturbed(arguments, run, share, whole["start_seconds"], work / "undisturbed")
-            left = left[rows[-1]["kills"] :]
+            left = left[rows[-1]["faults"] :]
             yield from ({**common, "run": number, "seed": options.seed, **row} for row in rows)
     if options.memory_steps:
         yield common | memory(data, work / "memory", options.memory_steps, options.flags)
 
 
+def own_disk() -> bool:
+    """Return whether a tmpfs can be mounted that ends with us: start again where it can."""
+    if os.environ.get(INSIDE):
+        return True
+    with tempfile.TemporaryDirectory() as trial:
+        mount = [*NAMESPACE, *MOUNT, trial]
+        if not shutil.which(mount[0]) or subprocess.run(mount, capture_output=True).returncode:
+            print(f"no disk is filled up: `{shlex.join(mount)}` does not work here", flush=True)
+            return False
+    os.environ[INSIDE] = "1"
+    os.execvp(NAMESPACE[0], [*NAMESPACE, sys.executable, *sys.orig_argv[1:]])
+
+
 def main() -> int:
-    """Kill, compare, append the rows, and write their report."""
+    """Disturb, compare, append the rows, and write their report."""
     arguments = parser(__doc__.splitlines()[0], "file to append the rows to", device=False)
-    arguments.add_argument("--kills", type=int, default=50, help="0 for none")
-    arguments.add_argument("--kills-per-run", type=int, default=13)
+    arguments.add_argument("--faults", "--kills", type=int, default=100, help="0 for none")
+    arguments.add_argument("--faults-per-run", type=int, default=13)
+    arguments.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND")
     arguments.add_argument("--steps", type=int, default=240, help="of each run")
     arguments.add_argument("--memory-steps", type=int, default=6000, help="0 for no such run")
     arguments.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments.add_argument("--flags", default="", help='more flags of train.py: "--parallel fsdp"')
-    arguments.add_argument("--work", type=Path, help="folder of the runs, kept; a temporary one")
+    arguments.add_argument("--work", type=Path, help="folder that the runs are copied to")
     options = arguments.parse_args()
     out = options.out or results_folder("chaos", "cpu") / "rows.jsonl"
+    mounts = own_disk()
+    options.kinds = [kind for kind in options.kinds if mounts or kind != FULL_DISK]
     with contextlib.ExitStack() as stack:
-        work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if mounts:
+            subprocess.run([*MOUNT, work], check=True)
+            stack.callback(subprocess.run, ["umount", work], check=True)
+        if options.work:
+            stack.callback(shutil.copytree, work, options.work, dirs_exist_ok=True)
         for row in chaos(options, work):
             append(out, row)
     text = markdown(read(out))

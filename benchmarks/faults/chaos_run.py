@@ -10,12 +10,14 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks.harness.environment import ROOT
-from repa_fast.checkpoint.layout import MARKER, steps
+from repa_fast.checkpoint.layout import path_of, steps
+from repa_fast.checkpoint.marker import MARKER
 
 RESTARTS = 1000
 PATIENCE = 240.0
@@ -25,6 +27,7 @@ GOING_ON = re.compile(r"going on from (\S+)$")
 BEGINS = re.compile(r", from step (\d+) to (\d+)$")
 STEP = re.compile(r"step (\d+)/\d+ ")
 ANNOUNCED = re.compile(r"checkpoint (\S+)( |$)")
+UNWRITTEN = re.compile(r"WARNING: checkpoint \S+ was not written: ")
 
 
 class Broken(RuntimeError):
@@ -40,20 +43,27 @@ class Trainer:
     def __init__(self, flags: list[str], run: Path, ranks: int, keep_last: int) -> None:
         self.run, self.ranks, self.keep_last = run, ranks, keep_last
         self.announced: set[int] = set()  # steps of checkpoints that the run said were written
+        self.announcements = 0
         self.reached: int | None = None  # the last step it reported since it last began
         self.began_at: int | None = None  # the step it began at, None while it starts
         self.finished = False  # whether the checkpoint of the last step was announced
-        self.kills: list[dict] = []  # a row for each, complete once the run has begun again
+        self.begins = self.unwritten = 0  # how often it began, and said that a save failed
+        self.faults: list[dict] = []  # a row for each, complete once training goes on
+        self.flipped: dict[int, Path] = {}  # checkpoints with a flipped byte, by inode
+        self.process: subprocess.Popen | None = None
         self.watch_memory = False
         self.rss: list[dict[int, int]] = []  # bytes of each rank at every step, if watched
-        self._began_wall = self._killed = 0.0
+        self.since = 0.0  # when the last fault came, or was over
+        self._began_wall = 0.0
         self._source: int | None = None
         self._complete: list[int] | None = None
         self._total = sys.maxsize
         self._rest = b""
-        self._place = ["--output-dir", str(run.parent), "--exp-name", run.name]
-        self._flags = [*flags, "--keep-last", str(keep_last), "--resume", "auto"]
-        self._errors = run.with_name(f"{run.name}.errors.txt")
+        self._heard = 0  # bytes on stderr when it was last interrupted
+        self.flags = [*flags, "--output-dir", str(run.parent), "--exp-name", run.name]
+        self.flags += ["--keep-last", str(keep_last)]
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (not on the run's disk)
         run.parent.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -62,30 +72,32 @@ class Trainer:
 
     def launch(self) -> None:
         """Start torchrun, as a scheduler would after it lost the node."""
+        if self.process is not None:
+            self.process.wait(PATIENCE)
+            self.process.stdout.close()
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         launcher += [f"--nproc-per-node={self.ranks}", f"--max-restarts={RESTARTS}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        with open(self._errors, "a") as errors:
-            self.process = subprocess.Popen(
-                [*launcher, "train.py", *self._flags, *self._place], cwd=ROOT, env=environment,
-                stdout=subprocess.PIPE, stderr=errors,
-            )  # fmt: skip
+        self.process = subprocess.Popen(
+            [*launcher, "train.py", *self.flags, "--resume", "auto"], cwd=ROOT,
+            env=self.environment, stdout=subprocess.PIPE, stderr=self._errors,
+        )  # fmt: skip
         os.set_blocking(self.process.stdout.fileno(), False)
         self._rest = b""
 
-    def until(self, ready: Callable[[], bool], what: str) -> bool:
+    def until(self, ready: Callable[[], bool], what: str, *, anyway: bool = False) -> bool:
         """Read lines until `ready()`; return False if the last checkpoint or the end comes first.
 
-        Raise Broken if nothing is heard of the run for PATIENCE, or it ends badly.
+        Raise Broken if nothing is heard of the run for PATIENCE, or it ends badly; with `anyway` it
+        may end, as it likes.
         """
         deadline = time.monotonic() + PATIENCE
         while not ready():
-            if self.finished:
+            if self.finished and not anyway:
                 return False
             status = self.process.poll()
             if self.read():
                 deadline = time.monotonic() + PATIENCE
-            if status is not None and not self.finished:
+            if status is not None and not (self.finished or anyway):
                 raise Broken(f"the run ended with status {status} before {what}{self._complaint()}")
             if time.monotonic() > deadline:
                 raise Broken(f"waited {PATIENCE:.0f} s in vain for {what}{self._complaint()}")
@@ -94,10 +106,8 @@ class Trainer:
 
     def pause(self, seconds: float) -> None:
         """Let it run on for so long."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            self.read()
-            time.sleep(0.002)
+        over = time.monotonic() + seconds
+        self.until(lambda: time.monotonic() >= over, "the time", anyway=True)
 
     def finish(self) -> None:
         """Wait for the end; raise Broken if it is not good or announced checkpoints are gone."""
@@ -109,7 +119,7 @@ class Trainer:
         self.process.stdout.close()
         if status:
             raise Broken(f"ended with status {status} after its last checkpoint")
-        self._expect_announced(steps(self.checkpoints))
+        self._expect_announced(self.complete())
 
     def read(self) -> bool:
         """Take in the lines that are there; say whether there were any."""
@@ -121,11 +131,19 @@ class Trainer:
                 heard = True
         return heard
 
+    def stderr(self, since: int = 0) -> str:
+        """Return what the run wrote there, after so many bytes."""
+        return os.pread(self._errors.fileno(), 1 << 28, since).decode(errors="replace")
+
+    def complete(self) -> list[int]:
+        """Return the steps of complete checkpoints, without those that have a flipped byte."""
+        found = steps(self.checkpoints)
+        return [s for s in found if inode(path_of(self.checkpoints, s)) not in self.flipped]
+
     def phase(self) -> str:
         """Return what the run is doing: starting, resuming, checkpointing or training."""
-        complete = steps(self.checkpoints)
         if self.began_at is None:
-            return "resuming" if complete else "starting"
+            return "resuming" if self.complete() else "starting"
         return "checkpointing" if self.saving() else "training"
 
     def saving(self) -> bool:
@@ -153,31 +171,42 @@ class Trainer:
 
         After "all" the run is started again. Raise Broken if the other ranks do not end.
         """
+        self.note("kill", target=target)
         workers = self.workers()
-        victims = [pid for rank, pid in workers.items() if target in (f"rank {rank}", "both")]
         if target == "all":
-            victims = [self.process.pid, *descendants(self.process.pid)]
-        phase, self._killed = self.phase(), time.monotonic()
-        kill(victims)
+            self.stop()
+        kill([pid for rank, pid in workers.items() if target in (f"rank {rank}", "both")])
+        self.interrupted(workers.values())
         if target == "all":
-            self.process.wait()
-        while any(alive(pid) for pid in workers.values()):
-            if time.monotonic() > self._killed + PATIENCE:
-                raise Broken(f"a rank outlives the end of {target}{self._complaint()}")
-            time.sleep(0.002)
-        self.read()
-        self._complete = steps(self.checkpoints)
-        row = {"kind": "kill", "phase": phase, "target": target, "reached": self.reached}
-        row |= {"half_written": self.saving(), "resumed_at": None, "lost_steps": 0}
-        self.kills.append(row | {"recovery_seconds": None})
-        self.began_at = self.reached = self._source = None
-        self.finished = False
-        if target == "all":
-            self.process.stdout.close()
             self.launch()
 
+    def note(self, kind: str, **more: str) -> dict:
+        """Add the row of a fault that comes now, and return it."""
+        self.since = time.monotonic()
+        row = {"kind": kind, **more, "phase": self.phase(), "reached": self.reached}
+        row |= {"half_written": False, "resumed_at": None, "lost_steps": 0}
+        self.faults.append(row | {"recovery_seconds": None})
+        return self.faults[-1]
+
+    def interrupted(self, pids: Iterable[int]) -> None:
+        """Wait for the end of these processes, and see what the next ones have to go on from."""
+        self.until(lambda: not any(map(alive, pids)), "the other ranks' end", anyway=True)
+        self.read()
+        self.faults[-1] |= {"reached": self.reached, "half_written": self.saving()}
+        self._complete = self.complete()
+        self._heard = os.fstat(self._errors.fileno()).st_size
+        self.began_at = self.reached = self._source = None
+        self.finished = False
+
+    def damage(self, path: Path) -> None:
+        """Take note that a byte of a checkpoint was flipped, while no process runs."""
+        self._expect_announced(self.complete())
+        self.flipped[inode(path)] = path
+        self._complete = self.complete()
+        self.announced &= set(self._complete)  # it had pushed out others while it was whole
+
     def stop(self) -> None:
-        """End everything, when the onlooker gives up."""
+        """Kill everything: torchrun and what is below it."""
         if self.process.poll() is None:
             kill([self.process.pid, *descendants(self.process.pid)])
             self.process.wait()
@@ -197,13 +226,17 @@ class Trainer:
                 self.rss.append({rank: resident(pid) for rank, pid in self.workers().items()})
         elif match := ANNOUNCED.match(line):
             step = int(Path(match[1]).name)
+            self.announcements += step not in self.announced
             self.announced.add(step)
-            self._expect_announced(steps(self.checkpoints))
+            self._expect_announced(self.complete())
+            self._expect_aside(Path(match[1]).name)
             self.finished = step >= self._total
+        elif UNWRITTEN.match(line):
+            self.unwritten += 1
 
     def _complete_when_it_looked(self) -> list[int]:
         """Return what the last kill left; without one, what there is now, which nobody added to."""
-        return steps(self.checkpoints) if self._complete is None else self._complete
+        return self.complete() if self._complete is None else self._complete
 
     def _begin(self, step: int) -> None:
         complete = self._complete_when_it_looked()
@@ -211,14 +244,30 @@ class Trainer:
         if step != newest or (self._source or 0) != step:
             raise Broken(f"began at step {step} from {self._source}, complete were {complete}")
         self._expect_announced(complete)
-        self._complete = None
-        self.began_at, self.reached, self._began_wall = step, None, time.time()
-        for row in self.kills:
+        self._expect_named(step)
+        for row in self.faults:
             if row["resumed_at"] is None:
                 row["resumed_at"] = step
-                row["lost_steps"] = max(0, (row["reached"] or 0) - step)
-                last = row is self.kills[-1]
-                row["recovery_seconds"] = time.monotonic() - self._killed if last else None
+                row["lost_steps"] = max(0, (self.reached or row["reached"] or 0) - step)
+                last = row is self.faults[-1]
+                row["recovery_seconds"] = time.monotonic() - self.since if last else None
+        self._complete = self._source = None
+        self.begins += 1
+        self.began_at, self.reached, self._began_wall = step, None, time.time()
+
+    def _expect_named(self, step: int) -> None:
+        """Expect the run to have said which damaged checkpoints it passed over."""
+        said = self.stderr(self._heard)
+        for number, path in self.flipped.items():
+            newer = int(path.name) > step and inode(path) == number
+            if newer and f"passing over {path}: wrong checksum of " not in said:
+                raise Broken(f"began at step {step}, and did not say that {path} is damaged")
+
+    def _expect_aside(self, name: str) -> None:
+        """Expect what was damaged to be there still, once a checkpoint has taken its place."""
+        aside = {inode(path) for path in self.checkpoints.glob(f"{name}.damaged*")}
+        if gone := {n for n, path in self.flipped.items() if path.name == name} - aside:
+            raise Broken(f"{name} was damaged, and is neither there nor aside: inodes {gone}")
 
     def _expect_announced(self, complete: list[int]) -> None:
         """Expect every announced checkpoint to be complete, or pruned after newer ones."""
@@ -228,8 +277,7 @@ class Trainer:
             raise Broken(f"announced checkpoints have no marker: {lost}, complete are {complete}")
 
     def _complaint(self) -> str:
-        tail = self._errors.read_text(errors="replace").splitlines()[-15:]
-        return "\n".join([f"; {self._errors} ends:", *tail])
+        return "\n".join(["; its stderr ends:", *self.stderr().splitlines()[-30:]])
 
 
 def descendants(pid: int) -> list[int]:
@@ -254,6 +302,14 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def inode(path: Path) -> int:
+    """Return the number that a file or folder keeps when it is renamed; 0 if there is none."""
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return 0
 
 
 def resident(pid: int) -> int:

@@ -110,7 +110,7 @@ def metadata_of(described: dict) -> Metadata:
 
 
 def _expect_long_enough(checkpoint: Path, metadata: Metadata) -> None:
-    """Raise ValueError if a part ends behind its file, which bounds what memory can be asked for."""
+    """Raise ValueError if a part ends behind its file: files bound the memory of tensors."""
     ends: dict[str, int] = {}
     for place in metadata.storage_data.values():
         name = place.relative_path

@@ -47,8 +47,8 @@ test-full: $(VENV)/.csrc ## all tests that need no GPU, with every case of their
 smoke-full: $(VENV)/.installed ## SiT-XL/2 with DINOv2-B: a step, save, resume, sample; 22 GiB of memory
 	$(VENV)/bin/python -m pytest -p no:benchmark -m smoke_full --durations=1 tests/train/test_smoke.py
 
-chaos: $(VENV)/.installed ## kill a run on two processes 50 times and compare it with one left alone; half an hour
-	$(VENV)/bin/python -m benchmarks.faults.chaos --kills 50
+chaos: $(VENV)/.installed ## let runs on two processes suffer 100 faults and compare them with one left alone; half an hour
+	$(VENV)/bin/python -m benchmarks.faults.chaos --faults 100
 
 demo: $(VENV)/.installed ## train on the bundled digits on a CPU, or go on with it, then evaluate
 	$(VENV)/bin/python train.py --preset digits --output-dir runs --exp-name demo --resume auto

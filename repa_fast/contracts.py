@@ -44,7 +44,7 @@ def expect_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 def looks_like_url(value: str | Path) -> bool:
     """Return whether a path is a URL, also as pathlib writes it, with one slash: s3:/bucket."""
-    return re.match(r"[A-Za-z][\w+.-]+:/", str(value)) is not None
+    return re.match(r"\s*[A-Za-z][\w+.-]+:/", str(value)) is not None
 
 
 def expect_path(name: str, value: str | Path) -> None:

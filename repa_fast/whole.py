@@ -1,11 +1,56 @@
-"""Files and folders that appear whole or not at all."""
+"""Files that are ours to write, and appear whole or not at all; others' files, read with care."""
 
+import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
+
+
+def read_regular(path: Path) -> bytes:
+    """Read a file; OSError if it is none, such as a pipe that nobody writes to, or a device."""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read it; OSError if it is none, such as a pipe or a device."""
+    return open(path, "rb", opener=lambda name, _: _open(name, os.O_RDONLY))
+
+
+def open_own(path: Path, flags: int = os.O_WRONLY | os.O_APPEND) -> int:
+    """Open a file to write it, which is made if it is not there, and return its descriptor.
+
+    OSError for a link, which would lead somebody's file into another's hands, or for no file.
+    """
+    return _open(path, flags | os.O_CREAT | os.O_NOFOLLOW)
+
+
+def _open(path: Path | str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path} is not a regular file")
+    return descriptor
+
+
+def expect_no_link(*paths: Path) -> None:
+    """Raise ValueError if one is a link: what is written or removed there would be another's."""
+    for path in paths:
+        if path.is_symlink():
+            raise ValueError(f"{path} is a link, expected a file or folder of its own")
+
+
+def parse_json(data: bytes | str, name: object) -> Any:
+    """Return what JSON says; ValueError with the name of what it is of if it is none."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is damaged ({error}), expected JSON") from error
 
 
 def write_whole(path: Path, content: str | memoryview) -> None:
@@ -15,7 +60,8 @@ def write_whole(path: Path, content: str | memoryview) -> None:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(partial, "wb") as file:
+        partial.unlink(missing_ok=True)
+        with open(open_own(partial, os.O_WRONLY | os.O_EXCL), "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())

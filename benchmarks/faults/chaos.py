@@ -219,7 +219,7 @@ def main() -> int:
     arguments.add_argument("--faults", "--kills", type=int, default=100, help="0 for none")
     arguments.add_argument("--faults-per-run", type=int, default=13)
     arguments.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND")
-    arguments.add_argument("--steps", type=int, default=240, help="of each run")
+    arguments.add_argument("--steps", type=int, default=400, help="of each run")
     arguments.add_argument("--memory-steps", type=int, default=6000, help="0 for no such run")
     arguments.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments.add_argument("--flags", default="", help='more flags of train.py: "--parallel fsdp"')
@@ -228,6 +228,7 @@ def main() -> int:
     out = options.out or results_folder("chaos", "cpu") / "rows.jsonl"
     mounts = own_disk()
     options.kinds = [kind for kind in options.kinds if mounts or kind != FULL_DISK]
+    options.faults *= bool(options.kinds)
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if mounts:

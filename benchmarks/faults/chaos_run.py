@@ -49,7 +49,8 @@ class Trainer:
         self.finished = False  # whether the checkpoint of the last step was announced
         self.begins = self.unwritten = 0  # how often it began, and said that a save failed
         self.faults: list[dict] = []  # a row for each, complete once training goes on
-        self.flipped: dict[int, Path] = {}  # checkpoints with a flipped byte, by inode
+        self.flipped: dict[Path, int] = {}  # inodes of checkpoints with a flipped byte
+        self.unnamed: dict[Path, int] = {}  # those that a run has to name, after so much on stderr
         self.process: subprocess.Popen | None = None
         self.watch_memory = False
         self.rss: list[dict[int, int]] = []  # bytes of each rank at every step, if watched
@@ -138,7 +139,7 @@ class Trainer:
     def complete(self) -> list[int]:
         """Return the steps of complete checkpoints, without those that have a flipped byte."""
         found = steps(self.checkpoints)
-        return [s for s in found if inode(path_of(self.checkpoints, s)) not in self.flipped]
+        return [step for step in found if not self._is_flipped(path_of(self.checkpoints, step))]
 
     def phase(self) -> str:
         """Return what the run is doing: starting, resuming, checkpointing or training."""
@@ -201,7 +202,8 @@ class Trainer:
     def damage(self, path: Path) -> None:
         """Take note that a byte of a checkpoint was flipped, while no process runs."""
         self._expect_announced(self.complete())
-        self.flipped[inode(path)] = path
+        self.flipped[path] = inode(path)
+        self.unnamed[path] = self._heard
         self._complete = self.complete()
         self.announced &= set(self._complete)  # it had pushed out others while it was whole
 
@@ -216,7 +218,7 @@ class Trainer:
         if match := GOING_ON.search(line):
             self._source = int(Path(match[1]).name)
             if self._source not in self._complete_when_it_looked():
-                raise Broken(f"went on from {match[1]}, which has no marker")
+                raise Broken(f"went on from {match[1]}, which is not whole")
         elif match := BEGINS.search(line):
             self._begin(int(match[1]))
             self._total = int(match[2])
@@ -229,7 +231,6 @@ class Trainer:
             self.announcements += step not in self.announced
             self.announced.add(step)
             self._expect_announced(self.complete())
-            self._expect_aside(Path(match[1]).name)
             self.finished = step >= self._total
         elif UNWRITTEN.match(line):
             self.unwritten += 1
@@ -256,18 +257,16 @@ class Trainer:
         self.began_at, self.reached, self._began_wall = step, None, time.time()
 
     def _expect_named(self, step: int) -> None:
-        """Expect the run to have said which damaged checkpoints it passed over."""
-        said = self.stderr(self._heard)
-        for number, path in self.flipped.items():
-            newer = int(path.name) > step and inode(path) == number
-            if newer and f"passing over {path}: wrong checksum of " not in said:
+        """Expect the run to have named the damaged checkpoints, and to have moved them aside."""
+        for path, start in self.unnamed.items():
+            if f"passing over {path}: wrong checksum of " not in self.stderr(start):
                 raise Broken(f"began at step {step}, and did not say that {path} is damaged")
+            if self.flipped[path] not in map(inode, path.parent.glob(f"{path.name}.damaged*")):
+                raise Broken(f"{path} was damaged, and was not moved aside")
+        self.unnamed = {}
 
-    def _expect_aside(self, name: str) -> None:
-        """Expect what was damaged to be there still, once a checkpoint has taken its place."""
-        aside = {inode(path) for path in self.checkpoints.glob(f"{name}.damaged*")}
-        if gone := {n for n, path in self.flipped.items() if path.name == name} - aside:
-            raise Broken(f"{name} was damaged, and is neither there nor aside: inodes {gone}")
+    def _is_flipped(self, path: Path) -> bool:
+        return self.flipped.get(path) == inode(path)
 
     def _expect_announced(self, complete: list[int]) -> None:
         """Expect every announced checkpoint to be complete, or pruned after newer ones."""

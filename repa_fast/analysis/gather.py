@@ -17,7 +17,7 @@ from repa_fast import encoders
 from repa_fast.analysis.hidden import Features, collect
 from repa_fast.checkpoint.layout import read_settings
 from repa_fast.checkpoint.marker import trusted
-from repa_fast.contracts import expect_writable, looks_like_url
+from repa_fast.contracts import expect_writable
 from repa_fast.data.loader import Batch, Loader
 from repa_fast.data.official import OfficialFolder
 from repa_fast.data.open import Dataset, open_dataset
@@ -74,7 +74,7 @@ class AnalysisConfig(WeightsConfig):
         data_dir = self.data_dir or (run.data_dir if run else "")
         if not data_dir:
             raise ValueError(f"{loaded.source} does not say its dataset, expected --data-dir")
-        if not self.data_dir and looks_like_url(data_dir):
+        if not self.data_dir and is_url(data_dir):
             raise ValueError(
                 f"the run's dataset is {data_dir!r}, expected --data-dir with that URL to open it"
             )

@@ -104,17 +104,21 @@ class Writer(dcp.FileSystemWriter):
 def make_room(target: Path) -> None:
     """Make an empty directory: what was half written goes, all else is moved aside.
 
-    A checkpoint is there if it is damaged, or cannot be read; it, or a link, becomes
-    `NAME.damaged`, `NAME.damaged1` and so on.
+    That is a checkpoint that is damaged, or cannot be read, or a link.
     """
     if target.is_symlink() or is_complete(target):
-        numbered = (f"{target.name}.damaged{n or ''}" for n in count())
-        aside = next(p for p in map(target.with_name, numbered) if not os.path.lexists(p))
-        log.warning("%s is damaged: moved to %s", target, aside.name)
-        target.rename(aside)
+        set_aside(target)
     elif target.exists() and any(target.iterdir()):
         shutil.rmtree(target)
     target.mkdir(parents=True, exist_ok=True)
+
+
+def set_aside(damaged: Path) -> None:
+    """Rename a damaged checkpoint to `NAME.damaged`, `NAME.damaged1` and so on."""
+    numbered = (f"{damaged.name}.damaged{n or ''}" for n in count())
+    aside = next(p for p in map(damaged.with_name, numbered) if not os.path.lexists(p))
+    log.warning("%s is damaged: moved to %s", damaged, aside.name)
+    damaged.rename(aside)
 
 
 def expect_space(folder: Path, needed: int) -> None:
@@ -146,7 +150,7 @@ def write_marker(target: Path, sums: dict[str, int]) -> None:
 def prune(folder: Path, newest: int, keep_last: int, keep_every: int) -> None:
     """Remove complete checkpoints but the last K and those of every N steps; 0 for K keeps all.
 
-    Those after step `newest` do not count: a damaged one was passed over and is written again.
+    Those after step `newest` do not count: they are another's, or of a run that was cut off.
     """
     found = [step for step in steps(folder) if step <= newest]
     for step in found[:-keep_last] if keep_last else []:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from repa_fast.contracts import looks_like_url
 from repa_fast.failure import Failure
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class StoreError(Failure):
 
 def is_url(uri: str | Path) -> bool:
     """Return whether `uri` is an object store's, not a path."""
-    return "://" in str(uri)
+    return "://" in str(uri) or looks_like_url(uri)
 
 
 def open_table(uri: str | Path, split: str) -> "tuple[lance.LanceDataset, str]":

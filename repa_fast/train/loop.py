@@ -105,6 +105,7 @@ def loop(run: Run) -> None:
             log(run)
         with run.paused():
             if run.due(config.checkpointing_steps, run.last_saved) or run.done or stop or failing:
+                run.reporter.flush()  # the metrics that a checkpoint goes on from come first
                 run.saves.save(state, wait=run.done or stop)
                 run.last_saved = state.step
             if run.due(config.sampling_steps, run.seen["samples"]) and not stop:

@@ -164,11 +164,16 @@ class Reporter:
         else:
             self.line(f"evaluation at step {step}  {listed}")
 
+    def flush(self) -> None:
+        """Write the metrics that a full disk refused before."""
+        with self.attempts.to_write("metrics.jsonl"):
+            self._metrics.flush()
+
     def line(self, text: str, *, bar_has_it: bool = False) -> None:
         """Write a line to log.txt and the terminal; where the bar shows it already, not again."""
         with self.attempts.to_write("log.txt"):
             self._log.add(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
-            self._metrics.flush()
+        self.flush()
         with self.attempts.to_write("a line on the terminal"):
             if self._bar is None:
                 print(text, flush=True)

@@ -6,6 +6,7 @@ that step, by an offset that is saved with the checkpoint.
 """
 
 import dataclasses
+import itertools
 import logging
 import os
 import shlex
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from repa_fast.checkpoint import formats, marker
+from repa_fast.checkpoint import formats, marker, writer
 from repa_fast.checkpoint.layout import path_of, read_settings, steps
 from repa_fast.checkpoint.marker import trusted
 from repa_fast.configs.flags import flags_of
@@ -34,8 +35,8 @@ def resume(folder: Path, state: TrainState) -> Path | None:
     """Load what the config asks for into `state`; `folder` holds the run's own checkpoints.
 
     `--resume auto` takes the newest checkpoint that is whole; a damaged one is passed over with a
-    warning. Anything else that is asked for by name is loaded or refused. `--skip-steps` counts
-    once, where the run begins: its own checkpoints carry the offset.
+    warning, and moved aside. Anything else that is asked for by name is loaded or refused.
+    `--skip-steps` counts once, where the run begins: its own checkpoints carry the offset.
 
     Returns:
         The checkpoint resumed from, or None at the start of a run.
@@ -56,6 +57,7 @@ def resume(folder: Path, state: TrainState) -> Path | None:
         source = newest_whole(own, state)
         if own and source is None:
             raise ValueError(f"all checkpoints in {folder} are damaged")
+        state.world.on_first(lambda: set_aside_those_before(own, source))
     elif wanted != "never":
         source = named(folder, wanted)
         if damaged := state.world.on_first(lambda: damage(source, config)):
@@ -95,6 +97,13 @@ def newest_whole(found: list[Path], state: TrainState) -> Path | None:
 
     whole = state.world.on_first(search)
     return Path(whole) if whole else None
+
+
+def set_aside_those_before(found: list[Path], whole: Path | None) -> None:
+    """Move the native checkpoints that were passed over aside: --keep-last shall not count them."""
+    for path in itertools.takewhile(lambda path: path != whole, found):
+        if path.is_dir():
+            writer.set_aside(path)
 
 
 def damage(path: Path, config: RunConfig) -> str:

@@ -140,6 +140,9 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(trained, fold
         assert resume(folder, other) == checkpoint.path_of(folder, 2)
     assert other.step == 2
     assert "passing over" in caplog.text and shard.name in caplog.text
+    assert checkpoint.steps(folder) == [1, 2]  # so that --keep-last does not count it
+    aside = folder / "0000003.damaged" / shard.name
+    assert aside.exists() == (harm != "remove")
     train_step(other, trained[1])
     assert checkpoint.save(folder, other) == target
     assert resume(folder, again) == target

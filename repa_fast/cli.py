@@ -82,8 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     groups = ("", *(name.split()[0] for name in COMMANDS if " " in name))
     group = argv[0] if len(argv) > 1 else ""
     if not argv or (argv[-1] in ("-h", "--help") and group in groups):
-        print(usage(group))
-        return 0 if argv else 2
+        return command.main(lambda _: usage(group), []) or 2 * (not argv)
     print(f"repa-fast: {unknown(argv)}", file=sys.stderr)
     return 2
 

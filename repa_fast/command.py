@@ -28,6 +28,7 @@ def main(call: Callable[[list[str]], Any], argv: Sequence[str]) -> int:
     refuses its input, ends in one line and status 2; a Failure or OSError in one and status 1.
     With `--debug` among the words the traceback is shown instead.
     """
+    open_streams()
     expected = () if "--debug" in argv else (ValueError, Failure, OSError)
     for stream in (sys.stdout, sys.stderr):  # a locale may lack letters that names have
         if isinstance(stream, io.TextIOWrapper):
@@ -36,9 +37,10 @@ def main(call: Callable[[list[str]], Any], argv: Sequence[str]) -> int:
         result = call([word for word in argv if word != "--debug"])
         if result is not None and os.environ.get("RANK", "0") == "0":
             with contextlib.suppress(BrokenPipeError):  # `| head` has seen enough
-                print(result, flush=True)
+                print(printable(str(result)), flush=True)
     except expected as error:
-        print(f"repa-fast: {error}", file=sys.stderr)
+        text = str(error) if isinstance(error, Failure) else " ".join(str(error).split("\n"))
+        print(f"repa-fast: {printable(text)}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         print("repa-fast: interrupted", file=sys.stderr)
@@ -46,6 +48,24 @@ def main(call: Callable[[list[str]], Any], argv: Sequence[str]) -> int:
     finally:
         flush_or_drop()
     return 0
+
+
+def printable(text: str) -> str:
+    """Return a text whose control characters, which could steer a terminal, are escaped."""
+    kept = (c if c in "\n\t" or c.isprintable() else ascii(c)[1:-1] for c in text)
+    return "".join(kept)
+
+
+def open_streams() -> None:
+    """Open /dev/null where standard streams are closed: the next file would take their place."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            stream = open(descriptor, "w" if descriptor else "r", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
 
 
 def flush_or_drop() -> None:

@@ -3,6 +3,7 @@
 import os
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,8 +14,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from repa_fast.failure import Failure
+
 COLLECTIVE_TIMEOUT = 1800.0
 """Seconds a process waits for the others: the first one may be saving or downloading alone."""
+PATIENCE = 20.0
+"""Seconds until it is said that processes wait for others to come."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +100,19 @@ def session(timeout: float = COLLECTIVE_TIMEOUT) -> Iterator[World]:
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     limit = timedelta(seconds=timeout)
-    store, _, _ = next(dist.rendezvous("env://", timeout=limit))
-    store.set_timeout(limit)
-    store = dist.PrefixStore(meet(store, rank, size, timeout), store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    waiting = threading.Timer(PATIENCE, print, [f"waiting for {size} processes at {place}"])
+    waiting.start()
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+        store.set_timeout(limit)
+        store = dist.PrefixStore(meet(store, rank, size, timeout), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    except (dist.DistError, TimeoutError) as error:
+        reason = str(error).splitlines()[0]
+        raise Failure(f"{size} processes did not meet at {place}: {reason}") from error
+    finally:
+        waiting.cancel()
     try:
         yield World(rank, size, device, limit)
     finally:
@@ -134,8 +148,21 @@ def meet(store: dist.Store, rank: int, size: int, timeout: float) -> str:
 
 
 def rank_and_size() -> tuple[int, int]:
-    """Return this process's number and how many there are, by torchrun; (0, 1) without it."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """Return this process's number and how many there are, by torchrun; (0, 1) without it.
+
+    ValueError if RANK and WORLD_SIZE say something else.
+    """
+    said = {"RANK": "0", "WORLD_SIZE": "1"}
+    said = {name: os.environ.get(name, alone) for name, alone in said.items()}
+    for name, value in said.items():
+        if not value.isdecimal():
+            raise ValueError(f"{name} is {value!r} in the environment, expected a number")
+    rank, size = map(int, said.values())
+    if rank >= size:
+        raise ValueError(
+            f"RANK is {rank} in the environment, expected less than {size}, WORLD_SIZE"
+        )
+    return rank, size
 
 
 def own_device() -> torch.device:

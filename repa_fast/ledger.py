@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from repa_fast.failure import Failure
-from repa_fast.whole import is_disk_full, write_whole
+from repa_fast.whole import is_disk_full, parse_json, read_regular, write_whole
 
 RECIPE = "recipe.json"
 DISCARDED = "null"
@@ -224,10 +224,7 @@ def wait_until_none(awaited: Callable[[], str]) -> None:
 
 def read_dict(path: Path) -> dict:
     """Read a JSON file that holds a dict; ValueError names a damaged one."""
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}), expected JSON") from error
+    content = parse_json(read_regular(path), path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: {SHORT.repr(content)}, expected a dict")
     return content

@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from repa_fast.failure import Failure
+from repa_fast.whole import naming, open_own, parse_json, read_regular
 
 NAME = "lock"
 REFRESH, STALE = 30.0, 300.0
@@ -85,14 +86,14 @@ class Lock:
             self._acquire()
 
     def expect(self) -> None:
-        """Raise LockLost if another launch has taken the lock over."""
-        if not self.ours:
-            return
-        holder = read_holder(self.path)
-        if holder is None:  # somebody removed the file: it is anybody's
-            self._close()
-            self._acquire()
-        elif holder.get("token") != self._holder["token"]:
+        """Raise LockLost if another launch has taken the lock over, or may have had it since.
+
+        Whoever lets it go removes the file, so that a missing one says that others were there.
+        """
+        holder = read_holder(self.path) if self.ours else self._holder
+        if holder is None:
+            raise LockLost(f"{self.path} is gone: {self.path.parent} was removed, or taken over")
+        if holder.get("token") != self._holder["token"]:
             raise LockLost(f"{self.path.parent} was taken over by {described(holder)}")
 
     def release(self) -> None:
@@ -109,7 +110,7 @@ class Lock:
         for _ in range(ATTEMPTS):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+                descriptor = open_own(self.path, os.O_RDWR)
             except FileNotFoundError:  # a holder has just removed the folder, its work done
                 continue
             try:
@@ -125,8 +126,7 @@ class Lock:
             with suppress(FileNotFoundError):  # released, and removed, between the two calls
                 if os.path.samestat(os.fstat(descriptor), os.stat(self.path)):
                     self._keep(descriptor)
-                    os.ftruncate(descriptor, 0)
-                    os.pwrite(descriptor, json.dumps(self._holder).encode(), 0)
+                    self._write()
                     return None
             os.close(descriptor)
         raise OSError(f"{self.path} cannot be opened: it vanishes again and again")
@@ -158,11 +158,16 @@ class Lock:
     def _replace(self, *, locks: bool) -> None:
         """Put a file of this process in the place of what is there."""
         partial = self.path.with_name(f".{NAME}.{self._holder['token']}")
-        self._keep(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666))
+        self._keep(open_own(partial, os.O_RDWR | os.O_EXCL))
         if locks:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-        os.pwrite(self._descriptor, json.dumps(self._holder).encode(), 0)
+        self._write()
         partial.replace(self.path)
+
+    def _write(self) -> None:
+        with naming(self.path):
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, json.dumps(self._holder).encode(), 0)
 
     def _expect_own_launch(self, otherwise: str = "") -> None:
         holder, own = read_holder(self.path) or {}, self._holder
@@ -194,7 +199,7 @@ def own_launch() -> str:
 def read_holder(path: Path) -> dict | None:
     """Return what a lock's file says; None if there is none, nothing while it is being written."""
     try:
-        holder = json.loads(path.read_text(encoding="utf-8"))
+        holder = parse_json(read_regular(path), path)
     except FileNotFoundError:
         return None
     except ValueError:

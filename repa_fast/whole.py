@@ -6,7 +6,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,6 +38,17 @@ def _open(path: Path | str, flags: int) -> int:
     return descriptor
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError of writing, which names nothing, the name of the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def expect_no_link(*paths: Path) -> None:
     """Raise ValueError if one is a link: what is written or removed there would be another's."""
     for path in paths:
@@ -60,8 +71,9 @@ def write_whole(path: Path, content: str | memoryview) -> None:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.unlink(missing_ok=True)
-        with open(open_own(partial, os.O_WRONLY | os.O_EXCL), "wb") as file:
+        with suppress(FileNotFoundError):
+            os.unlink(partial)  # of a process of that number that was killed
+        with naming(path), open(open_own(partial, os.O_WRONLY | os.O_EXCL), "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -75,7 +87,7 @@ def write_whole(path: Path, content: str | memoryview) -> None:
 def whole_or_not(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a path for a file or a folder that takes the name `out` at the end, or vanishes.
 
-    ValueError if there is something already, unless it may be replaced.
+    ValueError if there is something already, or at the end, unless it may be replaced.
     """
     if out.exists() and not replace:
         raise ValueError(f"{out} exists already; remove it first")
@@ -90,13 +102,28 @@ def whole_or_not(out: Path, *, replace: bool = False) -> Iterator[Path]:
             partial.chmod(mode)
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())
-        os.rename(partial, out)
+        if replace or partial.is_dir():
+            os.rename(partial, out)
+        else:
+            _take_name(partial, out)
     except BaseException:
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
         else:
             partial.unlink(missing_ok=True)
         raise
+
+
+def _take_name(partial: Path, out: Path) -> None:
+    """Rename a file unless there is one of that name; ValueError if there is."""
+    try:
+        os.link(partial, out)
+    except FileExistsError as error:
+        raise ValueError(f"{out} exists already; remove it first") from error
+    except OSError:  # a file system without hard links
+        os.rename(partial, out)
+    else:
+        partial.unlink()
 
 
 def is_disk_full(error: Exception) -> bool:

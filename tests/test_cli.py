@@ -17,6 +17,7 @@ from repa_fast import __version__, cli, command
 from repa_fast.configs import presets
 from repa_fast.configs.config import PARTS, TrainConfig
 from repa_fast.configs.flags import grouped, parse_config
+from repa_fast.distributed import rank_and_size
 from repa_fast.failure import Failure
 from tests.refusals import refused
 
@@ -83,6 +84,7 @@ class Lost(Failure):
     [
         (ValueError("two is 3, expected 2"), 2, "two is 3, expected 2"),
         (Lost("the store is gone"), 1, "the store is gone"),
+        (ValueError("\x1b[31mred\nline\x07"), 2, r"\\x1b\[31mred line\\x07"),
         (OSError(28, "No space left on device", "x.txt"), 1, r"\[Errno 28\] No space.*'x\.txt'"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
@@ -376,3 +378,31 @@ def test_idle_threads_sleep_soon_unless_the_user_says_how_they_wait(monkeypatch,
         monkeypatch.setenv(name, value)
     cli.main(["--version"])
     assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_in_nobodys_place(tmp_path, closed):
+    """The next file that is opened would get the number of one, and what is printed."""
+    script = "import sys, os; from repa_fast import command\n"
+    script += "def f(words):\n    print('x'); print('y', file=sys.stderr)\n"
+    script += f"    open({str(tmp_path / 'mine')!r}, 'w').write(str(os.open('.', 0)))\n"
+    script += "sys.exit(command.main(f, []))"
+    line = f"{shlex.quote(sys.executable)} -c {shlex.quote(script)} {closed}"
+    assert subprocess.run(["bash", "-c", line], capture_output=True).returncode == 0
+    assert int((tmp_path / "mine").read_text()) > 2
+
+
+@pytest.mark.parametrize(
+    "rank, size, words",
+    [
+        ("abc", "2", "RANK is 'abc'"),
+        ("-1", "2", "RANK is '-1'"),
+        ("0", "two", "WORLD_SIZE is 'two'"),
+        ("5", "1", "RANK is 5 .*, expected less than 1"),
+        ("0", "0", "RANK is 0 .*, expected less than 0"),
+    ],
+)
+def test_numbers_of_processes_that_are_none_are_named(monkeypatch, rank, size, words):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    refused(rank_and_size, words)

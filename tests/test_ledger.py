@@ -2,12 +2,13 @@
 
 import os
 import shutil
+from functools import partial
 
 import pytest
 
 from repa_fast import ledger
-from repa_fast.ledger import Ledger, share
-from repa_fast.whole import write_whole
+from repa_fast.ledger import Ledger, read_dict, share
+from repa_fast.whole import open_own, read_regular, whole_or_not, write_whole
 from tests.refusals import refused
 
 UNITS = 4
@@ -119,3 +120,33 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
         patch.setattr(os, "fsync", full)
         refused(lambda: write_whole(path, "new"), "No space left", error=OSError)
     assert os.listdir(tmp_path) == [path.name] and path.read_text(encoding="utf-8") == "old"
+
+
+def test_what_is_nested_without_end_is_damaged(tmp_path):
+    (tmp_path / "recipe.json").write_text("[" * 200_000)
+    refused(lambda: read_dict(tmp_path / "recipe.json"), "recipe.json is damaged .*, expected JSON")
+
+
+def test_pipes_devices_and_links_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    (tmp_path / "there").touch()
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("pipe", "zero"):
+        refused(partial(read_regular, tmp_path / name), "is not a regular file", error=OSError)
+    for name in ("pipe", "link", "zero"):
+        with pytest.raises(OSError, match=name):
+            open_own(tmp_path / name)
+    assert read_regular(tmp_path / "link") == b""
+
+
+def test_a_name_that_is_taken_meanwhile_stays_the_others(tmp_path):
+    out = tmp_path / "x.pt"
+
+    def late():
+        with whole_or_not(out) as partial:
+            partial.write_text("late")
+            out.write_text("theirs")
+
+    refused(late, "x.pt exists already")
+    assert out.read_text() == "theirs" and os.listdir(tmp_path) == ["x.pt"]

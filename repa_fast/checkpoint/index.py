@@ -10,12 +10,12 @@ The JSON is {"tensors": {name: [dtype, shape, parts]}, "bytes": {name: part}}, w
 """
 
 import io
-import json
 import pickle
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -29,6 +29,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from repa_fast.checkpoint.marker import expect_intact
+from repa_fast.contracts import short
+from repa_fast.whole import parse_json, read_regular
 
 INDEX, PICKLED = "index.json", ".metadata"
 DTYPES = {str(v)[6:]: v for v in vars(torch).values() if isinstance(v, torch.dtype)}
@@ -57,8 +59,8 @@ def read_index(checkpoint: Path) -> Metadata:
     file = checkpoint / (INDEX if own else PICKLED)
     expect_intact(checkpoint, [file.name])
     try:
-        data = file.read_bytes()
-        metadata = metadata_of(json.loads(data) if own else described_by_pickle(data))
+        data = read_regular(file)
+        metadata = metadata_of(parse_json(data, file) if own else described_by_pickle(data))
         _expect_long_enough(checkpoint, metadata)
         return metadata
     except OSError:
@@ -99,7 +101,7 @@ def metadata_of(described: dict) -> Metadata:
                 raise ValueError(
                     f"{name} has shape {shape}, a part of it only {place.length} bytes"
                 )
-        if sum(prod(chunk.sizes) for chunk in chunks) != prod(size):
+        if sum(prod(chunk.sizes) for chunk in chunks) != prod(size) or _overlap(chunks):
             raise ValueError(f"{name} has shape {shape}, its parts do not cover it")
         properties = TensorProperties(dtype=DTYPES[dtype])
         entries[name] = TensorStorageMetadata(properties, size, chunks)
@@ -123,8 +125,19 @@ def _expect_long_enough(checkpoint: Path, metadata: Metadata) -> None:
 
 def _sizes(values: list) -> torch.Size:
     if not all(type(value) is int and 0 <= value < 2**62 for value in values):
-        raise ValueError(f"a shape or offset is {values!r:.80}, expected whole numbers")
+        raise ValueError(f"a shape or offset is {short(values)}, expected whole numbers")
     return torch.Size(values)
+
+
+def _overlap(chunks: list[ChunkStorageMetadata]) -> bool:
+    """Return whether two parts of a tensor have an element in common."""
+    if len(chunks) < 2:
+        return False
+    start = np.array([chunk.offsets for chunk in chunks])
+    end = start + np.array([chunk.sizes for chunk in chunks])
+    apart = (np.maximum(start[:, None], start) >= np.minimum(end[:, None], end)).any(-1)
+    np.fill_diagonal(apart, True)
+    return not apart.all()
 
 
 def _place(file: str, start: int, length: int) -> _StorageInfo:
@@ -203,6 +216,8 @@ def described_by_pickle(data: bytes) -> dict:
         key, info = _state(key, "MetadataIndex"), _state(info, "_StorageInfo")
         where = [info["relative_path"], info["offset"], info["length"]]
         offset = key.get("offset")
+        if type(key["fqn"]) is not str:
+            raise ValueError("it describes a tensor without a name")
         places[key["fqn"], offset and tuple(_size(offset))] = where
     tensors, objects = {}, {}
     for name, entry in index["state_dict_metadata"].items():
@@ -231,4 +246,4 @@ def _size(made: Made) -> list[int]:
     """Return the numbers of a torch.Size."""
     if type(made) is not Made or made.name != "torch.Size":
         raise ValueError(f"it holds a {type(made).__name__}, expected torch.Size")
-    return list(*made.arguments)
+    return [*_sizes(*made.arguments)]

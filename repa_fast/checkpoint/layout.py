@@ -4,7 +4,9 @@ A native checkpoint is a directory written through torch.distributed.checkpoint,
 it is complete when its marker file exists.
 """
 
-import json
+import math
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +15,16 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from repa_fast.checkpoint import reader
 from repa_fast.checkpoint.index import read_index
-from repa_fast.checkpoint.marker import MARKER, expect_intact, is_complete
+from repa_fast.checkpoint.marker import expect_intact, is_complete
 from repa_fast.configs.config import TrainConfig, from_saved
+from repa_fast.contracts import short
 from repa_fast.data.dataset import Metadata
+from repa_fast.whole import parse_json, read_regular
 
 CONFIG, COUNTERS, DATASET = "config.json", "counters.json", "dataset.json"
 """Beside the tensors: the run's config, its counters (the step and so on), its data's metadata."""
+MOST = 2**40
+"""Above any step or number of processes."""
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -27,13 +33,22 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def steps(folder: Path) -> list[int]:
-    """Return the steps of the complete checkpoints in `folder`, ascending."""
-    found = (path.parent for path in folder.glob(f"*/{MARKER}"))
-    return sorted(
-        int(path.name)
-        for path in found
-        if path.name.isdecimal() and path == path_of(folder, int(path.name))
-    )
+    """Return the steps of the complete checkpoints in `folder`, ascending.
+
+    OSError if they cannot be seen: to take them for none would begin anew.
+    """
+    return sorted(step for step, path in step_folders(folder) if is_complete(path))
+
+
+def step_folders(folder: Path) -> list[tuple[int, Path]]:
+    """Return (step, path) of all that is named as a step's checkpoint, by step."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    numbers = (int(name) for name in names if re.fullmatch(r"[0-9]{7,15}", name))
+    found = ((step, path_of(folder, step)) for step in sorted(numbers))
+    return [(step, path) for step, path in found if path.name in names]
 
 
 def run_checkpoints(run: Path) -> list[Path]:
@@ -67,22 +82,36 @@ def read_settings(checkpoint: Path) -> Settings:
         _read_json(checkpoint, name) for name in (CONFIG, COUNTERS, DATASET)
     )
     step = counters.get("step")
-    if type(step) is not int or (checkpoint.name.isdecimal() and step != int(checkpoint.name)):
-        raise ValueError(f"{checkpoint} is of step {step!r}, expected the step that it is named by")
+    if checkpoint.name.isdecimal() and step != int(checkpoint.name):
+        named = "the step that it is named by"
+        raise ValueError(f"{checkpoint} is of step {short(step)}, expected {named}")
     try:
+        _expect_counters(counters)
         return Settings(from_saved(config), counters, Metadata.from_dict(metadata))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{checkpoint}: {error}") from error
 
 
+def _expect_counters(counters: dict) -> None:
+    """Raise ValueError unless a run's counters are numbers that a run can have."""
+    history = counters.get("history", {})
+    if not isinstance(history, dict) or not isinstance(history.get("losses", []), list):
+        raise ValueError(f"history is {short(history)}, expected what a run has been through")
+    whole = {name: counters.get(name, 1) for name in ("step", "world_size", "micro_batch")}
+    whole |= {name: history.get(name, 0) for name in ("skipped", "good_step")}
+    for name, value in whole.items():
+        if type(value) is not int or not 0 <= value < MOST:
+            raise ValueError(f"{name} is {short(value)}, expected a whole number below 2^40")
+    for loss in history.get("losses", []):
+        if type(loss) not in (int, float) or not math.isfinite(loss):
+            raise ValueError(f"history has a loss of {short(loss)}, expected finite numbers")
+
+
 def _read_json(checkpoint: Path, name: str) -> dict:
     expect_intact(checkpoint, [name])
-    try:
-        values = json.loads((checkpoint / name).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{checkpoint / name} is not JSON ({error})") from error
+    values = parse_json(read_regular(checkpoint / name), checkpoint / name)
     if not isinstance(values, dict):
-        raise ValueError(f"{checkpoint / name} holds {values!r:.40}, expected values by name")
+        raise ValueError(f"{checkpoint / name} is {short(values)}, expected values by name")
     return values
 
 

@@ -4,13 +4,14 @@ Damaged is a file whose content is not what was written. A file that cannot be r
 permissions or of a disk that fails for a moment, is not: that raises OSError.
 """
 
-import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+
+from repa_fast.whole import open_regular, parse_json, read_regular
 
 MARKER = "COMPLETE"
 
@@ -60,7 +61,7 @@ def damage(checkpoint: Path, names: Iterable[str] | None = None) -> str:
     OSError if one cannot be read.
     """
     try:
-        expected = json.loads((checkpoint / MARKER).read_bytes())
+        expected = parse_json(read_regular(checkpoint / MARKER), MARKER)
         named = {Path(name).name == name for name in expected}
     except (ValueError, TypeError) as error:
         return f"its file {MARKER} cannot be read ({error})"
@@ -85,7 +86,7 @@ def of_each(work: Callable[[Path], int | None], files: list[Path]) -> dict[str, 
 def checksum(file: Path) -> int:
     """Return the CRC-32 of a file."""
     value = 0
-    with open(file, "rb") as stream:
+    with open_regular(file) as stream:
         while chunk := stream.read(1 << 24):
             value = zlib.crc32(chunk, value)
     return value

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import pickle
+import re
 import shutil
 from itertools import count
 from pathlib import Path
@@ -21,12 +22,16 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from repa_fast.checkpoint.index import INDEX, PICKLED, describe
-from repa_fast.checkpoint.layout import path_of, steps
+from repa_fast.checkpoint.layout import path_of, step_folders, steps
 from repa_fast.checkpoint.marker import MARKER, checksum, is_complete, of_each
 from repa_fast.lock import Lock
 
 log = logging.getLogger(__name__)
 
+OURS = re.compile(
+    r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|(index|config|counters|dataset)\.json|COMPLETE\.partial"
+)
+"""Names of what a save writes before its marker."""
 HEADER_BYTES = 2048
 """What torch.save adds to a tensor's values, at the most."""
 
@@ -104,12 +109,13 @@ class Writer(dcp.FileSystemWriter):
 def make_room(target: Path) -> None:
     """Make an empty directory: what was half written goes, all else is moved aside.
 
-    That is a checkpoint that is damaged, or cannot be read, or a link.
+    That is a checkpoint that is damaged or cannot be read, a link, or what is not ours.
     """
-    if target.is_symlink() or is_complete(target):
+    if _is_half_written(target):
+        if any(target.iterdir()):
+            shutil.rmtree(target)
+    elif os.path.lexists(target):
         set_aside(target)
-    elif target.exists() and any(target.iterdir()):
-        shutil.rmtree(target)
     target.mkdir(parents=True, exist_ok=True)
 
 
@@ -165,16 +171,20 @@ def prune(folder: Path, newest: int, keep_last: int, keep_every: int) -> None:
 
 
 def clean(folder: Path) -> list[Path]:
-    """Remove directories of steps that have no marker, where nobody else writes; says which."""
-    halves = [
-        path
-        for path in sorted(folder.glob("*"))
-        if path.name.isdecimal() and path == path_of(folder, int(path.name))
-        if path.is_dir() and not path.is_symlink() and not is_complete(path)
-    ]
+    """Remove what a crash left of checkpoints, where nobody else writes; says which folders.
+
+    A folder with anything else in it than a save writes is somebody's, and stays.
+    """
+    halves = [path for _, path in step_folders(folder) if _is_half_written(path)]
     for path in halves:
         shutil.rmtree(path)
     return halves
+
+
+def _is_half_written(path: Path) -> bool:
+    if path.is_symlink() or not path.is_dir() or is_complete(path):
+        return False
+    return all(OURS.fullmatch(name) for name in os.listdir(path))
 
 
 def _bytes(plan: SavePlan) -> int:

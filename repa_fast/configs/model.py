@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from repa_fast.configs.part import Part
+from repa_fast.configs.part import Part, expect_at_least
 
 
 @dataclass(kw_only=True)
@@ -25,3 +25,7 @@ class ModelConfig(Part):
     """The backend of ATTENTION; otherwise the explicit softmax."""
     qk_norm: bool = False
     """LayerNorm on queries and keys."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect_at_least(self, 1, "hidden_size", "depth", "num_heads", "patch_size", "num_classes")

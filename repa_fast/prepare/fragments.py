@@ -24,7 +24,7 @@ from repa_fast.data.dataset import Fetched, LatentDataset
 from repa_fast.data.store import one_line
 from repa_fast.distributed import session
 from repa_fast.ledger import Ledger, discard, is_discarded, records, share, wait_until_none
-from repa_fast.whole import write_whole
+from repa_fast.whole import expect_no_link, parse_json, read_regular, write_whole
 
 AHEAD = 2
 """Batches that are decoded while one is encoded."""
@@ -79,6 +79,7 @@ class Fragments:
                 another launch that works in the same folder, or a data file that is gone.
             Failure: the disk is full; finished units are kept.
         """
+        expect_no_link(self.folder, self.uri, self.uri / "data")
         units, sizes = len(self.starts) - 1, np.diff(self.starts)
 
         def report() -> None:
@@ -144,8 +145,7 @@ class Fragments:
         """Return whether the folder's work is committed or discarded, and a kill left it there."""
         import lance
 
-        fragments = [f for record in records(self.folder) for f in record.get("fragments", ())]
-        named = {file["path"] for fragment in fragments for file in fragment["files"]}
+        named = {file for record in records(self.folder) for file in _files(record)}
         if not named or not (self.uri / "_versions").exists():
             return is_discarded(self.folder)
         table = lance.dataset(str(self.uri)).get_fragments()
@@ -153,8 +153,11 @@ class Fragments:
         return is_discarded(self.folder) or named <= committed
 
     def _is_whole(self, record: dict) -> bool:
-        complete = record.keys() >= {"rows", "crc32", "fragments"}
-        return complete and not lost_file(self.uri, record["fragments"])
+        try:
+            complete = record.keys() >= {"rows", "crc32", "fragments"}
+            return complete and not lost_file(self.uri, record["fragments"])
+        except (KeyError, TypeError, AttributeError):  # JSON, and not as it was written
+            return False
 
     def commit(self) -> int:
         """Commit all units and return their rows."""
@@ -222,6 +225,14 @@ def weights_digest(source: str) -> str:
     return sha.hexdigest()[:16]
 
 
+def _files(record: dict) -> list[str]:
+    """Return the data files that a unit's record names; none if it is not as it was written."""
+    try:
+        return [str(file["path"]) for one in record["fragments"] for file in one["files"]]
+    except (KeyError, TypeError):
+        return []
+
+
 def lost_file(uri: Path, fragments: Iterable[dict]) -> str:
     """Return the first data file of fragments that is damaged, gone or has other rows, or "".
 
@@ -253,11 +264,14 @@ def read_checks(checks_file: Path, what: str, command: str) -> list[dict]:
     if not checks_file.exists():
         raise ValueError(f"{checks_file} is missing: {what} was not written by prepare {command}")
     try:
-        checks = json.loads(checks_file.read_bytes())
-        return [
+        checks = parse_json(read_regular(checks_file), checks_file)
+        found = [
             check | {"rows": int(check["rows"]), "crc32": int(check["crc32"])} for check in checks
         ]
-    except (ValueError, TypeError, KeyError) as error:
+        if min((check["rows"] for check in found), default=0) < 0:
+            raise ValueError("rows below 0")
+        return found
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise ValueError(
             f"{checks_file} is damaged ({error!r}), expected what prepare {command} wrote"
         ) from error

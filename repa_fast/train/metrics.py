@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from repa_fast.contracts import short
 from repa_fast.distributed import World
 
 T_BINS = 10
@@ -59,6 +60,13 @@ class Accumulator:
         processes and is rescaled; the t-bins count images.
         """
         sums = torch.tensor(state["sums"], dtype=torch.float64)
+        if sums.ndim != 2 or sums.shape[1:] != self.sums.shape or not sums.isfinite().all():
+            raise ValueError(
+                f"sums of metrics are {tuple(sums.shape)}, expected finite ones, a row for each "
+                f"process and {len(self.sums)} numbers in it"
+            )
+        if type(state["bad_run"]) is not int or not 0 <= state["bad_run"] < 2**31:
+            raise ValueError(f"bad_run is {short(state['bad_run'])}, expected a number of steps")
         if len(sums) == world.size:
             own = sums[world.rank]
         else:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from repa_fast.whole import open_own
+
 SAID_EVERY = 60.0
 """Seconds between warnings, at the least."""
 
@@ -39,7 +41,7 @@ class Lines:
     """A file that lines are appended to; those that could not be written wait for the next."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        self._file = open(open_own(path), "ab", buffering=0)  # noqa: SIM115
         self._waiting = b""
 
     def add(self, line: str) -> None:

@@ -1,6 +1,7 @@
 """What people see of a run: a progress bar or plain lines, metrics.jsonl, TensorBoard, a plot."""
 
 import json
+import re
 import secrets
 import sys
 import time
@@ -13,9 +14,13 @@ import numpy as np
 
 from repa_fast.configs.run import RunConfig
 from repa_fast.eval.pictures import save_figure, save_png
+from repa_fast.failure import Failure
 from repa_fast.train.memory import peak_flops
 from repa_fast.train.outputs import SAID_EVERY, Attempts, Lines
-from repa_fast.whole import write_whole
+from repa_fast.whole import parse_json, read_regular, write_whole
+
+MOST_PANELS = 8
+"""Of the plot of losses."""
 
 
 class TensorBoard:
@@ -78,15 +83,15 @@ class WeightsAndBiases:
         stored = run / "wandb-id"
         if not stored.exists():
             write_whole(stored, secrets.token_hex(4))
+        known = read_regular(stored).decode(errors="replace")
+        if not re.fullmatch(r"[\w-]{1,64}", known):
+            raise ValueError(f"{stored} holds {known!r:.80}, expected an id of a run: remove it")
         self._image = wandb.Image
-        self._run = wandb.init(
-            project="REPA",
-            name=config.exp_name,
-            id=stored.read_text(),
-            resume="allow",
-            dir=run,
-            config=config.to_dict(),
-        )
+        options = {"project": "REPA", "name": config.exp_name, "config": config.to_dict()}
+        try:
+            self._run = wandb.init(id=known, resume="allow", dir=run, **options)
+        except Exception as error:  # of wandb, whose kinds are many
+            raise Failure(f"report_to is wandb: {' '.join(str(error).split())}") from error
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)
@@ -277,10 +282,10 @@ def read_metrics(path: Path) -> list[dict]:
 
     ValueError for another line that is no JSON object with the number of a step.
     """
-    lines, readings = path.read_bytes().splitlines(), []
+    lines, readings = read_regular(path).splitlines(), []
     for number, line in enumerate(lines, start=1):
         try:
-            reading = json.loads(line)
+            reading = parse_json(line, "it")
             if not isinstance(reading, dict) or type(reading.get("step")) is not int:
                 raise ValueError(f"{line[:40]!r}, expected values by name, a step among them")
             readings.append(reading)
@@ -296,13 +301,15 @@ def plot_losses(metrics_path: Path, out: Path) -> None:
 
     readings = read_metrics(metrics_path)
     aligned = sorted({name for line in readings for name in line if name.startswith("align/")})
+    aligned = aligned[:MOST_PANELS]
     panels = [("denoise", "velocity loss"), *((n, f"alignment loss, {n[6:]}") for n in aligned)]
     figure = Figure(figsize=(5.5 * len(panels), 3.6), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (name, title) in zip(axes, panels, strict=True):
-        points = [(line["step"], line[name]) for line in readings if line.get(name) is not None]
+        found = [(line["step"], line.get(name)) for line in readings]
+        points = [point for point in found if isinstance(point[1], (int, float))]
         axis.plot(*zip(*points, strict=True) if points else ([], []), color="#1f5fa8")
-        axis.set(title=title, xlabel="step")
+        axis.set(title=title.replace("$", "\\$"), xlabel="step")
         axis.grid(alpha=0.3)
     save_figure(figure, out)
 

@@ -35,7 +35,7 @@ from repa_fast.train.report import (
 from repa_fast.train.resume import resume, start_from
 from repa_fast.train.state import TrainState, build_state, device_name
 from repa_fast.train.watch import error_file, watchdog
-from repa_fast.whole import write_whole
+from repa_fast.whole import expect_no_link, write_whole
 
 LAUNCH = "torchrun-id"
 """File in the run's folder: torchrun's id of the launch that trains it, and where that began."""
@@ -69,7 +69,7 @@ def train(config: TrainConfig) -> Path:
     logs = folder / config.logging_dir
     with (
         session(config.collective_timeout) as world,
-        hold_together(folder, world) as lock,
+        hold_together(folder, logs, world) as lock,
         stop_signals() as stopping,
         error_file(logs, world.rank, stopping),
         watchdog(logs / f"stacks-rank{world.rank}.txt", config.watchdog) as begins,
@@ -85,10 +85,19 @@ def train(config: TrainConfig) -> Path:
 
 
 @contextmanager
-def hold_together(folder: Path, world: World) -> Iterator[Lock]:
-    """Hold the lock of the run's folder on the first process; what refuses it is raised on all."""
+def hold_together(folder: Path, logs: Path, world: World) -> Iterator[Lock]:
+    """Hold the lock of the run's folder on the first process; what refuses it is raised on all.
+
+    ValueError if another process holds it, or what is written to in it is a link: to another run's,
+    or from a stranger's run to anything.
+    """
     held: list[Lock] = []
-    world.on_first(lambda: held.append(Lock(folder)))
+
+    def take() -> None:
+        expect_no_link(folder / "checkpoints", logs, folder / SAMPLES)
+        held.append(Lock(folder))
+
+    world.on_first(take)
     lock = held[0] if held else Lock(folder, world.rank)
     try:
         yield lock

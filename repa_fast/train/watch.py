@@ -12,6 +12,8 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from repa_fast.whole import open_own
+
 FIRST_STEPS = 5
 """Steps that compile."""
 PATIENCE = 10
@@ -32,7 +34,7 @@ def watchdog(path: Path, limit: float) -> Iterator[Callable[[int], None]]:
         yield lambda limits: None
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
+    with open(open_own(path), "a") as file:
 
         def begin(limits: int) -> None:
             faulthandler.dump_traceback_later(limits * limit, file=file)
@@ -67,7 +69,7 @@ def error_file(folder: Path, rank: int, stopping: list[int]) -> Iterator[None]:
         about += f"; after {', '.join(others)}" if others else ""
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+            with open(open_own(path), "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"{about}\n{traceback.format_exc()}\n")
         except OSError as unwritable:
             print(f"repa-fast: rank {rank}: {unwritable}", file=sys.stderr, flush=True)

@@ -334,3 +334,29 @@ def test_verify_names_a_data_file_that_is_gone_or_damaged(work, tmp_path, damage
         words = "rows 0 to 5"
     if damage != "zeros" or work is building:  # features are in another file than images
         refused(lambda: work.verify(tmp_path), words)
+
+
+@pytest.mark.parametrize("name", [".", "data"])
+def test_nothing_is_written_or_removed_through_a_link(work, out, tmp_path, name):
+    """A link in the place of the ledger, or of the table's data, leads anywhere."""
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "recipe.json").write_text("mine")
+    if name == "data":
+        link = out / "train.lance" / "data"
+        link.parent.mkdir(exist_ok=True)
+        shutil.rmtree(link, ignore_errors=True)
+    else:
+        link = out / work.FOLDER
+    link.symlink_to(theirs)
+    for restart in (False, True):
+        refused(lambda: work.run(out, ROWS, restart=restart), rf"{link.name} is a link")  # noqa: B023
+    assert [path.name for path in theirs.iterdir()] == ["recipe.json"]
+    assert (theirs / "recipe.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize("record", ["[1]", "5", '{"rows": 6, "crc32": 1, "fragments": [3]}'])
+def test_a_record_that_is_none_is_made_again(work, out, record):
+    folder = half(work, out)
+    (folder / "000001.json").write_text(record)
+    assert_finished(work, out)

@@ -1,5 +1,6 @@
 """A folder in use, evaluations that fail, outputs that nobody takes: what a run does then."""
 
+import contextlib
 import errno
 import json
 import os
@@ -17,7 +18,7 @@ from repa_fast.configs.config import TrainConfig
 from repa_fast.data.latents import VAE
 from repa_fast.failure import Failure
 from repa_fast.lock import NAME, hold
-from repa_fast.train import evaluate, outputs
+from repa_fast.train import evaluate, outputs, report
 from repa_fast.train.outputs import Attempts, Lines
 from repa_fast.train.report import TensorBoard, read_metrics
 from tests.refusals import refused
@@ -114,9 +115,21 @@ def test_what_is_due_is_saved_first_and_made_up_for_after_a_kill(train, tmp_path
     assert grids == ["0000002.png", "0000004.png"]
 
 
-def test_a_log_that_takes_nothing_ends_no_run(train, tmp_path, capsys):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "log.txt").symlink_to("/dev/full")
+class Refusing(Lines):
+    """A log that no line can be written to."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.refuses = path.name == "log.txt"
+
+    def flush(self) -> None:
+        if self.refuses and self._waiting:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().flush()
+
+
+def test_a_log_that_takes_nothing_ends_no_run(train, capsys, monkeypatch):
+    monkeypatch.setattr(report, "Lines", Refusing)
     run = train(enc_type="none", max_train_steps=4, log_every=1, checkpointing_steps=4)
     assert steps(run / "checkpoints") == [4]
     warnings = capsys.readouterr().err
@@ -199,3 +212,27 @@ def test_a_config_of_a_later_version_and_a_renamed_folder_are_named(train, tmp_p
     reseal(saved)
     words = r"0000002: a saved config has warp_drive, which is unknown here"
     refused(lambda: train(enc_type="none", max_train_steps=9, resume="auto"), words)
+
+
+@pytest.mark.parametrize(
+    "name", ["lock", "log.txt", "metrics.jsonl", "checkpoints", "logs", "samples"]
+)
+def test_what_is_written_never_goes_through_a_link(train, tmp_path, name):
+    """Of a run that somebody else made, it would lead anywhere."""
+    theirs, run = tmp_path / "theirs", tmp_path / "run"
+    run.mkdir()
+    if name in ("checkpoints", "logs", "samples"):
+        (theirs / "0000001").mkdir(parents=True)
+        (theirs / "0000001" / "__0_0.distcp").write_text("x")
+    else:
+        theirs.write_text("mine")
+    (run / name).symlink_to(theirs)
+    before = sorted(theirs.rglob("*")) if theirs.is_dir() else theirs.read_text()
+    with contextlib.suppress(ValueError, OSError):  # metrics are written anew, in its place
+        train(enc_type="none", max_train_steps=2)
+    assert before == (sorted(theirs.rglob("*")) if theirs.is_dir() else theirs.read_text())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / name).symlink_to(tmp_path / "nowhere")
+    with pytest.raises((ValueError, OSError), match=name):
+        train("other", enc_type="none", max_train_steps=2)
+    assert not (tmp_path / "nowhere").exists()

@@ -19,6 +19,29 @@ from tests.train.conftest import assert_same, tiny_state
 from tests.train.runs import assert_same_state
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"step": 10**30}, "step is 1000.*, expected a whole number below"),
+        ({"world_size": "2"}, "world_size is '2'"),
+        ({"micro_batch": -3}, "micro_batch is -3"),
+        ({"history": 5}, "history is 5, expected"),
+        ({"history": {"skipped": 2.5}}, "skipped is 2.5"),
+        ({"history": {"losses": ["x"]}}, "a loss of 'x'"),
+        ({"metrics": {"sums": [], "bad_run": 0}}, "sums of metrics are"),
+        ({"metrics": {"sums": [[7.0]], "bad_run": 0}}, r"sums of metrics are \(1, 1\)"),
+        ({"metrics": []}, "is not what a run counts"),
+    ],
+    ids=range(9),
+)
+def test_counters_that_no_run_has_are_refused(tmp_path, change, words):
+    state = tiny_state(enc_type="none")
+    target = checkpoint.save(tmp_path, state).rename(tmp_path / "best")
+    counters = json.loads((target / checkpoint.COUNTERS).read_text())
+    (target / checkpoint.COUNTERS).write_text(json.dumps(counters | change))
+    refused(partial(checkpoint.load, reseal(target), state), "best", words)
+
+
 @pytest.mark.parametrize("mixed_precision", ["no", "fp16"])
 def test_round_trip_restores_every_tensor_and_counter(tmp_path, mixed_precision):
     """In fp16 it goes on through an overflow and a growth of the scale, whose steps count on."""

@@ -127,6 +127,28 @@ def test_an_index_that_is_damaged_or_names_anything_else_is_refused(target, cont
     refused(lambda: read_native(target, "model."), words)
 
 
+DEEP = (1, 1)
+for _ in range(40):
+    DEEP = (DEEP, DEEP)
+
+
+class Laughing:
+    """A size of two of what is before it, forty times over."""
+
+    def __reduce__(self):
+        return torch.Size, (DEEP,)
+
+
+@pytest.mark.parametrize("where", ["size", "fqn"])
+def test_what_doubles_again_and_again_is_refused_at_once(target, index, where):
+    if where == "size":
+        next(iter(index.state_dict_metadata.values())).size = Laughing()
+    else:
+        object.__setattr__(next(iter(index.storage_data)), "fqn", DEEP)
+    write(index, target)
+    refused(lambda: read_native(target, "ema."), r"\.metadata is not a readable index")
+
+
 @pytest.mark.parametrize("path", ["../../outside", "/etc/passwd", "inside/file", ".."])
 def test_an_index_cannot_point_outside_its_folder(target, index, path):
     next(iter(index.storage_data.values())).relative_path = path
@@ -232,6 +254,7 @@ def test_of_a_mutated_index_only_value_errors_come(tmp_path, name, count):
     [
         ({"a": ["float32", [2, 3], []]}, "a has shape .*, its parts do not cover it"),
         ({"a": ["float32", [2], [[[1], [2], "x", 0, 8]]]}, "a part of it ends outside"),
+        ({"a": ["float32", [2], [[[0], [1], "x", 0, 8]] * 2]}, "its parts do not cover it"),
         ({"a": ["float32", [2], [[[0, 0], [2, 1], "x", 0, 8]]]}, "1 axes, a part of it others"),
         ({"a": ["float32", [2], [[[0], [2], "../x", 0, 8]]]}, r"points to '\.\./x'"),
         ({"a": ["float32", [2], [[[0], [2], "x", -1, 8]]]}, "expected whole numbers"),

@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 
-from repa_fast.checkpoint import marker, writer
+from repa_fast.checkpoint import layout, marker, writer
 from repa_fast.checkpoint.layout import path_of, read_native, steps
 from repa_fast.checkpoint.marker import MARKER, damage
 from repa_fast.lock import LockLost, hold
@@ -319,3 +319,22 @@ def test_none_becomes_complete_once_another_launch_holds_the_run(state, held, tm
         assert taken in lines[-1] and not list(folder.iterdir())
         with pytest.raises(LockLost, match=taken):
             saves.save(state)
+
+
+def test_what_is_not_ours_in_a_steps_folder_stays(state, saves, tmp_path):
+    """A model of another program, a run, a copy with files of its own: left, or moved aside."""
+    for name, file in (("0000001", "model.pt"), ("0000009", "checkpoints/0000003/COMPLETE")):
+        (tmp_path / name / file).parent.mkdir(parents=True)
+        (tmp_path / name / file).write_text("theirs")
+    assert writer.clean(tmp_path) == []
+    saves.save(state, wait=True)
+    assert (tmp_path / "0000001.damaged" / "model.pt").read_text() == "theirs"
+    assert (tmp_path / "0000009" / "checkpoints" / "0000003" / "COMPLETE").exists()
+
+
+def test_checkpoints_that_cannot_be_seen_are_not_none(tmp_path, monkeypatch):
+    """Taken for none they would begin the run anew, over its metrics."""
+    refusal = PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
+    monkeypatch.setattr(layout.os, "listdir", mock.Mock(side_effect=refusal))
+    with pytest.raises(PermissionError, match="Permission denied"):
+        steps(tmp_path)

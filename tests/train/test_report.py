@@ -50,7 +50,15 @@ def test_lines_after_the_step_and_a_half_written_last_one_are_cut(tmp_path, step
 
 def test_a_bad_line_in_the_middle_is_an_error_with_file_and_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    for line in (b'{"step"', b"[]", b"3", b'{"step": "1"}', b"{}", b'{"step": "\xff"}'):
+    for line in (
+        b'{"step"',
+        b"[]",
+        b"3",
+        b'{"step": "1"}',
+        b"{}",
+        b'{"step": "\xff"}',
+        b"[" * 10**5,
+    ):
         text = b'{"step": 1}\n' + line + b'\n{"step": 3}\n'
         path.write_bytes(text)
         for call in (read_metrics, partial(keep_until, step=9)):

@@ -2,19 +2,10 @@
 
 import os
 import re
-import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-
-SHORT = reprlib.Repr()
-SHORT.maxstring = SHORT.maxother = 100
-
-
-def short(value: object) -> str:
-    """Return a value for a message: in one line, and cut off however much it holds."""
-    return SHORT.repr(value)
 
 
 def expect_shape(op: str, name: str, tensor: torch.Tensor, expected: Sequence[int]) -> None:

@@ -1,7 +1,6 @@
 """Work cut into numbered units that is resumed after a kill: one small file per finished unit."""
 
 import json
-import reprlib
 import shutil
 import sys
 import time
@@ -11,14 +10,13 @@ from pathlib import Path
 
 from repa_fast.failure import Failure
 from repa_fast.whole import is_disk_full, parse_json, read_regular, write_whole
+from repa_fast.words import short
 
 RECIPE = "recipe.json"
 DISCARDED = "null"
 """Recipe of a beginning that is being thrown away."""
 PATIENCE, REPEAT = 10.0, 60.0
 """Seconds of waiting until it is said what for, and until it is said again."""
-SHORT = reprlib.Repr()
-SHORT.maxstring = SHORT.maxother = 100
 
 
 class Ledger:
@@ -146,9 +144,9 @@ def _differences(begun: dict, now: dict, prefix: str = "") -> Iterator[str]:
         if isinstance(value, dict) and isinstance(begun.get(name), dict):
             yield from _differences(begun[name], value, f"{prefix}{name}.")
         elif name not in begun:
-            yield f"{prefix}{name}: not recorded, now {SHORT.repr(value)}"
+            yield f"{prefix}{name}: not recorded, now {short(value)}"
         elif begun[name] != value:
-            yield f"{prefix}{name}: {SHORT.repr(begun[name])}, now {SHORT.repr(value)}"
+            yield f"{prefix}{name}: {short(begun[name])}, now {short(value)}"
 
 
 def share(
@@ -226,5 +224,5 @@ def read_dict(path: Path) -> dict:
     """Read a JSON file that holds a dict; ValueError names a damaged one."""
     content = parse_json(read_regular(path), path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: {SHORT.repr(content)}, expected a dict")
+        raise ValueError(f"{path} is damaged: {short(content)}, expected a dict")
     return content

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (
-    ("__init__", "failure", "whole"),
+    ("__init__", "failure", "whole", "words"),
     ("contracts", "command", "distributed", "ledger", "lock"),
     ("backend",),
     ("kernels",),

@@ -76,7 +76,7 @@ def photographs(count: int, quality: int) -> Iterator[Row]:
         part = Image.fromarray(photo[top : top + side, left : left + side])
         pixels = np.asarray(part.resize((RESOLUTION, RESOLUTION)))
         pixels = pixels[:, :: random.choice((-1, 1))].copy()
-        moments = random.standard_normal(METADATA.moments_shape, np.float32)
+        moments = np.abs(random.standard_normal(METADATA.moments_shape, np.float32))
         yield {"image": encode(pixels, "jpeg", quality), "moments": moments, "label": 0}
 
 

@@ -36,7 +36,7 @@ def tiny(count: int) -> Iterator[Row]:
     pixels = random.integers(0, 256, (IMAGES, 8, 8, 3), np.uint8)
     images = [encode(image) for image in pixels]
     for start in range(0, count, CHUNK):
-        moments = random.standard_normal((CHUNK, *METADATA.moments_shape), np.float32)
+        moments = np.abs(random.standard_normal((CHUNK, *METADATA.moments_shape), np.float32))
         noise = random.bytes(CHUNK * NOISE)
         for some in range(min(CHUNK, count - start)):
             image = images[some % IMAGES] + noise[some * NOISE : (some + 1) * NOISE]

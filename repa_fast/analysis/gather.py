@@ -134,7 +134,7 @@ def gather(
     device: torch.device,
 ) -> Features:
     """Return the features of the rows, with encoders `names`, from the cache if it has them."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     files = encoders.weight_files(",".join(names) or "none", config.enc_weights)
     described = {
@@ -149,9 +149,8 @@ def gather(
     }
     key = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
     cached = Path(config.cache) / f"{key}.safetensors"
-    if config.cache and cached.exists():
-        tensors = load_file(cached)
-    else:
+    tensors = _kept(cached, loaded, rows, names, config) if config.cache else None
+    if tensors is None:
         if config.cache:
             expect_writable("cache", cached.parent, folder=True)
         tensors = _compute(loaded, dataset, rows, dict(zip(names, files)), config, device)
@@ -160,6 +159,25 @@ def gather(
                 save_file(tensors, partial)
     tokens = {name: tensors[f"tokens/{name}"] for name in names}
     return Features(tensors["hidden"], tensors["label"], tokens)
+
+
+def _kept(
+    cached: Path, loaded: Loaded, rows: np.ndarray, names: Sequence[str], config: AnalysisConfig
+) -> dict[str, torch.Tensor] | None:
+    """Return the features in a file of the cache, None if it is not there or not what was kept."""
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(cached) if cached.is_file() else {}
+    except Exception:  # safetensors has its own; a file cut short is computed again
+        return None
+    width, count = loaded.model.pos_embed.shape[-1], len(rows)
+    shape = len(config.times), len(config.layers_of(loaded)), count, width
+    kept = {"hidden": (torch.float32, shape), "label": (torch.int64, (count,))}
+    for name in names:
+        kept[f"tokens/{name}"] = torch.float32, (count, encoders.spec(name).width)
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return tensors if found == kept else None
 
 
 def _identity(dataset: Dataset) -> tuple[str, str]:

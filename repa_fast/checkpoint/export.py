@@ -9,7 +9,14 @@ from typing import Literal, get_args
 
 import torch
 
-from repa_fast.checkpoint.layout import newest_checkpoint, read_native, read_settings
+from repa_fast.checkpoint import formats
+from repa_fast.checkpoint.layout import (
+    CONFIG,
+    Settings,
+    newest_checkpoint,
+    read_native,
+    read_settings,
+)
 from repa_fast.checkpoint.marker import trusted
 from repa_fast.configs.build import empty_model, model_arguments
 from repa_fast.contracts import expect_choice, expect_writable
@@ -61,7 +68,8 @@ def export(source: Path, to: str, out: Path) -> None:
 
         # first the description, without which the weights would be read as another objective's
         with whole_or_not(out) as weights, whole_or_not(out.with_suffix(".json")) as described:
-            save_file(read_native(source, "ema."), weights)
+            model = _model(source, read_settings(source))
+            save_file(_fitting(source, "ema.", model), weights)
             described.write_text(json.dumps(description(source), indent=2) + "\n", "utf-8")
     else:
         with whole_or_not(out) as partial:
@@ -86,10 +94,16 @@ def official_contents(source: Path) -> dict:
     pos_embed is number 0 and has none.
     """
     settings = read_settings(source)
-    config, model = settings.config, empty_model(settings.config, settings.metadata, "meta")
-    weights, average, moments = (
-        read_native(source, prefix) for prefix in ("model.", "ema.", "optimizer.state.")
-    )
+    config, model = settings.config, _model(source, settings)
+    weights, average = (_fitting(source, prefix, model) for prefix in ("model.", "ema."))
+    moments = read_native(source, "optimizer.state.")
+    for name, parameter in model.named_parameters():
+        shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+        found = [getattr(moments.get(f"{name}.{key}"), "shape", None) for key in shapes]
+        if found != [*shapes.values()] and found != [None] * 3:
+            raise ValueError(
+                f"{source} has another optimizer state of {name} than of {tuple(parameter.shape)}"
+            )
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.learning_rate,
@@ -109,6 +123,21 @@ def official_contents(source: Path) -> dict:
         "args": argparse.Namespace(**config.to_dict()),
         "steps": settings.counters["step"],
     }
+
+
+def _model(source: Path, settings: Settings) -> torch.nn.Module:
+    """Return the model of a checkpoint's settings, without memory; ValueError names a bad one."""
+    try:
+        return empty_model(settings.config, settings.metadata, "meta")
+    except ValueError as error:
+        raise ValueError(f"{source / CONFIG}: {error}") from error
+
+
+def _fitting(source: Path, prefix: str, model: torch.nn.Module) -> formats.State:
+    """Return a checkpoint's tensors with that prefix; ValueError unless just the model's."""
+    state = read_native(source, prefix)
+    formats.expect_fitting(model, state, f"{source} [{prefix}] by its {CONFIG}")
+    return state
 
 
 def sra_contents(source: Path) -> dict:

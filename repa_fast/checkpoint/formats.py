@@ -14,11 +14,11 @@ import torch
 
 from repa_fast.checkpoint.layout import read_native
 from repa_fast.contracts import expect_choice
-from repa_fast.data.store import one_line
 from repa_fast.distributed import shard_like
 from repa_fast.encoders import files
 from repa_fast.models.embed import T_FREQUENCIES
 from repa_fast.models.sit import PATCH_SIZES, SIZES
+from repa_fast.words import short
 
 State = dict[str, torch.Tensor]
 
@@ -28,6 +28,7 @@ LABELS = "y_embedder.embedding_table.weight"
 AXES = {"pos_embed": 3, "x_embedder.proj.weight": 4, LABELS: 2, "t_embedder.mlp.0.weight": 2}
 AXES |= {"final_layer.linear.weight": 2, "final_layer.linear.bias": 1}
 """What every SiT and DiT has, by the number of axes."""
+MOST_STEPS = 2**40
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,14 @@ class Shape:
 def shape_of(state: State) -> Shape:
     """Return the architecture that a state dict in our names belongs to.
 
-    ValueError names the tensors that every SiT and DiT has, if they are missing or misshapen.
+    ValueError names the tensors that every SiT and DiT has, if they are missing or misshapen, or
+    says what there is none of.
     """
     if missing := files.lacking(state, AXES):
         raise ValueError(
             f"not the weights of a SiT or DiT: {', '.join(missing)} missing, or with other axes"
         )
-    width, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    width, channels, patch, across = state["x_embedder.proj.weight"].shape
     rows, biases = (len(state[f"final_layer.linear.{name}"]) for name in ("weight", "bias"))
     times = state["t_embedder.mlp.0.weight"].shape[1]
     if not patch or rows % patch**2 or rows != biases or times != T_FREQUENCIES:
@@ -80,16 +82,27 @@ def shape_of(state: State) -> Shape:
             f"{biases} biases, {times} features of time, expected {T_FREQUENCIES} and outputs for "
             "each pixel"
         )
+    positions, classes = state["pos_embed"].shape[1], len(state[LABELS]) - 1
+    grid, depth = math.isqrt(positions), _depth(state)
+    wrong = {
+        f"depth {depth}, expected blocks": depth < 1,
+        f"width {width} and {channels} channels, expected some": not (width and channels and rows),
+        f"patches of {patch}x{across} pixels, expected a square": patch != across,
+        f"{positions} positions in pos_embed, expected a square": not grid or grid**2 != positions,
+        f"{classes + 1} rows in {LABELS}, expected one a class and one more": classes < 1,
+    }
+    if found := next((words for words, is_so in wrong.items() if is_so), ""):
+        raise ValueError(f"not the weights of a SiT or DiT: {found}")
     heads = [name for name in state if re.fullmatch(r"projectors\.\d+\.4\.weight", name)]
     heads = sorted(set(heads) - set(files.lacking(state, dict.fromkeys(heads, 2))))
     return Shape(
         hidden_size=width,
-        depth=_depth(state),
+        depth=depth,
         patch_size=patch,
         in_channels=channels,
         out_channels=rows // patch**2,
-        grid=round(state["pos_embed"].shape[1] ** 0.5),
-        num_classes=len(state[LABELS]) - 1,
+        grid=grid,
+        num_classes=classes,
         z_dims=tuple(len(state[name]) for name in heads),
         qk_norm="blocks.0.attn.q_norm.weight" in state,
     )
@@ -102,8 +115,8 @@ def read_file(path: Path) -> dict:
     """
     contents = files.load_safely(path, allow_namespace=True)
     steps = contents.get("steps", 0)
-    if type(steps) is not int or steps < 0:
-        raise ValueError(f"{path}: steps is {one_line(steps):.60}, expected an integer from 0 on")
+    if type(steps) is not int or not 0 <= steps <= MOST_STEPS:
+        raise ValueError(f"{path}: steps is {short(steps)}, expected an integer from 0 to 2**40")
     return contents
 
 
@@ -112,8 +125,9 @@ def read_weights(path: Path, origin: str = "repa", **kept: bool | str) -> State:
 
     `origin` and `kept` are those of `normalise`, which says what is returned and raised.
     """
-    state = read_native(path, "ema.") if path.is_dir() else weights_in(read_file(path))
+    contents = read_native(path, "ema.") if path.is_dir() else read_file(path)
     try:
+        state = contents if path.is_dir() else weights_in(contents)
         return normalise(state, origin, **kept)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -142,7 +156,8 @@ def normalise(
         prediction: of the model; a velocity changes its sign with the direction of time.
 
     Raises:
-        ValueError: not a SiT or DiT, or of another origin than said.
+        ValueError: not a SiT or DiT, or of another origin than said; or values that are no weights,
+            by `files.unwrap` and `files.expect_real`.
     """
     expect_choice("origin", origin, ("repa", "sit", "dit"))
     expect_choice("prediction", prediction, tuple(SIGN_REVERSED))
@@ -152,6 +167,7 @@ def normalise(
     if not with_head:
         state = {name: t for name, t in state.items() if not name.startswith("ap_head.")}
     shape = shape_of(state)
+    files.expect_real(state)
     doubled = shape.out_channels == 2 * shape.in_channels
     if doubled and learn_sigma:
         return state
@@ -170,9 +186,14 @@ def _rename_legacy(state: State) -> State:
     first = _depth(state)
 
     def rename(name: str) -> str:
-        return re.sub(r"^decoder_blocks\.(\d+)", lambda m: f"blocks.{int(m[1]) + first}", name)
+        return re.sub(
+            r"^decoder_blocks\.(\d{1,6})(?!\d)", lambda m: f"blocks.{int(m[1]) + first}", name
+        )
 
-    return {rename(name): tensor for name, tensor in state.items()}
+    renamed = {rename(name): tensor for name, tensor in state.items()}
+    if len(renamed) < len(state):
+        raise ValueError("decoder_blocks have the numbers of blocks, expected those after them")
+    return renamed
 
 
 def _depth(state: State) -> int:
@@ -213,13 +234,19 @@ def load_exactly(model: torch.nn.Module, state: State, source: str) -> None:
 
     ValueError says how many names or shapes differ, and the model `source` seems to hold.
     """
+    expect_fitting(model, state, source)
+    own = model.state_dict()
+    model.load_state_dict({name: shard_like(state[name], tensor) for name, tensor in own.items()})
+
+
+def expect_fitting(model: torch.nn.Module, state: State, source: str) -> None:
+    """Raise the ValueError of `load_exactly`, and load nothing."""
     own = model.state_dict()
     if problems := files.differences(state, own):
         raise ValueError(
             f"{source} does not fit the model, it {'; '.join(problems)}. It seems to hold a "
             f"{shape_of(state)}; the model is a {shape_of(own)}"
         )
-    model.load_state_dict({name: shard_like(state[name], tensor) for name, tensor in own.items()})
 
 
 def initialise_from(model: torch.nn.Module, state: State, source: str) -> list[str]:

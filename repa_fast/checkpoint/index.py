@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from repa_fast.checkpoint.marker import expect_intact
-from repa_fast.contracts import short
 from repa_fast.whole import parse_json, read_regular
+from repa_fast.words import short
 
 INDEX, PICKLED = "index.json", ".metadata"
 DTYPES = {str(v)[6:]: v for v in vars(torch).values() if isinstance(v, torch.dtype)}

@@ -8,6 +8,7 @@ from repa_fast.checkpoint.layout import newest_checkpoint, read_native, read_set
 from repa_fast.checkpoint.marker import is_complete, trusted
 from repa_fast.data.open import open_dataset
 from repa_fast.data.store import is_url
+from repa_fast.words import one_line
 
 
 @dataclass(kw_only=True)
@@ -41,10 +42,13 @@ def info(config: InfoConfig) -> str:
 def _describe_checkpoint(path: Path) -> str:
     settings, weights = read_settings(path), read_native(path, "ema.")
     config, counters = settings.config, settings.counters
+    run = (
+        f"run {config.exp_name}, data {config.data_dir}, encoders {config.enc_type}, "
+        f"written by {counters.get('world_size', '?')} processes"
+    )
     return (
         f"{path}: native checkpoint of step {counters['step']}\n{_describe_weights(weights)}\n"
-        f"run {config.exp_name}, data {config.data_dir}, encoders {config.enc_type}, "
-        f"written by {counters['world_size']} processes"
+        f"{one_line(run)}"
     )
 
 
@@ -53,12 +57,13 @@ def _describe_file(path: Path) -> str:
     parts = [key for key in ("model", "ema", "opt", "args", "steps") if key in contents]
     kind = f"official checkpoint with {', '.join(parts)}" if parts else "bare weights"
     step = f", step {contents['steps']}" if "steps" in contents else ""
-    state, doubled = formats.weights_in(contents), ""
+    doubled = ""
     try:
+        state = formats.weights_in(contents)
         weights = formats.normalise(state)
     except ValueError as error:
         if "original SiT or DiT" not in str(error):
-            raise
+            raise ValueError(f"{path}: {error}") from error
         weights = formats.normalise(state, "dit")
         doubled = " (original SiT or DiT, learned sigma: --init-origin sit or dit)"
     return f"{path}: {kind}{step}\n{_describe_weights(weights)}{doubled}"

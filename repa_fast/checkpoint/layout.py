@@ -17,9 +17,9 @@ from repa_fast.checkpoint import reader
 from repa_fast.checkpoint.index import read_index
 from repa_fast.checkpoint.marker import expect_intact, is_complete
 from repa_fast.configs.config import TrainConfig, from_saved
-from repa_fast.contracts import short
 from repa_fast.data.dataset import Metadata
 from repa_fast.whole import parse_json, read_regular
+from repa_fast.words import short
 
 CONFIG, COUNTERS, DATASET = "config.json", "counters.json", "dataset.json"
 """Beside the tensors: the run's config, its counters (the step and so on), its data's metadata."""

@@ -4,7 +4,8 @@ import typing
 from types import NoneType, UnionType
 from typing import Any, Literal, Union
 
-from repa_fast.contracts import expect_choice, short
+from repa_fast.contracts import expect_choice
+from repa_fast.words import short
 
 
 class Part:

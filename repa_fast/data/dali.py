@@ -31,8 +31,8 @@ from repa_fast.data.dataset import Sample
 from repa_fast.data.images import open_image
 from repa_fast.data.official import OfficialFolder
 from repa_fast.data.open import Dataset
-from repa_fast.data.store import one_line
 from repa_fast.failure import Failure
+from repa_fast.words import one_line
 
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline

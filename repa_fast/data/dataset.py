@@ -23,7 +23,16 @@ from repa_fast.data.features import (
     feature_columns,
 )
 from repa_fast.data.images import open_image, to_rgb
-from repa_fast.data.store import NULL, from_lists, open_table, take, to_lists, unwrapped
+from repa_fast.data.store import (
+    NULL,
+    from_lists,
+    no_panic,
+    open_table,
+    take,
+    to_lists,
+    unwrapped,
+)
+from repa_fast.whole import parse_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,11 +40,14 @@ if TYPE_CHECKING:
 ROWS_PER_FILE = 4096
 """Rows of a fragment: what a kill costs while a column is added."""
 
+LARGEST, SMALLEST = 1e6, 1e-6
+"""Of scales and biases: beyond, latents or pixels overflow, or nothing of them is left."""
+
 Encoding = Literal["jpeg", "png"]
 
 
-def _finite(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+def _within(value: object, smallest: float = 0.0) -> bool:
+    return type(value) in (int, float) and smallest <= abs(value) <= LARGEST
 
 
 def _all(value: object, fits: Callable[[object], bool]) -> bool:
@@ -46,8 +58,11 @@ FIELDS = {
     "resolution": COUNT,
     "latent_shape": ("three integers above 0", lambda v: _all(v, COUNT[1]) and len(v) == 3),
     "vae": TEXT,
-    "scale": ("a finite number other than 0", lambda value: _finite(value) and value != 0),
-    "bias": ("a finite number", _finite),
+    "scale": (
+        f"a number from {SMALLEST:g} to {LARGEST:g}, or its negative",
+        lambda value: _within(value, SMALLEST),
+    ),
+    "bias": (f"a number of at most {LARGEST:g} either way", _within),
     "class_names": ("texts, at least one", lambda value: _all(value, TEXT[1]) and len(value) > 0),
 }
 
@@ -175,6 +190,8 @@ def check_sample(name: str, row: Row | Sample, metadata: Metadata) -> None:
         )
     if not np.isfinite(row["moments"]).all():
         raise ValueError(f"{name}: moments are not finite")
+    if (row["moments"][metadata.latent_shape[0] :] < 0).any():
+        raise ValueError(f"{name}: a standard deviation is below 0, expected none")
     if not 0 <= row["label"] < len(metadata.class_names):
         raise ValueError(
             f"{name}: label is {row['label']}, expected 0..{len(metadata.class_names) - 1}"
@@ -238,16 +255,19 @@ class LatentDataset:
 
     def __init__(self, uri: str | Path, split: str = "train") -> None:
         self.table, self.uri = open_table(uri, split)
-        stored = (self.table.schema.metadata or {}).get(METADATA_KEY)
+        with no_panic(self.uri):
+            there, self._length = self.table.schema, self.table.count_rows()
+        stored = (there.metadata or {}).get(METADATA_KEY)
         if stored is None:
             raise ValueError(f"{self.uri} is a Lance table without repa-fast's metadata")
-        with describing(f"{self.uri}: metadata {METADATA_KEY.decode()}"):
-            self.metadata = Metadata.from_dict(json.loads(stored))
+        named = f"{self.uri}: metadata {METADATA_KEY.decode()}"
+        fields = parse_json(stored, named)
+        with describing(named):
+            self.metadata = Metadata.from_dict(fields)
         with describing(self.uri):
             for field in schema(self.metadata):
-                if field.name != "image" or "image" in self.table.schema.names:
-                    expect_type(self.table.schema, field)
-        self._length = self.table.count_rows()
+                if field.name != "image" or "image" in there.names:
+                    expect_type(there, field)
         if not self._length:
             raise ValueError(f"{self.uri} has no rows, expected at least one")
 

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from repa_fast.data.store import from_lists, one_line
+from repa_fast.data.store import from_lists
+from repa_fast.whole import parse_json
+from repa_fast.words import short
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -50,14 +52,14 @@ def expect_fields(given: object, expected: Fields) -> None:
     """Raise ValueError, of one line, unless `given`, from JSON, has these fields and no other."""
     names = ", ".join(expected)
     if not isinstance(given, dict):
-        raise ValueError(f"is {one_line(repr(given)):.60}, expected {names} by name")
+        raise ValueError(f"is {short(given)}, expected {names} by name")
     if lacking := [name for name in expected if name not in given]:
         raise ValueError(f"lacks {', '.join(lacking)}, expected {names}")
     if more := [name for name in given if name not in expected]:
-        raise ValueError(f"has {more!r:.60} too, expected {names} alone")
+        raise ValueError(f"has {short(more)} too, expected {names} alone")
     for name, (words, fits) in expected.items():
         if not fits(given[name]):
-            raise ValueError(f"{name} is {one_line(repr(given[name])):.60}, expected {words}")
+            raise ValueError(f"{name} is {short(given[name])}, expected {words}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,7 @@ class FeatureColumn:
         ValueError if it is no such description, or of another column than there is.
         """
         with describing(f"column {field.name}"):
-            fields = json.loads(field.metadata[METADATA_KEY])
+            fields = parse_json(field.metadata[METADATA_KEY], "its description")
             own = (repr(field.name), lambda value: value == field.name)
             expect_fields(fields, DESCRIPTION | {"name": own})
             column = cls(**fields)

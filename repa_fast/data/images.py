@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from repa_fast.words import one_line
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -30,12 +32,13 @@ def open_image(data: bytes, name: str = "image", side: int | None = None) -> "Im
     from PIL import Image
 
     if not data:
-        raise ValueError(f"{name}: is empty, expected an image")
+        raise ValueError(f"{one_line(name)}: is empty, expected an image")
     with decoding(name):
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    expect_pixels(f"{name}: is", *image.size)
+    expect_pixels(f"{one_line(name)}: is", *image.size)
     if side is not None and image.size != (side, side):
-        raise ValueError(f"{name}: is {image.width}x{image.height}, expected {side}x{side}")
+        size = f"{image.width}x{image.height}"
+        raise ValueError(f"{one_line(name)}: is {size}, expected {side}x{side}")
     return image
 
 
@@ -64,9 +67,9 @@ def decoding(name: str) -> Iterator[None]:
         raise
     except UnidentifiedImageError as error:
         expected = f"expected one of {', '.join(FORMATS)}"
-        raise ValueError(f"{name}: is not an image, {expected}") from error
+        raise ValueError(f"{one_line(name)}: is not an image, {expected}") from error
     except Exception as error:
-        raise ValueError(f"{name}: cannot be decoded ({error})") from error
+        raise ValueError(f"{one_line(name)}: cannot be decoded ({one_line(error)})") from error
 
 
 def expect_pixels(what: str, width: int, height: int) -> None:

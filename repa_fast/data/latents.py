@@ -7,8 +7,10 @@ import numpy as np
 import torch
 
 from repa_fast.data.dataset import Metadata
-from repa_fast.data.store import first_line
+from repa_fast.data.features import describing
+from repa_fast.data.official import some
 from repa_fast.failure import Failure
+from repa_fast.words import first_line
 
 HUB = ("sd-vae-ft-mse", "sd-vae-ft-ema")
 """Names of Stability AI's autoencoders on the Hugging Face hub."""
@@ -102,32 +104,43 @@ class VAE:
         name = f"stabilityai/{self.source}" if on_hub else self.source
         try:
             # without low_cpu_mem_usage it does not ask for accelerate
-            model = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False)
+            model, info = AutoencoderKL.from_pretrained(
+                name, low_cpu_mem_usage=False, output_loading_info=True
+            )
         except Exception as error:  # of diffusers, the hub's client, json or safetensors
             raise Failure(
                 f"the autoencoder {name} is neither a folder nor can it be fetched; give "
                 "--vae-path a folder that holds config.json and the weights, or a hub name "
                 f"({type(error).__name__}: {first_line(error)})"
             ) from error
+        lacking = [*info["missing_keys"], *map(str, info["mismatched_keys"])]
+        if lacking:  # diffusers would go on with random ones
+            raise ValueError(
+                f"the autoencoder {name} lacks {len(lacking)} of its weights, or has them in "
+                f"other shapes: {some(sorted(lacking))}; expected all that its config.json means"
+            )
         return model.eval().requires_grad_(False)
 
     def metadata(self, resolution: int, class_names: tuple[str, ...]) -> Metadata:
         """Return the metadata of a dataset of this autoencoder's latents, with its own scale.
 
-        ValueError if the resolution is no multiple of what the autoencoder reduces it by.
+        ValueError if the resolution is no multiple of what the autoencoder reduces it by, or its
+        scale is no number that latents can have.
         """
         model = self._read()
         if resolution % _factor(model):
             raise ValueError(f"resolution is {resolution}, expected a multiple of {_factor(model)}")
         self._model = model
-        return Metadata(
-            resolution=resolution,
-            latent_shape=_latent_shape(model, resolution),
-            vae=self.source,
-            scale=model.config.scaling_factor,
-            bias=0.0,
-            class_names=class_names,
-        )
+        fields = {
+            "resolution": resolution,
+            "latent_shape": _latent_shape(model, resolution),
+            "vae": self.source,
+            "scale": model.config.scaling_factor,
+            "bias": 0.0,
+            "class_names": class_names,
+        }
+        with describing(f"the autoencoder {self.source}, its scaling_factor"):
+            return Metadata.from_dict(fields)
 
     def encoder(
         self, metadata: Metadata, device: torch.device, dtype: torch.dtype, compiled: bool

@@ -10,9 +10,9 @@ encoder needs the images.
 
 import hashlib
 import io
-import json
 import os
 import re
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -21,7 +21,8 @@ from numpy.lib import format as npy
 
 from repa_fast.data.dataset import Metadata, Sample, check_sample, decode, encode
 from repa_fast.data.features import FeatureColumn, describing
-from repa_fast.data.store import first_line
+from repa_fast.whole import parse_json, read_regular, whole_or_not
+from repa_fast.words import first_line, one_line, short
 
 SD_VAE_FACTOR = 8
 SD_VAE_SCALE = 0.18215
@@ -109,10 +110,10 @@ class OfficialFolder:
         return encode(self._read_image(index).transpose(1, 2, 0))
 
     def _latent_path(self, index: int) -> Path:
-        return self.root / "vae-sd" / self._latents[index].decode()
+        return self.root / "vae-sd" / os.fsdecode(self._latents[index])
 
     def _image_path(self, index: int) -> Path:
-        return self.root / "images" / self._images[index].decode()
+        return self.root / "images" / os.fsdecode(self._images[index])
 
     def _read_moments(self, index: int) -> np.ndarray:
         path = self._latent_path(index)
@@ -149,20 +150,21 @@ def load_index(root: Path) -> dict[str, np.ndarray]:
             return index
     index = pair(root, listing)
     for cache in caches:
-        partial = cache.with_name(f"{cache.name}.{os.getpid()}.npz")
         try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(partial, state=state, **index)
-            partial.replace(cache)
+            with whole_or_not(cache, replace=True) as partial, open(partial, "xb") as file:
+                np.savez(file, state=state, **index)
             break
         except OSError:
-            partial.unlink(missing_ok=True)
+            continue
     return index
 
 
 def _cached(cache: Path, state: np.ndarray) -> dict[str, np.ndarray] | None:
     """Return the index that a cache holds; None unless it is whole and belongs to this listing."""
     try:
+        with zipfile.ZipFile(cache) as archive:
+            if any(part.file_size > part.compress_size for part in archive.infolist()):
+                return None  # ours are not compressed; a stranger's might unpack to gigabytes
         with np.load(cache, allow_pickle=False) as stored:
             found, index = stored["state"], {name: stored[name] for name in KINDS}
     except Exception:  # cut short, of another program, or of objects: it is made anew
@@ -192,10 +194,14 @@ def pair(root: Path, listing: Path) -> dict[str, np.ndarray]:
         images = dict(_walk(root / "images", IMAGE_SUFFIXES))
         _expect_same(latents, images, "latents", "images")
     return {
-        "latents": np.array([latents[key] for key in labels], dtype=np.bytes_),
-        "images": np.array([images[key] for key in labels if images], dtype=np.bytes_),
+        "latents": _bytes(latents[key] for key in labels),
+        "images": _bytes(images[key] for key in labels if images),
         "labels": np.array(list(labels.values()), dtype=np.int64),
     }
+
+
+def _bytes(names: Iterable[str]) -> np.ndarray:
+    return np.array(list(map(os.fsencode, names)), dtype=np.bytes_)
 
 
 def _listing(root: Path) -> Path:
@@ -206,18 +212,18 @@ def _listing(root: Path) -> Path:
 
 
 def _labels(listing: Path) -> dict[str, int]:
+    content = parse_json(read_bytes(listing), listing)
     with describing(str(listing)):
-        content = json.loads(read_bytes(listing))
         pairs = content.get("labels") if isinstance(content, dict) else None
         if not pairs or not isinstance(pairs, list):
             raise ValueError("has no labels, expected a list of [name, class] under that name")
         labels: dict[str, int] = {}
         for item in pairs:
             if not isinstance(item, list) or [*map(type, item)] != [str, int]:
-                raise ValueError(f"{item!r:.60}, expected [name, class] with an integer class")
+                raise ValueError(f"{short(item)}, expected [name, class] with an integer class")
             if not 0 <= item[1] <= MAX_LABEL:
                 expected = f"expected 0..{MAX_LABEL}"
-                raise ValueError(f"label of {item[0]!r:.60} is {item[1]!r:.60}, {expected}")
+                raise ValueError(f"label of {short(item[0])} is {short(item[1])}, {expected}")
             labels[_key(item[0], listing)] = item[1]
     if len(labels) != len(pairs):
         raise ValueError(f"{listing} lists {len(pairs)} names, {len(labels)} of them different")
@@ -240,7 +246,9 @@ def _key(name: str, where: Path) -> str:
     """Return folder and number, by which files pair: 00000/img00000007.png -> 00000/00000007."""
     number = NUMBER.search(name)
     if number is None:
-        raise ValueError(f"{where}: {name!r} has no number, expected a name like img00000000.png")
+        raise ValueError(
+            f"{where}: {short(name)} has no number, expected a name like img00000000.png"
+        )
     return f"{name.rpartition('/')[0]}/{number[1]}"
 
 
@@ -255,17 +263,18 @@ def _expect_same(ours: dict, theirs: dict, our_name: str, their_name: str) -> No
 
 
 def read_bytes(path: Path) -> bytes:
-    """Read a file, or raise ValueError that names it."""
+    """Read a file, or raise ValueError that names it: also a pipe or a device."""
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+        reason = one_line(error.strerror or error)
+        raise ValueError(f"{one_line(path)}: cannot be read ({reason})") from error
 
 
 def some(names: Iterable[object]) -> str:
     """Return the first few names, for an error."""
     names = list(names)
-    return ", ".join(map(str, names[:SHOWN])) + (", ..." if len(names) > SHOWN else "")
+    return one_line(", ".join(map(str, names[:SHOWN]))) + (", ..." if len(names) > SHOWN else "")
 
 
 def _npy(path: Path) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 
 from repa_fast.contracts import looks_like_url
 from repa_fast.failure import Failure
+from repa_fast.words import first_line, one_line
 
 if TYPE_CHECKING:
     import lance
@@ -38,6 +39,10 @@ class StoreError(Failure):
     """The store failed while rows were read; no ValueError, since no row is known to be bad."""
 
 
+class TableError(ValueError):
+    """A table is damaged so that Lance panics."""
+
+
 def is_url(uri: str | Path) -> bool:
     """Return whether `uri` is an object store's, not a path."""
     return "://" in str(uri) or looks_like_url(uri)
@@ -47,7 +52,8 @@ def open_table(uri: str | Path, split: str) -> "tuple[lance.LanceDataset, str]":
     """Open the table URI/SPLIT.lance, else the table `uri`; also return where it was found.
 
     Raises:
-        ValueError: there is no such table, or its store cannot be reached or refuses.
+        ValueError: there is no such table, it is damaged, or its store cannot be reached or
+            refuses.
     """
     import lance
 
@@ -58,7 +64,11 @@ def open_table(uri: str | Path, split: str) -> "tuple[lance.LanceDataset, str]":
     for candidate in (inside, base):
         start = time.monotonic()
         try:
-            return lance.dataset(candidate, storage_options=options if remote else None), candidate
+            with no_panic(candidate):
+                table = lance.dataset(candidate, storage_options=options if remote else None)
+            return table, candidate
+        except TableError:
+            raise
         except (ValueError, OSError) as error:
             reason = error
         if remote and "was not found" not in str(reason):
@@ -76,15 +86,30 @@ def take(
 
     Raises:
         StoreError: a store failed, and all its retries too.
+        TableError: the table is damaged.
     """
     start = time.monotonic()
     try:
-        return table.take(indices, columns=columns)
+        with no_panic(uri):
+            return table.take(indices, columns=columns)
     except (ValueError, OSError) as error:
-        if not is_url(uri):
+        if not is_url(uri) or isinstance(error, TableError):
             raise
         message = _failure(uri, f"cannot read {len(indices)} rows", start, error)
         raise StoreError(message) from error
+
+
+@contextmanager
+def no_panic(uri: str) -> Iterator[None]:
+    """Raise TableError where Lance panics, which by itself is no Exception (PyO3's class)."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise TableError(
+            f"{uri} is damaged, expected a Lance table ({first_line(error)})"
+        ) from error
 
 
 @contextmanager
@@ -127,17 +152,6 @@ def from_lists(column: "pa.ChunkedArray", shape: tuple[int, ...]) -> np.ndarray:
         array = array.copy()
         array[lists.is_null().to_numpy(zero_copy_only=False)] = null
     return array
-
-
-def one_line(text: object) -> str:
-    """Return an error or another text, maybe a stranger's, in one line without control codes."""
-    line = " ".join(str(text).split()) or type(text).__name__
-    return "".join(letter if letter.isprintable() else "?" for letter in line)
-
-
-def first_line(error: Exception) -> str:
-    """Return how an error's text begins: numpy's goes on with advice to unpickle what is given."""
-    return one_line(str(error).partition("\n")[0][:100] or type(error).__name__)
 
 
 def _failure(uri: str, what: str, start: float, error: Exception) -> str:

@@ -8,15 +8,23 @@ for the caller to find.
 """
 
 import argparse
+import math
+import mmap
+import os
 import re
+import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
 
-from repa_fast.data.store import one_line
+from repa_fast.whole import open_regular
+from repa_fast.words import one_line
 
 Weights = dict[str, Tensor]
 
@@ -50,6 +58,14 @@ MOCO = (  # slips in the ViT-L file
 )
 REFUSED = re.compile(r"GLOBAL ([\w.]+)")
 """What torch says of a name that its unpickler does not know."""
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Of weights."""
+REPEATED = 2**30
+"""Bytes that the tensors of a file may repeat, as by strides of 0, which would take memory."""
+
+
+class _Damaged(ValueError):
+    """A member of an archive does not have the checksum that the archive says."""
 
 
 def load_safely(path: str | Path, allow_namespace: bool = False) -> dict:
@@ -69,7 +85,9 @@ def load_safely(path: str | Path, allow_namespace: bool = False) -> dict:
     if not Path(path).is_file():
         raise ValueError(f"{path} is not a file")
     try:
-        content = _load(path, allow_namespace)
+        content = _load(Path(path), allow_namespace)
+    except _Damaged as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
     except Exception as error:  # a damaged file fails in any way
         if named := REFUSED.search(str(error)):
             found = f"holds code: it names {named[1]}, expected tensors and plain values"
@@ -88,19 +106,49 @@ def load_safely(path: str | Path, allow_namespace: bool = False) -> dict:
     return content
 
 
-def _load(path: str | Path, allow_namespace: bool) -> object:
+def _load(path: Path, allow_namespace: bool) -> object:
     """Return what is in a file, None of a TorchScript archive; raises anything."""
-    if Path(path).suffix == ".safetensors":
+    if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
         return load_file(path)
-    mappable = zipfile.is_zipfile(path)  # since torch 1.6; spares reading what is not used
+    mappable = zipfile.is_zipfile(path)  # since torch 1.6; spares memory for what is not used
     if mappable:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 return None
-    with torch.serialization.safe_globals([argparse.Namespace] if allow_namespace else []):
+            # torch would take what is compressed as it lies there
+            mappable = all(one.compress_type == zipfile.ZIP_STORED for one in archive.infolist())
+            if wrong := _wrong_member(file, archive) if mappable else archive.testzip():
+                raise _Damaged(f"{one_line(wrong):.100} has a wrong checksum")
+    with (
+        torch.serialization.safe_globals([argparse.Namespace] if allow_namespace else []),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # of tensors that are refused, such as sparse ones
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+
+
+def _wrong_member(file: BinaryIO, archive: zipfile.ZipFile) -> str | None:
+    """Return the first stored member without its CRC-32, which torch never compares, or None.
+
+    The file is mapped and read by as many threads as help; `testzip` would copy it through one.
+    """
+    with (
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+        memoryview(mapped) as view,
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads,
+    ):
+
+        def is_wrong(member: zipfile.ZipInfo) -> bool:
+            head = member.header_offset  # 30 bytes, then a name and an extra field of any length
+            lengths = (view[at : at + 2] for at in (head + 26, head + 28))
+            start = head + 30 + sum(int.from_bytes(length, "little") for length in lengths)
+            return zlib.crc32(view[start : start + member.file_size]) != member.CRC
+
+        members = archive.infolist()
+        found = [*threads.map(is_wrong, members)]
+    return members[found.index(True)].filename if any(found) else None
 
 
 def read(path: str | Path, allow_namespace: bool = False) -> dict:
@@ -112,19 +160,71 @@ def read(path: str | Path, allow_namespace: bool = False) -> dict:
 
 
 def unwrap(content: dict, *keys: str) -> Weights:
-    """Return the tensors below the first of `keys` that is there, or on top, without "module."."""
+    """Return the tensors below the first of `keys` that is there, or on top, without "module.".
+
+    ValueError if two of them have one name then, or if one is sparse, quantized, not on the CPU, or
+    otherwise no plain array of values, or if they are larger than the values in the file.
+    """
     inner = next((content[key] for key in keys if isinstance(content.get(key), dict)), content)
-    return {
-        name.removeprefix("module."): value
-        for name, value in inner.items()
-        if isinstance(name, str) and isinstance(value, Tensor)
-    }
+    state, held = {}, {}
+    for name, value in inner.items():
+        if isinstance(name, str) and isinstance(value, Tensor):
+            if (bare := name.removeprefix("module.")) in state:
+                raise ValueError(f"{_short(bare)} is there with and without module., expected one")
+            if found := _oddity(value):
+                raise ValueError(f"{_short(name)} is {found}, expected a dense tensor")
+            state[bare], storage = value, value.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+    total = sum(value.nbytes for value in state.values())
+    if total > sum(held.values()) + REPEATED:
+        largest = _short(max(state, key=lambda name: state[name].nbytes))
+        raise ValueError(
+            f"the tensors are of {total} bytes (most of them {largest}), expected no more than the "
+            f"{sum(held.values())} that the file has for them"
+        )
+    return state
+
+
+def _oddity(tensor: Tensor) -> str:
+    """Return what makes a tensor no plain array of values on the CPU; "" if it is one."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return f"a {type(tensor).__name__}"
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+    if tensor.device.type != "cpu":
+        return f"on {tensor.device.type}"
+    return "quantized" if tensor.is_quantized else ""
+
+
+def expect_real(state: Weights) -> None:
+    """Raise ValueError unless these are weights: floating point, and every value finite.
+
+    Of what `unwrap` returns, and of that which is loaded alone: files have counters beside it.
+    """
+    for name, tensor in state.items():
+        if tensor.dtype not in DTYPES:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{_short(name)} is of {kind}, expected floating-point numbers")
+        if not _is_finite(tensor):
+            raise ValueError(f"{_short(name)} has NaN or infinite values, expected finite ones")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Return whether all values are finite, mostly in one pass: their sum seldom overflows."""
+    once = [slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride()]
+    tensor = tensor.detach()[tuple(once)]
+    total = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+    return math.isfinite(total.item()) or bool(tensor.isfinite().all())
+
+
+def _short(name: str) -> str:
+    return f"{one_line(name):.100}"
 
 
 def measure(state: Weights) -> tuple[int, int, int, int]:
     """Return width, depth, patch size and registers of a ViT from its state dict."""
     width, _, patch_size, _ = state["patch_embed.proj.weight"].shape
-    blocks = [re.match(r"blocks\.(\d+)\.", name) for name in state]
+    blocks = [re.match(r"blocks\.(\d{1,6})\.", name) for name in state]
     depth = max((int(block[1]) + 1 for block in blocks if block), default=0)
     tokens = (state[name] for name in ("register_tokens", "reg_token") if name in state)
     return width, depth, patch_size, sum(table.shape[1] for table in tokens if table.ndim == 3)
@@ -244,5 +344,7 @@ def _rename(state: Weights, renames: Sequence[tuple[str, str]]) -> Weights:
             name = re.sub(pattern, replacement, name)
         if name in ("cls_token", "pos_embed") and value.ndim in (1, 2):
             value = value.reshape((1,) * (3 - value.ndim) + value.shape)
+        if name in renamed:
+            raise ValueError(f"has {_short(name)} under two names, expected one")
         renamed[name] = value
     return renamed

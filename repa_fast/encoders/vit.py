@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repa_fast.encoders.files import Weights, differences, measure, read, some
+from repa_fast.encoders.files import Weights, differences, expect_real, measure, read, some
 from repa_fast.failure import Failure
 from repa_fast.models.flops import vit_flops
 
@@ -214,6 +214,10 @@ def load_file(vit: nn.Module, path: str | Path, recipe: Recipe) -> None:
     if problems:
         has = "" if found == recipe.name else f" as {recipe.name} has"
         raise ValueError(f"{path} holds {found}{has}, but {'; '.join(problems)}")
+    try:
+        expect_real(state if periods is None else {**state, "rope_embed.periods": periods})
+    except ValueError as error:
+        raise ValueError(f"{path} holds {found}, but {error}") from error
     vit.load_state_dict(state)
     if periods is None:
         return

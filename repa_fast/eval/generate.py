@@ -8,6 +8,7 @@ Processes meet in the file system alone; a lock keeps a second launch out.
 """
 
 import functools
+import glob
 import hashlib
 import io
 import itertools
@@ -17,6 +18,7 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -29,7 +31,6 @@ from repa_fast.configs.part import expect_at_least
 from repa_fast.configs.sampler import SamplerConfig
 from repa_fast.contracts import expect_writable
 from repa_fast.data.dataset import Metadata
-from repa_fast.data.store import first_line
 from repa_fast.distributed import own_device, progress_bar, rank_and_size
 from repa_fast.eval.load import Loaded, WeightsConfig
 from repa_fast.eval.pictures import arrange, save_png
@@ -38,7 +39,8 @@ from repa_fast.eval.sampling import ImageSampler, labels_of
 from repa_fast.failure import Failure
 from repa_fast.ledger import Ledger, read_dict, share
 from repa_fast.lock import Lock
-from repa_fast.whole import is_disk_full, write_whole
+from repa_fast.whole import is_disk_full, read_regular, write_whole
+from repa_fast.words import first_line
 
 SHEET_IMAGES = 64
 SHEET_COLUMNS = 8
@@ -159,10 +161,14 @@ def _generate(config: GenerateConfig, loaded: Loaded, out: Path, work: Path, hel
         advance(config.num_fid_samples)
 
     def parts() -> Iterator[np.ndarray]:
-        return (_read_block(ledger, block, compute) for block in range(blocks))
+        counts = (min(batch, shape[0] - block * batch) for block in range(blocks))
+        shapes = ((count, *shape[1:]) for count in counts)
+        return (_read_block(ledger, block, of, compute) for block, of in enumerate(shapes))
 
     _write_beside(config, loaded, parts, out)
     held.expect()
+    for half in out.parent.glob(f".{glob.escape(out.name)}-*"):  # of a process that was killed
+        half.unlink()
     labels = chosen_labels(config, loaded.metadata, np.arange(config.num_fid_samples))
     write_npz(out, parts(), shape, arr_1=labels)
     ledger.remove()
@@ -282,15 +288,23 @@ def _write_block(ledger: Ledger, block: int, images: np.ndarray) -> None:
     ledger.write(block, {"crc32": zlib.crc32(buffer.getbuffer())})
 
 
-def _read_block(ledger: Ledger, block: int, compute: Callable[[int], np.ndarray]) -> np.ndarray:
-    """Return the images of a block, computed again where file or record is missing or damaged."""
+def _read_block(
+    ledger: Ledger, block: int, shape: tuple[int, ...], compute: Callable[[int], np.ndarray]
+) -> np.ndarray:
+    """Return the images of a block, computed again where file or record is missing or damaged.
+
+    Also where they are others than uint8 of `shape`, that of the block.
+    """
     file = ledger.folder / f"{block:06d}.npy"
     try:
-        data, record = file.read_bytes(), ledger.read(block)
+        data, record = read_regular(file), ledger.read(block)
     except (FileNotFoundError, ValueError):
         data, record = b"", {}
     if record == {"crc32": zlib.crc32(data)}:
-        return np.load(io.BytesIO(data))
+        with suppress(Exception):  # numpy raises all kinds
+            images = np.load(io.BytesIO(data))
+            if images.dtype == np.uint8 and images.shape == shape:
+                return images
     _say(f"{file} does not match its record, and is computed again")
     return compute(block)
 

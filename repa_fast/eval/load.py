@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +11,16 @@ import torch
 
 from repa_fast.checkpoint import formats
 from repa_fast.checkpoint.formats import Shape
-from repa_fast.checkpoint.layout import newest_checkpoint, read_settings
+from repa_fast.checkpoint.layout import DATASET, newest_checkpoint, read_settings
 from repa_fast.checkpoint.marker import trusted
 from repa_fast.configs.objective import ObjectiveConfig
 from repa_fast.data.dataset import Metadata
-from repa_fast.data.features import TEXT, UNSIGNED, describing, expect_fields
+from repa_fast.data.features import TEXT, UNSIGNED, describing
 from repa_fast.data.official import SD_VAE_FACTOR, SD_VAE_SCALE
 from repa_fast.models.sit import SIZES, SiT, size
 from repa_fast.objective import Objective, build_objective
+from repa_fast.whole import parse_json, read_regular
+from repa_fast.words import short
 
 HASH_DIGITS = 8
 KINDS = dict.fromkeys(("objective", "path_type", "prediction", "model"), TEXT)
@@ -108,17 +109,19 @@ def load(
         if origin != "repa":
             raise ValueError(f"{source} is a native checkpoint, expected origin repa, got {origin}")
     config, step, metadata = _described(source)
-    objective = build_objective(
-        ObjectiveConfig(
-            objective="ddpm" if origin == "dit" else config.get("objective", "flow"),
-            path_type=_ours(config.get("path_type", "linear")),
-            prediction=_ours(prediction or config.get("prediction", "v")),
-        )
-    )
+    predicted = {
+        "objective": "ddpm" if origin == "dit" else config.get("objective", "flow"),
+        "path_type": _ours(config.get("path_type", "linear")),
+        "prediction": _ours(prediction or config.get("prediction", "v")),
+    }
+    with describing(str(source)):
+        objective = build_objective(ObjectiveConfig(**predicted))
     kept = {"learn_sigma": objective.model is not SiT, "prediction": objective.prediction}
     state = formats.read_weights(source, origin, **kept)
     shape = formats.shape_of(state)
     arguments = _arguments(shape, config, num_heads, source)
+    if metadata is not None:
+        _expect_same(source, metadata, shape)
     if model and size(model) != {name: arguments[name] for name in size(model)}:
         raise ValueError(f"{source} holds a {shape}, expected {model}")
     state = {name: t for name, t in state.items() if not name.startswith("projectors.")}
@@ -168,7 +171,7 @@ def _exported(beside: Path) -> tuple[dict, None, Metadata | None]:
     ValueError if it is no JSON, or not as it was written.
     """
     with describing(str(beside)):
-        described = json.loads(beside.read_bytes()) if beside.is_file() else {}
+        described = parse_json(read_regular(beside), "it") if beside.is_file() else {}
         if not isinstance(described, dict):
             raise ValueError(f"holds a {type(described).__name__}, expected values by name")
         if not {"model", "dataset"} <= described.keys():
@@ -183,8 +186,23 @@ def _exported(beside: Path) -> tuple[dict, None, Metadata | None]:
 
 def _expect_kinds(config: dict) -> None:
     """Raise ValueError unless those training arguments that are looked at are of their kind."""
-    expected = {name: KINDS[name] for name in KINDS if name in config}
-    expect_fields({name: config[name] for name in expected}, expected)
+    for name, (words, fits) in KINDS.items():
+        if name in config and not fits(config[name]):
+            raise ValueError(f"{name} is {short(config[name])}, expected {words}")
+
+
+def _expect_same(source: Path, metadata: Metadata, shape: Shape) -> None:
+    """Raise ValueError that names the file with the dataset if that is not the weights'."""
+    beside = source / DATASET if source.is_dir() else source.with_suffix(".json")
+    side = shape.grid * shape.patch_size
+    latents, classes = (shape.in_channels, side, side), len(metadata.class_names)
+    if tuple(metadata.latent_shape) != latents:
+        found = tuple(metadata.latent_shape)
+        raise ValueError(f"{beside}: latent_shape is {found}, expected {latents} (the weights')")
+    if classes > shape.num_classes:
+        raise ValueError(
+            f"{beside}: {classes} class names, expected at most {shape.num_classes} (the weights')"
+        )
 
 
 def _ours(name: str) -> str:
@@ -207,6 +225,11 @@ def _arguments(shape: Shape, config: dict, num_heads: int, source: Path) -> dict
         raise ValueError(
             f"{source}: depth {shape.depth} and width {shape.hidden_size} are no known model's; "
             "the weights do not tell the number of heads, expected --num-heads"
+        )
+    if shape.hidden_size % (known or num_heads):
+        raise ValueError(
+            f"{source}: {known or num_heads} heads, expected a number that divides the width "
+            f"{shape.hidden_size}"
         )
     told = ("hidden_size", "depth", "patch_size", "in_channels", "num_classes", "qk_norm")
     return {

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from numpy.lib import format as npy
 
-from repa_fast.data.store import first_line, one_line
 from repa_fast.eval.inception import POOL_WIDTH, SPATIAL_WIDTH
+from repa_fast.whole import open_regular, whole_or_not
+from repa_fast.words import first_line, one_line
 
 Statistics = tuple[np.ndarray, np.ndarray]
 """Mean (F) and covariance (F, F), fp64."""
@@ -53,7 +54,7 @@ class ImageFile:
     @cached_property
     def name(self) -> str:
         """Its file name, with the first 16 hexadecimal digits of the file's SHA-256."""
-        with open(self.path, "rb") as file:
+        with open_regular(self.path) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         return f"{self.path.name}, sha256 {digest}"
 
@@ -88,9 +89,7 @@ class ImageFile:
         with _archive(self.path, "arr_0") as archive, ExitStack() as opened:
             with _naming(self.path):
                 stream = opened.enter_context(archive.open("arr_0.npy"))
-                first = npy.read_magic(stream) == (1, 0)
-                read = npy.read_array_header_1_0 if first else npy.read_array_header_2_0
-                shape, fortran, dtype = read(stream)
+                shape, fortran, dtype = _header(stream)
             if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or min(shape) < 1 or fortran:
                 raise ValueError(
                     f"{self.path}: arr_0 is {dtype} {shape}{' in Fortran order' * fortran}, "
@@ -112,12 +111,12 @@ def load(path: str | Path) -> Reference:
     """Read a reference; its images are not read yet.
 
     Raises:
-        ValueError: no such file, or something in it is missing, of another shape or not finite.
+        ValueError: no such file, or something in it is missing, of another shape, not finite or no
+            covariance.
     """
-    with _archive(path, "arr_0", *SHAPES):
+    with _archive(path, "arr_0", *SHAPES) as archive:
         images = ImageFile(path)
-    with _naming(path), np.load(path, allow_pickle=False) as content:
-        arrays = {key: content[key] for key in SHAPES}
+        arrays = {key: _array(archive, path, key) for key in SHAPES}
     _expect_statistics(arrays, f"{path}: ")
     mean, cov, spatial_mean, spatial_cov = (a.astype(np.float64) for a in arrays.values())
     return Reference(images, (mean, cov), (spatial_mean, spatial_cov))
@@ -149,37 +148,34 @@ def write_npz(
     Raises:
         ValueError: the parts do not add up to `shape`.
     """
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        with open(partial, "wb") as whole:
-            with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive:
-                with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                    npy.write_array_header_1_0(file, header)
-                    written = 0
-                    for part in parts:
-                        written += part.size
-                        file.write(np.ascontiguousarray(part, np.uint8))
-                if written != np.prod(shape, dtype=np.int64):
-                    raise ValueError(f"{out}: {written} values, expected the {shape} of arr_0")
-                for name, array in arrays.items():  # writestr would put the time of day into it
-                    with archive.open(f"{name}.npy", "w") as file:
-                        np.save(file, array)
-            whole.flush()
-            os.fsync(whole.fileno())
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        whole_or_not(out, replace=True) as partial,
+        open(partial, "xb") as whole,
+        zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as archive,
+    ):
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            npy.write_array_header_1_0(file, header)
+            written = 0
+            for part in parts:
+                written += part.size
+                file.write(np.ascontiguousarray(part, np.uint8))
+        if written != np.prod(shape, dtype=np.int64):
+            raise ValueError(f"{out}: {written} values, expected the {shape} of arr_0")
+        for name, array in arrays.items():  # writestr would put the time of day into it
+            with archive.open(f"{name}.npy", "w") as file:
+                np.save(file, array)
 
 
 @contextmanager
 def _archive(path: str | Path, *needed: str) -> Iterator[zipfile.ZipFile]:
     """Open an .npz, which must have the arrays `needed`."""
-    try:
-        archive = zipfile.ZipFile(path)
-    except Exception as error:  # a damaged archive fails in any way
-        raise ValueError(f"{path} is not an npz file: {first_line(error)}") from error
-    with archive:
+    with ExitStack() as opened:
+        try:
+            file = opened.enter_context(open_regular(Path(path)))
+            archive = opened.enter_context(zipfile.ZipFile(file))
+        except Exception as error:  # a damaged archive fails in any way
+            raise ValueError(f"{path} is not an npz file: {first_line(error)}") from error
         names = archive.namelist()
         if missing := [name for name in needed if f"{name}.npy" not in names]:
             known = ", ".join(name.removesuffix(".npy") for name in names) or "nothing"
@@ -196,10 +192,41 @@ def _naming(path: str | Path) -> Iterator[None]:
         raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
 
 
+def _header(stream: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Read the shape of an array, whether it is in Fortran order, and its dtype."""
+    if (version := npy.read_magic(stream)) != (1, 0):  # other headers may be of 4 GB
+        raise ValueError(f"version {version} of the npy format, expected (1, 0)")
+    return npy.read_array_header_1_0(stream)
+
+
+def _array(archive: zipfile.ZipFile, path: str | Path, key: str) -> np.ndarray:
+    """Read an array of `SHAPES`, if its header says that it is one."""
+    with _naming(path), archive.open(f"{key}.npy") as stream:
+        shape, _, dtype = _header(stream)
+    _expect_kind(key, shape, dtype, f"{path}: ")
+    with _naming(path), archive.open(f"{key}.npy") as stream:
+        return npy.read_array(stream, allow_pickle=False)
+
+
+def _expect_kind(key: str, shape: tuple[int, ...], dtype: np.dtype, where: str) -> None:
+    if shape != SHAPES[key] or dtype.kind != "f":
+        got = f"{where}{key} is {dtype} {shape}"
+        raise ValueError(f"{got}, expected floating point {SHAPES[key]}")
+
+
 def _expect_statistics(arrays: dict[str, np.ndarray], where: str = "") -> None:
     for key, array in arrays.items():
-        if array.shape != SHAPES[key] or array.dtype.kind != "f":
-            got = f"{where}{key} is {array.dtype} {array.shape}"
-            raise ValueError(f"{got}, expected floating point {SHAPES[key]}")
+        _expect_kind(key, array.shape, array.dtype, where)
         if not np.isfinite(array).all():
             raise ValueError(f"{where}{key} is not finite")
+        if array.ndim == 2 and not _may_be_covariance(array):
+            expected = "expected a symmetric matrix whose diagonal is at least 0"
+            raise ValueError(f"{where}{key} is no covariance, {expected}")
+
+
+def _may_be_covariance(matrix: np.ndarray) -> bool:
+    """Return whether (F, F) has variances of at least 0 and is symmetric to rounding in F terms."""
+    rounding = len(matrix) * np.finfo(matrix.dtype).eps * np.abs(matrix).max()
+    with np.errstate(over="ignore"):
+        symmetric = np.abs(matrix - matrix.T).max() <= rounding
+    return bool(symmetric and (np.diagonal(matrix) >= 0).all())

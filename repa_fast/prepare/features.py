@@ -18,7 +18,7 @@ import torch
 
 from repa_fast.data.dataset import Fetched, LatentDataset
 from repa_fast.data.features import FeatureColumn, Storage
-from repa_fast.data.store import one_line, to_lists, unwrapped
+from repa_fast.data.store import to_lists, unwrapped
 from repa_fast.distributed import own_device, progress_bar, rank_and_size
 from repa_fast.failure import Failure
 from repa_fast.prepare.fragments import (
@@ -30,6 +30,7 @@ from repa_fast.prepare.fragments import (
     expect_checksums,
     weights_digest,
 )
+from repa_fast.words import one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa

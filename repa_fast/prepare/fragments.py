@@ -21,10 +21,10 @@ import numpy as np
 
 from repa_fast import lock
 from repa_fast.data.dataset import Fetched, LatentDataset
-from repa_fast.data.store import one_line
 from repa_fast.distributed import session
 from repa_fast.ledger import Ledger, discard, is_discarded, records, share, wait_until_none
 from repa_fast.whole import expect_no_link, parse_json, read_regular, write_whole
+from repa_fast.words import one_line
 
 AHEAD = 2
 """Batches that are decoded while one is encoded."""

@@ -10,11 +10,14 @@ import numpy as np
 
 from repa_fast.data import dataset
 from repa_fast.data.digits import DIGITS_DIR, prepare_digits
+from repa_fast.data.images import open_image
 from repa_fast.data.official import SD_VAE_FACTOR, SD_VAE_SCALE, OfficialFolder
 from repa_fast.whole import whole_or_not
 
 FILES_PER_FOLDER = 1000
 EXPORTED_ROWS = 256
+SUFFIXES = {"PNG": "png", "JPEG": "jpg", "MPO": "jpg"}
+"""By the format of an image: an MPO begins with a JPEG."""
 
 
 @dataclass(kw_only=True)
@@ -90,7 +93,8 @@ def export_folder(config: ExportConfig) -> Path:
     encoding (.png or .jpg); the folder appears at once, whole, or not at all.
 
     Raises:
-        ValueError: `out` exists already, or there is no such dataset.
+        ValueError: `out` exists already, there is no such dataset, or a row of it is bad: moments,
+            label, an image that is no PNG or JPEG of the right size, or none where others have one.
     """
     from rich.progress import track
 
@@ -103,22 +107,36 @@ def export_folder(config: ExportConfig) -> Path:
             f"{stored.scale}; an official folder means 1/{SD_VAE_FACTOR} of the side and "
             f"{SD_VAE_SCALE}"
         )
-    labels = []
+    labels, illustrated = [], 0
     with whole_or_not(config.out) as partial:
         starts = range(0, len(table), EXPORTED_ROWS)
         for start in track(starts, description=f"{config.out}", disable=not sys.stdout.isatty()):
             rows = table.fetch(np.arange(start, min(start + EXPORTED_ROWS, len(table))))
             for index, image, moments, label, _ in rows:
+                name = f"{table.uri} row {index}"
+                sample: dataset.Sample = {"index": index, "moments": moments, "label": int(label)}
+                dataset.check_sample(name, sample, stored)
+                illustrated += bool(image)
+                if illustrated not in (0, len(labels) + 1):
+                    raise ValueError(f"{name}: some rows have an image, expected all or none")
                 folder = f"{index // FILES_PER_FOLDER:05d}"
                 latent = f"{folder}/img-mean-std-{index:08d}.npy"
                 (partial / "vae-sd" / folder).mkdir(parents=True, exist_ok=True)
                 np.save(partial / "vae-sd" / latent, moments)
                 labels.append([latent, int(label)])
                 if image:
-                    suffix = "png" if image.startswith(b"\x89PNG") else "jpg"
+                    suffix = _suffix(image, stored.resolution, name)
                     (partial / "images" / folder).mkdir(parents=True, exist_ok=True)
                     file = partial / "images" / folder / f"img{index:08d}.{suffix}"
                     file.write_bytes(image)
         listing = json.dumps({"labels": labels})
         (partial / "vae-sd" / "dataset.json").write_text(listing, encoding="utf-8")
     return config.out
+
+
+def _suffix(image: bytes, side: int, name: str) -> str:
+    """Return the suffix of an image's file by its header; ValueError if it has no place there."""
+    kind = open_image(image, name, side).format
+    if kind not in SUFFIXES:
+        raise ValueError(f"{name}: image is {kind}, expected PNG or JPEG")
+    return SUFFIXES[kind]

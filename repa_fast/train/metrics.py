@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from repa_fast.contracts import short
 from repa_fast.distributed import World
+from repa_fast.words import short
 
 T_BINS = 10
 

@@ -22,11 +22,13 @@ from repa_fast.checkpoint.marker import trusted
 from repa_fast.configs.flags import flags_of
 from repa_fast.configs.run import RunConfig
 from repa_fast.distributed import shard_like
+from repa_fast.encoders.files import expect_real, unwrap
 from repa_fast.models.sit import SiT
 from repa_fast.train import checkpoint
 from repa_fast.train.checkpoint import Checkpointer, CheckpointFailed
 from repa_fast.train.spikes import TrainingDiverged, is_spike
 from repa_fast.train.state import TrainState
+from repa_fast.words import short
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +80,8 @@ def resume(folder: Path, state: TrainState) -> Path | None:
 def candidates(folder: Path) -> list[Path]:
     """Return complete native checkpoints and official %07d.pt files in `folder`, newest first."""
     native = {step: path_of(folder, step) for step in steps(folder)}
-    official = {int(p.stem): p for p in folder.glob("*.pt") if p.stem.isdecimal()}
+    files = (path for path in folder.glob("*.pt") if path.stem.isdecimal() and path.is_file())
+    official = {int(path.stem): path for path in files}
     return [path for _, path in sorted((official | native).items(), reverse=True)]
 
 
@@ -135,8 +138,10 @@ def named(folder: Path, wanted: str) -> Path:
 def load_official(source: Path, state: TrainState) -> None:
     """Resume from an official {model, ema, opt, args, steps} file, mid-run.
 
+    Nothing is loaded unless all of it can be.
+
     Raises:
-        ValueError: it is not such a file, or of another model.
+        ValueError: it is not such a file, or of another model, or holds what no training leaves.
     """
     contents = formats.read_file(source)
     missing = [key for key in ("model", "ema", "opt", "steps") if key not in contents]
@@ -145,12 +150,22 @@ def load_official(source: Path, state: TrainState) -> None:
             f"{source} has no {', '.join(missing)}: it cannot be gone on from; start a new run "
             "from its weights with --init-from"
         )
-    averages = [(average, "ema") for average in (state.ema, *state.more_emas)]
-    for model, key in ((state.model, "model"), *averages):
-        weights = formats.normalise(contents[key], **_kept(model))
-        formats.load_exactly(model, weights, f"{source} [{key}]")
-    names = [name for name, _ in state.model.named_parameters()]
-    load_optimizer(state.optimizer, names, list(weights), contents["opt"])
+    weights, key = {}, ""
+    try:
+        for key in ("model", "ema"):
+            weights[key] = formats.normalise(contents[key], **_kept(state.model))
+            formats.expect_fitting(state.model, weights[key], "it")
+        key, began = "opt", contents["steps"] == 0
+        optimizer = optimizer_state(state.model, [*weights["ema"]], contents["opt"], began)
+    except ValueError as error:
+        raise ValueError(f"{source} [{key}]: {error}") from error
+    for model, key in (
+        (state.model, "model"),
+        *((e, "ema") for e in (state.ema, *state.more_emas)),
+    ):
+        formats.load_exactly(model, weights[key], f"{source} [{key}]")
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": optimizer, "param_groups": groups})
     state.step = contents["steps"]
 
 
@@ -162,27 +177,81 @@ def _kept(model: SiT) -> dict[str, bool]:
     }
 
 
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, names: list[str], saved_names: list[str], saved: dict
-) -> None:
-    """Load torch AdamW's state, by position in `saved_names`; hyperparameters stay the config's.
+def optimizer_state(
+    model: SiT, saved_names: list[str], saved: object, began: bool
+) -> dict[int, dict[str, torch.Tensor]]:
+    """Return torch AdamW's state by our numbers of parameters, copied, whole and checked.
 
-    `names` are the model's parameters in their order, `saved_names` those of the file's weights,
-    which are in the order of the parameters of whoever wrote it.
+    Args:
+        model: whose parameters they are; its optimizer has all of them, in their order.
+        saved_names: those of the file's weights, which are in the order of the parameters of
+            whoever wrote it.
+        saved: the optimizer's state_dict; hyperparameters stay the config's.
+        began: whether the run has just begun, when the optimizer has no state yet.
+
+    Raises:
+        ValueError: it is none, or of other parameters, or a value is not what AdamW leaves.
     """
-    own = optimizer.state_dict()
-    counts = [sum(len(g["params"]) for g in d["param_groups"]) for d in (own, saved)]
-    if counts[0] != counts[1]:
-        raise ValueError(f"the optimizer state has {counts[1]} parameters, expected {counts[0]}")
-    position = {name: number for number, name in enumerate(names)}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {}
-    for number, values in saved["state"].items():
-        own_number = position[saved_names[number]]
-        like = parameters[own_number]
-        moments = {key: shard_like(values[key], like) for key in ("exp_avg", "exp_avg_sq")}
-        state[own_number] = {"step": values["step"], **moments}
-    optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
+    given, expected = _numbered(saved), len(saved_names)
+    if given != [*range(expected)]:
+        raise ValueError(
+            f"the optimizer's param_groups number {len(given)} parameters, "
+            f"expected {expected}, from 0 on"
+        )
+    if odd := [n for n in saved["state"] if type(n) is not int or not 0 <= n < expected]:
+        raise ValueError(f"it has a state of parameter {short(odd[0])}, expected 0..{expected - 1}")
+    state, number = {}, {name: number for number, name in enumerate(saved_names)}
+    for own_number, (name, parameter) in enumerate(model.named_parameters()):
+        if not parameter.requires_grad:
+            continue
+        if number[name] in saved["state"]:
+            values = _moments(name, saved["state"][number[name]], parameter)
+            state[own_number] = values
+        elif not began:
+            raise ValueError(f"it has no state of {name}, expected one of all that is trained")
+    return state
+
+
+def _numbered(saved: object) -> list:
+    """Return the numbers of parameters in an optimizer's state_dict, group after group."""
+    groups = saved.get("param_groups") if isinstance(saved, dict) else None
+    if not (isinstance(groups, list) and isinstance(saved.get("state"), dict)):
+        raise ValueError(f"it is {short(saved)}, expected AdamW's state and param_groups")
+    found = [group.get("params") if isinstance(group, dict) else None for group in groups]
+    numbers = [n for params in found if isinstance(params, list) for n in params]
+    if not all(isinstance(p, list) for p in found) or not all(type(n) is int for n in numbers):
+        raise ValueError("its param_groups are none, expected lists of numbers under params")
+    return numbers
+
+
+def _moments(name: str, values: object, like: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the state of a parameter as tensors that share no memory, the step on the host."""
+    if not isinstance(values, dict):
+        raise ValueError(f"the state of {name} is {short(values)}, expected tensors")
+    step = values.get("step")
+    if isinstance(step, int | float) and abs(step) <= formats.MOST_STEPS:  # of earlier torch
+        step = torch.tensor(float(step))
+    found = unwrap({key: values.get(key) for key in ("exp_avg", "exp_avg_sq")} | {"step": step})
+    for key, shape in {"exp_avg": like.shape, "exp_avg_sq": like.shape, "step": ()}.items():
+        if key not in found or found[key].shape != shape:
+            what = tuple(found[key].shape) if key in found else short(values.get(key))
+            raise ValueError(f"{key} of {name} is {what}, expected {tuple(shape)}")
+    count = found.pop("step")
+    try:
+        expect_real(found)
+    except ValueError as error:
+        raise ValueError(f"the state of {name}: {error}") from error
+    if found["exp_avg_sq"].min() < 0:
+        raise ValueError(f"exp_avg_sq of {name} is negative, expected squares")
+    if count.is_complex() or not 0 <= count.item() <= formats.MOST_STEPS:
+        raise ValueError(f"step of {name} is {count.item()}, expected 0 to 2**40")
+    copied = {key: shard_like(_copy(value, like), like) for key, value in found.items()}
+    return copied | {"step": count.float().clone()}
+
+
+def _copy(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Copy: AdamW writes in place, and values may share or repeat memory, also the file's."""
+    return value.to(like.device, copy=True, memory_format=torch.contiguous_format)
 
 
 def start_from(source: Path, origin: str, state: TrainState) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from repa_fast import encoders
 from repa_fast.analysis import gather as module
@@ -133,6 +133,27 @@ def test_the_second_time_nothing_is_computed_with_a_cache(
         gathered(loaded, dataset)
 
 
+def test_a_file_of_the_cache_that_is_not_what_was_kept_is_made_again(
+    loaded, dataset, whole, tmp_path
+):
+    gathered(loaded, dataset, settings(tmp_path))
+    [file] = tmp_path.iterdir()
+    kept, tensors = file.read_bytes(), load_file(file)
+    for content in (
+        kept[:-40],
+        b"",
+        {"x": torch.zeros(1)},
+        tensors | {"hidden": tensors["hidden"][:, :, 1:].contiguous()},
+        tensors | {"label": tensors["label"].float()},
+    ):
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        else:
+            save_file(content, file)
+        assert_same(whole, gathered(loaded, dataset, settings(tmp_path)))
+        assert file.read_bytes() == kept
+
+
 def test_a_pass_that_fails_leaves_nothing(loaded, tmp_path, monkeypatch):
     monkeypatch.setattr("tests.analysis.analysing.encode", lambda pixels: b"no image")
     write_table(tmp_path / "data" / "train.lance", *coloured(5, seed=0))
@@ -169,8 +190,11 @@ def computed(monkeypatch):
 
     def compute(loaded, dataset, rows, files, config, device):
         calls.append(files)
-        tokens = {f"tokens/{name}": torch.zeros(1) for name in files}
-        return {"hidden": torch.zeros(1), "label": torch.zeros(1), **tokens}
+        count, layers = len(rows), len(config.layers_of(loaded))
+        widths = {name: encoders.spec(name).width for name in files}
+        tokens = {f"tokens/{name}": torch.zeros(count, width) for name, width in widths.items()}
+        hidden = torch.zeros(len(config.times), layers, count, 32)
+        return {"hidden": hidden, "label": torch.zeros(count, dtype=torch.int64), **tokens}
 
     monkeypatch.setattr(module, "_compute", compute)
     return calls

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from repa_fast.checkpoint import formats
+from repa_fast.checkpoint.info import InfoConfig, info
 from repa_fast.models.sit import SiT
 from repa_fast.testing import randomise
 from tests.refusals import refused
@@ -64,6 +65,14 @@ def test_names_of_older_code_of_ddp_and_of_sras_head_become_ours(state):
     assert_equal(formats.normalise(stored), state)
 
 
+def bomb(kind: type) -> list:
+    """A few hundred bytes whose text is 2^40 long."""
+    inner = kind([1])
+    for _ in range(40):
+        inner = kind([inner, inner])
+    return inner
+
+
 class Hostile:
     def __reduce__(self):
         return (print, ("code ran",))
@@ -80,7 +89,11 @@ FILES = [
     ([torch.zeros(3)], "x.pt holds a list, expected a dictionary$"),
     (None, "x.pt is not a file$"),
     *[({"steps": v}, "x.pt: steps is .*, expected an integer") for v in ("7", None, 7.0, True, -1)],
-    ({"steps": torch.zeros(3, 3)}, "x.pt: steps is tensor"),
+    ({"steps": torch.zeros(3, 3)}, "x.pt: steps is a Tensor, expected an integer from 0 to 2"),
+    ({"steps": 10**30}, "x.pt: steps is 1000000000000000000000000000000, expected an integer"),
+    ({"steps": 10**600}, "x.pt: steps is an integer of 1994 bits"),
+    ({"steps": bomb(list)}, r"x.pt: steps is \[\[.*, expected an integer"),
+    ({"steps": argparse.Namespace(x=bomb(list))}, "x.pt: steps is a Namespace"),
     ({0: torch.zeros(3), "pos_embed": 3}, "x.pt: not the weights of a SiT or DiT: pos_embed, x_em"),
     ({"ema": [torch.zeros(3)]}, "x.pt: not the weights of a SiT or DiT"),
 ]
@@ -110,10 +123,84 @@ def test_safetensors_that_are_none_and_scripts_are_refused_in_one_line(tmp_path,
     refused(lambda: formats.read_file(tmp_path / "x.pt"), "is a TorchScript archive, which holds")
 
 
+def zipped(path: Path, out: Path, compression: int) -> None:
+    with zipfile.ZipFile(path) as given, zipfile.ZipFile(out, "w", compression) as archive:
+        for member in given.infolist():
+            archive.writestr(member.filename, given.read(member))
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_archives_packed_anew_are_read_rightly_and_flipped_bits_are_seen(
+    tmp_path, state, compression
+):
+    torch.save(state, tmp_path / "x.pt")
+    packed = tmp_path / "packed.pt"
+    zipped(tmp_path / "x.pt", packed, compression)
+    for path in (tmp_path / "x.pt", packed):
+        assert_equal(formats.read_weights(path), state)
+    with zipfile.ZipFile(packed) as archive:
+        member = max(archive.infolist(), key=lambda one: one.file_size)
+    whole = packed.read_bytes()
+    at = member.header_offset + member.compress_size // 2
+    packed.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    words = f"packed.pt is damaged: {member.filename} has a wrong checksum$"
+    if compression == zipfile.ZIP_DEFLATED:  # it may end before its checksum
+        words = "packed.pt is damaged"
+    refused(lambda: formats.read_weights(packed), words)
+
+
+BIAS = "final_layer.linear.bias"
+UNREAL = {  # of 16 biases
+    "sparse_coo, expected a dense": lambda t: t.to_sparse(),
+    "on meta, expected a dense": lambda t: t.to("meta"),
+    "quantized, expected a dense": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.quint8),
+    "of complex64, expected floating": lambda t: t + 1j,
+    "of bool, expected floating": lambda t: t > 0,
+    "of int64, expected floating": lambda t: t.long(),
+    "of float8_e5m2, expected floating": lambda t: t.to(torch.float8_e5m2),
+    "has NaN or infinite values": lambda t: t / torch.arange(16).sub(3).clamp(max=0),
+    "has NaN or infinite": lambda t: torch.full((), torch.nan).expand(16),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize:DeprecationWarning", "ignore:.*quantized")
+@pytest.mark.parametrize("words", UNREAL)
+def test_tensors_that_are_no_weights_are_refused_by_name(tmp_path, state, words):
+    torch.save({**state, BIAS: UNREAL[words](state[BIAS])}, tmp_path / "x.pt")
+    for read in (formats.read_weights, lambda path: info(InfoConfig(path=str(path)))):
+        refused(partial(read, tmp_path / "x.pt"), rf"x\.pt: {BIAS} (is )?{words}")
+
+
+def test_great_finite_values_are_weights(state):
+    """Their sum is not finite in fp32."""
+    formats.normalise({**state, BIAS: torch.full((16,), 3e38)})
+    formats.normalise({**state, BIAS: torch.full((16,), 6e4, dtype=torch.float16)})
+
+
+AMBIGUOUS = [
+    ({f"module.{BIAS}": torch.zeros(16)}, f"{BIAS} is there with and without module., expected"),
+    ({"blocks.9.a": torch.zeros(1), "decoder_blocks.4.a": torch.zeros(1)}, "the numbers of blocks"),
+    ({BIAS: torch.zeros(()).expand(2**34, 16)}, "tensors are of 10995.* bytes .most of them fi"),
+    ({"x": torch.zeros(()).expand(2**20, 2**20, 2**20)}, "most of them x"),
+    ({f"x{n}": torch.zeros(2**12).expand(2**10, 2**12) for n in range(80)}, "tensors are of 13"),
+]
+
+
+@pytest.mark.parametrize("more, words", AMBIGUOUS, ids=[words for _, words in AMBIGUOUS])
+def test_two_under_one_name_and_values_that_are_not_there_are_refused(state, more, words):
+    refused(lambda: formats.normalise({**state, **more}), words)
+
+
 NOT_OURS = "not the weights of a SiT or DiT: "
 MISSHAPEN = [
     *[(name, (), rf"{NOT_OURS}{name} missing, or with other axes") for name in formats.AXES],
     ("pos_embed", (16,), NOT_OURS),
+    ("pos_embed", (1, 0, 32), "0 positions in pos_embed, expected a square"),
+    ("pos_embed", (1, 15, 32), "15 positions in pos_embed, expected a square"),
+    (formats.LABELS, (0, 32), f"0 rows in {formats.LABELS}, expected one a class and one more"),
+    (formats.LABELS, (1, 32), f"1 rows in {formats.LABELS}, expected one a class"),
+    ("x_embedder.proj.weight", (32, 4, 2, 1), "patches of 2x1 pixels, expected a square"),
+    ("x_embedder.proj.weight", (0, 4, 2, 2), "width 0 and 4 channels, expected some"),
     ("x_embedder.proj.weight", (32, 4, 0, 0), "patches of 0 pixels"),
     ("final_layer.linear.weight", (15, 32), "15 outputs"),
     ("final_layer.linear.bias", (15,), "outputs with 15 biases"),
@@ -135,6 +222,8 @@ def test_tensors_of_other_shapes_are_refused_by_name(state, name, shape, words):
                 formats.load_exactly(model(), formats.normalise(changed, origin), "x")
 
             refused(load, words)
+    no_blocks = {name: t for name, t in state.items() if not name.startswith("blocks.")}
+    refused(lambda: formats.normalise(no_blocks), "depth 0, expected blocks")
     refused(lambda: formats.normalise([1]), "the weights are a list, expected tensors by name")
 
 

@@ -1,8 +1,11 @@
+import json
+
 import pytest
 import torch
 
 from repa_fast.checkpoint.info import InfoConfig, info
 from repa_fast.models.sit import SiT
+from tests.eval import checkpoints
 from tests.refusals import refused
 
 
@@ -26,6 +29,16 @@ def test_an_official_file_lists_its_parts(tmp_path):
     text = described(tmp_path / "x.pt")
     assert "official checkpoint with model, ema, opt, steps, step 5" in text
     assert "depth 1, width 32" in text and "no projector" in text
+
+
+def test_counters_of_an_earlier_version_and_odd_names_are_no_matter(tmp_path):
+    run = checkpoints.run(tmp_path, exp_name="a\n\x1b[31mb")
+    counters = run / "checkpoints" / "0000007" / "counters.json"
+    values = json.loads(counters.read_text())
+    del values["world_size"]
+    counters.write_text(json.dumps(values))
+    text = info(InfoConfig(path=str(run), verify=False))
+    assert "run a ?[31mb, data" in text and text.endswith("written by ? processes")
 
 
 def test_what_is_nothing_is_an_error(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from repa_fast.data import dataset
 from repa_fast.data.dataset import LatentDataset, Metadata
 from repa_fast.data.loader import read_batch
+from repa_fast.words import short
 from tests.refusals import refused
 
 lance = pytest.importorskip("lance")
@@ -24,10 +25,15 @@ COUNT = 23
 
 def make_rows(count: int = COUNT, seed: int = 0) -> list[dataset.Row]:
     generator = np.random.default_rng(seed)
+
+    def moments() -> np.ndarray:
+        mean, deviation = generator.standard_normal((2, 2, 4, 4), dtype=np.float32)
+        return np.concatenate([mean, np.abs(deviation)])
+
     return [
         {
             "image": generator.bytes(20 + 7 * index),
-            "moments": generator.standard_normal(METADATA.moments_shape, dtype=np.float32),
+            "moments": moments(),
             "label": index % 3,
         }
         for index in range(count)
@@ -95,10 +101,13 @@ OTHER_FIELDS = [
     ],
     *[({"vae": value}, "vae is .*, expected text") for value in (None, 3, ["x"])],
     *[
-        ({"scale": value}, "scale is .*, expected a finite number other than 0")
-        for value in (0, 0.0, NAN, INF, -INF, "1", None, [1.0], True)
+        ({"scale": value}, "scale is .*, expected a number from 1e-06 to 1e.06, or its negative")
+        for value in (0, 0.0, 1e-320, 9e-7, -2e6, 10**400, NAN, INF, -INF, "1", None, [1.0], True)
     ],
-    *[({"bias": v}, "bias is .*, expected a finite number") for v in (NAN, INF, "0", None, [0])],
+    *[
+        ({"bias": value}, r"bias is .*, expected a number of at most 1e\+06 either way")
+        for value in (NAN, INF, -1.1e6, 1e300, "0", None, [0])
+    ],
     *[({"class_names": v}, f"class_names is .*, {NAMES}") for v in ([], "abc", None, [1], {}, 3)],
     ({"extra": 1}, r"has \['extra'\] too, expected resolution, latent_shape, vae"),
 ]
@@ -114,7 +123,8 @@ def test_metadata_may_lack_nothing_and_hold_integers_as_numbers():
         fields = {key: value for key, value in asdict(METADATA).items() if key != name}
         refused(lambda fields=fields: Metadata.from_dict(fields), f"^lacks {name}, expected reso")
     refused(lambda: Metadata.from_dict([1]), r"^is \[1\], expected resolution, .* by name")
-    assert Metadata.from_dict(asdict(METADATA) | {"scale": 1, "bias": 0}).scale == 1
+    for scale, bias in ((1, 0), (-1e-6, -1e6), (1e6, 1e6)):
+        assert Metadata.from_dict(asdict(METADATA) | {"scale": scale, "bias": bias}).scale == scale
     assert Metadata.from_dict(json.loads(json.dumps(asdict(METADATA)))) == METADATA
 
 
@@ -132,8 +142,8 @@ def lists(kind, size: int = 64):
 
 
 OTHER_TABLES = [
-    ({"metadata": b"{"}, "metadata repa_fast: Expecting property name"),
-    ({"metadata": b"[" * 100_000}, "metadata repa_fast: .*recursion"),
+    ({"metadata": b"{"}, "metadata repa_fast is damaged .Expecting property name"),
+    ({"metadata": b"[" * 100_000}, "metadata repa_fast is damaged .*recursion.*, expected JSON"),
     ({"metadata": b"[1]"}, r"metadata repa_fast: is \[1\], expected resolution"),
     ({"metadata": b'{"scale": NaN}'}, "metadata repa_fast: lacks resolution, latent_shape, vae, "),
     (
@@ -194,6 +204,47 @@ def test_large_bytes_are_images_and_a_table_without_any_says_so_when_they_are_as
     refused(lambda: LatentDataset(tmp_path / "b.lance").rows(np.arange(2)), "has no column image")
 
 
+class PanicException(BaseException):
+    """As PyO3's, which Rust's panics come as."""
+
+
+@pytest.mark.parametrize("place", ["dataset", "count_rows", "take"])
+def test_a_panic_of_lance_names_the_damaged_table(written, monkeypatch, place):
+    def panic(*_, **__):
+        raise PanicException("called `Result::unwrap()`\non an `Err` value: " + "x" * 999)
+
+    path = written(2)
+    monkeypatch.setattr(lance if place == "dataset" else lance.LanceDataset, place, panic)
+    words = r"a\.lance.* is damaged, expected a Lance table \(called `Result::unwrap\(\)`"
+    message = refused(lambda: LatentDataset(path).rows(np.array([0])), words)
+    assert len(message) < 300
+
+
+def test_other_ends_of_a_process_pass_through(written, monkeypatch):
+    table = LatentDataset(written(2))
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lance.LanceDataset, "take", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        table.rows(np.array([0]))
+
+
+def test_what_a_stranger_gave_is_shown_in_one_short_line():
+    bomb = [1, 1]
+    for _ in range(60):
+        bomb = [bomb, bomb]
+    for value in (bomb, {"a": bomb}, "\x1b[31m\n" * 10**6, -(10**5000), ["x" * 10**6] * 10**6):
+        line = short(value)
+        assert len(line) <= 70 and line.isprintable()
+        fields = asdict(METADATA) | {"resolution": value}
+        assert (
+            len(refused(lambda fields=fields: Metadata.from_dict(fields), "^resolution is")) < 120
+        )
+    assert (short([1, "a"]), short("a\nb"), short(None)) == ("[1, 'a']", "'a\\nb'", "None")
+
+
 def test_an_existing_table_is_refused_and_kept(written):
     table = LatentDataset(written(2))
     refused(lambda: written(3, seed=1), "exists already")
@@ -207,6 +258,10 @@ def test_an_existing_table_is_refused_and_kept(written):
         ({"moments": make_rows()[13]["moments"][:2]}, r".*\(2, 4, 4\).*expected \(4, 4, 4\)"),
         ({"label": -1}, r"label is -1, expected 0\.\.2"),
         ({"label": 3}, r"label is 3, expected 0\.\.2"),
+        (
+            {"moments": -make_rows()[13]["moments"]},
+            "a standard deviation is below 0, expected none",
+        ),
     ],
 )
 def test_a_row_that_does_not_fit_is_named_and_leaves_no_table(tmp_path, written, changes, words):

@@ -88,6 +88,7 @@ def test_the_description_travels_in_the_schema():
 
 OTHERS = [
     (b"{", "Expecting"),
+    (b"[" * 100_000, "is damaged .*recursion.*, expected JSON"),
     (b"[]", "expected encoder, resolution"),
     ({"extra": 1}, "has .'extra'. too"),
     ({"tokens": 0}, "tokens is 0, expected an integer above 0"),

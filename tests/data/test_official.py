@@ -10,20 +10,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("lance")
 
 from repa_fast.configs.config import TrainConfig
+from repa_fast.data import dataset as dataset_of
 from repa_fast.data import official
 from repa_fast.data.dataset import Metadata, encode
 from repa_fast.data.loader import Loader, read_batch
 from repa_fast.data.official import OfficialFolder
 from repa_fast.data.open import open_dataset
 from repa_fast.data.order import SampleOrder
-from repa_fast.prepare.official import ImportConfig, import_folder
+from repa_fast.prepare.official import ExportConfig, ImportConfig, export_folder, import_folder
 from repa_fast.train import run as runs
 from repa_fast.train.report import read_metrics
 from tests.data.encoding import assert_equal_batches
+from tests.data.encoding import encode as saved
 from tests.prepare.writing import rgb, write
 from tests.refusals import refused
 
@@ -33,7 +36,8 @@ LISTING = Path("vae-sd/dataset.json")
 
 
 def moments(number: int) -> np.ndarray:
-    return np.random.default_rng(number).normal(size=(8, 4, 4)).astype(np.float32)
+    mean, deviation = np.random.default_rng(number).normal(size=(2, 4, 4, 4)).astype(np.float32)
+    return np.concatenate([mean, np.abs(deviation)])
 
 
 def pixels(number: int) -> np.ndarray:
@@ -51,6 +55,17 @@ def image_of(root: Path, number: int, suffix: str = "png") -> Path:
 def save_npy(path: Path, array: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     np.save(path, array)
+
+
+def piped(path: Path) -> None:
+    """Put a pipe in its place that nobody writes to."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+def endless(path: Path) -> None:
+    path.unlink()
+    os.symlink("/dev/zero", path)
 
 
 @pytest.fixture
@@ -100,6 +115,16 @@ def test_names_that_sort_differently_are_paired_by_number(root):
     assert_belong_together(all_rows(OfficialFolder(root)))
 
 
+def test_names_may_have_any_letters(root, tmp_path):
+    for kind in ("vae-sd", "images"):
+        os.rename(root / kind / "00000", root / kind / "é")
+    os.rename(image_of(root, 7), root / "images" / "00001" / "猫00000007.png")
+    write(root / LISTING, (root / LISTING).read_text().replace("00000/", "\\u00e9/"))
+    os.rename(root, tmp_path / "ñ")
+    for _ in ("paired", "cached"):
+        assert_belong_together(all_rows(OfficialFolder(tmp_path / "ñ")))
+
+
 def test_latents_alone_are_enough_without_an_encoder(root):
     os.rename(root / "images", root / "elsewhere")
     dataset = OfficialFolder(root)
@@ -122,6 +147,9 @@ MISMATCHES = [
     (lambda root: save_npy(latent_of(root, 99), moments(0)), f"{LATENTS_LACK} labels"),
     (lambda root: write(image_of(root, 99)), "1 images have no counterpart among latents: 00019/"),
     (lambda root: (root / LISTING).unlink(), r"has no vae-sd/dataset\.json"),
+    (lambda root: piped(root / LISTING), r"has no vae-sd/dataset\.json, expected the labels"),
+    (lambda root: endless(root / LISTING), r"has no vae-sd/dataset\.json, expected the labels"),
+    (lambda root: save_npy(root / "vae-sd/a\n\x1b/x1.npy", moments(0)), r"labels .*: a \?/1$"),
 ]
 
 
@@ -172,6 +200,7 @@ def test_a_cached_index_that_is_none_is_made_anew(root, monkeypatch):
     monkeypatch.setattr(official, "pair", lambda *given: paired.append(0) or pair(*given))
     harms = [partial(Path.write_bytes, data=data) for data in (b"", b"x", whole[:300], whole[:-9])]
     harms += [partial(spoiled, **{name: None}) for name in ("state", "latents", "images", "labels")]
+    harms += [lambda path: np.savez_compressed(path, **dict(np.load(path)))]
     harms += [
         partial(spoiled, **changes)
         for changes in (
@@ -237,9 +266,11 @@ BAD = [  # image, what becomes of it, and what is said
     (True, lambda path: write(path, encode(pixels(4))[:90]), "cannot be decoded"),
     (True, lambda path: write(path, encode(pixels(4)[:16])), "is 32x16, expected 32x32"),
     (True, Path.unlink, "cannot be read"),
+    *[(image, harm, "is not a regular file") for image in (0, 1) for harm in (piped, endless)],
     (False, lambda path: write(path, b"no array"), "not a .npy array"),
     (False, lambda path: save_npy(path, moments(4)[:, :2, :2]), r"\(8, 2, 2\), .* \(8, 4, 4\)"),
     (False, lambda path: save_npy(path, moments(4) * np.nan), "moments are not finite"),
+    (False, lambda path: save_npy(path, -moments(4)), "a standard deviation is below 0"),
     (False, lambda path: save_npy(path, moments(4).astype(complex)), "moments are complex128"),
     (False, lambda path: save_npy(path, moments(4).astype(str)), r"moments are <U\d+ .*float32"),
     (False, lambda path: save_npy(path, moments(4)[:0]), r"float32 \(0, 4, 4\), .* \(2C, h, w\)"),
@@ -251,7 +282,9 @@ BAD = [  # image, what becomes of it, and what is said
 ]
 
 
-@pytest.mark.parametrize("image, harm, words", BAD, ids=[words for *_, words in BAD])
+@pytest.mark.parametrize(
+    "image, harm, words", BAD, ids=[f"{kind}-{words}" for kind, _, words in BAD]
+)
 def test_bad_samples_are_named_or_replaced_and_counted(root, image, harm, words):
     dataset = OfficialFolder(root)
     good = all_rows(dataset)
@@ -305,6 +338,47 @@ def test_import_without_images_and_nothing_is_left_behind_when_a_file_is_bad(roo
     write(latent_of(root, 11), b"")
     refused(lambda: import_folder(replace(config, out=tmp_path / "bad")), "00000011")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["imagenet", "native"]
+
+
+def exported(folder: Path, *rows: dict) -> Path:
+    """What becomes of a table with good rows but for what is given."""
+    good = {"image": encode(pixels(0)), "moments": moments(0), "label": 0}
+    latents = {"resolution": SIDE, "latent_shape": (4, 4, 4), "vae": "sd-vae-ft-mse"}
+    metadata = Metadata(**latents, scale=0.18215, bias=0.0, class_names=("a", "b"))
+    made = [good, *[good | row for row in rows]]
+    # as a stranger's table, which nobody has checked
+    batch = dataset_of.record_batch(made, dataset_of.schema(metadata))
+    pytest.importorskip("lance").write_dataset(
+        pytest.importorskip("pyarrow").Table.from_batches([batch]), str(folder / "train.lance")
+    )
+    return export_folder(ExportConfig(data_dir=folder, out=folder / "official"))
+
+
+def test_an_exported_table_comes_back_and_images_are_called_by_their_format(tmp_path):
+    jpeg = saved(Image.fromarray(pixels(2)), "JPEG")
+    out = exported(tmp_path, {"moments": moments(1), "label": 1}, {"image": jpeg})
+    assert [path.suffix for path in sorted(out.glob("images/*/*"))] == [".png", ".png", ".jpg"]
+    back = open_dataset(import_folder(ImportConfig(data_dir=out, out=tmp_path / "back")))
+    stored, again = (of.rows(np.arange(3)) for of in (open_dataset(tmp_path), back))
+    np.testing.assert_equal(again, stored)
+
+
+BAD_ROWS = [
+    ({"label": None}, r"label is -1, expected 0\.\.1"),
+    ({"label": 7}, r"label is 7, expected 0\.\.1"),
+    ({"moments": moments(0) * np.nan}, "moments are not finite"),
+    ({"moments": -moments(0)}, "a standard deviation is below 0"),
+    ({"image": b"MZ no image"}, "is not an image"),
+    ({"image": None}, "some rows have an image, expected all or none"),
+    ({"image": encode(pixels(0)[:16, :16])}, "is 16x16, expected 32x32"),
+    ({"image": saved(Image.fromarray(pixels(0)), "GIF")}, "image is GIF, expected PNG or JPEG"),
+]
+
+
+@pytest.mark.parametrize("changes, words", BAD_ROWS, ids=[words for _, words in BAD_ROWS])
+def test_a_bad_row_is_not_exported_and_nothing_is_left(tmp_path, changes, words):
+    refused(lambda: exported(tmp_path, {}, changes), f"train.lance row 2: .*{words}")
+    assert os.listdir(tmp_path) == ["train.lance"]
 
 
 @pytest.mark.parametrize("on_bad_sample", ["error", "skip"])

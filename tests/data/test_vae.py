@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from repa_fast.configs import presets
 from repa_fast.data import dataset, latents
@@ -106,6 +108,40 @@ def test_an_autoencoder_of_other_latents_is_refused(folder):
     metadata = dataclasses.replace(METADATA, resolution=64)
     words = r"latents \(4, 32, 32\).*dataset's \(4, 8, 8\).*vae-path"
     refused(lambda: VAE(folder).load(metadata), words)
+
+
+def spoiled(folder: str, path, **config) -> VAE:
+    """A copy with another config, or without one weight."""
+    shutil.copytree(folder, path)
+    if config:
+        fields = json.loads((path / "config.json").read_text()) | config
+        (path / "config.json").write_text(json.dumps(fields))
+        return VAE(str(path))
+    (file,) = path.glob("*.safetensors")
+    state = load_file(file)
+    del state["encoder.conv_out.weight"]
+    save_file(state, file)
+    return VAE(str(path))
+
+
+def test_an_autoencoder_without_all_of_its_weights_is_refused(folder, tmp_path):
+    vae = spoiled(folder, tmp_path / "vae")
+    for use in (vae.load, lambda _: vae.metadata(16, ("a",))):
+        refused(
+            lambda use=use: use(METADATA), r"lacks 1 of its weights.*: encoder\.conv_out\.weight"
+        )
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "x", 0.0, 1e-320, None, [1.0]])
+def test_an_autoencoder_whose_scale_is_none_is_refused(folder, tmp_path, scale):
+    vae = spoiled(folder, tmp_path / "vae", scaling_factor=scale)
+    words = "vae, its scaling_factor: scale is .*, expected a number from"
+    refused(lambda: vae.metadata(16, ("a", "b")), words)
+
+
+def test_an_autoencoders_own_scale_is_the_datasets(folder):
+    metadata = VAE(folder).metadata(16, ("a", "b"))
+    assert metadata == dataclasses.replace(METADATA, vae=folder, bias=0.0)
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,28 @@ def test_what_is_another_file_is_said(refuse, name, content, words):
     refuse(name, content, words)
 
 
+NORM = torch.ones(48)
+UNREAL = [
+    ("siglip2-vit-b", "post_layernorm.weight", NORM.to_sparse(), "is sparse_coo, expected a dense"),
+    ("siglip2-vit-b", "0.self_attn.q_proj.weight", NORM.to("meta"), "is on meta, expected a dense"),
+    ("dinov2-vit-s", "norm.weight", NORM + 1j, "norm.weight is of complex64, expected floating"),
+    ("dinov2-vit-s", "norm.weight", NORM.long(), "norm.weight is of int64, expected floating"),
+    ("mae-vit-l", "norm.weight", NORM / 0, "norm.weight has NaN or infinite values, expected fin"),
+    ("mae-vit-l", "module.norm.weight", NORM, "norm.weight is there with and without module."),
+    ("dinov3-vit-b", "norm.bias", NORM * torch.nan, "norm.bias has NaN or infinite values"),
+    ("dinov3-vit-b", PERIODS, torch.full((4,), torch.nan), "periods has NaN or infinite"),
+]
+
+
+@pytest.mark.parametrize("name, tensor, value, words", UNREAL)
+def test_tensors_that_are_no_weights_are_refused_by_name(refuse, name, tensor, value, words):
+    content = official(name)
+    inner = next((content[key] for key in ("model", "state_dict") if key in content), content)
+    places = [place for place in inner if place.endswith(tensor)] or [tensor]
+    inner |= {places[0]: value}
+    refuse(name, content, words)
+
+
 LAYOUTS = {kind.layout: name for name, kind in reversed(OFFICIAL.items())}
 INTERCHANGEABLE = {("dinov1-vit-b", "mae-vit-l")}  # told apart by their sizes alone
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import errno
+import io
+import json
 import os
 import random
 import resource
@@ -9,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +32,8 @@ class Cut(Exception):
     """The end of a process at a moment that a test chooses."""
 
 
-def is_last_of_joined(ledger: Ledger, block: int, compute) -> bool:
-    return block == 2 and any(ledger.folder.parent.glob("*.partial"))
+def is_last_of_joined(ledger: Ledger, block: int, *_) -> bool:
+    return block == 2 and any(ledger.folder.parent.glob(".*.npz-*"))
 
 
 MOMENTS = {
@@ -39,7 +42,7 @@ MOMENTS = {
     "sheet": (generating, "save_png", None),
     "json": (generating, "write_whole", lambda path, text: "n-20.json" in path.name),
     "joining": (generating, "_read_block", is_last_of_joined),
-    "naming": (Path, "replace", lambda path, target: target.suffix == ".npz"),
+    "naming": (os, "rename", lambda path, target: target.suffix == ".npz"),
     "removing": (Ledger, "remove", None),
 }
 """Where a process may end: (owner, function, at which of its calls; at the first if None)."""
@@ -168,7 +171,7 @@ def test_cut_off_it_goes_on_with_what_is_left_and_with_no_other_settings(
     refused(lambda: generate(other), r"cfg_scale: 1\.5, now 1\.50000001")
     assert (tmp_path / whole.name).exists() == (moment == "removing")
     if moment != "removing":
-        (tmp_path / f".{whole.name}.partial").write_bytes(b"half")
+        (tmp_path / f".{whole.name}-0123abcd").write_bytes(b"half")
     sampled.clear()
     assert_same(generate(make(tmp_path)), whole)
     left = {"sampling": [1, 2], "block written, no record": [0, 1, 2]}
@@ -213,6 +216,23 @@ def test_nothing_is_joined_that_does_not_match_its_record(
     assert [line.partition(" does not match")[0][-10:] for line in said] == [
         "000000.npy", "000002.npy",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("images", [
+    np.uint8(3),
+    np.zeros((4, 16, 16, 3), np.uint8),
+    np.zeros((BATCH, 16, 16, 3), np.float32),
+    np.array([{}]),
+])  # fmt: skip
+def test_nothing_is_joined_that_matches_its_record_but_is_no_block(
+    make, whole, tmp_path, cut_off, images
+):
+    cut_off(make(tmp_path), "sheet")
+    ledger, buffer = tmp_path / f".{whole.stem}.generating", io.BytesIO()
+    np.save(buffer, images)
+    (ledger / "000001.npy").write_bytes(buffer.getvalue())
+    (ledger / "000001.json").write_text(json.dumps({"crc32": zlib.crc32(buffer.getvalue())}))
+    assert_same(generate(make(tmp_path)), whole)
 
 
 def test_a_broken_file_is_kept_aside_and_made_again(make, whole, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The model in any file: the same weights give the same model and the same digest."""
 
 import argparse
+import collections
 import dataclasses
 import json
 import re
@@ -13,10 +14,11 @@ from safetensors.torch import save_file
 
 from repa_fast.checkpoint import formats
 from repa_fast.checkpoint.export import export
-from repa_fast.checkpoint.layout import MARKER, read_native
+from repa_fast.checkpoint.layout import read_native
+from repa_fast.checkpoint.marker import MARKER
 from repa_fast.data.digits import digits_metadata
 from repa_fast.diffusion.path import get
-from repa_fast.eval.load import HASH_DIGITS, digest, load
+from repa_fast.eval.load import HASH_DIGITS, WeightsConfig, digest, load
 from repa_fast.models.sit import SIZES, SiT
 from tests.eval import checkpoints
 from tests.eval.checkpoints import LATENTS, official, sit
@@ -203,13 +205,24 @@ def test_a_missing_tensor_is_named(tmp_path):
     refused(lambda: load(source, num_heads=HEADS), words)
 
 
+def bomb() -> collections.OrderedDict:
+    """A few hundred bytes whose text is 2^40 long, and which reprlib does not cut."""
+    inner = [1, 1]
+    for _ in range(40):
+        inner = [inner, inner]
+    return collections.OrderedDict(x=inner)
+
+
 ODD = [
     ({"num_heads": "4"}, "num_heads is '4', expected an integer from 0 on"),
     ({"num_heads": -4}, "num_heads is -4, expected an integer"),
-    ({"model": ["SiT-XL/2"]}, "model is .'SiT-XL/2'., expected text"),
+    ({"model": ["SiT-XL/2"]}, r"model is \[.*, expected text"),
     ({"path_type": {}}, "path_type is {}, expected text"),
     ({"prediction": None}, "prediction is None, expected text"),
-    ({"resolution": torch.zeros(2, 2)}, "resolution is tensor"),
+    ({"resolution": torch.zeros(2, 2)}, "resolution is a Tensor"),
+    ({"path_type": "round"}, "path_type is 'round', expected"),
+    ({"num_heads": 7}, "7 heads, expected a number that divides the width 32"),
+    ({"model": bomb()}, "model is a OrderedDict, expected text"),
 ]
 
 
@@ -221,8 +234,14 @@ def test_training_arguments_of_another_kind_are_refused_by_name(tmp_path, args, 
 
 
 DATASET = dataclasses.asdict(digits_metadata())
+FITTING = dataclasses.asdict(LATENTS)
 WRITTEN = {"model": {"num_heads": HEADS}, "objective": {}, "dataset": DATASET}
+OTHERS = [
+    ({"latent_shape": (3, 16, 16)}, r"latent_shape is \(3, 16, 16\), expected \(4, 8, 8\)"),
+    ({"class_names": list("abcdefgh")}, "8 class names, expected at most 5 .the weights'."),
+]
 DESCRIPTIONS = [
+    *[(WRITTEN | {"dataset": FITTING | other}, words) for other, words in OTHERS],
     ("{", "Expecting"),
     ("[" * 100_000, "recursion"),
     ([WRITTEN], "holds a list, expected values by name"),
@@ -231,7 +250,7 @@ DESCRIPTIONS = [
     (WRITTEN | {"objective": "flow"}, "model or objective is no dictionary"),
     (WRITTEN | {"objective": {"objective": 3}}, "objective is 3, expected text"),
     (WRITTEN | {"dataset": 3}, "is 3, expected resolution, latent_shape"),
-    (WRITTEN | {"dataset": DATASET | {"scale": 0}}, "scale is 0, expected a finite number"),
+    (WRITTEN | {"dataset": DATASET | {"scale": 0}}, "scale is 0, expected a "),
 ]
 
 
@@ -241,6 +260,22 @@ def test_a_description_beside_weights_that_is_none_is_refused_by_name(tmp_path, 
     text = described if isinstance(described, str) else json.dumps(described)
     source.with_suffix(".json").write_text(text, encoding="utf-8")
     refused(lambda: load(source), rf"x\.json: .*{words}")
+
+
+@pytest.mark.parametrize("file, changes, words", [
+    ("config.json", {"num_heads": 7}, ": 7 heads, expected a number that divides the width 32"),
+    ("config.json", {"path_type": "round"}, ": .*path_type is 'round', expected"),
+    ("dataset.json", {"latent_shape": [3, 32, 32]}, r"/dataset.json: .*latent_shape is .3, 32, 32"),
+    ("dataset.json", {"class_names": ["a"] * 12}, "/dataset.json: 12 class names, expected at mos"),
+])  # fmt: skip
+def test_a_run_whose_files_contradict_its_weights_is_refused_by_name(
+    run, tmp_path, file, changes, words
+):
+    source = shutil.copytree(run / "checkpoints" / "0000007", tmp_path / "0000007")
+    values = json.loads((source / file).read_text()) | changes
+    (source / file).write_text(json.dumps(values))
+    config = WeightsConfig(ckpt=str(source), verify=False)
+    refused(lambda: config.load(torch.device("cpu")), f"0000007{words}")
 
 
 def test_the_digest_is_of_the_values_and_not_of_the_file(tmp_path):
@@ -292,12 +327,12 @@ def test_the_digest_depends_on_every_value_name_and_shape():
 
 
 def bytes_read() -> int:
-    """What this process asked the system to read; mapped files are not in it."""
+    """What this process asked the system to read; mapped files are not in it (nor is the CRC)."""
     return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts bytes as Linux does")
-def test_the_optimizer_of_an_official_file_is_not_read(tmp_path):
+def test_the_optimizer_of_an_official_file_is_not_read_into_memory(tmp_path):
     path = official(tmp_path / "x.pt", sit(), num_heads=HEADS)
     contents = torch.load(path, weights_only=False)
     contents["opt"]["state"][0] = {"exp_avg": torch.zeros(2**24)}

@@ -1,8 +1,10 @@
 """Bad images, tars, tables, folders and label files: what is made, how it is read, what is said."""
 
 import gzip
+import io
 import json
 import os
+import struct
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -21,7 +23,15 @@ R = 16
 NAME = "n01440764/a.jpg"  # whose suffix is another than the content's
 GOOD = {"a.jpg": b"x" * 700, "a.cls": b"0", "b.jpg": b"y" * 700, "b.cls": b"1"}
 IMAGES, LABELS = ([b"a", b"b"],), ([0, 1],)
-NAMED = {"huggingface": json.dumps({"info": {"features": {"label": {"names": ["cat"]}}}})}
+DEEP = "[" * 100_000
+
+
+def named(names: object) -> dict[str, str]:
+    """A schema's metadata."""
+    return {"huggingface": json.dumps({"info": {"features": {"label": {"names": names}}}})}
+
+
+NAMED = named(["cat"])
 
 # What is made
 
@@ -47,6 +57,40 @@ def linked_member(folder: Path) -> Path:
         header.type, header.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(header)
     return folder / "a.tar"
+
+
+def sparse_member(folder: Path) -> Path:
+    """Whose bytes in the tar are an image, and its own are a hole and then those."""
+    data = saved(rgb())
+    with tarfile.open(folder / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        header = tarfile.TarInfo("a.jpg")
+        header.size = len(data)
+        holes = {"GNU.sparse.map": f"512,{len(data)}", "GNU.sparse.size": str(len(data) + 512)}
+        header.pax_headers = holes
+        archive.addfile(header, io.BytesIO(data))
+    return folder / "a.tar"
+
+
+def piped(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(path)
+    return path
+
+
+def endless(path: Path) -> Path:
+    os.symlink("/dev/zero", path)
+    return path
+
+
+def outside(folder: Path) -> Path:
+    """A stream whose second image ends far behind its buffer."""
+    pa, path = pytest.importorskip("pyarrow"), folder / "a.arrow"
+    made = pa.record_batch([pa.array(*IMAGES), pa.array(*LABELS)], names=["image", "label"])
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, made.schema) as writer:
+        writer.write_batch(made)
+    data, ends = path.read_bytes(), struct.pack("<3i", 0, 1, 2)
+    assert data.count(ends) == 1
+    return write(path, data.replace(ends, struct.pack("<3i", 0, 1, 2**31 - 1)))
 
 
 def parquet(folder: Path, name: str = "a.parquet", metadata: dict | None = None, **given) -> Path:
@@ -85,6 +129,10 @@ def file(folder: Path, path: Path):
     return open_source(path)
 
 
+def first_image(folder: Path, path: Path):
+    return open_source(path).read(0)
+
+
 def members(folder: Path, made: dict[str, bytes] | list[tuple[str, bytes]]):
     return open_source(tar(folder / "a.tar", made))
 
@@ -104,12 +152,14 @@ def asked(folder: Path, options: dict):
     return open_source(tree(folder), **options)
 
 
-def labelled(folder: Path, text: str | bytes | None, images: str = "abc", **options):
+def labelled(folder: Path, text: object, images: str = "abc", **options):
     """A flat folder of images with a file of labels, or without it."""
     for image in images:
         write(folder / "val" / f"{image}.jpg")
     labels = folder / ("map.json" if str(text).startswith("{") else "map.txt")
-    if text is not None:
+    if callable(text):
+        text(labels)
+    elif text is not None:
         write(labels, text)
     return open_source(folder / "val", labels=labels, **options)
 
@@ -128,6 +178,7 @@ BAD_IMAGES = [
     (bomb(10000, 9000), "is 10000x9000, expected at most 89478485 pixels"),
     (bomb(0, 0), "is not an image"),
 ]
+BAD_NAME = [(b"text", r"a .?\.jpg: is not an image")]
 
 GZIP = "is compressed with gzip, expected a plain tar"
 BAD_FILES = [
@@ -146,6 +197,10 @@ BAD_FILES = [
     (lambda d: cut(d, 1536), "truncated or damaged at byte 1536"),
     (damaged_header, "truncated or damaged at byte 2560"),
     (linked_member, "a.jpg is a link, expected a file"),
+    (sparse_member, "a.tar: a.jpg is sparse, expected a plain file"),
+    (lambda d: piped(d / "a.tar"), "a.tar is no regular file, expected only such"),
+    (lambda d: piped(d / "a.arrow"), "a.arrow is no regular file"),
+    (lambda d: endless(d / "a.parquet"), "a.parquet is no regular file"),
 ]
 
 BAD_MEMBERS = [
@@ -155,10 +210,14 @@ BAD_MEMBERS = [
     (GOOD | {"c.cls": b"0"}, "a.tar: 1 labels have no image: /?c"),
     (GOOD | {"b.cls": b"cat"}, "b.cls: label is 'cat', expected an integer"),
     (GOOD | {"b.json": b'{"label": 0}'}, "b.json gives label 0, expected 1 as before"),
-    (GOOD | {"b.json": b"{"}, "b.json: is not json text"),
+    (GOOD | {"b.json": b"{"}, "b.json is damaged .Expecting property name.*, expected JSON"),
     (GOOD | {"b.cls": b"-3"}, "b.jpg: label is -3"),
     (GOOD | {"a.png": b""}, "a.png and a.jpg share a key, expected one image"),
     ([("a.jpg", b"")] * 2, "a.jpg and a.jpg share a key"),
+    (GOOD | {"b.json": DEEP.encode()}, "b.json is damaged .*recursion.*, expected JSON"),
+    (GOOD | {"b.json": b"\xff"}, "b.json: is not json text"),
+    (GOOD | {"a\n\x1b.jpg": b""}, "1 images have no label: a .?.jpg"),
+    (GOOD | {"b.json": json.dumps({"label": ["x" * 999] * 99}).encode()}, "label is .'xxx"),
 ]
 
 TYPED = {"bytes": b"a", "path": "x"}
@@ -180,7 +239,14 @@ BAD_COLUMNS = [
     ({"metadata": NAMED}, r"a.parquet:1: label is 1, expected 0\.\.0"),
     ({"label": ([-1, -1],)}, r"a.parquet:0: label is -1, expected at least 0 \(2 such labels\)"),
     ({"image": ([], "binary"), "label": ([], "int64")}, "no row in 1 files"),
-    ({"metadata": {"huggingface": "{"}}, "metadata .*, expected JSON of datasets"),
+    ({"metadata": {"huggingface": "{"}}, "a.parquet: metadata is damaged .*, expected JSON"),
+    ({"metadata": {"huggingface": DEEP}}, "metadata is damaged .*recursion.*, expected JSON"),
+    ({"metadata": {"huggingface": "[]"}}, "metadata .*, expected JSON of datasets"),
+    *[
+        ({"metadata": named(names)}, "a.parquet: metadata: class names are .*, expected a list of")
+        for names in (__file__, "/dev/zero", "", [1, 2], [["a"], ["b"]], 5, {"a": 1}, [None])
+    ],
+    ({"metadata": named(["a\n", "a\n"])}, "a.parquet: metadata: classes: a twice"),
 ]
 
 NOWHERE = "is a link that leads nowhere"
@@ -197,6 +263,8 @@ BAD_FOLDERS = [
     (lambda d: (tree(d / "train"), tree(d / "val")), "the splits train, val, .*; give .*/train"),
     (lambda d: write(tree(d) / "dog" / os.fsdecode(b"\xff.jpg")), r"'\\udcff.jpg' is not UTF-8"),
     (lambda d: write(tree(d) / "dataset_dict.json", "{}"), "has the splits cat, dog, expected one"),
+    (lambda d: (shard(d), piped(d / "a-1.tar")), "a-1.tar is no regular file, expected only such"),
+    (lambda d: (d / "a.parquet").mkdir(), "a.parquet is no regular file"),
     (lambda d: write(d / "a-1.tar.gz", gzip.compress(bytes(512))), f"a-1.tar.gz: {GZIP}"),
     (lambda d: (parquet(d), write(d / "a.arrow")), "has .arrow and .parquet files, expected one"),
     (
@@ -214,6 +282,7 @@ BAD_OPTIONS = [
     ({"classes": ["cat"]}, "class folder dog, expected one of 1 classes"),
     ({"classes": ["cat", "dog", "cat"]}, "classes: cat twice"),
     ({"classes": []}, "classes: no class, expected at least one"),
+    ({"classes": ["a\n\x1b", "a\n\x1b"]}, "classes: a .? twice"),
 ]
 
 BAD_LABELS = [
@@ -234,7 +303,12 @@ BAD_LABELS = [
     ("\n", "is empty, expected labels"),
     (b"\xff\xfe\x00", "is not UTF-8 text"),
     ('{"labels": null}', "TypeError.*, expected {"),
-    ("{", "JSONDecodeError.*, expected {"),
+    ("{", "is damaged .*, expected JSON"),
+    ('{"labels":' + DEEP, "is damaged .*recursion.*, expected JSON"),
+    ("1" * 5000 + "\n0\n0", r"line 1: label is '1+\.\.\.1+', expected an integer"),
+    ("a.jpg " + "1" * 5000, r"line 1: label is '1+\.\.\.1+', expected an integer"),
+    (piped, "is not a regular file"),
+    (endless, "is not a regular file"),
     ('{"labels": [["a.jpg", 0.5]]}', "a.jpg: label is 0.5, expected an integer"),
 ]
 
@@ -248,10 +322,16 @@ IMAGE = r"^n01440764/a\.jpg: "
 
 BAD = {  # how it is read, what is said first, and rows of what is made and what is said then
     "image": (crop, IMAGE, BAD_IMAGES),
+    "name": (lambda _, data: center_crop(data, R, "a\n\x1b.jpg"), "", BAD_NAME),
     "wide image": (partial(crop, side=256), IMAGE, WIDE),
     "file": (file, "", BAD_FILES),
     "tar": (members, "", BAD_MEMBERS),
     "table": (columns, "", BAD_COLUMNS),
+    "outside": (
+        first_image,
+        "",
+        [(outside, r"a.arrow: cannot be read \(Offset invariant failure")],
+    ),
     "null image": (second, "", NULL_IMAGES),
     "folder": (whole, "", BAD_FOLDERS),
     "options": (asked, "", BAD_OPTIONS),
@@ -271,7 +351,7 @@ BAD = {  # how it is read, what is said first, and rows of what is made and what
 )
 def test_what_is_bad_is_refused_by_name(tmp_path, kind, make, words):
     read, first, _ = BAD[kind]
-    made = make(tmp_path) if callable(make) else make
+    made = make(tmp_path) if callable(make) and kind != "labels" else make
     refused(lambda: read(tmp_path, made), first.format(folder=tmp_path) + words)
 
 

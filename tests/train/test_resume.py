@@ -12,7 +12,7 @@ from repa_fast import cli
 from repa_fast.checkpoint import formats
 from repa_fast.checkpoint.export import export, file_beside, format_of
 from repa_fast.checkpoint.layout import load_ema
-from repa_fast.checkpoint.marker import MARKER
+from repa_fast.checkpoint.marker import MARKER, trusted
 from repa_fast.train import checkpoint
 from repa_fast.train.resume import resume, start_from
 from repa_fast.train.step import accumulate, draw_local, synthetic_batch, train_step
@@ -106,6 +106,105 @@ def test_training_goes_on_from_an_official_file_as_plain_torch_does(trained, off
         train_step(ours, batch)
     for a, b in zip(ours.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=0, atol=2e-6)
+
+
+def changed(key: str, change) -> dict:
+    """(values of a parameter's state) -> those with one of them changed."""
+    return lambda opt: opt["state"][3].update({key: change(opt["state"][3][key])})
+
+
+STATES = {
+    "it is {.*, expected AdamW's state and param_groups": lambda opt: opt.clear(),
+    "it is {.*, expected AdamW's": lambda opt: opt.update(state=[1]),
+    "its param_groups are none": lambda opt: opt.update(param_groups=[5]),
+    "param_groups number 2 parameters, expected": lambda opt: opt.update(
+        param_groups=[{"params": [0, 1]}]
+    ),
+    r"a state of parameter '1', expected 0\.\.": lambda opt: opt.update(
+        state={str(number): values for number, values in opt["state"].items()}
+    ),
+    r"a state of parameter 9999, expected 0\.\.": lambda opt: opt["state"].update({9999: {}}),
+    r"the state of x_embedder\.proj\.bias is 5, expected": lambda opt: opt["state"].update({2: 5}),
+    r"it has no state of x_embedder\.proj\.bias, expected": lambda opt: opt["state"].pop(2),
+    "it has no state of x_embedder.proj.weight": lambda opt: opt["state"].clear(),
+    r"exp_avg of .* is \(1,\), expected": changed("exp_avg", lambda t: torch.zeros(1)),
+    r"exp_avg of .* is \[a Tensor\], expected": changed("exp_avg", lambda t: [t]),
+    "exp_avg_sq of .* is negative": changed("exp_avg_sq", lambda t: -torch.ones_like(t)),
+    "exp_avg_sq has NaN or": changed("exp_avg_sq", lambda t: t / 0),
+    "exp_avg has NaN or infinite": changed("exp_avg", lambda t: t * torch.nan),
+    "exp_avg is of complex64": changed("exp_avg", lambda t: t + 1j),
+    "exp_avg is sparse": changed("exp_avg", lambda t: t.to_sparse()),
+    r"step of .* is \(2,\), expected \(\)": changed("step", lambda t: torch.tensor([1.0, 2.0])),
+    "step of .* is nan, expected 0": changed("step", lambda t: t * torch.nan),
+    "step of .* is -1.0, expected 0": changed("step", lambda t: torch.tensor(-1.0)),
+    "step of .* is 1e[+]20": changed("step", lambda t: 1e20),
+}
+
+
+@pytest.mark.parametrize("words", STATES)
+def test_an_optimizer_state_that_no_training_leaves_is_refused_and_nothing_loaded(
+    official, tmp_path, words
+):
+    contents, path = formats.read_file(official), tmp_path / "0000003.pt"
+    STATES[words](contents["opt"])
+    torch.save(contents, path)
+    other, fresh = tiny_state(resume=str(path), seed=5), tiny_state(seed=5)
+    refused(partial(resume, tmp_path, other), rf"0000003\.pt \[opt\]: .*{words}")
+    assert_same_state(other, fresh)
+
+
+def test_states_that_share_memory_with_each_other_or_repeat_it_are_copied(official, tmp_path):
+    """Strides of 0 would be written over and over by AdamW, a shared one by two parameters."""
+    contents, path = formats.read_file(official), tmp_path / "0000003.pt"
+    state = contents["opt"]["state"]
+    alike = [n for n in state if state[n]["exp_avg"].shape == (32,)][:2]
+    state[alike[0]]["exp_avg"] = state[alike[1]]["exp_avg"] = torch.ones(()).expand(32)
+    for values in state.values():
+        values["step"] = int(values["step"])  # as torch saved it before 1.12
+    torch.save(contents, path)
+    other = tiny_state(resume=str(path))
+    resume(tmp_path, other)
+    moments = [values["exp_avg"] for values in other.optimizer.state.values() if values]
+    assert all(tensor.is_contiguous() for tensor in moments)
+    assert len({tensor.data_ptr() for tensor in moments}) == len(moments) > 9
+    assert {float(values["step"]) for values in other.optimizer.state.values() if values} == {3.0}
+
+
+@pytest.mark.parametrize("key", ["model", "ema"])
+def test_weights_that_are_not_finite_or_of_another_model_are_named_and_nothing_loaded(
+    official, tmp_path, key
+):
+    contents, path = formats.read_file(official), tmp_path / "0000003.pt"
+    other, fresh = tiny_state(resume=str(path), seed=5), tiny_state(seed=5)
+    bias = "final_layer.linear.bias"
+    for change, words in (
+        ({bias: contents[key][bias] / 0}, f"{bias} has NaN or infinite"),
+        ({"blocks.0.extra": torch.zeros(1)}, "it does not fit the model, it also has 1: blocks"),
+    ):
+        torch.save(contents | {key: contents[key] | change}, path)
+        refused(partial(resume, tmp_path, other), rf"0000003\.pt \[{key}\]: {words}")
+        assert_same_state(other, fresh)
+
+
+def test_a_folder_with_an_official_files_name_is_none(state, folder):
+    (folder / "0000009.pt").mkdir()
+    other = tiny_state(resume="auto")
+    assert resume(folder, other) == checkpoint.path_of(folder, 3)
+    refused(partial(resume, folder, tiny_state(resume="9")), "no complete checkpoint of step 9")
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
+def test_weights_of_another_model_than_the_config_says_are_not_exported(
+    saved, tmp_path, name, depth
+):
+    source = shutil.copytree(saved, tmp_path / "0000003")
+    values = json.loads((source / "config.json").read_text()) | {"depth": depth}
+    (source / "config.json").write_text(json.dumps(values))
+    words = "by its config.json does not fit the model, it .*blocks"
+    with trusted():
+        refused(lambda: export(source, format_of(tmp_path / name), tmp_path / name), words)
+    assert [*tmp_path.iterdir()] == [source]
 
 
 def test_a_step_a_directory_a_run_or_the_newest_can_be_named(state, folder):

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from repa_fast.data.official import read_bytes, some
+from repa_fast.words import one_line, short
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 SHARD_NUMBER = re.compile(r"[-_.]?\d+(-of-\d+)?(-[0-9a-f]{16})?$")
@@ -148,7 +149,8 @@ class Labeller:
         if isinstance(value, int | str) and LABEL.fullmatch(str(value)):
             return int(value)
         known = f"or one of {len(self._index)} classes" if self._index else NO_CLASSES
-        raise ValueError(f"{where}: label is {value!r}, expected an integer {known}")
+        where = one_line(where)
+        raise ValueError(f"{where}: label is {short(value)}, expected an integer {known}")
 
     def names(self, labels: np.ndarray, name_of: Callable[[int], str]) -> tuple[str, ...]:
         """Return the classes, or "0", "1", ... if they are not known.
@@ -165,7 +167,7 @@ class Labeller:
             first = int(bad[0])
             expected = f"0..{count - 1}" if self.classes else "at least 0"
             raise ValueError(
-                f"{name_of(first)}: label is {labels[first]}, expected {expected}"
+                f"{one_line(name_of(first))}: label is {labels[first]}, expected {expected}"
                 f" ({len(bad)} such labels)"
             )
         if self.classes:
@@ -173,9 +175,10 @@ class Labeller:
         present = np.unique(labels)
         if len(present) < count:
             missing = np.flatnonzero(present != np.arange(len(present)))
+            largest = one_line(name_of(int(labels.argmax())))
             raise ValueError(
-                f"{name_of(int(labels.argmax()))}: label is {count - 1}, but no image has label "
-                f"{missing[0]}; expected every one from 0, or the list of classes"
+                f"{largest}: label is {count - 1}, but no image has label {missing[0]}; expected "
+                "every one from 0, or the list of classes"
             )
         return tuple(map(str, range(count)))
 
@@ -232,7 +235,8 @@ def shard_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
     """List the files a path means: itself, a folder's, or those a pattern like DIR/train-* fits.
 
     Raises:
-        ValueError: none; or a folder's belong to several splits (train-*, validation-*).
+        ValueError: none; one is no regular file; or a folder's belong to several splits (train-*,
+            validation-*).
     """
     if path.is_file():
         return [path]
@@ -240,6 +244,8 @@ def shard_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
     files = [file for file in found if file.name.endswith(suffixes)]
     if not files:
         raise ValueError(f"{path}: no file, expected some that end in {', '.join(suffixes)}")
+    if odd := [file.name for file in files if not file.is_file()]:  # pipes, devices, folders
+        raise ValueError(f"{path}: {some(odd)} is no regular file, expected only such")
     endings = re.compile(f"({'|'.join(map(re.escape, suffixes))})$")
     # train-00000-of-00294.parquet -> train
     splits = sorted({SHARD_NUMBER.sub("", endings.sub("", file.name)) for file in files})

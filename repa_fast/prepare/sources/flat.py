@@ -1,7 +1,9 @@
 """Images whose labels stand in a file of their own, as ImageNet's validation set has them."""
 
-import json
 from pathlib import Path
+
+from repa_fast.whole import parse_json
+from repa_fast.words import one_line, short
 
 from .base import Classes, Files, Labeller, read_classes, read_text, repeats, some
 from .folder import walk
@@ -66,7 +68,7 @@ class _LabelFile:
             where = f"{self.path} line {number}"
             fields = line.strip().rsplit(maxsplit=1)
             if len(fields) != 2:
-                raise ValueError(f"{where}: {line!r}, expected an image and its label")
+                raise ValueError(f"{where}: {short(line)}, expected an image and its label")
             pairs.append((fields[0], self.labeller.label(fields[1], where)))
         return pairs
 
@@ -79,13 +81,14 @@ class _LabelFile:
         numbers = all(value.isdecimal() for value in values)
         if numbers and meta.is_file():
             values = self._wnids(values, meta)
-        elif numbers and "0" not in values:
-            raise ValueError(
-                f"{self.path}: labels start at {min(map(int, values))}, expected 0; the devkit's "
-                "ids need its meta.mat beside the file, some of the classes lines IMAGE LABEL"
-            )
         where = (f"{self.path} line {number}" for number in range(1, len(values) + 1))
-        return dict(zip(names, map(self.labeller.label, values, where)))
+        labels = list(map(self.labeller.label, values, where))
+        if numbers and not meta.is_file() and "0" not in values:
+            raise ValueError(
+                f"{self.path}: labels start at {min(labels)}, expected 0; the devkit's ids need "
+                "its meta.mat beside the file, some of the classes lines IMAGE LABEL"
+            )
+        return dict(zip(names, labels))
 
     def _wnids(self, values: list[str], meta: Path) -> list[str]:
         """Return the devkit's ids as wnids, which are the classes unless others were given."""
@@ -98,19 +101,21 @@ class _LabelFile:
                 if synset["num_children"] == 0
             }
         except Exception as error:  # of any kind: scipy names no base of its own
-            raise ValueError(f"{meta}: {error!r}, expected the devkit's synsets") from error
+            reason = one_line(repr(error))
+            raise ValueError(f"{meta}: {reason}, expected the devkit's synsets") from error
         for number, value in enumerate(values, 1):
             if value not in wnids:
                 raise ValueError(
-                    f"{self.path} line {number}: label is {value!r}, expected an id of {meta}"
+                    f"{self.path} line {number}: label is {short(value)}, expected an id of {meta}"
                 )
         if self.labeller.classes is None:
             self.labeller = Labeller(tuple(sorted(wnids.values())))
         return [wnids[value] for value in values]
 
     def _json_pairs(self) -> list[tuple[str, int]]:
+        content = parse_json(read_text(self.path), self.path)
         try:
-            pairs = json.loads(read_text(self.path))["labels"]
+            pairs = content["labels"]
             named = [(str(name), label) for name, label in pairs]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(

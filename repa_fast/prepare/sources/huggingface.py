@@ -1,12 +1,15 @@
 """A Hugging Face dataset on disk: Parquet files as downloaded, or Arrow files of save_to_disk."""
 
 import functools
-import json
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from repa_fast.data.features import describing
+from repa_fast.whole import open_regular, parse_json
+from repa_fast.words import one_line, short
 
 from .base import Classes, Item, Labeller, hashed, read_classes, shard_files, sizes
 
@@ -73,7 +76,8 @@ class HuggingFaceDataset:
         if isinstance(value, dict):
             outside, value = value.get("path"), value["bytes"]
             if value is None and outside:
-                raise ValueError(f"{name}: has only a path, {outside!r}, expected the image itself")
+                only = f"has only a path, {short(outside)}"
+                raise ValueError(f"{name}: {only}, expected the image itself")
         if value is None:
             raise ValueError(f"{name}: image is null, expected bytes")
         return Item(name, value, label)
@@ -101,8 +105,9 @@ class HuggingFaceDataset:
             reader = _reader(file)
             image, label = _image_column(reader.schema, file), _label_column(reader.schema, file)
             column = pa.chunked_array(reader.read(label), reader.schema.field(label).type)
+            column.validate(full=True)  # what it says of itself may lead outside of the file
         except (OSError, pa.ArrowException) as error:
-            raise ValueError(f"{file}: cannot be read ({error})") from error
+            raise ValueError(f"{file}: cannot be read ({one_line(error)})") from error
         if column.null_count:
             row = column.is_null().index(True).as_py()
             raise ValueError(f"{file.name}:{row}: label is null, expected an integer")
@@ -117,9 +122,11 @@ class HuggingFaceDataset:
 
         file, number, column, _ = self._groups[group]
         try:
-            return _reader(file).read_group(number, column)
+            images = _reader(file).read_group(number, column)
+            images.validate(full=True)
         except (OSError, pa.ArrowException) as error:
-            raise ValueError(f"{file}: cannot be read ({error})") from error
+            raise ValueError(f"{file}: cannot be read ({one_line(error)})") from error
+        return images
 
 
 class _Parquet:
@@ -144,7 +151,7 @@ class _Arrow:
     def __init__(self, file: Path) -> None:
         import pyarrow as pa
 
-        with open(file, "rb") as bytes_of:
+        with open_regular(file) as bytes_of:
             random_access = bytes_of.read(len(ARROW_FILE_MAGIC)) == ARROW_FILE_MAGIC
             bytes_of.seek(max(0, file.stat().st_size - len(ARROW_STREAM_END)))
             ended = bytes_of.read() == ARROW_STREAM_END
@@ -197,15 +204,21 @@ def _label_column(schema: "pa.Schema", file: Path) -> str:
 
 
 def _no_column(schema: "pa.Schema", file: Path, name: str) -> ValueError:
-    columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    columns = one_line(", ".join(f"{field.name} ({field.type})" for field in schema))
     return ValueError(f"{file}: no column {name}, expected one; columns are {columns}")
 
 
 def _class_names(schema: "pa.Schema", label: str, file: Path) -> tuple[str, ...]:
-    stored = (schema.metadata or {}).get(b"huggingface", b"{}")
+    where = f"{file}: metadata"
+    content = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"), where)
     try:
-        feature = json.loads(stored).get("info", {}).get("features", {}).get(label, {})
-        names = feature.get("names") or ()
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file}: metadata {error}, expected JSON of datasets") from error
-    return read_classes(names) if names else ()
+        names = content.get("info", {}).get("features", {}).get(label, {}).get("names")
+    except AttributeError as error:
+        raise ValueError(f"{where} {error}, expected JSON of datasets") from error
+    if names is None or names == []:
+        return ()
+    # never a text, which for read_classes is the path of a file here
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{where}: class names are {short(names)}, expected a list of texts")
+    with describing(where):
+        return read_classes(names)

@@ -1,12 +1,14 @@
 """WebDataset: tar files in which the members of a sample share their name up to the first dot."""
 
-import json
 import os
 import tarfile
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+
+from repa_fast.whole import open_regular, parse_json
+from repa_fast.words import one_line
 
 from .base import Classes, Item, Labeller, hashed, is_image, read_classes, shard_files, sizes, some
 
@@ -63,12 +65,12 @@ class WebDataset:
         file = self._shards[self._shard_of[index]]
         start, size = (int(value) for value in self._spans[index])
         try:
-            with open(file, "rb") as shard:
+            with open_regular(file) as shard:
                 data = _read_at(shard, start, size)
         except OSError as error:
-            raise ValueError(f"{file}: cannot be read ({error.strerror})") from error
+            raise ValueError(f"{file}: cannot be read ({error.strerror or error})") from error
         if len(data) != size:
-            raise ValueError(f"{name}: ends after {len(data)} bytes, expected {size}")
+            raise ValueError(f"{one_line(name)}: ends after {len(data)} bytes, expected {size}")
         return Item(name, data, int(self._labels[index]))
 
     def identity(self) -> dict[str, str]:
@@ -105,7 +107,7 @@ class _Shard:
 
     def _pass(self) -> None:
         try:
-            with open(self.file, "rb") as stream:
+            with open_regular(self.file) as stream:
                 begin = stream.read(BLOCK)
                 for magic, name in COMPRESSIONS.items():
                     if begin.startswith(magic):
@@ -125,7 +127,7 @@ class _Shard:
                         "a member or the end mark"
                     )
         except (OSError, tarfile.TarError) as error:
-            raise ValueError(f"{self.file}: is not a whole tar ({error})") from error
+            raise ValueError(f"{self.file}: is not a whole tar ({one_line(error)})") from error
 
     def _take(self, member: tarfile.TarInfo, stream: BinaryIO) -> None:
         folder, _, base = member.name.rpartition("/")
@@ -133,32 +135,33 @@ class _Shard:
         key = f"{folder}/{stem}"
         if member.isdir() or not stem:
             return
+        if not is_image(base) and extension not in ("cls", "json"):
+            return
+        where = f"{self.file}: {one_line(member.name)}"
+        if not member.isreg():
+            raise ValueError(f"{where} is a link, expected a file")
+        if member.issparse():  # its bytes are not where it begins
+            raise ValueError(f"{where} is sparse, expected a plain file; make the tar anew")
         if is_image(base):
-            if not member.isreg():
-                raise ValueError(f"{self.file}: {member.name} is a link, expected a file")
             if key in self.images:
-                raise ValueError(
-                    f"{self.file}: {member.name} and {self.images[key][0]} share a key, expected "
-                    "one image per key"
-                )
+                other = one_line(self.images[key][0])
+                raise ValueError(f"{where} and {other} share a key, expected one image per key")
             self.images[key] = (member.name, (member.offset_data, member.size))
-        elif extension in ("cls", "json"):
+        else:
             data = _read_at(stream, member.offset_data, member.size)
-            label = self._label(member, extension, data)
+            label = self._label(where, extension, data)
             if label is not None and self.labels.setdefault(key, label) != label:
                 raise ValueError(
-                    f"{self.file}: {member.name} gives label {label}, expected "
-                    f"{self.labels[key]} as before"
+                    f"{where} gives label {label}, expected {self.labels[key]} as before"
                 )
 
-    def _label(self, member: tarfile.TarInfo, extension: str, data: bytes) -> int | None:
+    def _label(self, where: str, extension: str, data: bytes) -> int | None:
         """Return the label of a .cls or .json; None for a .json without the field."""
-        where = f"{self.file}: {member.name}"
         try:
             text = data.decode().strip()
-            value = {"label": text} if extension == "cls" else json.loads(text)
-        except ValueError as error:
+        except UnicodeDecodeError as error:
             raise ValueError(f"{where}: is not {extension} text ({error})") from error
+        value = {"label": text} if extension == "cls" else parse_json(text, where)
         if not isinstance(value, dict) or "label" not in value:
             return None
         return self.labeller.label(value["label"], where)

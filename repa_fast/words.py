@@ -1,0 +1,39 @@
+"""What messages say of values and errors, which may be a stranger's: short, and in one line."""
+
+import reprlib
+
+
+class _Short(reprlib.Repr):
+    """reprlib's, which cuts off lists in lists, and calls no other class's repr."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, 60, 60
+
+    def repr_instance(self, value: object, level: int) -> str:
+        """Return the text of a plain value, and of any other the kind: its text may have no end."""
+        plain = value is None or type(value) in (bool, float, complex, bytes)
+        return repr(value)[: self.maxother] if plain else f"a {type(value).__name__}"
+
+    def repr_int(self, value: int, level: int) -> str:
+        """Return a number; Python refuses the text of one of too many digits."""
+        return str(value) if abs(value) < 10**60 else f"an integer of {value.bit_length()} bits"
+
+
+_SHORT = _Short()
+
+
+def one_line(text: object) -> str:
+    """Return an error or another text in one line, without codes that could steer a terminal."""
+    line = " ".join(str(text).split()) or type(text).__name__
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
+
+
+def first_line(error: Exception) -> str:
+    """Return how an error's text begins: numpy's goes on with advice to unpickle what is given."""
+    return one_line(str(error).partition("\n")[0][:100] or type(error).__name__)
+
+
+def short(value: object) -> str:
+    """Return a value in one line of at most 70 characters, however large or deep it is."""
+    return one_line(_SHORT.repr(value))[:70]

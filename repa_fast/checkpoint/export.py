@@ -3,6 +3,8 @@
 import argparse
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -17,11 +19,13 @@ from repa_fast.checkpoint.layout import (
     read_native,
     read_settings,
 )
-from repa_fast.checkpoint.marker import trusted
+from repa_fast.checkpoint.marker import checksum, trusted
 from repa_fast.configs.build import empty_model, model_arguments
 from repa_fast.contracts import expect_choice, expect_writable
+from repa_fast.failure import Failure
 from repa_fast.objective.self_alignment import IMAGENET_IMAGES
 from repa_fast.whole import whole_or_not
+from repa_fast.words import one_line
 
 Format = Literal["official", "sra", "safetensors"]
 
@@ -67,13 +71,29 @@ def export(source: Path, to: str, out: Path) -> None:
         from safetensors.torch import save_file
 
         # first the description, without which the weights would be read as another objective's
-        with whole_or_not(out) as weights, whole_or_not(out.with_suffix(".json")) as described:
-            model = _model(source, read_settings(source))
-            save_file(_fitting(source, "ema.", model), weights)
-            described.write_text(json.dumps(description(source), indent=2) + "\n", "utf-8")
+        model = _model(source, read_settings(source))
+        state = _fitting(source, "ema.", model)
+        with (
+            whole_or_not(out) as weights,
+            whole_or_not(out.with_suffix(".json")) as described,
+            _writing(out),
+        ):
+            save_file(state, weights)
+            about = description(source) | {"crc32": checksum(weights)}
+            described.write_text(json.dumps(about, indent=2) + "\n", "utf-8")
     else:
-        with whole_or_not(out) as partial:
-            torch.save((sra_contents if to == "sra" else official_contents)(source), partial)
+        contents = (sra_contents if to == "sra" else official_contents)(source)
+        with whole_or_not(out) as partial, _writing(out):
+            torch.save(contents, partial)
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Raise Failure, with the file, for what torch and safetensors raise where a disk is full."""
+    try:
+        yield
+    except Exception as error:
+        raise Failure(f"{out} could not be written: {one_line(error)}") from error
 
 
 def description(source: Path) -> dict:

@@ -13,11 +13,13 @@ from pathlib import Path
 import torch
 
 from repa_fast.checkpoint.layout import read_native
+from repa_fast.checkpoint.marker import checksum
 from repa_fast.contracts import expect_choice
 from repa_fast.distributed import shard_like
 from repa_fast.encoders import files
 from repa_fast.models.embed import T_FREQUENCIES
 from repa_fast.models.sit import PATCH_SIZES, SIZES
+from repa_fast.whole import parse_json, read_regular
 from repa_fast.words import short
 
 State = dict[str, torch.Tensor]
@@ -111,8 +113,15 @@ def shape_of(state: State) -> Shape:
 def read_file(path: Path) -> dict:
     """Read a .safetensors or torch file; errors are those of `files.load_safely`.
 
-    ValueError too if the number of steps of an official file is none.
+    ValueError too if the number of steps of an official file is none, or if weights have another
+    checksum than `repa-fast export` has written beside them.
     """
+    beside = path.with_suffix(".json")
+    if path.suffix == ".safetensors" and beside.is_file():
+        described = parse_json(read_regular(beside), beside)
+        expected = described.get("crc32") if isinstance(described, dict) else None
+        if isinstance(expected, int) and expected != checksum(path):
+            raise ValueError(f"{path} is damaged: it has another checksum than {beside.name} says")
     contents = files.load_safely(path, allow_namespace=True)
     steps = contents.get("steps", 0)
     if type(steps) is not int or not 0 <= steps <= MOST_STEPS:

@@ -13,6 +13,7 @@ from repa_fast.checkpoint.info import InfoConfig, info
 from repa_fast.checkpoint.layout import read_native, read_settings
 from repa_fast.checkpoint.marker import damage, trusted
 from repa_fast.eval.load import load
+from repa_fast.failure import Failure
 from repa_fast.train.resume import resume, start_from
 from tests.eval import checkpoints
 from tests.refusals import refused
@@ -102,3 +103,28 @@ def test_who_insists_reads_it_as_it_is(flip, tmp_path, capsys):
         assert cli.main([*argv, "--no-verify"]) == 0
     state = tiny_state(resume=str(copy), verify=False, **checkpoints.TINY)
     assert resume(tmp_path / "run", state) == copy and state.step == 7
+
+
+def test_exported_weights_have_their_checksum_beside_them(whole, tmp_path):
+    out = tmp_path / "x.safetensors"
+    export(whole / "checkpoints" / "0000007", "safetensors", out)
+    assert load(out).digest == load(whole).digest
+    data = bytearray(out.read_bytes())
+    data[-5] ^= 1
+    out.write_bytes(data)
+    for read in (load, formats.read_weights, lambda path: info(InfoConfig(path=str(path)))):
+        refused(partial(read, out), r"x\.safetensors is damaged: .* x\.json says")
+
+
+@pytest.mark.parametrize("to, name", [("official", "x.pt"), ("safetensors", "x.safetensors")])
+def test_an_export_that_a_full_disk_refuses_is_one_line(whole, tmp_path, monkeypatch, to, name):
+    """torch and safetensors raise errors of their own then."""
+
+    def fails(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:671]\nunexpected pos")
+
+    monkeypatch.setattr("torch.save", fails)
+    monkeypatch.setattr("safetensors.torch.save_file", fails)
+    call = partial(export, whole / "checkpoints" / "0000007", to, tmp_path / name)
+    refused(call, f"{name} could not be written: .*unexpected pos", error=Failure)
+    assert list(tmp_path.iterdir()) == []

@@ -13,6 +13,7 @@ from repa_fast.checkpoint import formats
 from repa_fast.checkpoint.export import export, file_beside, format_of
 from repa_fast.checkpoint.layout import load_ema
 from repa_fast.checkpoint.marker import MARKER, trusted
+from repa_fast.failure import Failure
 from repa_fast.train import checkpoint
 from repa_fast.train.resume import resume, start_from
 from repa_fast.train.step import accumulate, draw_local, synthetic_batch, train_step
@@ -310,7 +311,7 @@ def test_an_export_that_fails_leaves_nothing(saved, tmp_path, monkeypatch, name,
     monkeypatch.setattr(place, fail)
     to = format_of(tmp_path / name)
     call = partial(export, saved, to, tmp_path / name)
-    refused(call, "No space left", error=OSError)
+    refused(call, "No space left", error=Failure)
     assert not list(tmp_path.iterdir())
     (tmp_path / "x.json").write_text("mine")
     if to == "safetensors":

@@ -33,8 +33,12 @@ from repa_fast.whole import parse_json, read_regular
 from repa_fast.words import short
 
 INDEX, PICKLED = "index.json", ".metadata"
-DTYPES = {str(v)[6:]: v for v in vars(torch).values() if isinstance(v, torch.dtype)}
+KINDS = ("float16", "bfloat16", "float32", "float64", "bool")
+KINDS += ("uint8", "int8", "int16", "int32", "int64")
+DTYPES = {name: getattr(torch, name) for name in KINDS}
 DESCRIBES = "torch.distributed.checkpoint.metadata."
+MOST = 2**62
+"""Above any number of elements or bytes."""
 NAMES = {
     *(DESCRIBES + name for name in ("Metadata", "MetadataIndex", "StorageMeta")),
     *(DESCRIBES + name for name in ("TensorStorageMetadata", "BytesStorageMetadata")),
@@ -89,6 +93,8 @@ def metadata_of(described: dict) -> Metadata:
     places = {}
     for name, (dtype, shape, parts) in described["tensors"].items():
         size, chunks = _sizes(shape), []
+        if prod(axis or 1 for axis in size) >= MOST:  # torch multiplies axes beside a 0 too
+            raise ValueError(f"{name} has shape {short(shape)}, expected less than 2^62 elements")
         for offset, sizes, *where in parts:
             offset, sizes = _sizes(offset), _sizes(sizes)
             if not len(size) == len(offset) == len(sizes):
@@ -124,7 +130,7 @@ def _expect_long_enough(checkpoint: Path, metadata: Metadata) -> None:
 
 
 def _sizes(values: list) -> torch.Size:
-    if not all(type(value) is int and 0 <= value < 2**62 for value in values):
+    if not all(type(value) is int and 0 <= value < MOST for value in values):
         raise ValueError(f"a shape or offset is {short(values)}, expected whole numbers")
     return torch.Size(values)
 

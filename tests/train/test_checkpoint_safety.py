@@ -260,6 +260,8 @@ def test_of_a_mutated_index_only_value_errors_come(tmp_path, name, count):
         ({"a": ["float32", [2], [[[0], [2], "x", -1, 8]]]}, "expected whole numbers"),
         ({"a": ["float32", [2.0], [[[0], [2], "x", 0, 8]]]}, "expected whole numbers"),
         ({"a": ["object", [2], [[[0], [2], "x", 0, 8]]]}, "object"),
+        ({"a": ["quint8", [2], [[[0], [2], "x", 0, 8]]]}, "quint8"),
+        ({"a": ["float32", [2**61, 2**61, 0], []]}, "less than 2.62 elements"),
         ({"a": ["float32", [2**40], [[[0], [2**40], "x", 0, 8]]]}, "a part of it only 8 bytes"),
         ({"a": ["float32", [2**40], [[[0], [2**40], "x", 0, 2**43]]]}, "bytes of x, which has 8"),
         ([], "AttributeError"),

@@ -1,10 +1,12 @@
 """The native dataset: one Lance table of image bytes, latent moments and labels."""
 
+import errno
 import functools
 import io
 import itertools
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +34,7 @@ from repa_fast.data.store import (
     to_lists,
     unwrapped,
 )
-from repa_fast.whole import parse_json
+from repa_fast.whole import is_disk_full, parse_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -179,6 +181,8 @@ def write(uri: str | Path, rows: Iterable[Row], metadata: Metadata, batch_rows: 
     except OSError as error:
         if "already exists" in str(error).lower():
             raise ValueError(f"dataset {uri} exists already; remove it first") from error
+        if is_disk_full(error):  # in Lance's words, with a line of its source
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(uri)) from error
         raise
 
 

@@ -52,7 +52,7 @@ def _titled(
 
     image, font = Image.fromarray(picture), ImageFont.load_default(TITLE_PIXELS - 3)
     draw = ImageDraw.Draw(image)
-    for number, title in enumerate(titles):
+    for number, title in enumerate(" ".join(title.split()) for title in titles):
         while title and draw.textlength(title, font) > width - GAP:
             title = title[:-1]
         draw.text((number % columns * width, number // columns * height), title, "white", font)

@@ -9,6 +9,7 @@ import pytest
 
 from repa_fast.data import dataset
 from repa_fast.data.dataset import LatentDataset, Metadata
+from repa_fast.data.digits import digits_metadata
 from repa_fast.data.loader import read_batch
 from repa_fast.words import short
 from tests.refusals import refused
@@ -281,3 +282,12 @@ def test_images_are_not_read_where_not_asked_for(written):
     assert rows["image"] == []
     assert np.array_equal(rows["moments"][1], make_rows(4)[0]["moments"])
     assert rows["label"].tolist() == [2, 0] and rows["index"].tolist() == [2, 0]
+
+
+def test_a_full_disk_is_named_by_the_table(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError("LanceError(IO): No space left on device (os error 28), /x/y.rs:190:9")
+
+    monkeypatch.setattr(lance, "write_dataset", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*x\.lance'$"):
+        dataset.write(tmp_path / "x.lance", [], digits_metadata())

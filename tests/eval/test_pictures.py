@@ -57,7 +57,7 @@ def test_titles_stand_above_their_images_and_change_nothing_else():
         for column in range(3):
             title = rows[:above, column * pitch : column * pitch + 48]
             assert (title != GAP_GREY).any() == (3 * row + column < 5)
-    long = pictures.arrange(images[:2], 2, ["W" * 100, ""])
+    long = pictures.arrange(images[:2], 2, ["W" * 50 + "\n" + "W" * 50, ""])
     assert (long[:above, pitch:] == GAP_GREY).all()
 
 

@@ -74,9 +74,9 @@ def read_index(checkpoint: Path) -> Metadata:
         raise ValueError(f"{file} is not a readable index of a checkpoint: {reason}") from error
 
 
-def describe(metadata: Metadata) -> dict:
-    """Return what torch's metadata says of tensors, as the JSON has it."""
-    tensors, places = {}, metadata.storage_data
+def describe(metadata: Metadata, places: dict[MetadataIndex, _StorageInfo]) -> dict:
+    """Return what torch's metadata says of tensors that lie in `places`, as the JSON has it."""
+    tensors = {}
     for name, entry in metadata.state_dict_metadata.items():
         parts = []
         for chunk in entry.chunks:

@@ -82,9 +82,11 @@ class Writer(dcp.FileSystemWriter):
     ) -> None:
         """Finish on the first process, when all have written."""
         super().finish(metadata, [written for written, _ in results])
-        described = describe(metadata)
+        places = {one.index: one.storage_data for written, _ in results for one in written}
+        described = describe(metadata, places)
         # written by this process a moment ago, and read at the speed of C beside training
-        if describe(pickle.loads((self.path / PICKLED).read_bytes())) != described:
+        torchs = pickle.loads((self.path / PICKLED).read_bytes())
+        if describe(torchs, torchs.storage_data) != described:
             raise RuntimeError(f"{self.path / PICKLED} does not say what was written")
         texts = self._settings | {INDEX: json.dumps(described)}
         for name, text in texts.items():

@@ -76,6 +76,7 @@ class Checkpointer:
             self._group = dist.new_group(backend="gloo", timeout=world.timeout)
         self._save: Save | None = None
         self._failures: list[str] = []  # in a row
+        self._first = True
         reader.expect_no_warnings()
 
     @property
@@ -95,8 +96,9 @@ class Checkpointer:
         called = time.perf_counter()
         self.settle()
         gc.collect()  # DCP's plans of earlier saves are cycles, which Python leaves for long
-        if not gc.get_freeze_count():
+        if self._first:
             gc.freeze()  # what the first save finds was imported or built: others pass over it
+            self._first = False
         wait = wait or self.failing
         begun = time.perf_counter()
         target = path_of(self.folder, state.step)

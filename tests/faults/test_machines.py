@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from benchmarks.faults import chaos
-from repa_fast.data.official import OfficialFolder
 from tests.launching import ROOT
 from tests.train.parallel_ranks import FSDP, SRA, unequal, with_a_nan
 
@@ -47,7 +46,8 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(disk):
 
 @pytest.mark.usefixtures("heavy")
 def test_a_read_only_folder_is_named_in_one_line(disk):
-    assert re.fullmatch(r"repa-fast: .*Read-only file system: '.*/other.*'", disk["read-only"])
+    words = r"repa-fast: .*Read-only file system: '.*/other.*'\n"
+    assert re.fullmatch(words, disk["read-only"])
     assert "Read-only file system" in disk["finished, read-only"]
 
 
@@ -64,9 +64,20 @@ def test_a_nan_on_one_process_is_skipped_by_both(ranks, mode):
         assert torch.equal(found["heads"][2], found["heads"][1])  # it trains no longer
 
 
+HANGS = """
+import sys, time
+from repa_fast.cli import main
+from repa_fast.data import official
+
+read, hangs = official.read_regular, sys.argv.pop(1)
+official.read_regular = lambda path: time.sleep(600) if str(path) == hangs else read(path)
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+"""A training run in which reading one file takes ten minutes, as from a disk that is gone."""
+
+
 @pytest.mark.usefixtures("heavy")
 def test_a_source_that_hangs_ends_the_run_within_the_limit(tmp_path):
-    """A pipe that nobody writes to, in the place of a file of latents."""
     folder = tmp_path / "official"
     latents = [f"00000/img-mean-std-{number:08d}.npy" for number in range(40)]
     (folder / "vae-sd" / "00000").mkdir(parents=True)
@@ -74,12 +85,9 @@ def test_a_source_that_hangs_ends_the_run_within_the_limit(tmp_path):
         np.save(folder / "vae-sd" / latent, np.zeros((8, 4, 4), np.float32))
     labels = json.dumps({"labels": [[latent, 0] for latent in latents]})
     (folder / "vae-sd" / "dataset.json").write_text(labels)
-    OfficialFolder(folder)  # so that the run finds them listed
-    hangs = folder / "vae-sd" / latents[7]
-    hangs.unlink()
-    os.mkfifo(hangs)
     place = ("--output-dir", tmp_path, "--exp-name", "run", "--resolution", "32")
     flags = (*chaos.flags(folder, 100, 50, 2), *place, "--patch-size", "2", "--data-timeout", "2")
-    process = run(sys.executable, "train.py", *flags, timeout=90)
+    hangs = folder / "vae-sd" / latents[7]
+    process = run(sys.executable, "-c", HANGS, hangs, *flags, timeout=90)
     assert process.returncode == 1
     assert re.search(r"repa-fast: no batch from .*official.* within 2 s", process.stderr)

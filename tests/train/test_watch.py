@@ -165,11 +165,13 @@ def test_an_error_that_cannot_be_written_is_still_the_error(tmp_path, capsys):
 
 
 @pytest.fixture
-def ctrl_c_interrupts():
-    """Also where the shell that began the tests in the background has SIGINT ignored."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+def usual_signals():
+    """Also where a shell in the background has SIGINT ignored, or nohup SIGHUP."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    previous = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
-    signal.signal(signal.SIGINT, previous)
+    for number, handler in previous.items():
+        signal.signal(number, handler)
 
 
 def test_a_hangup_that_nohup_has_ignored_stays_so():
@@ -182,7 +184,7 @@ def test_a_hangup_that_nohup_has_ignored_stays_so():
         signal.signal(signal.SIGHUP, previous)
 
 
-def test_signals_are_noted_twice_but_for_ctrl_c(ctrl_c_interrupts):
+def test_signals_are_noted_twice_but_for_ctrl_c(usual_signals):
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
     handlers = [signal.getsignal(n) for n in numbers]
     with runs.stop_signals() as received:

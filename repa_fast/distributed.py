@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from repa_fast.failure import Failure
 
+T = TypeVar("T")
 COLLECTIVE_TIMEOUT = 1800.0
 """Seconds a process waits for the others: the first one may be saving or downloading alone."""
 PATIENCE = 20.0
@@ -59,7 +61,7 @@ class World:
         dist.all_gather(parts, tensor)
         return torch.stack(parts)
 
-    def on_first(self, call: Callable[[], str | None]) -> str | None:
+    def on_first(self, call: Callable[[], T]) -> T:
         """Call on the first process alone; return on every one what it returned, or raise that."""
         if self.size == 1:
             return call()

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from repa_fast.failure import Failure
 from repa_fast.whole import is_disk_full, parse_json, read_regular, write_whole
-from repa_fast.words import short
+from repa_fast.words import note, short
 
 RECIPE = "recipe.json"
 DISCARDED = "null"
@@ -75,11 +74,9 @@ class Ledger:
         done = set(self.done())
         left = [unit for unit in range(rank, units, world_size) if unit not in done]
         if damaged := [unit for unit in left if self._file(unit).exists()]:
-            print(
-                f"repa-fast: {self.folder}: {len(damaged)} of {units} finished blocks are damaged "
-                "or have lost their files, and are made again",
-                file=sys.stderr,
-                flush=True,
+            note(
+                f"{self.folder}: {len(damaged)} of {units} finished blocks are damaged or have "
+                "lost their files, and are made again"
             )
         return left
 
@@ -215,7 +212,7 @@ def wait_until_none(awaited: Callable[[], str]) -> None:
         if now != before:
             before, say_at = now, time.monotonic() + PATIENCE
         elif time.monotonic() >= say_at:
-            print(f"repa-fast: waiting for {now}", file=sys.stderr, flush=True)
+            note(f"waiting for {now}")
             say_at = time.monotonic() + REPEAT
         time.sleep(0.5)
 

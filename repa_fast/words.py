@@ -1,6 +1,7 @@
-"""What messages say of values and errors, which may be a stranger's: short, and in one line."""
+"""Messages, and what they say of values and errors, which may be a stranger's: one short line."""
 
 import reprlib
+import sys
 
 
 class _Short(reprlib.Repr):
@@ -32,6 +33,11 @@ def one_line(text: object) -> str:
 def first_line(error: Exception) -> str:
     """Return how an error's text begins: numpy's goes on with advice to unpickle what is given."""
     return one_line(str(error).partition("\n")[0][:100] or type(error).__name__)
+
+
+def note(text: str) -> None:
+    """Print a line on stderr at once."""
+    print(f"repa-fast: {text}", file=sys.stderr, flush=True)
 
 
 def short(value: object) -> str:

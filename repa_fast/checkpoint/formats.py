@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from repa_fast.checkpoint.layout import read_native
+from repa_fast.checkpoint.layout import MOST, read_native
 from repa_fast.checkpoint.marker import checksum
 from repa_fast.contracts import expect_choice
 from repa_fast.distributed import shard_like
@@ -30,7 +30,6 @@ LABELS = "y_embedder.embedding_table.weight"
 AXES = {"pos_embed": 3, "x_embedder.proj.weight": 4, LABELS: 2, "t_embedder.mlp.0.weight": 2}
 AXES |= {"final_layer.linear.weight": 2, "final_layer.linear.bias": 1}
 """What every SiT and DiT has, by the number of axes."""
-MOST_STEPS = 2**40
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def read_file(path: Path) -> dict:
             raise ValueError(f"{path} is damaged: it has another checksum than {beside.name} says")
     contents = files.load_safely(path, allow_namespace=True)
     steps = contents.get("steps", 0)
-    if type(steps) is not int or not 0 <= steps <= MOST_STEPS:
+    if type(steps) is not int or not 0 <= steps <= MOST:
         raise ValueError(f"{path}: steps is {short(steps)}, expected an integer from 0 to 2**40")
     return contents
 

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from repa_fast.checkpoint.marker import expect_intact
 from repa_fast.whole import parse_json, read_regular
-from repa_fast.words import short
+from repa_fast.words import one_line, short
 
 INDEX, PICKLED = "index.json", ".metadata"
 KINDS = ("float16", "bfloat16", "float32", "float64", "bool")
@@ -70,7 +70,7 @@ def read_index(checkpoint: Path) -> Metadata:
     except OSError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = one_line(f"{type(error).__name__}: {error}")
         raise ValueError(f"{file} is not a readable index of a checkpoint: {reason}") from error
 
 

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from repa_fast.checkpoint.index import read_index
 from repa_fast.checkpoint.marker import expect_intact
+from repa_fast.words import one_line
 
 
 def load(tensors: dict[str, torch.Tensor], checkpoint: Path, *, no_dist: bool = True) -> None:
@@ -38,7 +39,7 @@ def reasons(error: BaseException) -> str:
     if isinstance(error, pickle.UnpicklingError):  # torch's text advises to run it
         return "what lies in the place of a tensor is none"
     if not isinstance(error, CheckpointException):
-        return " ".join(f"{type(error).__name__}: {error}".split())
+        return one_line(f"{type(error).__name__}: {error}")
     found = {rank: reasons(failure) for rank, (failure, _) in error.failures.items()}
     if len(set(found.values())) == 1:
         return next(iter(found.values()))

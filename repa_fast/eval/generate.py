@@ -40,7 +40,7 @@ from repa_fast.failure import Failure
 from repa_fast.ledger import Ledger, read_dict, share
 from repa_fast.lock import Lock
 from repa_fast.whole import is_disk_full, read_regular, write_whole
-from repa_fast.words import first_line
+from repa_fast.words import first_line, note
 
 SHEET_IMAGES = 64
 SHEET_COLUMNS = 8
@@ -229,11 +229,7 @@ def _set_aside(out: Path, fault: str) -> None:
     names = (out.with_name(f"{out.name}.broken-{number}") for number in itertools.count(1))
     aside = next(path for path in names if not path.exists())
     out.replace(aside)
-    _say(f"{out.name} is broken ({fault}): kept as {aside.name}, and generated again")
-
-
-def _say(line: str) -> None:
-    print(f"repa-fast: {line}", file=sys.stderr, flush=True)
+    note(f"{out.name} is broken ({fault}): kept as {aside.name}, and generated again")
 
 
 def name_of(config: GenerateConfig, loaded: Loaded) -> str:
@@ -305,7 +301,7 @@ def _read_block(
             images = np.load(io.BytesIO(data))
             if images.dtype == np.uint8 and images.shape == shape:
                 return images
-    _say(f"{file} does not match its record, and is computed again")
+    note(f"{file} does not match its record, and is computed again")
     return compute(block)
 
 

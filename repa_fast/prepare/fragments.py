@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import json
 import os
-import sys
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +23,7 @@ from repa_fast.data.dataset import Fetched, LatentDataset
 from repa_fast.distributed import session
 from repa_fast.ledger import Ledger, discard, is_discarded, records, share, wait_until_none
 from repa_fast.whole import expect_no_link, parse_json, read_regular, write_whole
-from repa_fast.words import one_line
+from repa_fast.words import note, one_line
 
 AHEAD = 2
 """Batches that are decoded while one is encoded."""
@@ -124,7 +123,7 @@ class Fragments:
                 raise ValueError(reason)
         if restart and world_size > 1:
             what = f"process {rank} (of {world_size}) waits for the others to begin anew"
-            print(f"repa-fast: {what}", file=sys.stderr, flush=True)
+            note(what)
             with session() as world:
                 world.barrier()
         if rank:

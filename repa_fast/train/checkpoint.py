@@ -131,14 +131,14 @@ class Checkpointer:
                 raise CheckpointFailed(self._failures[-1])
         return target
 
-    def _look_at(self, target: Path) -> str:
-        """Return whether `target` is a whole checkpoint, "" if not; LockLost as for `save`."""
+    def _look_at(self, target: Path) -> bool:
+        """Return whether `target` is a whole checkpoint; LockLost as for `save`."""
         if self._lock is not None:
             self._lock.expect()
         try:
-            return "whole" if is_complete(target) and not damage(target) else ""
+            return is_complete(target) and not damage(target)
         except OSError:  # unreadable
-            return ""
+            return False
 
     def poll(self) -> None:
         """Announce the save in flight if it has ended; never waits."""

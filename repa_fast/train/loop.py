@@ -16,6 +16,7 @@ from repa_fast.train.report import Clock, Mute, Reporter
 from repa_fast.train.resume import stop_if_diverged
 from repa_fast.train.state import TrainState
 from repa_fast.train.watch import FIRST_STEPS, PATIENCE
+from repa_fast.words import one_line
 
 SAMPLES = "samples"
 """Folder of sample grids, STEP.png, in the run's."""
@@ -167,7 +168,7 @@ def evaluate(run: Run) -> None:
     try:
         scores = run.evaluator(state)
     except (ValueError, RuntimeError, OSError) as error:
-        failure = " ".join(f"{type(error).__name__}: {error}".split())
+        failure = one_line(f"{type(error).__name__}: {error}")
     if state.world.any(bool(failure)):
         scores, failure = {}, failure or "it failed on another process"
     run.reporter.scores(state.step, scores, failure)

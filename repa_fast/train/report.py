@@ -18,6 +18,7 @@ from repa_fast.failure import Failure
 from repa_fast.train.memory import peak_flops
 from repa_fast.train.outputs import SAID_EVERY, Attempts, Lines
 from repa_fast.whole import parse_json, read_regular, write_whole
+from repa_fast.words import one_line
 
 MOST_PANELS = 8
 """Of the plot of losses."""
@@ -91,7 +92,7 @@ class WeightsAndBiases:
         try:
             self._run = wandb.init(id=known, resume="allow", dir=run, **options)
         except Exception as error:  # of wandb, whose kinds are many
-            raise Failure(f"report_to is wandb: {' '.join(str(error).split())}") from error
+            raise Failure(f"report_to is wandb: {one_line(error)}") from error
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from repa_fast.checkpoint import formats, marker, writer
-from repa_fast.checkpoint.layout import path_of, read_settings, steps
+from repa_fast.checkpoint.layout import MOST, path_of, read_settings, steps
 from repa_fast.checkpoint.marker import trusted
 from repa_fast.configs.flags import flags_of
 from repa_fast.configs.run import RunConfig
@@ -229,7 +229,7 @@ def _moments(name: str, values: object, like: torch.Tensor) -> dict[str, torch.T
     if not isinstance(values, dict):
         raise ValueError(f"the state of {name} is {short(values)}, expected tensors")
     step = values.get("step")
-    if isinstance(step, int | float) and abs(step) <= formats.MOST_STEPS:  # of earlier torch
+    if isinstance(step, int | float) and abs(step) <= MOST:  # of earlier torch
         step = torch.tensor(float(step))
     found = unwrap({key: values.get(key) for key in ("exp_avg", "exp_avg_sq")} | {"step": step})
     for key, shape in {"exp_avg": like.shape, "exp_avg_sq": like.shape, "step": ()}.items():
@@ -243,7 +243,7 @@ def _moments(name: str, values: object, like: torch.Tensor) -> dict[str, torch.T
         raise ValueError(f"the state of {name}: {error}") from error
     if found["exp_avg_sq"].min() < 0:
         raise ValueError(f"exp_avg_sq of {name} is negative, expected squares")
-    if count.is_complex() or not 0 <= count.item() <= formats.MOST_STEPS:
+    if count.is_complex() or not 0 <= count.item() <= MOST:
         raise ValueError(f"step of {name} is {count.item()}, expected 0 to 2**40")
     copied = {key: shard_like(_copy(value, like), like) for key, value in found.items()}
     return copied | {"step": count.float().clone()}

@@ -153,7 +153,7 @@ def open_run(
             reporter=reporter,
             evaluator=evaluator,
             clock=Clock(config.images_per_step, flops, name, world.size),
-            seen=json.loads(world.on_first(lambda: json.dumps(seen(folder, state.step)))),
+            seen=world.on_first(lambda: seen(folder, state.step)),
             stopping=stopping,
             begins=begins,
         )

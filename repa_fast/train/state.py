@@ -1,7 +1,6 @@
 """What a training run consists of, and how it is built from a config."""
 
 import copy
-import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -224,7 +223,7 @@ def choose_kernels(config: TrainConfig, model: SiT, dtype: torch.dtype, world: W
         return lines
     heads = model.blocks[0].attn.num_heads
 
-    def choose() -> str:
+    def choose() -> tuple[str, str]:
         selection = ops.select_attention(
             config.attention,
             heads=heads,
@@ -234,9 +233,9 @@ def choose_kernels(config: TrainConfig, model: SiT, dtype: torch.dtype, world: W
             dtype=dtype,
             device=world.device,
         )
-        return json.dumps([selection.backend, selection.reason])
+        return selection.backend, selection.reason
 
-    backend, reason = json.loads(world.on_first(choose))
+    backend, reason = world.on_first(choose)
     ops.set_attention_backend(backend)
     return [*lines, f"attention: {backend} ({reason})"]
 

@@ -29,7 +29,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("train a model; flags win over a preset's values", ".train.run:main"),
-    "presets": Command("list the presets as a table", ".configs.presets:main"),
+    "presets": Command("list the presets as a table", ".configs.presets:show"),
     "prepare images": Command(
         "write a dataset of images and their latents, on one or several processes",
         ".prepare.images:prepare_images",

@@ -204,7 +204,9 @@ def test_every_flag_of_every_command_has_a_sentence():
 
 
 def test_the_parts_are_all_of_a_training_config():
-    groups = {f.name: f for f in dataclasses.fields(grouped(None)) if f.name != "preset"}
+    preset, config, *groups = dataclasses.fields(grouped(TrainConfig()))
+    assert (preset.name, config.name) == ("preset", "config")
+    groups = {field.name: field for field in groups}
     assert list(groups) == list(PARTS)
     flat = [f.name for group in groups.values() for f in dataclasses.fields(group.default_factory)]
     assert sorted(flat) == sorted(f.name for f in dataclasses.fields(TrainConfig))
@@ -219,12 +221,12 @@ OFFICIAL = {
     "sampling_steps": (10_000, 77),
     "resume_step": (0, 300),
     "model": (None, "SiT-B/2"),
-    "num_classes": (1000, 12),
+    "num_classes": (None, 12),
     "encoder_depth": (8, 4),
     "fused_attn": (True, False, True),
     "qk_norm": (False, True, False),
     "data_dir": ("../data/imagenet256", "somewhere"),
-    "resolution": (256, 512),
+    "resolution": (None, 512),
     "batch_size": (256, 64),
     "allow_tf32": (False, True),
     "mixed_precision": (None, "no", "fp16", "bf16"),
@@ -361,7 +363,8 @@ def test_a_dry_run_prints_the_resolved_config_and_writes_nothing(capsys, tmp_pat
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", "--preset", "digits", "--batch-size", "24", "--dry-run"]) == 0
     printed, _ = json.JSONDecoder().raw_decode(capsys.readouterr().out)
-    expected = dataclasses.replace(presets.get("digits"), batch_size=24, dry_run=True)
+    changed = {"batch_size": 24, "dry_run": True, "resolution": 16, "num_classes": 10}
+    expected = dataclasses.replace(presets.get("digits"), **changed)
     assert TrainConfig(**printed) == expected
     assert list(tmp_path.iterdir()) == []
 

@@ -24,7 +24,7 @@ LAYERS = (
     ("encoders",),
     ("configs",),
     ("objective", "prepare"),
-    ("configs.config", "configs.presets", "configs.build", "configs.flags"),
+    ("configs.config", "configs.file", "configs.presets", "configs.build", "configs.flags"),
     ("checkpoint",),
     ("eval",),
     ("train", "analysis"),

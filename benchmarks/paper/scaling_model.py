@@ -15,7 +15,7 @@ import torch
 from benchmarks.kernels.ops import CASES, Problem
 from benchmarks.step.optim import BYTES as OPTIMIZER_BYTES
 from repa_fast import encoders
-from repa_fast.configs.build import expected_metadata, model_arguments
+from repa_fast.configs.build import expected_metadata, fit_to_data, model_arguments
 from repa_fast.configs.config import TrainConfig
 from repa_fast.data.dataset import Metadata
 from repa_fast.objective import build_alignment
@@ -141,6 +141,7 @@ def attention_work(tokens: int, width: int) -> tuple[float, float]:
 def work(config: TrainConfig) -> Work:
     """Count a step's work from its config."""
     metadata = expected_metadata(config)
+    config = fit_to_data(config, metadata)
     counted = budget(config, metadata)
     arguments = model_arguments(config, metadata)
     width, depth = arguments["hidden_size"], arguments["depth"]

@@ -38,6 +38,7 @@ from benchmarks.step.step import Feed, Ours
 from repa_fast import encoders, ops
 from repa_fast.backend import dispatch
 from repa_fast.configs import presets
+from repa_fast.configs.build import expected_metadata, fit_to_data
 from repa_fast.data.features import FeatureColumn
 from repa_fast.data.loader import Batch
 from repa_fast.diffusion.draws import Draws
@@ -88,6 +89,7 @@ RUNGS = {
 def feature_columns(preset: str) -> dict[str, FeatureColumn]:
     """Return a column for each of the preset's encoders, by name."""
     config, columns = presets.get(preset), {}
+    config = fit_to_data(config, expected_metadata(config))
     kind = {"resolution": config.resolution, "storage": "fp16", "precision": "bf16"}
     for number, spec in enumerate(encoders.specs(config.enc_type)):
         shape = {"tokens": spec.num_tokens(config.resolution), "width": spec.width}

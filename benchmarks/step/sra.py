@@ -19,7 +19,7 @@ from benchmarks.harness.rows import WITH_COMMAND, append, facts, grid, read
 from benchmarks.harness.timing import Marks, spread, synchronise
 from repa_fast import ops
 from repa_fast.configs import presets
-from repa_fast.configs.build import expected_metadata
+from repa_fast.configs.build import expected_metadata, fit_to_data
 from repa_fast.configs.config import TrainConfig
 from repa_fast.data.loader import Batch
 from repa_fast.diffusion.draws import Draws
@@ -123,7 +123,9 @@ def flops(arguments: argparse.Namespace) -> dict[str, float]:
     """Return the training FLOPs per image of each variant."""
     counted = {}
     for name, config in configs(arguments).items():
-        estimate = budget(config, expected_metadata(config))
+        metadata = expected_metadata(config)
+        config = fit_to_data(config, metadata)
+        estimate = budget(config, metadata)
         counted[name] = estimate.train_flops
         if name == VARIANTS[2]:
             size = SIZES[config.model.removeprefix("SiT-").split("/")[0]]

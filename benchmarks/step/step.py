@@ -30,7 +30,7 @@ from benchmarks.step import profile as step_profile
 from benchmarks.step import report as step_report
 from benchmarks.step.baseline import Baseline
 from repa_fast.configs import presets
-from repa_fast.configs.build import expected_metadata
+from repa_fast.configs.build import expected_metadata, fit_to_data
 from repa_fast.data.dataset import write
 from repa_fast.data.loader import Batch, Loader
 from repa_fast.data.open import open_dataset
@@ -90,12 +90,13 @@ def build(arguments: argparse.Namespace, folder: Path, **changes) -> TrainState:
     config = dataclasses.replace(
         presets.get(arguments.preset), batch_size=arguments.batch, report_to="none", **changes
     )
+    metadata = expected_metadata(config)
+    config = fit_to_data(config, metadata)
     if "dinov2" in config.enc_type and not config.features:
         files = random_encoder_weights(config.enc_type, config.resolution, folder)
         config = dataclasses.replace(config, enc_weights=files)
     world = World(rank=0, size=1, device=torch.device(arguments.device))
     with world.device:  # where drawing the initial weights takes no time
-        metadata = expected_metadata(config)
         state = build_state(config, metadata, world, columns, encoders_later=True)
     state.load_encoders()
     state.micro_batch = arguments.micro_batch or state.local_batch

@@ -97,7 +97,7 @@ def _expect_counters(counters: dict) -> None:
     history = counters.get("history", {})
     if not isinstance(history, dict) or not isinstance(history.get("losses", []), list):
         raise ValueError(f"history is {short(history)}, expected what a run has been through")
-    whole = {name: counters.get(name, 1) for name in ("step", "world_size", "micro_batch")}
+    whole = {name: counters.get(name, 1) for name in ("step", "rows", "world_size", "micro_batch")}
     whole |= {name: history.get(name, 0) for name in ("skipped", "good_step")}
     for name, value in whole.items():
         if type(value) is not int or not 0 <= value < MOST:

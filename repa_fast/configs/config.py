@@ -62,11 +62,10 @@ REFUSED: dict[str, str] = {}
 """Flags of earlier versions that cannot be honoured, and why."""
 
 
-def from_saved(values: dict) -> TrainConfig:
-    """Return the config that `to_dict` gave, of this version or an earlier one.
+def in_force(values: dict) -> dict:
+    """Return a saved config's values by the names of today.
 
-    ValueError for a name that no version of ours knows, a flag that cannot be honoured any more, or
-    a value that does not fit.
+    ValueError for a name that no version of ours knows, or a flag that cannot be honoured any more.
     """
     known, kept = {field.name for field in dataclasses.fields(TrainConfig)}, {}
     for name, value in values.items():
@@ -75,4 +74,12 @@ def from_saved(values: dict) -> TrainConfig:
         if name not in RETIRED and name not in known:
             raise ValueError(f"a saved config has {name}, which is unknown here")
         kept |= RETIRED[name](value) if name in RETIRED else {name: value}
-    return TrainConfig(**kept)
+    return kept
+
+
+def from_saved(values: dict) -> TrainConfig:
+    """Return the config that `to_dict` gave, of this version or an earlier one.
+
+    ValueError as for `in_force`, or for a value that does not fit.
+    """
+    return TrainConfig(**in_force(values))

@@ -12,8 +12,8 @@ class DataConfig(Part):
 
     data_dir: str = "../data/imagenet256"
     """Dataset folder; `digits` stands for the bundled set, written to data/digits on first use."""
-    resolution: int = 256
-    """Image resolution; must be the dataset's."""
+    resolution: int | None = None
+    """Image resolution, to be checked; the dataset's."""
     batch_size: int = 256
     """Global batch size, over all processes; accumulation multiplies it."""
     gradient_accumulation_steps: int = 1
@@ -32,7 +32,8 @@ class DataConfig(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expect_at_least(self, 1, "batch_size", "gradient_accumulation_steps", "num_workers")
+        expect_at_least(self, 1, "resolution", "batch_size", "gradient_accumulation_steps")
+        expect_at_least(self, 1, "num_workers")
         expect_at_least(self, 0, "seed")
         if self.micro_batch != "auto" and self.micro_batch < 1:
             raise ValueError(f"micro_batch is {self.micro_batch}, expected auto or at least 1")

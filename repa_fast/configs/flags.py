@@ -1,44 +1,95 @@
-"""The command line of a training run: `--preset` and the flags of TrainConfig, part by part."""
+"""The command line of a training run: `--preset`, `--config` and the flags of TrainConfig."""
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 from repa_fast import command, objective
-from repa_fast.configs import presets
+from repa_fast.configs import file, presets
 from repa_fast.configs.config import PARTS, TrainConfig
 
+FLAG = "flag"
 
-def parse_config(argv: Sequence[str]) -> TrainConfig:
-    """Return the config of `--preset NAME` (default: TrainConfig's own values) with flags over it.
 
-    ValueError for an unknown preset, flags that do not go together, or a run without a name.
+@dataclass(frozen=True)
+class Asked:
+    """What a run is asked for.
+
+    Attributes:
+        config: flags over the values of --config, over those of --preset, over the defaults.
+        by: the fields that were not left to the defaults, and who says them: FLAG, or the file or
+            preset as it was given.
+    """
+
+    config: TrainConfig
+    by: Mapping[str, str]
+
+
+def asked_outright(config: TrainConfig) -> Asked:
+    """Return that a config is asked for, with every value that is not None."""
+    return Asked(config, {k: FLAG for k, v in config.to_dict().items() if v is not None})
+
+
+def parse(argv: Sequence[str]) -> Asked:
+    """Return what a command line asks for.
+
+    ValueError for an unknown preset, a file that is no config, flags that do not go together, or a
+    run without a name.
     """
     import tyro
 
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chooser.add_argument("--preset", default="")
-    preset = chooser.parse_known_args(argv)[0].preset
-    default = presets.get(preset) if preset else None
+    chooser.add_argument("--config", default="")
+    chosen, _ = chooser.parse_known_args(argv)
+    values = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    by: dict[str, str] = {}
+    if chosen.preset:
+        settings = presets.values_of(chosen.preset)
+        values |= settings
+        by |= dict.fromkeys(settings, f"--preset {chosen.preset}")
+    if chosen.config:
+        settings = file.read(Path(chosen.config))
+        values |= settings
+        by |= dict.fromkeys(settings, f"--config {chosen.config}")
     parsed = tyro.cli(
-        grouped(default),
+        grouped(SimpleNamespace(**values)),
         args=argv,
         prog="train.py",
-        description="Train a SiT with representation alignment; flags win over a preset's values.",
+        description="Train a SiT with representation alignment; flags win over a file's values, "
+        "those over a preset's.",
     )
-    values = {}
+    align, given = values["align"], explicit(argv)
     for part in PARTS:
         values |= vars(getattr(parsed, part))
-    if default and values["align"] != default.align and values["enc_type"] == default.enc_type:
+    if values["align"] != align and "enc_type" not in given:
         values["enc_type"] = None  # a preset's encoders are not for another alignment
     config = TrainConfig(**values)
     if not config.exp_name:
-        raise ValueError("exp_name is empty, expected --exp-name NAME (or a --preset)")
-    return config
+        raise ValueError(
+            "exp_name is empty, expected --exp-name NAME (or a --preset)"
+            f"{presets.proposal(config.data_dir)}"
+        )
+    return Asked(config, by | dict.fromkeys(given, FLAG))
 
 
-def grouped(default: TrainConfig | None) -> type:
+def parse_config(argv: Sequence[str]) -> TrainConfig:
+    """Return the config that a command line asks for; raises as `parse`."""
+    return parse(argv).config
+
+
+def explicit(argv: Sequence[str]) -> Collection[str]:
+    """Return the fields of TrainConfig that words of a command line name."""
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    flags = (word[2:].partition("=")[0].replace("-", "_") for word in argv if word[:2] == "--")
+    return known.intersection(name for flag in flags for name in (flag, flag.removeprefix("no_")))
+
+
+def grouped(default: object) -> type:
     """Return a dataclass of the parts, whose flags have no prefixes; defaults as of `mirror`."""
     import tyro
 
@@ -49,19 +100,23 @@ def grouped(default: TrainConfig | None) -> type:
         group = command.mirror(part, default, names, known)
         hint = tyro.conf.OmitArgPrefixes[group]
         groups.append((title, hint, dataclasses.field(default_factory=group)))
-    text = f"Values to start from: {', '.join(presets.PRESETS)}. `repa-fast presets` says more."
+    names = ", ".join(presets.PRESETS)
+    text = f"Values to start from: {names}. `repa-fast presets` says more."
     preset = Annotated[str, tyro.conf.arg(help=text, metavar="NAME")]
-    return dataclasses.make_dataclass("Flags", [("preset", preset, ""), *groups])
+    text = "Values over the preset's: a YAML file with lines `flag: value`, or a run's args.json."
+    config = Annotated[str, tyro.conf.arg(help=text, metavar="FILE")]
+    first = [("preset", preset, ""), ("config", config, "")]
+    return dataclasses.make_dataclass("Flags", [*first, *groups])
 
 
-def flags_of(config: TrainConfig) -> list[str]:
-    """Return the flags that `parse_config` makes `config` of."""
-    default, flags = TrainConfig().to_dict(), []
+def flags_of(config: TrainConfig, default: TrainConfig | None = None) -> list[str]:
+    """Return the flags that make `config` of a default (that of all flags where None)."""
+    without, flags = (default or TrainConfig()).to_dict(), []
     for name, value in config.to_dict().items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             flag = f"--{flag}" if value else f"--no-{flag}"
         else:
             flag = f"--{flag}={value}"
-        flags += [flag] if value != default[name] else []
+        flags += [flag] if value != without[name] else []
     return flags

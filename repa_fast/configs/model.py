@@ -19,8 +19,9 @@ class ModelConfig(Part):
     """Overrides the model's number of heads."""
     patch_size: int | None = None
     """Overrides the model's patch size."""
-    num_classes: int = 1000
-    """Number of classes; the embedding table has one more row, the null label."""
+    num_classes: int | None = None
+    """Number of classes, at least the dataset's and that where not given; the embedding table has
+    one more row, the null label."""
     fused_attn: bool = True
     """The backend of ATTENTION; otherwise the explicit softmax."""
     qk_norm: bool = False

@@ -3,14 +3,23 @@
 Figures to reach are the papers': 50,000 samples, without guidance unless said, after so many steps.
 """
 
+import io
+import shutil
 import sys
-from argparse import ArgumentParser
-from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
 
+from repa_fast.configs import file
 from repa_fast.configs.config import TrainConfig
 from repa_fast.contracts import expect_choice
+from repa_fast.data.latents import can_decode
+from repa_fast.data.open import Dataset, open_dataset
+from repa_fast.data.store import is_url
 from repa_fast.objective import build_alignment
+
+FEW_IMAGES = 100_000
+"""Up to so many are for the presets of small runs."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +41,72 @@ def add(name: str, about: str, to_reach: str = "-", **settings: object) -> None:
 
 def get(name: str) -> TrainConfig:
     """Return the config of a preset; ValueError for an unknown name."""
+    return TrainConfig(**values_of(name))
+
+
+def values_of(name: str) -> dict:
+    """Return the values of a preset that are not the defaults; ValueError for an unknown name."""
     expect_choice("preset", name, tuple(PRESETS))
-    return TrainConfig(exp_name=name, **PRESETS[name].settings)
+    return {"exp_name": name, **PRESETS[name].settings}
+
+
+def fitting(dataset: Dataset) -> str:
+    """Return the preset for a dataset of at most FEW_IMAGES images; "" where there is none."""
+    if len(dataset) > FEW_IMAGES:
+        return ""
+    if not can_decode(dataset.metadata):
+        return "small"
+    sides = ((32, "pixels-32"), (128, "pixels-64"), (sys.maxsize, ""))
+    return next(name for side, name in sides if dataset.metadata.resolution <= side)
+
+
+def proposal(data_dir: str) -> str:
+    """Return the end of a message that proposes a preset for a dataset; "" where there is none."""
+    with suppress(ValueError, OSError):  # what is wrong with it is said where it is opened
+        if not is_url(data_dir) and Path(data_dir).exists():
+            dataset = open_dataset(data_dir)
+            if name := fitting(dataset):
+                return f"; --preset {name} fits the {len(dataset)} images of {data_dir}"
+    return ""
+
+
+SMALL = {
+    "enc_type": "none",
+    "model": "SiT-S/2",
+    "batch_size": 32,
+    "epochs": 1_000_000,
+    "max_train_steps": 20_000,
+    "learning_rate": 5e-4,
+    "warmup_steps": 200,
+    "ema_decay": "0.999",
+    "ema_warmup": True,
+    "num_workers": 2,
+    "log_every": 50,
+    "sampling_steps": 1000,
+    "checkpointing_steps": 1000,
+    "keep_last": 3,
+}
+PIXELS = SMALL | {
+    "model": "SiT-S/4",
+    "hidden_size": 192,
+    "depth": 6,
+    "num_heads": 6,
+    "learning_rate": 1e-3,
+    "max_train_steps": 1500,
+    "ema_decay": "0.998",
+    "sampling_steps": 250,
+    "checkpointing_steps": 500,
+}
+about = "Train a small SiT on latents of your own images, a few hundred to 100,000, on one GPU."
+add("small", about, **SMALL)
+about = "Train a tiny SiT on your own images of up to 32 pixels: minutes on two CPU cores."
+add("pixels-32", about, **PIXELS)
+about = "Train a tiny SiT on your own images of 64 pixels: minutes on two CPU cores."
+add("pixels-64", about, **PIXELS | {"patch_size": 8})
 
 
 DIGITS = {
     "data_dir": "digits",
-    "resolution": 16,
-    "num_classes": 10,
     "model": "SiT-S/4",
     "hidden_size": 128,
     "depth": 6,
@@ -151,16 +218,40 @@ for weight, fid in ((0.25, "8.6"), (0.75, "7.8"), (1.0, "7.8")):
     add(f"sit-xl2-repa-lambda{weight:g}", about, f"FID {fid} (400K)", proj_coeff=weight)
 
 
-def main(argv: Sequence[str]) -> None:
-    """Print the presets as a table."""
+@dataclass(kw_only=True)
+class PresetsConfig:
+    """List the presets, or one of them."""
+
+    name: str = field(default="", metadata={"positional": True})
+    """A preset; all where none is given."""
+    yaml: bool = False
+    """Print its settings as a file for `train.py --config`."""
+
+
+def show(config: PresetsConfig) -> str:
+    """Return the presets as a table, or one as a table or YAML."""
+    if config.name:
+        expect_choice("preset", config.name, tuple(PRESETS))
+    if not config.yaml:
+        return table({config.name: PRESETS[config.name]} if config.name else PRESETS)
+    if not config.name:
+        raise ValueError("yaml is set, expected the name of one preset before it")
+    preset = PRESETS[config.name]
+    return file.write(preset.settings, f"{preset.about} train.py --config FILE --exp-name NAME")
+
+
+def table(found: dict[str, Preset]) -> str:
+    """Return presets as a table, as wide as the terminal."""
     from rich.console import Console
     from rich.table import Table
 
-    ArgumentParser(prog="repa-fast presets", description=main.__doc__).parse_args(argv)
     table = Table("preset", "model", "aligned with", "at block", "to reach", "what it is")
-    for name, preset in PRESETS.items():
+    for name, preset in found.items():
         config = get(name)
         model = config.model if config.hidden_size is None else f"width {config.hidden_size}"
         aligned = build_alignment(config).describe()
         table.add_row(name, model, *aligned, preset.to_reach, preset.about)
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 140
+    console = Console(width=width, file=io.StringIO(), force_terminal=False)
+    console.print(table)
+    return console.file.getvalue().rstrip("\n")

@@ -30,7 +30,11 @@ class SampleOrder:
 
     def __init__(self, num_rows: int, batch: int, seed: int) -> None:
         if num_rows < batch:
-            raise ValueError(f"the dataset has {num_rows} rows, expected at least a batch: {batch}")
+            fits = 1 << max(num_rows.bit_length() - 1, 0)  # a power of two
+            raise ValueError(
+                f"the dataset has {num_rows} rows, expected at least a step's {batch}: "
+                f"--batch-size {fits} fits"
+            )
         self.num_rows = num_rows
         self.batch = batch
         self.seed = seed

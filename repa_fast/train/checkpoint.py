@@ -26,6 +26,9 @@ from repa_fast.checkpoint.index import read_index
 from repa_fast.checkpoint.layout import CONFIG, COUNTERS, DATASET, path_of, read_settings, steps
 from repa_fast.checkpoint.marker import damage, is_complete
 from repa_fast.checkpoint.writer import Writer
+from repa_fast.configs.build import sizes
+from repa_fast.configs.config import TrainConfig
+from repa_fast.data.dataset import Metadata
 from repa_fast.distributed import World
 from repa_fast.encoders.files import differences
 from repa_fast.failure import Failure
@@ -148,6 +151,7 @@ class Checkpointer:
     def close(self) -> None:
         """Wait for the save in flight, also when training ends in an error."""
         self.settle()
+        gc.unfreeze()  # what is never collected, extensions report as leaked at exit
         if self._group is not None:
             dist.destroy_process_group(self._group)
 
@@ -209,20 +213,36 @@ def load(source: Path, state: TrainState) -> None:
     """
     _expect_same_model(source, state)
     stored = read_settings(source)
-    # with other values of these the tensors would fit, and mean something else
-    names = ("objective", "prediction", "path_type", "latent_shape", "vae", "scale", "bias")
-    theirs, ours = ({**vars(of.config), **vars(of.metadata)} for of in (stored, state))
-    problems = [f"{n} {theirs[n]!r}, expected {ours[n]!r}" for n in names if theirs[n] != ours[n]]
+    rows = stored.counters.get("rows") or state.rows  # earlier versions did not count them
+    theirs = fixed(stored.config, stored.metadata, rows)
+    ours = fixed(state.config, state.metadata, state.rows or rows)
+    problems = [f"{n} {was!r}, expected {ours[n]!r}" for n, was in theirs.items() if was != ours[n]]
     if problems:
         raise ValueError(
-            f"{source} is of a run with {'; '.join(problems)}: it cannot be gone on from; start a "
-            "new run from its weights with --init-from"
+            f"{source} is of a run with {'; '.join(problems)}: it cannot be gone on from; leave "
+            "such flags out, or start a new run from its weights with --init-from"
         )
     reader.load(tensors(state), source, no_dist=state.world.size == 1)
     try:
         _take_counters(stored.counters, state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{source / COUNTERS} is not what a run counts: {error!r}") from error
+
+
+def fixed(config: TrainConfig, metadata: Metadata, rows: int) -> dict:
+    """Return what a run cannot change.
+
+    With another value the tensors would fit, and mean something else, or the order of the data and
+    the noise would be another from here on.
+    """
+    names = ("objective", "prediction", "path_type", "align", "enc_type", "seed", "images_per_step")
+    latents = ("latent_shape", "vae", "scale", "bias")
+    return {
+        **sizes(config),
+        **{name: getattr(config, name) for name in names},
+        **{name: getattr(metadata, name) for name in latents},
+        "dataset rows": rows,
+    }
 
 
 def _take_counters(counters: dict, state: TrainState) -> None:
@@ -257,6 +277,7 @@ def _counters(state: TrainState) -> dict:
     """Return plain numbers; sample order and noise need no more than the step and the skip."""
     return {
         "step": state.step,
+        "rows": state.rows,
         "world_size": state.world.size,
         "micro_batch": state.micro_batch,
         "scaler": state.scaler.state_dict(),

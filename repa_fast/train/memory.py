@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from repa_fast.configs.build import empty_model, expected_metadata
+from repa_fast.configs.build import empty_model, expected_metadata, fit_to_data
 from repa_fast.configs.config import TrainConfig
 from repa_fast.data.dataset import Metadata
 from repa_fast.distributed import World, rank_and_size
@@ -52,6 +52,7 @@ def budget(config: TrainConfig, metadata: Metadata, shards: int = 1) -> Budget:
 
     `shards` processes share one copy of weights, gradients, optimizer and averages.
     """
+    config = fit_to_data(config, metadata)
     model = empty_model(config, metadata, "meta")
     total = sum(p.numel() for p in model.parameters())
     heads = sum(p.numel() for head in heads_of(model) for p in head.parameters())
@@ -143,8 +144,9 @@ def stand_in(state: TrainState) -> TrainState:
 
 def describe(config: TrainConfig) -> str:
     """Return the resolved config, parameter counts, FLOPs per image and a memory estimate."""
-    shards = shard_count(config, rank_and_size()[1])
-    found, batch = budget(config, expected_metadata(config), shards), config.batch_size
+    shards, metadata = shard_count(config, rank_and_size()[1]), expected_metadata(config)
+    config = fit_to_data(config, metadata)
+    found, batch = budget(config, metadata, shards), config.batch_size
     shared = f" in each of {shards} processes" if shards > 1 else ""
     mebibytes = found.activation_bytes * (2 if config.mixed_precision == "no" else 1) / 2**20
     lines = (

@@ -19,13 +19,15 @@ import torch
 from repa_fast.checkpoint import formats, marker, writer
 from repa_fast.checkpoint.layout import MOST, path_of, read_settings, steps
 from repa_fast.checkpoint.marker import trusted
+from repa_fast.configs.config import TrainConfig
 from repa_fast.configs.flags import flags_of
 from repa_fast.configs.run import RunConfig
-from repa_fast.distributed import shard_like
+from repa_fast.distributed import World, shard_like
 from repa_fast.encoders.files import expect_real, unwrap
 from repa_fast.models.sit import SiT
 from repa_fast.train import checkpoint
 from repa_fast.train.checkpoint import Checkpointer, CheckpointFailed
+from repa_fast.train.inherit import OF_ONE_START
 from repa_fast.train.spikes import TrainingDiverged, is_spike
 from repa_fast.train.state import TrainState
 from repa_fast.words import short
@@ -33,21 +35,17 @@ from repa_fast.words import short
 log = logging.getLogger(__name__)
 
 
-def resume(folder: Path, state: TrainState) -> Path | None:
-    """Load what the config asks for into `state`; `folder` holds the run's own checkpoints.
+def find(folder: Path, config: RunConfig, world: World) -> Path | None:
+    """Return the checkpoint that a config asks to resume; None at the start of a run.
 
-    `--resume auto` takes the newest checkpoint that is whole; a damaged one is passed over with a
-    warning, and moved aside. Anything else that is asked for by name is loaded or refused.
-    `--skip-steps` counts once, where the run begins: its own checkpoints carry the offset.
-
-    Returns:
-        The checkpoint resumed from, or None at the start of a run.
+    `folder` holds the run's own. `--resume auto` takes the newest that is whole; a damaged one is
+    passed over with a warning, and moved aside. Anything else is asked for by name.
 
     Raises:
         ValueError: the run has checkpoints and the config does not ask to resume; or what it asks
-            for is not there, damaged, or of another model; or data shall be skipped after it began.
+            for is not there, or damaged.
     """
-    config, own = state.config, candidates(folder)
+    own = candidates(folder)
     wanted = str(config.resume_step) if config.resume_step else config.resume
     source = None
     if wanted == "never" and own:
@@ -56,14 +54,26 @@ def resume(folder: Path, state: TrainState) -> Path | None:
             "or choose another --exp-name"
         )
     if wanted == "auto":
-        source = newest_whole(own, state)
+        source = newest_whole(own, config, world)
         if own and source is None:
             raise ValueError(f"all checkpoints in {folder} are damaged")
-        state.world.on_first(lambda: set_aside_those_before(own, source))
+        world.on_first(lambda: set_aside_those_before(own, source))
     elif wanted != "never":
         source = named(folder, wanted)
-        if damaged := state.world.on_first(lambda: damage(source, config)):
+        if damaged := world.on_first(lambda: damage(source, config)):
             raise ValueError(f"{source} is damaged: {damaged} (--no-verify reads it as it is)")
+    return source
+
+
+def resume(source: Path | None, folder: Path, state: TrainState) -> None:
+    """Load what `find` has found into `state`; `folder` holds the run's own checkpoints.
+
+    `--skip-steps` counts once, where the run begins: its own checkpoints carry the offset.
+
+    ValueError if it is of another model or run than the config's, or data shall be skipped after
+    the run began.
+    """
+    config = state.config
     if source is not None:
         with trusted():  # by the first process, which has looked at every file
             (checkpoint.load if source.is_dir() else load_official)(source, state)
@@ -74,7 +84,6 @@ def resume(folder: Path, state: TrainState) -> Path | None:
             f"skip_steps is {config.skip_steps}, expected 0 for a run that began without: go on "
             f"past the data in a new run (--resume {source} --exp-name NEW)"
         )
-    return source
 
 
 def candidates(folder: Path) -> list[Path]:
@@ -85,7 +94,7 @@ def candidates(folder: Path) -> list[Path]:
     return [path for _, path in sorted((official | native).items(), reverse=True)]
 
 
-def newest_whole(found: list[Path], state: TrainState) -> Path | None:
+def newest_whole(found: list[Path], config: RunConfig, world: World) -> Path | None:
     """Return the first of `found` that is not damaged; the first process warns of those before.
 
     OSError if one cannot be read: it may be whole, and to go on from an older one would lose it.
@@ -93,12 +102,12 @@ def newest_whole(found: list[Path], state: TrainState) -> Path | None:
 
     def search() -> str:
         for path in found:
-            if not (damaged := damage(path, state.config)):
+            if not (damaged := damage(path, config)):
                 return str(path)
             log.warning("passing over %s: %s", path, damaged)
         return ""
 
-    whole = state.world.on_first(search)
+    whole = world.on_first(search)
     return Path(whole) if whole else None
 
 
@@ -318,7 +327,7 @@ def last_good(folder: Path, state: TrainState) -> Path | None:
     until, end = state.config.align_until, state.history.good_step
     first = until if state.step > until else 0
     good = [path_of(folder, step) for step in steps(folder) if first <= step < end]
-    return newest_whole(good[::-1], state)
+    return newest_whole(good[::-1], state.config, state.world)
 
 
 def command_past(source: Path, state: TrainState) -> str:
@@ -336,4 +345,6 @@ def command_past(source: Path, state: TrainState) -> str:
     if size > 1:
         local = os.environ.get("LOCAL_WORLD_SIZE", size)
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={local}"]
-    return shlex.join([*launcher, "-m", "repa_fast", "train", *flags_of(new)])
+    own = {name: getattr(TrainConfig(), name) for name in OF_ONE_START}
+    left_out = dataclasses.replace(read_settings(source).config, **own)  # what it would inherit
+    return shlex.join([*launcher, "-m", "repa_fast", "train", *flags_of(new, left_out)])

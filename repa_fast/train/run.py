@@ -1,6 +1,5 @@
 """A training run from its config: set up, handed to the loop, and taken down."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -9,16 +8,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from repa_fast.checkpoint.layout import steps
-from repa_fast.checkpoint.writer import clean
+from repa_fast.configs.build import fit_to_data
 from repa_fast.configs.config import TrainConfig
-from repa_fast.configs.flags import parse_config
+from repa_fast.configs.file import ARGS
+from repa_fast.configs.flags import Asked, asked_outright, parse
+from repa_fast.configs.model import ModelConfig
+from repa_fast.configs.presets import fitting
 from repa_fast.data.loader import DataTimeout, Loader
 from repa_fast.data.open import Dataset, open_dataset
 from repa_fast.data.order import SampleOrder
 from repa_fast.distributed import World, session
-from repa_fast.lock import Lock, own_launch
+from repa_fast.lock import Lock
 from repa_fast.train import graph
+from repa_fast.train.begin import begin, hold_together, settle
 from repa_fast.train.checkpoint import Checkpointer
 from repa_fast.train.evaluate import Evaluator
 from repa_fast.train.loop import SAMPLES, Run, loop
@@ -32,30 +34,29 @@ from repa_fast.train.report import (
     plot_losses,
     read_metrics,
 )
-from repa_fast.train.resume import resume, start_from
 from repa_fast.train.state import TrainState, build_state, device_name
 from repa_fast.train.watch import error_file, watchdog
-from repa_fast.whole import expect_no_link, write_whole
-
-LAUNCH = "torchrun-id"
-"""File in the run's folder: torchrun's id of the launch that trains it, and where that began."""
+from repa_fast.whole import write_whole
 
 
 def main(argv: Sequence[str]) -> None:
     """Train with the flags of TrainConfig, over a preset's values; raises as `train`."""
-    config = parse_config(argv)
-    if config.dry_run:
-        print(describe(config))
+    asked = parse(argv)
+    if asked.config.dry_run:
+        print(describe(asked.config))
         return
     try:
-        train(config)
+        train(asked)
     except DataTimeout as error:
         print(f"repa-fast: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # leaving as usual would join the threads that hang
 
 
-def train(config: TrainConfig) -> Path:
+def train(asked: Asked | TrainConfig) -> Path:
     """Run a config to its end, or to a checkpoint when a signal asks for it; return its folder.
+
+    A run that is resumed keeps its own values where no flag says others, as of `inherit`; a config
+    alone says all of its own.
 
     Raises:
         ValueError: config, dataset or checkpoints do not fit together, or another process trains
@@ -65,6 +66,8 @@ def train(config: TrainConfig) -> Path:
         CheckpointFailed: three checkpoints in a row could not be written, or the last one.
         DataTimeout: a batch has not come within `data_timeout`.
     """
+    asked = asked_outright(asked) if isinstance(asked, TrainConfig) else asked
+    config = asked.config
     folder = Path(config.output_dir) / config.exp_name
     logs = folder / config.logging_dir
     with (
@@ -74,45 +77,30 @@ def train(config: TrainConfig) -> Path:
         error_file(logs, world.rank, stopping),
         watchdog(logs / f"stacks-rank{world.rank}.txt", config.watchdog) as begins,
     ):
-        config = after_restart(config, folder, world)
+        source, config = settle(asked, folder, world)
         dataset = run_dataset(config.data_dir, world)
-        state = restore(config, dataset, folder, world)
-        with open_run(folder, state, dataset, stopping, begins, lock) as run:
+        config = fit_to_data(config, dataset.metadata)
+        order = SampleOrder(len(dataset), config.images_per_step, config.seed)
+        state = restore(config, dataset, source, folder, world)
+        state.notes += hints(config, dataset)
+        with open_run(folder, state, dataset, order, stopping, begins, lock) as run:
             loop(run)
             if world.is_main and run.done:
                 finish(run)
     return folder
 
 
-@contextmanager
-def hold_together(folder: Path, logs: Path, world: World) -> Iterator[Lock]:
-    """Hold the lock of the run's folder on the first process; what refuses it is raised on all.
-
-    ValueError if another process holds it, or what is written to in it is a link: to another run's,
-    or from a stranger's run to anything.
-    """
-    held: list[Lock] = []
-
-    def take() -> None:
-        expect_no_link(folder / "checkpoints", logs, folder / SAMPLES)
-        held.append(Lock(folder))
-
-    world.on_first(take)
-    lock = held[0] if held else Lock(folder, world.rank)
-    try:
-        yield lock
-    finally:
-        lock.release()
-
-
-def restore(config: TrainConfig, dataset: Dataset, folder: Path, world: World) -> TrainState:
-    """Build the run's state, as it was where it resumes, ready to step.
+def restore(
+    config: TrainConfig, dataset: Dataset, source: Path | None, folder: Path, world: World
+) -> TrainState:
+    """Build the run's state, as it is in the checkpoint `source` if there is one, ready to step.
 
     Raises:
         ValueError: as for `build_state` and `begin`.
     """
     state = build_state(config, dataset.metadata, world, dataset.features, encoders_later=True)
-    begin(folder, state)
+    state.rows = len(dataset)
+    begin(source, folder, state)
     if state.aligns:
         state.load_encoders()
     elif config.align_until:
@@ -128,13 +116,13 @@ def open_run(
     folder: Path,
     state: TrainState,
     dataset: Dataset,
+    order: SampleOrder,
     stopping: list[int],
     begins: Callable[[int], None],
     lock: Lock,
 ) -> Iterator[Run]:
     """Yield a run with everything it needs open; close it all, also after an error."""
     config, world = state.config, state.world
-    order = SampleOrder(len(dataset), config.images_per_step, config.seed)
     total = min(config.max_train_steps, config.epochs * order.steps_per_epoch)
     evaluator = Evaluator(state) if config.eval_every else None
     flops, name = budget(config, state.metadata).train_flops, device_name(world.device)
@@ -181,6 +169,13 @@ def open_loader(state: TrainState, dataset: Dataset, order: SampleOrder, total: 
     )
 
 
+def hints(config: TrainConfig, dataset: Dataset) -> list[str]:
+    """Return a line that proposes a preset where a few images meet the model of the defaults."""
+    preset = fitting(dataset) if config.model == ModelConfig.model else ""
+    rows = f"{len(dataset)} images with {config.model}, which is made for millions"
+    return [f"{rows}: --preset {preset} fits them"] if preset else []
+
+
 def run_dataset(path: str, world: World) -> Dataset:
     """Open the run's dataset; the first process goes ahead and writes what is made on first use."""
     if not world.is_main:
@@ -192,64 +187,10 @@ def run_dataset(path: str, world: World) -> Dataset:
             world.barrier()
 
 
-def after_restart(config: TrainConfig, folder: Path, world: World) -> TrainConfig:
-    """Return the config to resume with: once torchrun restarts its processes, from what they saved.
-
-    Only checkpoints of the same launch count, which torchrun's id of it tells from others' (without
-    `--rdzv-id` or `--standalone` it has none): a start that was refused is refused again.
-    """
-    launch, restarts = own_launch(), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if not world.any(restarts > 0) or not launch:  # each node counts its own
-        return config
-    ours = False
-    if world.is_main and (folder / LAUNCH).exists():
-        began = (folder / LAUNCH).read_text("utf-8", "replace").removeprefix(f"{launch} ")
-        newest = max(steps(folder / "checkpoints"), default=0)
-        ours = began.isdecimal() and newest > int(began)
-    if world.any(ours):
-        return dataclasses.replace(config, resume="auto", resume_step=0)
-    return config
-
-
-def begin(folder: Path, state: TrainState) -> None:
-    """Resume from a checkpoint, or start anew, from given weights if the config names any.
-
-    Raises:
-        ValueError: as for `resume`, or resuming from an older step than the run's newest: two
-            continuations would share a folder.
-    """
-    config, saved = state.config, folder / "checkpoints"
-    source = resume(saved, state)
-    newer = [step for step in steps(saved) if step > state.step]
-    if newer and (config.resume_step or config.resume not in ("auto", "never")):
-        raise ValueError(
-            f"{saved} has checkpoints up to step {newer[-1]}, later than {source}: go on from the "
-            f"newest (--resume auto), or from this one in a new run (--resume {source} --exp-name "
-            "NEW)"
-        )
-    notes = []
-    if state.world.is_main:
-        notes = [f"removed {half}, which was not complete" for half in clean(saved)]
-    if source is not None:
-        skipped = state.history.skipped
-        ahead = f", past the data of {skipped} steps" if skipped else ""
-        notes.append(f"going on from {source}{ahead}")
-    elif config.init_from:
-        notes += start_from(Path(config.init_from), config.init_origin, state)
-        notes.append(f"starting from the weights in {config.init_from}")
-    if state.world.is_main:
-        for note in notes:
-            say(note)
-        launch, file = own_launch(), folder / LAUNCH
-        known = file.read_text("utf-8", "replace") if file.exists() else ""
-        if launch and not known.startswith(f"{launch} "):
-            write_whole(file, f"{launch} {state.step}")
-
-
 def open_reporter(folder: Path, state: TrainState, total: int) -> Reporter:
     """Open the run's reporter; also write args.json, the resolved config."""
     config = state.config
-    write_whole(folder / "args.json", json.dumps(config.to_dict(), indent=2) + "\n")
+    write_whole(folder / ARGS, json.dumps(config.to_dict(), indent=2) + "\n")
     reporter = Reporter(folder, total, state.step, open_tracker(config, folder, state.step))
     precision = {None: "fp32"}.get(state.autocast_dtype, str(state.autocast_dtype))
     reporter.line(

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from repa_fast import ops
 from repa_fast.backend import dispatch
-from repa_fast.configs.build import build_model, empty_model
+from repa_fast.configs.build import build_model, empty_model, fit_to_data
 from repa_fast.configs.config import TrainConfig
 from repa_fast.data.dataset import Metadata
 from repa_fast.data.features import FeatureColumn
@@ -41,6 +41,7 @@ class TrainState:
         scaler: active for fp16 only.
         vae: for sample grids, not loaded yet; None where the latents are pixels.
         notes: lines about how the run computes, for the log.
+        rows: of the dataset, on which the order of the data depends; 0 where it is not known.
         micro_batch: images per forward pass of this process; 0 until it is chosen.
         step: optimizer steps done.
         history: what the run has been through; counted where metrics are read.
@@ -62,6 +63,7 @@ class TrainState:
     autocast_dtype: torch.dtype | None
     vae: VAE | None
     notes: list[str]
+    rows: int = 0
     micro_batch: int = 0
     step: int = 0
     history: History = field(default_factory=History)
@@ -148,6 +150,7 @@ def build_state(
         ValueError: the batch does not divide among the processes, or what is asked for does not
             fit the dataset, the processes or the device.
     """
+    config = fit_to_data(config, metadata)
     if config.images_per_step % world.size:
         raise ValueError(
             f"{config.images_per_step} images per step do not divide among {world.size} processes"

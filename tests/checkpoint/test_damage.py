@@ -14,10 +14,10 @@ from repa_fast.checkpoint.layout import read_native, read_settings
 from repa_fast.checkpoint.marker import damage, trusted
 from repa_fast.eval.load import load
 from repa_fast.failure import Failure
-from repa_fast.train.resume import resume, start_from
+from repa_fast.train.resume import start_from
 from tests.eval import checkpoints
 from tests.refusals import refused
-from tests.train.conftest import tiny_state
+from tests.train.conftest import resumed, tiny_state
 
 TENSORS, SETTINGS = ("__0_0.distcp", "index.json"), ("config.json", "counters.json", "dataset.json")
 READERS = {
@@ -34,7 +34,7 @@ READERS = {
     ),
     "resume": (
         TENSORS + SETTINGS,
-        lambda copy, out: resume(out / "run", tiny_state(enc_type="none", resume=str(copy))),
+        lambda copy, out: resumed(out / "run", tiny_state(enc_type="none", resume=str(copy))),
     ),
 }
 """(files that it reads, (checkpoint, a folder to write into) -> reads)"""
@@ -102,7 +102,7 @@ def test_who_insists_reads_it_as_it_is(flip, tmp_path, capsys):
         assert "is damaged: wrong checksum of __0_0.distcp" in capsys.readouterr().err
         assert cli.main([*argv, "--no-verify"]) == 0
     state = tiny_state(resume=str(copy), verify=False, **checkpoints.TINY)
-    assert resume(tmp_path / "run", state) == copy and state.step == 7
+    assert resumed(tmp_path / "run", state) == copy and state.step == 7
 
 
 def test_exported_weights_have_their_checksum_beside_them(whole, tmp_path):

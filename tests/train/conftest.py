@@ -13,6 +13,7 @@ from repa_fast.configs.config import TrainConfig
 from repa_fast.data import digits
 from repa_fast.data.digits import digit_images, digits_metadata
 from repa_fast.distributed import World
+from repa_fast.train.resume import find, resume
 from repa_fast.train.state import TrainState, build_state
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -49,6 +50,13 @@ def tiny_state(**overrides) -> TrainState:
     state.micro_batch = state.local_batch
     randomise(state)
     return state
+
+
+def resumed(folder: Path, state: TrainState) -> Path | None:
+    """Resume as the state's config asks, in the place of a run; return from what."""
+    source = find(folder, state.config, state.world)
+    resume(source, folder, state)
+    return source
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,10 @@ import pytest
 from repa_fast.checkpoint.export import export
 from repa_fast.train import checkpoint
 from repa_fast.train.optim import learning_rate
-from repa_fast.train.resume import resume
 from repa_fast.train.step import synthetic_batch, train_step
 from tests.refusals import refused
 from tests.train.adamw import flat
-from tests.train.conftest import assert_same, tiny_config
+from tests.train.conftest import assert_same, resumed, tiny_config
 
 
 def rates(**options):
@@ -51,7 +50,7 @@ def test_another_number_of_averages_is_refused_by_its_flag(make_state, tmp_path,
     checkpoint.save(tmp_path, make_state(ema_decay=saved))
     other = make_state(ema_decay=decays, resume="auto")
     held = f"holds {saved.count(',') + 1} averages.*expected .*--ema-decay {decays}"
-    refused(lambda: resume(tmp_path, other), held)
+    refused(lambda: resumed(tmp_path, other), held)
 
 
 def test_an_official_file_fills_every_average(make_state, tmp_path):
@@ -62,7 +61,7 @@ def test_an_official_file_fills_every_average(make_state, tmp_path):
     checkpoint.save(tmp_path, state)
     export(checkpoint.path_of(tmp_path, 2), "official", tmp_path / "0000002.pt")
     other = make_state(ema_decay="0.9,0.5,0.25", resume=str(tmp_path / "0000002.pt"))
-    resume(tmp_path / "none", other)
+    resumed(tmp_path / "none", other)
     assert other.step == 2
     emas = [other.ema, *other.more_emas]
     for ema in emas:

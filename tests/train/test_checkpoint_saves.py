@@ -20,11 +20,10 @@ from repa_fast.checkpoint.marker import MARKER, damage
 from repa_fast.lock import LockLost, hold
 from repa_fast.train import checkpoint
 from repa_fast.train.checkpoint import Checkpointer, CheckpointFailed
-from repa_fast.train.resume import resume
 from repa_fast.train.step import synthetic_batch, train_step
 from tests.refusals import refused
 from tests.sealing import reseal
-from tests.train.conftest import tiny_state
+from tests.train.conftest import resumed, tiny_state
 from tests.train.parallel_ranks import everything, unequal
 
 
@@ -286,7 +285,7 @@ def test_one_that_cannot_be_read_is_not_damaged(state, saves, tmp_path, monkeypa
         broken.setattr(marker, "checksum", fails)
         state.config.resume = "auto"
         with pytest.raises(OSError, match="Input/output error"):
-            resume(tmp_path, state)
+            resumed(tmp_path, state)
         saves.save(state, wait=True)
     assert damage(target) == "" and damage(tmp_path / "0000001.damaged") == ""
 

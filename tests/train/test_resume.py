@@ -15,10 +15,10 @@ from repa_fast.checkpoint.layout import load_ema
 from repa_fast.checkpoint.marker import MARKER, trusted
 from repa_fast.failure import Failure
 from repa_fast.train import checkpoint
-from repa_fast.train.resume import resume, start_from
+from repa_fast.train.resume import start_from
 from repa_fast.train.step import accumulate, draw_local, synthetic_batch, train_step
 from tests.refusals import refused
-from tests.train.conftest import assert_same, tiny_state
+from tests.train.conftest import assert_same, resumed, tiny_state
 from tests.train.runs import assert_same_state, assert_same_weights
 
 
@@ -84,7 +84,7 @@ def test_training_goes_on_from_an_official_file_as_plain_torch_does(trained, off
     """Exported again it is the same; three steps on: ours, and AdamW fed the same gradients."""
     state, batch, _ = trained
     ours = tiny_state(resume=str(official))
-    assert resume(tmp_path / "none", ours) == official
+    assert resumed(tmp_path / "none", ours) == official
     assert_same_weights(ours, state)
     export(checkpoint.save(tmp_path, ours), "official", tmp_path / "again.pt")
     contents, again = (formats.read_file(file) for file in (official, tmp_path / "again.pt"))
@@ -150,7 +150,7 @@ def test_an_optimizer_state_that_no_training_leaves_is_refused_and_nothing_loade
     STATES[words](contents["opt"])
     torch.save(contents, path)
     other, fresh = tiny_state(resume=str(path), seed=5), tiny_state(seed=5)
-    refused(partial(resume, tmp_path, other), rf"0000003\.pt \[opt\]: .*{words}")
+    refused(partial(resumed, tmp_path, other), rf"0000003\.pt \[opt\]: .*{words}")
     assert_same_state(other, fresh)
 
 
@@ -164,7 +164,7 @@ def test_states_that_share_memory_with_each_other_or_repeat_it_are_copied(offici
         values["step"] = int(values["step"])  # as torch saved it before 1.12
     torch.save(contents, path)
     other = tiny_state(resume=str(path))
-    resume(tmp_path, other)
+    resumed(tmp_path, other)
     moments = [values["exp_avg"] for values in other.optimizer.state.values() if values]
     assert all(tensor.is_contiguous() for tensor in moments)
     assert len({tensor.data_ptr() for tensor in moments}) == len(moments) > 9
@@ -183,15 +183,15 @@ def test_weights_that_are_not_finite_or_of_another_model_are_named_and_nothing_l
         ({"blocks.0.extra": torch.zeros(1)}, "it does not fit the model, it also has 1: blocks"),
     ):
         torch.save(contents | {key: contents[key] | change}, path)
-        refused(partial(resume, tmp_path, other), rf"0000003\.pt \[{key}\]: {words}")
+        refused(partial(resumed, tmp_path, other), rf"0000003\.pt \[{key}\]: {words}")
         assert_same_state(other, fresh)
 
 
 def test_a_folder_with_an_official_files_name_is_none(state, folder):
     (folder / "0000009.pt").mkdir()
     other = tiny_state(resume="auto")
-    assert resume(folder, other) == checkpoint.path_of(folder, 3)
-    refused(partial(resume, folder, tiny_state(resume="9")), "no complete checkpoint of step 9")
+    assert resumed(folder, other) == checkpoint.path_of(folder, 3)
+    refused(partial(resumed, folder, tiny_state(resume="9")), "no complete checkpoint of step 9")
 
 
 @pytest.mark.parametrize("depth", [2, 4])
@@ -215,11 +215,11 @@ def test_a_step_a_directory_a_run_or_the_newest_can_be_named(state, folder):
     wanted = {"auto": 3, "2": 2, str(folder / "0000001"): 1, str(folder / "run"): 3}
     for name, step in wanted.items():
         other = tiny_state(resume=name)
-        assert resume(folder, other).samefile(checkpoint.path_of(folder, step))
+        assert resumed(folder, other).samefile(checkpoint.path_of(folder, step))
         assert other.step == step
     assert_same_state(other, state)
     other = tiny_state(resume_step=3)
-    assert resume(folder / "official", other) == folder / "official" / "0000003.pt"
+    assert resumed(folder / "official", other) == folder / "official" / "0000003.pt"
     assert_same_weights(other, state)
 
 
@@ -235,9 +235,9 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(trained, fold
     else:
         shard.write_bytes(content if harm == "flip" else content[:-100])
     other, again, named = (tiny_state(resume=name) for name in ("auto", "auto", "3"))
-    refused(partial(resume, folder, named), r"0000003 is damaged: .*__0_0\.distcp")
+    refused(partial(resumed, folder, named), r"0000003 is damaged: .*__0_0\.distcp")
     with caplog.at_level(logging.WARNING):
-        assert resume(folder, other) == checkpoint.path_of(folder, 2)
+        assert resumed(folder, other) == checkpoint.path_of(folder, 2)
     assert other.step == 2
     assert "passing over" in caplog.text and shard.name in caplog.text
     assert checkpoint.steps(folder) == [1, 2]  # so that --keep-last does not count it
@@ -245,7 +245,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(trained, fold
     assert aside.exists() == (harm != "remove")
     train_step(other, trained[1])
     assert checkpoint.save(folder, other) == target
-    assert resume(folder, again) == target
+    assert resumed(folder, again) == target
     assert_same_state(again, other)
 
 
@@ -253,12 +253,12 @@ def test_all_damaged_is_an_error_not_a_new_run(folder):
     for step in (1, 2, 3):
         (checkpoint.path_of(folder, step) / "counters.json").write_text("{}")
     words = r"all checkpoints in .* are damaged"
-    refused(partial(resume, folder, tiny_state(resume="auto")), words)
+    refused(partial(resumed, folder, tiny_state(resume="auto")), words)
 
 
 def test_another_model_is_refused_with_what_differs(saved):
     with pytest.raises(ValueError, match=r"holds a SiT \(depth 3.*model is a SiT \(depth 2"):
-        resume(saved.parent, tiny_state(resume="auto", depth=2))
+        resumed(saved.parent, tiny_state(resume="auto", depth=2))
 
 
 def test_what_is_not_there_and_bare_weights_cannot_be_gone_on_from(state, saved, tmp_path):
@@ -268,7 +268,7 @@ def test_what_is_not_there_and_bare_weights_cannot_be_gone_on_from(state, saved,
         ("nowhere", r"resume is 'nowhere', expected auto, never, a step"),
         (str(tmp_path / "last.pt"), r"has no model, ema, opt, steps.*--init-from"),
     ):
-        refused(partial(resume, saved.parent, tiny_state(resume=name)), words)
+        refused(partial(resumed, saved.parent, tiny_state(resume=name)), words)
 
 
 def test_start_from_sets_model_and_average(state, saved):
@@ -334,7 +334,7 @@ def test_sras_file_has_its_keys_and_goes_on_bit_for_bit(tmp_path):
     assert {"ap_head.linear1.weight", "ap_head.linear2.bias"} <= names
     assert not any(name.startswith("projectors.") for name in names)
     other = tiny_state(**sra, seed=5, resume=str(file))
-    resume(tmp_path / "none", other)
+    resumed(tmp_path / "none", other)
     assert_same_weights(other, state)
     assert other.step == 500_000
     head = {name for name in names if name.startswith("ap_head.")}

@@ -25,8 +25,8 @@ from repa_fast.data.loader import DataTimeout, Loader
 from repa_fast.data.open import open_dataset
 from repa_fast.data.order import SampleOrder
 from repa_fast.distributed import meet
+from repa_fast.train import begin, watch
 from repa_fast.train import run as runs
-from repa_fast.train import watch
 from repa_fast.train.watch import PATIENCE, error_file, watchdog
 from tests.launching import ROOT
 from tests.refusals import refused
@@ -250,12 +250,12 @@ def test_a_restart_goes_on_from_what_its_own_launch_saved(tmp_path, monkeypatch,
     given = {"restarts": "1", "launch": "job 0", "saved": True} | differs
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", given["restarts"])
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none" if given["launch"] == "none 0" else "job")
-    (tmp_path / runs.LAUNCH).write_text(given["launch"])
+    (tmp_path / begin.LAUNCH).write_text(given["launch"])
     if given["saved"]:
         (tmp_path / "checkpoints" / "0000004").mkdir(parents=True)
         (tmp_path / "checkpoints" / "0000004" / "COMPLETE").touch()
     config = TrainConfig(resume="last.pt", resume_step=3)
-    found = runs.after_restart(config, tmp_path, ALONE)
+    found = begin.after_restart(config, tmp_path, ALONE)
     assert (found.resume, found.resume_step) == (("last.pt", 3) if differs else ("auto", 0))
 
 

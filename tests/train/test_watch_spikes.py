@@ -1,5 +1,6 @@
 """Spikes of the loss, and the command that goes on before one and past the data that made it."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -15,16 +16,19 @@ pytest.importorskip("lance")
 
 from benchmarks.faults.chaos import differences
 from repa_fast.configs import presets
-from repa_fast.configs.flags import flags_of, parse_config
+from repa_fast.configs.build import fit_to_data
+from repa_fast.configs.flags import flags_of, parse, parse_config
+from repa_fast.data.digits import digits_metadata
 from repa_fast.data.order import SampleOrder
 from repa_fast.eval.load import load
 from repa_fast.train import checkpoint, graph, spikes
 from repa_fast.train import run as runs
-from repa_fast.train.resume import last_good, resume, stop_if_diverged
+from repa_fast.train.inherit import inherit
+from repa_fast.train.resume import last_good, stop_if_diverged
 from repa_fast.train.spikes import TrainingDiverged, is_spike
 from repa_fast.train.step import draw_local, train_step
 from tests.refusals import refused
-from tests.train.conftest import ALONE, assert_same, config_of_run, tiny_state
+from tests.train.conftest import ALONE, assert_same, config_of_run, resumed, tiny_state
 from tests.train.runs import ended, start, until
 
 STEPS = 16
@@ -113,8 +117,9 @@ def diverged(config) -> tuple[str, list[str]]:
 
 
 def config_of(command: list[str]):
-    """The config of a printed command of one process."""
-    return parse_config(command[command.index("train") + 1 :])
+    """The config that a printed command of one process trains with."""
+    asked = parse(command[command.index("train") + 1 :])
+    return inherit(asked, Path(asked.config.resume))[0]
 
 
 def test_a_spike_stops_the_run_and_the_next_one_takes_later_data(run_config, record, tmp_path):
@@ -129,8 +134,8 @@ def test_a_spike_stops_the_run_and_the_next_one_takes_later_data(run_config, rec
     assert message in (tmp_path / "run" / "logs" / "error-rank0.txt").read_text()
     config = config_of(command)
     assert (config.resume, config.skip_steps, config.exp_name) == (str(last), 2, "run-from-10")
-    same = config_of([*command, "--exp-name=run", "--resume=never", "--skip-steps=0"])
-    assert same == run_config()
+    same = dataclasses.replace(config, exp_name="run", resume="never", skip_steps=0)
+    assert same == fit_to_data(run_config(), digits_metadata())
 
     steps = record(10)
     runs.train(config)
@@ -174,15 +179,15 @@ def test_data_is_skipped_once_from_where_a_run_begins(tmp_path):
     first = checkpoint.save(other, state)
     for _ in range(2):
         begun = asking(resume=str(first), skip_steps=4)
-        assert resume(own, begun) == first and begun.history.skipped == 7
+        assert resumed(own, begun) == first and begun.history.skipped == 7
     last = checkpoint.save(own, begun)
     for wanted in ("auto", str(last), str(own)):
         again = asking(resume=wanted, skip_steps=4)
-        assert resume(own, again) == last and again.history.skipped == 7
+        assert resumed(own, again) == last and again.history.skipped == 7
     fresh = asking(skip_steps=4)
-    assert resume(tmp_path / "none", fresh) is None and fresh.data_step == 4
+    assert resumed(tmp_path / "none", fresh) is None and fresh.data_step == 4
     more = asking(resume="auto", skip_steps=9)
-    refused(partial(resume, own, more), r"skip_steps is 9, .*--resume .*0000000 --exp-name NEW")
+    refused(partial(resumed, own, more), r"skip_steps is 9, .*--resume .*0000000 --exp-name NEW")
 
 
 @pytest.mark.usefixtures("heavy")

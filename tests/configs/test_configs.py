@@ -25,6 +25,7 @@ from tests.refusals import refused
 
 ENCODERS = ("mae-vit-l", "dinov1-vit-b", "mocov3-vit-l", "jepa-vit-h", "clip-vit-l")
 PRESETS = [
+    *("small", "pixels-32", "pixels-64"),
     *(f"digits{end}" for end in ("", "-sra", "-dit", "-dit-repa")),
     *(f"dit-{size}2{end}" for size in ("l", "xl") for end in ("", "-repa")),
     "dit-xl2-sra",
@@ -35,7 +36,7 @@ PRESETS = [
     *(f"sit-l2-dinov2-vit-l-d{depth}" for depth in (6, 8, 10, 12, 14, 16)),
     "sit-l2-dinov2-vit-l-d8-cos",
 ]
-"""The rows of the papers' tables, and the digits."""
+"""Small runs, the digits, and the rows of the papers' tables."""
 
 
 def test_the_presets_are_the_rows_of_the_papers_tables_and_survive_json():

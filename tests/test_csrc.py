@@ -165,7 +165,7 @@ WRITTEN = {
     "sum_of_squares": "partials out",
 }
 READ = {
-    "adamw_ema": "grads lr grad_scale skip beta1 beta2 eps weight_decay ema_decay",
+    "adamw_ema": "grads lr grad_scale skip ema_rate beta1 beta2 eps weight_decay",
     "sum_of_squares": "grads",
 }
 
@@ -187,7 +187,7 @@ def test_cpu_tensors_are_refused_by_op_and_argument(operators):
         return [torch.zeros((), dtype=dtype) for _ in range(3)]
 
     lists, scalars = [[zero] for zero in (*tensors(), *tensors())], tensors()
-    arguments = [*lists, [], [], *scalars, torch.zeros(2), 0.9, 0.99, 1e-8, 0.0, 0.9]
+    arguments = [*lists, [], [], *scalars, None, torch.zeros(2), 0.9, 0.99, 1e-8, 0.0]
     with pytest.raises(RuntimeError, match=r"adamw_ema: params\[0\] is not on a CUDA device"):
         operators.adamw_ema(*arguments)
     with pytest.raises(RuntimeError, match=r"sum_of_squares: out is not on a CUDA device"):
@@ -198,10 +198,12 @@ def test_cpu_tensors_are_refused_by_op_and_argument(operators):
     torch.library.opcheck(operators.adamw_ema.default, tuple(arguments), test_utils=tests)
 
 
-def test_a_library_of_older_sources_is_refused(library, monkeypatch):
-    monkeypatch.setattr(extension, "OPERATORS", (*extension.OPERATORS, "added_since"))
+@pytest.mark.parametrize("newest", ({"added_since": ""}, {"adamw_ema": "added_since"}), ids=str)
+def test_a_library_of_older_sources_is_refused(library, monkeypatch, newest):
+    """Of which an operator is missing, or takes other arguments."""
+    monkeypatch.setattr(extension, "OPERATORS", extension.OPERATORS | newest)
     assert extension.why_not.__wrapped__() == (
-        f"{library.name} lacks added_since: its sources are older, build it again"
+        f"{library.name} lacks {next(iter(newest))}: its sources are older, build it again"
     )
 
 

@@ -124,7 +124,7 @@ def plain(params: Sequence[torch.Tensor], dtype: torch.dtype) -> list[list[torch
     for _ in range(GATE_STEPS):
         adamw_ema_reference(
             weights, grads, first, second, steps, average, (), (), grad_scale=scale, skip=zero,
-            **ADAMW | {"lr": zero + ADAMW["lr"]}, ema_decay=EMA,
+            ema_rate=zero + (1 - EMA), **ADAMW | {"lr": zero + ADAMW["lr"]},
         )  # fmt: skip
     return [weights, first, second, average]
 

@@ -13,6 +13,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -51,8 +52,9 @@ struct Options {
   const float* lr;
   const float* grad_scale;                      // the gradient is multiplied by it
   const float* skip;                            // not zero: nothing changes
+  const float* ema_rate;                        // 1 - decay; read where there is an ema
   const float2* factors;                        // per tensor: 1 / (1 - b1^t), 1 / sqrt(1 - b2^t)
-  float beta1, beta2, one_minus_beta1, one_minus_beta2, eps, weight_decay, ema_weight;
+  float beta1, beta2, one_minus_beta1, one_minus_beta2, eps, weight_decay;
 };
 
 struct Steps {
@@ -105,7 +107,7 @@ __device__ void store_copy(__nv_bfloat16* copy, int64_t i, float4 value) {
 }
 
 struct Rates {
-  float lr, decay, scale, step_size, inverse_root;
+  float lr, decay, scale, step_size, inverse_root, ema;
 };
 
 __device__ void update(float& p, float g, float& m, float& v, const Options& o, const Rates& r) {
@@ -136,10 +138,10 @@ __device__ void update_chunk(const Entry& e, const Options& o, const Rates& r, i
     __stcs(reinterpret_cast<float4*>(e.exp_avg_sq + i), v);
     if (e.param_copy) store_copy(e.param_copy, i, p);
     if constexpr (averaged) {
-      a.x += o.ema_weight * (p.x - a.x);
-      a.y += o.ema_weight * (p.y - a.y);
-      a.z += o.ema_weight * (p.z - a.z);
-      a.w += o.ema_weight * (p.w - a.w);
+      a.x += r.ema * (p.x - a.x);
+      a.y += r.ema * (p.y - a.y);
+      a.z += r.ema * (p.z - a.z);
+      a.w += r.ema * (p.w - a.w);
       __stcs(reinterpret_cast<float4*>(e.ema + i), a);
       if (e.ema_copy) store_copy(e.ema_copy, i, a);
     }
@@ -152,7 +154,7 @@ __device__ void update_chunk(const Entry& e, const Options& o, const Rates& r, i
     e.exp_avg_sq[i] = v;
     if (e.param_copy) e.param_copy[i] = __float2bfloat16_rn(p);
     if constexpr (averaged) {
-      const float a = e.ema[i] + o.ema_weight * (p - e.ema[i]);
+      const float a = e.ema[i] + r.ema * (p - e.ema[i]);
       e.ema[i] = a;
       if (e.ema_copy) e.ema_copy[i] = __float2bfloat16_rn(a);
     }
@@ -183,6 +185,7 @@ __global__ void __launch_bounds__(kThreads)
   r.scale = *o.grad_scale;
   r.step_size = r.lr * factors.x;
   r.inverse_root = factors.y;
+  r.ema = e.ema ? *o.ema_rate : 0.0f;
   const int64_t start = (blockIdx.x - e.first_block) * kChunk;
   if (e.bf16_grad) {
     e.ema ? update_chunk<true, true>(e, o, r, start) : update_chunk<true, false>(e, o, r, start);
@@ -294,8 +297,8 @@ void fill_grad(const char* op, Entry& entry, const Tensor& grad, size_t i) {
 
 void adamw_ema(
     Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors steps, Tensors emas,
-    Tensors param_copies, Tensors ema_copies, Tensor lr, Tensor grad_scale, Tensor skip, Tensor factors,
-    double beta1, double beta2, double eps, double weight_decay, double ema_decay) {
+    Tensors param_copies, Tensors ema_copies, Tensor lr, Tensor grad_scale, Tensor skip,
+    std::optional<Tensor> ema_rate, Tensor factors, double beta1, double beta2, double eps, double weight_decay) {
   const char* op = "adamw_ema";
   const size_t total = params.size();
   if (total == 0) return;
@@ -309,9 +312,11 @@ void adamw_ema(
   if (!param_copies.empty()) check_length(op, "param_copies", param_copies, total);
   if (!ema_copies.empty()) check_length(op, "ema_copies", ema_copies, total);
   STD_TORCH_CHECK(ema_copies.empty() || !emas.empty(), op, ": ema_copies without emas");
-  const Tensor* scalars[] = {&lr, &grad_scale, &skip};
-  const char* names[] = {"lr", "grad_scale", "skip"};
-  for (int i = 0; i < 3; ++i) {
+  STD_TORCH_CHECK(emas.empty() || ema_rate.has_value(), op, ": emas without ema_rate");
+  const Tensor* scalars[] = {&lr, &grad_scale, &skip, ema_rate.has_value() ? &*ema_rate : nullptr};
+  const char* names[] = {"lr", "grad_scale", "skip", "ema_rate"};
+  for (int i = 0; i < 4; ++i) {
+    if (!scalars[i]) continue;
     check(op, names[i], 0, *scalars[i], device, 1);
     check_dtype(op, names[i], 0, *scalars[i], ScalarType::Float);
   }
@@ -324,13 +329,13 @@ void adamw_ema(
   options.lr = static_cast<const float*>(lr.data_ptr());
   options.grad_scale = static_cast<const float*>(grad_scale.data_ptr());
   options.skip = static_cast<const float*>(skip.data_ptr());
+  options.ema_rate = ema_rate.has_value() ? static_cast<const float*>(ema_rate->data_ptr()) : nullptr;
   options.beta1 = static_cast<float>(beta1);
   options.beta2 = static_cast<float>(beta2);
   options.one_minus_beta1 = static_cast<float>(1.0 - beta1);
   options.one_minus_beta2 = static_cast<float>(1.0 - beta2);
   options.eps = static_cast<float>(eps);
   options.weight_decay = static_cast<float>(weight_decay);
-  options.ema_weight = static_cast<float>(1.0 - ema_decay);
 
   Table table;
   Steps counters;
@@ -421,8 +426,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(repa_fast, m) {
   m.def(
       "adamw_ema(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
       " Tensor(d!)[] steps, Tensor(e!)[] emas, Tensor(f!)[] param_copies, Tensor(g!)[] ema_copies,"
-      " Tensor lr, Tensor grad_scale, Tensor skip, Tensor(h!) factors,"
-      " float beta1, float beta2, float eps, float weight_decay, float ema_decay) -> ()");
+      " Tensor lr, Tensor grad_scale, Tensor skip, Tensor? ema_rate, Tensor(h!) factors,"
+      " float beta1, float beta2, float eps, float weight_decay) -> ()");
   m.def("sum_of_squares(Tensor[] grads, Tensor(a!) partials, Tensor(b!) out) -> ()");
 }
 

@@ -23,10 +23,10 @@ def adamw_ema_cuda(
     lr: torch.Tensor,
     grad_scale: torch.Tensor,
     skip: torch.Tensor,
+    ema_rate: torch.Tensor | None,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    ema_decay: float,
 ) -> None:
     """Do what `adamw_ema_reference` does, to contiguous tensors: fp32, gradients fp32 or bf16.
 
@@ -41,7 +41,7 @@ def adamw_ema_cuda(
     written = (params, exp_avgs, exp_avg_sqs, steps, emas, param_copies, ema_copies)
     torch.ops.repa_fast.adamw_ema(
         params, grads, exp_avgs, exp_avg_sqs, steps, emas, param_copies, ema_copies,
-        lr, grad_scale, skip, factors, *betas, eps, weight_decay, ema_decay,
+        lr, grad_scale, skip, ema_rate, factors, *betas, eps, weight_decay,
     )  # fmt: skip
     # An operator of the stable ABI does not note that it wrote; autograd would use stale values.
     torch.autograd.graph.increment_version([tensor for group in written for tensor in group])

@@ -30,12 +30,12 @@ def adamw_ema(
     eps: float,
     weight_decay: float,
     emas: Tensors = (),
-    ema_decay: float = 0.0,
+    ema_rate: torch.Tensor | None = None,
     param_copies: Tensors = (),
     ema_copies: Tensors = (),
     implementation: str = "auto",
 ) -> None:
-    """Do AdamW (arXiv 1711.05101) and ema += (1 - ema_decay) (param - ema), in place.
+    """Do AdamW (arXiv 1711.05101) and ema += ema_rate (param - ema), in place.
 
     Args:
         params: contiguous tensors of any shape, fp32 (fp64 by the reference).
@@ -47,7 +47,7 @@ def adamw_ema(
         skip: 0-d fp32; where it is not 0, nothing changes at all.
         betas, eps, weight_decay: AdamW's; the decay is decoupled.
         emas: moving averages, like params; empty for none.
-        ema_decay: of the EMA.
+        ema_rate: 0-d fp32, 1 - decay of the EMA; needed with emas.
         param_copies, ema_copies: bf16 tensors that receive params and emas; empty for none.
         implementation: "auto", "cuda" or "reference".
 
@@ -60,6 +60,8 @@ def adamw_ema(
         "param_copies": param_copies, "ema_copies": ema_copies,
     }  # fmt: skip
     _check_lengths(len(params), **lists, steps=steps)
+    if emas and ema_rate is None:
+        raise ValueError("adamw_ema: emas are given without ema_rate, expected both")
     device = params[0].device if params else lr.device
     run = adamw_ema_cuda  # which checks every tensor itself
     if not _runs_cuda("adamw_ema", implementation, device):
@@ -69,8 +71,8 @@ def adamw_ema(
                 expect_shape("adamw_ema", name, tensor, param.shape)
     run(
         params, grads, exp_avgs, exp_avg_sqs, steps, emas, param_copies, ema_copies,
-        lr=lr, grad_scale=grad_scale, skip=skip, betas=betas, eps=eps, weight_decay=weight_decay,
-        ema_decay=ema_decay,
+        lr=lr, grad_scale=grad_scale, skip=skip, ema_rate=ema_rate, betas=betas, eps=eps,
+        weight_decay=weight_decay,
     )  # fmt: skip
 
 

@@ -20,14 +20,15 @@ def adamw_ema_reference(
     lr: torch.Tensor,
     grad_scale: torch.Tensor,
     skip: torch.Tensor,
+    ema_rate: torch.Tensor | None,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    ema_decay: float,
 ) -> None:
     """Take one step of every tensor, in place, in its own dtype; none where `skip` is not 0.
 
-    Lists of equal length, those that are not wanted empty; lr, grad_scale and skip are 0-d.
+    Lists of equal length, those that are not wanted empty; lr, grad_scale, skip and ema_rate (with
+    emas) are 0-d.
     """
     keep = skip != 0
     beta1, beta2 = betas
@@ -48,7 +49,7 @@ def adamw_ema_reference(
         new = param - rate * weight_decay * param
         new = new - rate / unbias1 * first / root
         if emas:
-            average = emas[i] + (1 - ema_decay) * (new - emas[i])
+            average = emas[i] + ema_rate.to(param.dtype) * (new - emas[i])
             write(emas[i], average)
             if ema_copies:
                 write(ema_copies[i], average)

@@ -7,8 +7,8 @@ import torch
 
 LIBRARY = Path(__file__).parents[1] / "lib" / "csrc.so"
 
-OPERATORS = ("adamw_ema", "sum_of_squares")
-"""They write into their arguments and return nothing."""
+OPERATORS = {"adamw_ema": "ema_rate", "sum_of_squares": "out"}
+"""Each with its newest argument. They write into their arguments and return nothing."""
 
 
 @functools.cache
@@ -23,7 +23,12 @@ def why_not() -> str:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         return f"{LIBRARY.name} does not load: {error}"
-    missing = [name for name in OPERATORS if not hasattr(torch.ops.repa_fast, name)]
+    found = torch.ops.repa_fast
+    missing = [
+        name
+        for name, argument in OPERATORS.items()
+        if not hasattr(found, name) or argument not in str(getattr(found, name).default._schema)
+    ]
     if missing:
         return f"{LIBRARY.name} lacks {', '.join(missing)}: its sources are older, build it again"
     for name in OPERATORS:

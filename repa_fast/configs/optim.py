@@ -37,6 +37,10 @@ class OptimConfig(Part):
     ema_decay: str = "0.9999"
     """Decay of the exponential moving average of the weights, per step; several, comma separated,
     keep as many EMAs, of which the first is sampled."""
+    ema_warmup: bool = False
+    """In step n, from 1 on, decay by min(EMA_DECAY, 1 - n^(-3/4)), so that the EMA is of recent
+    weights all along; 3/4 is for runs below a million steps (0.999 after 10 K, 0.9999 after 215 K).
+    """
     optimizer_impl: Literal["auto", "cuda", "torch"] = "auto"
     """One pass over memory (csrc) or torch's fused AdamW; auto takes cuda where it can run."""
 

@@ -8,9 +8,8 @@ import torch
 
 from repa_fast.data.loader import Batch
 from repa_fast.diffusion.draws import Draws
-from repa_fast.train.optim import learning_rate
 from repa_fast.train.state import TrainState
-from repa_fast.train.step import draw_local, train_step, update
+from repa_fast.train.step import draw_local, set_rates, train_step, update
 
 FIRST_STEPS = 3
 """Steps before the capture: they compile, choose algorithms and make the optimizer's state."""
@@ -21,8 +20,9 @@ Work = Callable[[], None]
 class GraphedStep:
     """Takes the place of `train_step`, with the same results.
 
-    Batch and draws are copied to where the graph reads them; the learning rate lies on the device.
-    All else is recorded once, so that nothing may change between steps but the values of tensors.
+    Batch and draws are copied to where the graph reads them; the rates of learning and of the EMAs
+    lie on the device. All else is recorded once, so that nothing may change between steps but the
+    values of tensors.
     Where cuda_graph is auto, a capture that fails is one line, and steps are taken without it.
 
     Args:
@@ -48,7 +48,7 @@ class GraphedStep:
             self._left -= 1
             on_stream(self._stream, lambda: train_step(state, batch))
             return
-        state.optimizer.set_lr(learning_rate(state.config, state.step))
+        set_rates(state)
         draws = draw_local(state)
         held, own = self._inputs
         for name, tensor in held.items():

@@ -12,6 +12,7 @@ from repa_fast.data.dataset import Metadata
 from repa_fast.distributed import World, rank_and_size
 from repa_fast.models.flops import sit_flops
 from repa_fast.objective import build_alignment
+from repa_fast.train.optim import ema_warnings
 from repa_fast.train.parallel import heads_of, parallelize, shard_count
 from repa_fast.train.state import TrainState
 from repa_fast.train.step import losses, synthetic_batch
@@ -143,7 +144,7 @@ def stand_in(state: TrainState) -> TrainState:
 
 
 def describe(config: TrainConfig) -> str:
-    """Return the resolved config, parameter counts, FLOPs per image and a memory estimate."""
+    """Return the resolved config, parameters, FLOPs per image, estimated memory and warnings."""
     shards, metadata = shard_count(config, rank_and_size()[1]), expected_metadata(config)
     config = fit_to_data(config, metadata)
     found, batch = budget(config, metadata, shards), config.batch_size
@@ -158,5 +159,6 @@ def describe(config: TrainConfig) -> str:
         f"memory, estimated: {found.state_bytes / 2**30:.1f} GiB of weights, gradients, optimizer "
         f"and average{shared}; {mebibytes:.0f} MiB of activations per image ("
         f"{batch * mebibytes / 2**10:.1f} GiB at batch {batch} in one pass)",
+        *ema_warnings(config, config.max_train_steps),
     )
     return "\n".join(lines)

@@ -21,12 +21,15 @@ class AdamWEMA(torch.optim.AdamW):
     """torch.optim.AdamW that also moves averages, `ema += (1 - decay) (parameter - ema)`.
 
     Its state_dict is torch AdamW's own, so each loads the other's. Learning rates are 0-d tensors
-    on the parameters' device (`set_lr`), so that a schedule recompiles nothing.
+    on the parameters' device (`set_lr`), so that a schedule recompiles nothing; so is 1 - decay
+    of each average (`set_ema_rates`).
 
     Args:
         params: parameters or groups, as for torch.optim.AdamW; frozen ones may be among them.
         averages: for each average its tensors, one per parameter in the order of `params`.
         ema_decays: for each average its decay.
+        ema_warmup: whether `set_ema_rates` may change 1 - decay. It is fp32 then; where it stays,
+            torch's fused averages take it in fp64 on a GPU.
         copies: bf16 tensors that are kept equal to their parameters, by parameter.
         lr, betas, eps, weight_decay: AdamW's.
         implementation: "cuda" does a step in one pass over memory (csrc/adamw_ema; parameters in
@@ -44,6 +47,7 @@ class AdamWEMA(torch.optim.AdamW):
         ema_decays: Sequence[float] = (),
         copies: Mapping[torch.Tensor, torch.Tensor] | None = None,
         *,
+        ema_warmup: bool = False,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -54,8 +58,12 @@ class AdamWEMA(torch.optim.AdamW):
         own = [p for group in self.param_groups for p in group["params"]]
         self.device = own[0].device
         self.averages = [list(average) for average in averages]
-        self.ema_decays = tuple(ema_decays)
-        _check_averages(own, self.averages, self.ema_decays)
+        _check_averages(own, self.averages, tuple(ema_decays))
+        self.ema_warmup = ema_warmup
+        self._rates = tuple(1 - decay for decay in ema_decays)
+        self.ema_rates = [
+            torch.as_tensor(rate, dtype=torch.float32, device=self.device) for rate in self._rates
+        ]
         self._step_supports_amp_scaling = False  # a GradScaler unscales, and skips steps, itself
         self._averages_of = {
             p: [average[i] for average in self.averages] for i, p in enumerate(own)
@@ -90,6 +98,20 @@ class AdamWEMA(torch.optim.AdamW):
         """Set every group's learning rate."""
         for group in self.param_groups:
             group["lr"].fill_(lr)
+
+    def set_ema_rates(self, rates: Sequence[float]) -> None:
+        """Set each average's 1 - decay; what does not change is not written.
+
+        Raises:
+            ValueError: they change without `ema_warmup`.
+        """
+        rates = tuple(rates)
+        if rates != self._rates and not self.ema_warmup:
+            raise ValueError(f"ema_rates are {rates}, expected {self._rates} without ema_warmup")
+        for tensor, old, new in zip(self.ema_rates, self._rates, rates, strict=True):
+            if new != old:
+                tensor.fill_(new)
+        self._rates = rates
 
     @torch.no_grad()
     def gradient_norm(self) -> torch.Tensor:
@@ -175,7 +197,7 @@ class AdamWEMA(torch.optim.AdamW):
             grad_scale=grad_scale,
             betas=group["betas"],
             emas=[_local(self._averages_of[p][0]) for p in params] if averaged else (),
-            ema_decay=self.ema_decays[0] if averaged else 0.0,
+            ema_rate=self.ema_rates[0] if averaged else None,
             param_copies=[self.copies[p] for p in params if p in self.copies],
             implementation="cuda",
             **options,
@@ -192,10 +214,11 @@ class AdamWEMA(torch.optim.AdamW):
         weights = [_local(p) for p in params]
         sgd = {"weight_decay": 1.0, "momentum": 0.0, "dampening": 0.0, "nesterov": False}
         sgd |= {"maximize": True, "is_first_step": False, "found_inf": skip}
-        for number, decay in enumerate(self.ema_decays[first:], start=first):
+        rates = self.ema_rates if self.ema_warmup else self._rates
+        for number, rate in enumerate(rates[first:], start=first):
             averages = [_local(self._averages_of[p][number]) for p in params]
             if averages:
-                torch._fused_sgd_(averages, weights, [], lr=1 - decay, **sgd)
+                torch._fused_sgd_(averages, weights, [], lr=rate, **sgd)
 
     def _to_device(self) -> None:
         """Move learning rates and step counts, which torch's own state may have on the host."""
@@ -218,6 +241,7 @@ def build_optimizer(
         [ema.parameters() for ema in emas],
         config.ema_decays,
         copies,
+        ema_warmup=config.ema_warmup,
         lr=learning_rate(config, 0),
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
@@ -236,6 +260,22 @@ def learning_rate(config: OptimConfig, step: int) -> float:
     progress = min(1.0, (step - config.warmup_steps) / span)
     low, high = config.min_learning_rate, config.learning_rate
     return low + (high - low) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def ema_rates(config: OptimConfig, step: int) -> tuple[float, ...]:
+    """Return 1 - decay of each EMA in the step after `step` steps; with ema_warmup 1 at step 0."""
+    cap = 1 - (1 + step) ** -0.75 if config.ema_warmup else 1.0
+    return tuple(1 - min(decay, cap) for decay in config.ema_decays)
+
+
+def ema_warnings(config: OptimConfig, total: int) -> list[str]:
+    """Return a line about each EMA that holds much of the initial weights after `total` steps."""
+    held = {d: d**total for d in config.ema_decays if total * (1 - d) < 1 and not config.ema_warmup}
+    return [
+        f"warning: an EMA of decay {decay} still holds {100 * share:.0f} % of the initial weights "
+        f"after {total} steps: expected --ema-warmup, or a lower --ema-decay"
+        for decay, share in held.items()
+    ]
 
 
 def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:

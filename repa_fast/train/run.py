@@ -25,6 +25,7 @@ from repa_fast.train.checkpoint import Checkpointer
 from repa_fast.train.evaluate import Evaluator
 from repa_fast.train.loop import SAMPLES, Run, loop
 from repa_fast.train.memory import budget, choose_micro_batch, describe
+from repa_fast.train.optim import ema_warnings
 from repa_fast.train.outputs import say
 from repa_fast.train.report import (
     Clock,
@@ -198,7 +199,7 @@ def open_reporter(folder: Path, state: TrainState, total: int) -> Reporter:
         f"{config.images_per_step} images per step in micro-batches of {state.micro_batch}, "
         f"from step {state.step} to {total}"
     )
-    for note in (*state.notes, graph.describe(state)):
+    for note in (*state.notes, graph.describe(state), *ema_warnings(config, total)):
         reporter.line(note)
     return reporter
 

@@ -7,7 +7,7 @@ from repa_fast.data import latents
 from repa_fast.data.loader import Batch
 from repa_fast.diffusion.draws import Draws, draw
 from repa_fast.train.metrics import StepValues
-from repa_fast.train.optim import clip_factor, learning_rate
+from repa_fast.train.optim import clip_factor, ema_rates, learning_rate
 from repa_fast.train.parallel import accumulation
 from repa_fast.train.state import TrainState
 from repa_fast.train.torch_private import record_overflow, scale_of
@@ -106,11 +106,17 @@ def train_step(state: TrainState, batch: Batch) -> None:
     The batch may lie on the host or on the device. A non-finite loss or gradient on any process
     makes it a no-op on weights, optimizer and EMA.
     """
-    state.optimizer.set_lr(learning_rate(state.config, state.step))
+    set_rates(state)
     device = state.world.device
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     update(state, batch, draw_local(state))
     state.step += 1
+
+
+def set_rates(state: TrainState) -> None:
+    """Set what of the optimizer depends on the step: learning rate, and 1 - decay of the EMAs."""
+    state.optimizer.set_lr(learning_rate(state.config, state.step))
+    state.optimizer.set_ema_rates(ema_rates(state.config, state.step))
 
 
 def update(state: TrainState, batch: Batch, draws: Draws) -> None:

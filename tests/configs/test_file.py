@@ -91,17 +91,7 @@ def test_a_file_s_encoders_are_not_for_another_alignment(written):
 
 
 def test_flags_that_are_given_are_seen_however_they_are_written():
-    argv = [
-        "--seed",
-        "1",
-        "--no-verify",
-        "--exp-name=--model",
-        "--data_dir",
-        "d",
-        "--keep-last=2",
-        "depth",
-        "--x",
-    ]
+    argv = ["--seed", "1", "--no-verify", "--exp-name=--model", "--data_dir", "d", "--x=3"]
     assert explicit(argv) == {"seed", "verify", "exp_name", "data_dir"}
 
 

@@ -9,7 +9,7 @@ from repa_fast import ops
 from repa_fast.testing import assert_within_budget, seeded
 from tests.kernels.table import F32
 
-DEFAULTS = {"lr": 1e-2, "grad_scale": 1.0, "skip": 0.0}
+DEFAULTS = {"lr": 1e-2, "grad_scale": 1.0, "skip": 0.0, "ema_rate": 1.0}
 DEFAULTS |= {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 MOVED = ("params", "exp_avgs", "exp_avg_sqs", "emas")
 COPIES = {"param_copies": "params", "ema_copies": "emas"}
@@ -52,21 +52,22 @@ def make_gradients(shapes, step, how="auto", *, dtypes=(F32,), offset=0):
 
 
 def advance(lists, grads, how="auto", **options):
-    """One step of the op; lr, grad_scale and skip are numbers."""
+    """One step of the op; lr, grad_scale, skip and ema_rate are numbers."""
     options = DEFAULTS | options
     place = lists["params"][0].device if lists["params"] else device(how)
-    for name in ("lr", "grad_scale", "skip"):
+    for name in ("lr", "grad_scale", "skip", "ema_rate"):
         options[name] = torch.tensor(options[name], device=place)
     ops.adamw_ema(grads=grads, implementation=how, **lists, **options)
 
 
-def formula(lists, grads, step, *, ema_decay=0.0, **options):
+def formula(lists, grads, step, **options):
     """Algorithm 2 of arXiv 1711.05101 and an average, tensor by tensor, in the tensors' dtype.
 
     The numbers that the op takes in fp32 are rounded to it, everything else is a Python float.
     """
     options = DEFAULTS | options
-    lr, scale = (torch.tensor(options[name]).item() for name in ("lr", "grad_scale"))
+    fp32 = (torch.tensor(options[name]).item() for name in ("lr", "grad_scale", "ema_rate"))
+    lr, scale, rate = fp32
     b1, b2 = options["betas"]
     for i, grad in enumerate(grads):
         p, m, v = (lists[name][i] for name in ("params", "exp_avgs", "exp_avg_sqs"))
@@ -77,7 +78,7 @@ def formula(lists, grads, step, *, ema_decay=0.0, **options):
         m_hat, v_hat = m / (1 - b1**step), v / (1 - b2**step)
         p.sub_(lr * m_hat / (v_hat.sqrt() + options["eps"]))
         if "emas" in lists:
-            lists["emas"][i].copy_(ema_decay * lists["emas"][i] + (1 - ema_decay) * p)
+            lists["emas"][i].copy_((1 - rate) * lists["emas"][i] + rate * p)
 
 
 def doubled(lists):

@@ -33,8 +33,8 @@ OPTIONS = (
     {"betas": (0.5, 0.9), "eps": 1e-3},
     {"betas": (0.3, 0.95), "weight_decay": 0.5, "lr": 0.3},
     {"grad_scale": 0.125},
-    {"ema_decay": 0.9},
-    {"ema_decay": 0.9999, "weight_decay": 0.01, "grad_scale": 3.0, "lr": 1e-4},
+    {"ema_rate": 0.1},
+    {"ema_rate": 1e-4, "weight_decay": 0.01, "grad_scale": 3.0, "lr": 1e-4},
 )
 KINDS = {
     "plain": {},
@@ -60,7 +60,7 @@ def how(request):
 
 @pytest.mark.parametrize("options", (*OPTIONS, {"betas": (0.0, 0.95)}), ids=str)
 def test_reference_in_fp64_equals_the_formula(options):
-    """lr and grad_scale are the numbers that their fp32 tensors hold; all else is fp64."""
+    """0-d tensors are taken for the numbers that they hold in fp32; all else is fp64."""
     shapes = ((2, 3), (1,))
     lists = make(shapes, dtype=F64)
     exact = deepcopy(lists)
@@ -80,7 +80,7 @@ def test_every_option_is_that_of_the_formula_within_budget(how, options, average
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_tensor_follows_the_formula_for_long(how, kind):
-    options = {"weight_decay": 0.1, "ema_decay": 0.99, "grad_scale": 0.3}
+    options = {"weight_decay": 0.1, "ema_rate": 0.01, "grad_scale": 0.3}
     steps = 100 if how == "cuda" else 5
     assert_follows_formula(how, ODD_SHAPES, steps, **KINDS[kind], **options)
 
@@ -139,7 +139,7 @@ def test_skip_is_anything_but_zero_and_changes_nothing_whatever_the_gradients_ar
         advance(lists, make_gradients(SHAPES, 1, how), how)
         before = deepcopy(lists)
         grads = [g + poison for g in make_gradients(SHAPES, 2, how)]
-        options = {"weight_decay": 0.1, "ema_decay": 0.5}
+        options = {"weight_decay": 0.1, "ema_rate": 0.5}
         advance(lists, grads, how, skip=skip, grad_scale=scale, **options)
         assert_equal(lists, before)
 
@@ -151,6 +151,16 @@ def test_non_finite_gradients_without_skip_reach_their_own_element_only():
     advance(lists, grads)
     assert lists["params"][0].isnan().tolist() == [False, False, True, False]
     assert lists["params"][1].isfinite().all()
+
+
+@pytest.mark.parametrize("decay", (0.9999, 0.995, 0.9, 0.3, 0.0))
+def test_the_rate_of_an_average_has_the_bits_that_a_number_would_have(decay):
+    """1 - decay is taken in fp64 and rounded once to fp32, as torch rounds a Python number."""
+    lists = make(ODD_SHAPES)
+    before = deepcopy(lists["emas"])
+    advance(lists, make_gradients(ODD_SHAPES, 1), ema_rate=1 - decay)
+    moved = [a + (1 - decay) * (p - a) for a, p in zip(before, lists["params"], strict=True)]
+    assert_equal(lists["emas"], moved)
 
 
 def test_empty_lists_and_empty_tensors_are_accepted(how):
@@ -219,6 +229,19 @@ def test_copies_of_the_averages_without_averages_are_refused():
     refused(lambda: advance(lists, make_gradients(SHAPES, 1)), "ema_copies")
 
 
+def test_averages_without_their_rate_are_refused_and_none_needs_none():
+    one, grads = torch.ones(()), make_gradients(SHAPES, 1)
+    options = {"lr": one, "grad_scale": one, "skip": 0 * one, "betas": (0.9, 0.99), "eps": 1e-8}
+
+    def step(lists):
+        ops.adamw_ema(grads=grads, weight_decay=0.1, **lists, **options)
+
+    refused(lambda: step(make(SHAPES)), "emas are given without ema_rate")
+    lists = make(SHAPES, averaged=False)
+    step(lists)
+    assert [s.item() for s in lists["steps"]] == [1] * len(SHAPES)
+
+
 @pytest.mark.parametrize(
     "how, words",
     (("cuda", "but the tensors are on cpu"), ("triton", "expected one of auto, cuda, reference")),
@@ -259,7 +282,7 @@ def calls(monkeypatch):
 
 def call_cuda(lists, grads):
     one = torch.ones(())
-    options = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "ema_decay": 0.5}
+    options = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "ema_rate": one / 2}
     adamw_ema_cuda(**lists, grads=grads, lr=one, grad_scale=one, skip=0 * one, **options)
 
 
@@ -280,10 +303,10 @@ def test_the_operator_gets_every_option_and_gradients_keep_their_version(calls):
     lists, grads = make(SHAPES, copies=True), make_gradients(SHAPES, 1)
     versions = [g._version for g in grads]
     call_cuda(lists, grads)
-    *scalars, factors, beta1, beta2, eps, weight_decay, ema_decay = calls[0]
-    assert [s.item() for s in scalars] == [1, 1, 0]
+    *scalars, factors, beta1, beta2, eps, weight_decay = calls[0]
+    assert [s.item() for s in scalars] == [1, 1, 0, 0.5]
     assert factors.dtype == F32 and factors.shape == (2 * len(SHAPES),)
-    assert (beta1, beta2, eps, weight_decay, ema_decay) == (0.9, 0.99, 1e-8, 0.1, 0.5)
+    assert (beta1, beta2, eps, weight_decay) == (0.9, 0.99, 1e-8, 0.1)
     assert [g._version for g in grads] == versions
     call_cuda(make((), copies=True), [])
     assert len(calls) == 1

@@ -46,6 +46,12 @@ def test_a_tensor_that_is_not_taken_is_named(cuda):
             advance(broken, grads, "cuda")
     with pytest.raises(RuntimeError, match=r"adamw_ema: grads\[1\]"):
         advance(make(shapes, "cuda", copies=True), [grads[0], grads[1].half()], "cuda")
+    one = torch.ones((), device=cuda)
+    options = {"lr": one, "grad_scale": one, "skip": 0 * one, "betas": (0.9, 0.99), "eps": 1e-8}
+    options |= {"weight_decay": 0.1, "implementation": "cuda"}
+    for rate in (torch.ones(()), one.double(), torch.ones(2, device=cuda)):
+        with pytest.raises(RuntimeError, match=r"adamw_ema: ema_rate\[0\]"):
+            ops.adamw_ema(grads=grads, ema_rate=rate, **make(shapes, "cuda"), **options)
     with pytest.raises(RuntimeError, match=r"sum_of_squares: grads\[1\]"):
         squares([grads[0], grads[1].double()], cuda)
     with pytest.raises((ValueError, RuntimeError), match="grads"):  # as large, of another shape
@@ -53,13 +59,13 @@ def test_a_tensor_that_is_not_taken_is_named(cuda):
 
 
 def test_kernels_are_captured_and_replayed(cuda):
-    """Learning rate, scale, skip and gradients are read at replay, not at capture."""
+    """Rates, scale, skip and gradients are read at replay, not at capture."""
     shapes = [*ODD_SHAPES, *((5,),) * 330]
     captured, eager = make(shapes, "cuda"), make(shapes, "cuda")
     static = make_gradients(shapes, 0, "cuda")
-    scalars = {"lr": 0.0, "grad_scale": 1.0, "skip": 0.0}
+    scalars = {"lr": 0.0, "grad_scale": 1.0, "skip": 0.0, "ema_rate": 1.0}
     scalars = {name: torch.tensor(value, device=cuda) for name, value in scalars.items()}
-    options = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1, "ema_decay": 0.9}
+    options = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
     squares(static, cuda)
     advance(make(shapes, "cuda"), static, "cuda")  # loads the kernels
     graph = torch.cuda.CUDAGraph()
@@ -71,6 +77,7 @@ def test_kernels_are_captured_and_replayed(cuda):
         for a, b in zip(static, grads, strict=True):
             a.copy_(b)
         values = {"lr": 0.1 / step, "grad_scale": 0.5 * step, "skip": float(step == 3)}
+        values |= {"ema_rate": 1 / step}
         for name, value in values.items():
             scalars[name].fill_(value)
         graph.replay()
@@ -125,7 +132,7 @@ def test_a_tensor_above_2_to_the_31_elements_is_taken(cuda):
     places = [0, 8191, 2**31 - 1, 2**31, 2**31 + 8191, count - 1]
     grad[places] = torch.arange(1, 7, dtype=BF16, device=cuda)
     assert squares([grad], cuda).item() == 91
-    advance(lists, [grad], "cuda", ema_decay=0.5)
+    advance(lists, [grad], "cuda", ema_rate=0.5)
     for name, expected in (("params", -0.01), ("emas", -0.005)):
         assert lists[name][0].count_nonzero().item() == len(places)
         assert lists[name][0][places].tolist() == pytest.approx([expected] * 6, rel=1e-5)

@@ -15,7 +15,7 @@ from tests.train.conftest import tiny_config
 from tests.train.parallel_ranks import build, everything, local_batch
 
 SAVED = 2
-AVERAGES = {"ema_decay": "0.9,0.99"}
+AVERAGES = {"ema_decay": "0.9,0.99", "ema_warmup": True}
 
 
 def save_while_training(world: World, mode: dict, folder: Path) -> dict:

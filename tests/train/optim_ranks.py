@@ -26,8 +26,11 @@ def small_net() -> nn.Module:
     return net
 
 
-def steps(world: World, count: int = 6) -> dict[str, torch.Tensor]:
-    """Whole parameters, moments, averages and norms after `count` steps; one of them is skipped."""
+def steps(world: World, ema_warmup: bool = False, count: int = 6) -> dict[str, torch.Tensor]:
+    """Whole parameters, moments, averages and norms after `count` steps; one of them is skipped.
+
+    With `ema_warmup` each step has other rates of the averages.
+    """
     model = small_net()
     averages = [copy.deepcopy(model).requires_grad_(False) for _ in DECAYS]
     if world.size > 1:
@@ -36,7 +39,7 @@ def steps(world: World, count: int = 6) -> dict[str, torch.Tensor]:
             fully_shard(module)
     optimizer = AdamWEMA(
         model.parameters(), [a.parameters() for a in averages], DECAYS,
-        lr=0.05, weight_decay=0.1, implementation="torch",
+        lr=0.05, weight_decay=0.1, implementation="torch", ema_warmup=ema_warmup,
     )  # fmt: skip
     empty = [p for p in model.parameters() if world.size > 1 and not p.to_local().numel()]
     norms, local = [], 4 // world.size
@@ -45,6 +48,8 @@ def steps(world: World, count: int = 6) -> dict[str, torch.Tensor]:
         x = seeded((4, 4), seed=100 + step, std=3.0)
         model(x[world.rank * local : (world.rank + 1) * local]).square().mean().backward()
         norms.append(optimizer.gradient_norm())
+        if ema_warmup:
+            optimizer.set_ema_rates([1 / (1 + step), 1 / (2 + step)])
         factor = clip_factor(norms[-1], MAX_NORM)
         optimizer.step(grad_scale=factor, skip=torch.tensor(float(step == SKIPPED)))
     found = {"norms": torch.stack(norms), "empty shards": torch.tensor(float(len(empty)))}

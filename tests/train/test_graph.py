@@ -23,7 +23,9 @@ def batches(state, count):
         yield synthetic_batch(state, state.local_batch)[0]
 
 
-@pytest.mark.parametrize("overrides", ({}, {"ema_decay": "0.9,0.5"}, {"objective": "ddpm"}))
+@pytest.mark.parametrize(
+    "overrides", ({}, {"ema_decay": "0.9,0.5", "ema_warmup": True}, {"objective": "ddpm"})
+)
 def test_what_is_recorded_does_every_step_again(make_state, overrides):
     """Doing the recorded work again stands for a replay: it reads the same memory."""
     recorded = []

@@ -137,6 +137,63 @@ def test_set_lr_sets_every_group_and_the_tensor_stays_through_state_dicts():
     assert [group["lr"] for group in ours.state_dict()["param_groups"]] == [0.25, 0.25]
 
 
+ON_DEVICES = [
+    ("cpu", "torch"),
+    pytest.param("cuda", "torch", marks=pytest.mark.gpu),
+    pytest.param("cuda", "cuda", marks=pytest.mark.gpu),
+]
+
+
+@pytest.mark.parametrize("device, implementation", ON_DEVICES)
+@pytest.mark.parametrize("ema_warmup", (False, True))
+def test_averages_have_the_bits_of_a_fused_sgd_with_1_minus_decay(
+    device, implementation, ema_warmup
+):
+    """Given a number it computes in fp64 on a GPU, given a tensor with what that holds in fp32.
+
+    The kernel of csrc moves the first average.
+    """
+    decays = (0.9, 0.9999, 0.995, 0.3)
+    params = make_parameters(device=device)
+    ours = our_adamw(params, decays, implementation=implementation, ema_warmup=ema_warmup)
+    zero = torch.zeros((), device=device)
+    for step in range(3):
+        before = [copies(average) for average in ours.averages]
+        clipped_steps(ours, params, 1, first=step)
+        for number, (average, decay) in enumerate(zip(before, decays, strict=True)):
+            rate = torch.tensor(1 - decay, device=device) if ema_warmup else 1 - decay
+            torch._fused_sgd_(
+                average, copies(params), [], lr=rate, weight_decay=1.0, momentum=0.0,
+                dampening=0.0, nesterov=False, maximize=True, is_first_step=False, found_inf=zero,
+            )  # fmt: skip
+            if number or implementation == "torch":
+                assert_same(ours.averages[number], average)
+
+
+def test_rates_of_averages_are_followed_and_written_only_where_they_change():
+    params = make_parameters()
+    ours = our_adamw(params, (0.9, 0.5), ema_warmup=True)
+    tensors = list(ours.ema_rates)
+    assert [(t.item(), t.shape) for t in tensors] == [(torch.tensor(1 - 0.9).item(), ()), (0.5, ())]
+    averages = [copies(params, torch.float64) for _ in range(2)]
+    rates = ((1.0, 1.0), (0.75, 0.75), (0.25, 0.5), (0.25, 0.5))
+    for step, pair in enumerate(rates):
+        versions = [t._version for t in tensors]
+        ours.set_ema_rates(pair)
+        written = [t._version > version for t, version in zip(tensors, versions, strict=True)]
+        assert written == [step != 3, step in (0, 1, 2)]
+        clipped_steps(ours, params, 1, first=step)
+        adamw.follow(averages, [1 - rate for rate in pair], params)
+        for average, expected in zip(ours.averages, averages, strict=True):
+            torch.testing.assert_close(adamw.flat(average).double(), adamw.flat(expected))
+    assert all(a is b for a, b in zip(ours.ema_rates, tensors, strict=True))
+    still = our_adamw(make_parameters(), (0.9,))
+    still.set_ema_rates([1 - 0.9])
+    refused(
+        lambda: still.set_ema_rates([1.0]), r"ema_rates are \(1.0,\), expected .* without ema_w"
+    )
+
+
 def test_bf16_copies_equal_their_parameters_after_every_step_and_on_demand():
     params = make_parameters()
     kept = {p: p.detach().bfloat16() for p in params[1:4]}
@@ -203,9 +260,9 @@ def test_distributed_state_round_trips(device, implementation):
     assert_same(adamw.everything(twins, other), adamw.everything(params, ours))
 
 
-def on(device, implementation):
+def on(device, implementation, **more):
     params = make_parameters(device=device)
-    options = {"weight_decay": 0.1, "implementation": implementation}
+    options = {"weight_decay": 0.1, "implementation": implementation} | more
     return params, our_adamw(params, (0.9, 0.5), **options)
 
 
@@ -245,12 +302,33 @@ def test_the_cuda_path_goes_on_from_torchs_state(options):
 @pytest.mark.gpu
 @pytest.mark.parametrize("implementation", ("cuda", "torch"))
 def test_a_step_does_not_wait_for_the_gpu(implementation):
-    params, ours = on("cuda", implementation)
+    params, ours = on("cuda", implementation, ema_warmup=True)
     clipped_steps(ours, params, 1)
     skip = torch.zeros((), device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
         ours.set_lr(0.25)
+        ours.set_ema_rates((0.5, 0.25))
         ours.step(grad_scale=clip_factor(ours.gradient_norm(), 1.0), skip=skip)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ("cuda", "torch"))
+def test_a_replayed_step_follows_the_rates_of_averages(implementation):
+    runs = []
+    for graphed in (False, True):
+        params, ours = on("cuda", implementation, ema_warmup=True)
+        clipped_steps(ours, params, 1)
+        step = ours.step
+        if graphed:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                ours.step()
+            step = graph.replay
+        for rate in (1.0, 0.5, 0.25):
+            ours.set_ema_rates((rate, rate / 2))
+            step()
+        runs.append(adamw.everything(params, ours))
+    assert_same(*runs)

@@ -105,11 +105,11 @@ def test_state_of_torchs_adamw_comes_to_the_parameters_device(fake_cuda, options
 def test_every_scalar_of_a_step_is_on_the_parameters_device(fake_cuda, monkeypatch):
     devices = []
 
-    def op(params, *lists, lr, grad_scale, skip, **options):
-        devices.append({t.device.type for t in (*params, lr, grad_scale, skip)})
+    def op(params, *lists, lr, grad_scale, skip, ema_rate, **options):
+        devices.append({t.device.type for t in (*params, lr, grad_scale, skip, ema_rate)})
 
     monkeypatch.setattr(ops, "adamw_ema", op)
-    ours = AdamWEMA(fake_cuda)
+    ours = AdamWEMA(fake_cuda, [adamw.copies(fake_cuda)], (0.9,))
     assert ours.implementation == "cuda"
     ours.begin_states()
     get_optimizer_state_dict(adamw.as_model(fake_cuda), ours)
@@ -141,6 +141,7 @@ def test_the_cuda_path_hands_its_lists_to_the_op(monkeypatch):
             optimizer.step(grad_scale=torch.tensor(0.5), skip=torch.tensor(float(step == 2)))
         runs.append(adamw.everything(params, optimizer))
     assert len(calls) == 12
-    assert all(c["implementation"] == "cuda" and c["ema_decay"] == 0.9 for c in calls)
+    assert all(c["implementation"] == "cuda" for c in calls)
+    assert {c["ema_rate"].item() for c in calls} == {torch.tensor(1 - 0.9).item()}
     assert [len(c["emas"]) for c in calls[:4]] == [2, 3, 2, 2]
     torch.testing.assert_close(*map(adamw.flat, runs), rtol=1e-5, atol=1e-6)

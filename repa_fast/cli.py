@@ -62,7 +62,7 @@ COMMANDS = {
         ".checkpoint.export:export_checkpoint",
     ),
     "info": Command(
-        "say what a checkpoint, a run, a weight file or a dataset is", ".checkpoint.info:info"
+        "say what a checkpoint, a run, a weight file or a dataset is", ".eval.info:info"
     ),
     "bench": Command("measure the training step (in a checkout)", "benchmarks.step.step:main"),
 }

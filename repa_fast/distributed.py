@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from repa_fast.failure import Failure
+from repa_fast.words import rate
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = 1800.0
@@ -191,7 +192,7 @@ def progress_bar(description: str, shown: bool) -> Iterator[Callable]:
 
             def advance(done: int) -> None:
                 speed = bar.tasks[0].speed
-                bar.update(task, completed=done, rate=f"{speed:.0f} images/s" if speed else "")
+                bar.update(task, completed=done, rate=rate(speed) if speed else "")
 
             return advance
 

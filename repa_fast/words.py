@@ -40,6 +40,12 @@ def note(text: str) -> None:
     print(f"repa-fast: {text}", file=sys.stderr, flush=True)
 
 
+def rate(images_per_second: float) -> str:
+    """Return a rate for people: three digits of it, all of them from 100 on."""
+    digits = ".3g" if images_per_second < 100 else ".0f"
+    return f"{images_per_second:{digits}} images/s"
+
+
 def short(value: object) -> str:
     """Return a value in one line of at most 70 characters, however large or deep it is."""
     return one_line(_SHORT.repr(value))[:70]

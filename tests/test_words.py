@@ -5,7 +5,7 @@ import collections
 
 import pytest
 
-from repa_fast.words import first_line, one_line, short
+from repa_fast.words import first_line, one_line, rate, short
 
 
 def doubled(kind, times: int = 40):
@@ -44,3 +44,12 @@ def test_errors_are_one_line():
     assert one_line(ValueError("a\n  b\x07")) == "a b?"
     assert one_line(ValueError()) == "ValueError"
     assert first_line(ValueError("first\nadvice")) == "first"
+
+
+@pytest.mark.parametrize(
+    "speed, text",
+    [(0.85, "0.85"), (1.3, "1.3"), (57.21, "57.2"), (0.01234, "0.0123"), (3.0, "3")]
+    + [(99.96, "100"), (435.4, "435"), (12345.6, "12346")],
+)
+def test_a_rate_has_three_digits_or_all_of_them(speed, text):
+    assert rate(speed) == f"{text} images/s"

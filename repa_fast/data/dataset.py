@@ -30,6 +30,7 @@ from repa_fast.data.store import (
     from_lists,
     no_panic,
     open_table,
+    read_column,
     take,
     to_lists,
     unwrapped,
@@ -283,6 +284,10 @@ class LatentDataset:
         """Columns of features that `repa-fast prepare features` has added, by name."""
         with describing(self.uri):
             return feature_columns(self.table.schema)
+
+    def labels(self) -> np.ndarray:
+        """Return the class indices of all rows, int64 (N), -1 for null; raises as `rows`."""
+        return read_column(self.table, self.uri, "label").fill_null(-1).to_numpy()
 
     def rows(
         self, indices: np.ndarray, *, images: bool = True, features: Sequence[str] = ()

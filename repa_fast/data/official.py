@@ -67,6 +67,10 @@ class OfficialFolder:
     def __len__(self) -> int:
         return len(self._latents)
 
+    def labels(self) -> np.ndarray:
+        """Return the class indices of all rows, int64 (N)."""
+        return self._labels
+
     def fetch(
         self, indices: np.ndarray, *, images: bool = True, features: Sequence[str] = ()
     ) -> list[tuple[int, bool]]:

@@ -39,6 +39,10 @@ class StoreError(Failure):
     """The store failed while rows were read; no ValueError, since no row is known to be bad."""
 
 
+class NoTable(ValueError):
+    """There is no table where one was looked for."""
+
+
 class TableError(ValueError):
     """A table is damaged so that Lance panics."""
 
@@ -52,8 +56,8 @@ def open_table(uri: str | Path, split: str) -> "tuple[lance.LanceDataset, str]":
     """Open the table URI/SPLIT.lance, else the table `uri`; also return where it was found.
 
     Raises:
-        ValueError: there is no such table, it is damaged, or its store cannot be reached or
-            refuses.
+        NoTable: there is no such table.
+        ValueError: it is damaged, or its store cannot be reached or refuses.
     """
     import lance
 
@@ -73,7 +77,7 @@ def open_table(uri: str | Path, split: str) -> "tuple[lance.LanceDataset, str]":
             reason = error
         if remote and "was not found" not in str(reason):
             raise ValueError(_failure(candidate, "cannot open it", start, reason)) from reason
-    raise ValueError(
+    raise NoTable(
         f"no dataset at {base} (looked for {inside} and for a Lance table); "
         "make one with `repa-fast prepare`"
     ) from reason
@@ -88,15 +92,27 @@ def take(
         StoreError: a store failed, and all its retries too.
         TableError: the table is damaged.
     """
+    with _reading(uri, f"cannot read {len(indices)} rows"):
+        return table.take(indices, columns=columns)
+
+
+def read_column(table: "lance.LanceDataset", uri: str, name: str) -> "pa.ChunkedArray":
+    """Return a whole column, in one scan; raises as `take`."""
+    with _reading(uri, f"cannot read the column {name}"):
+        return table.to_table(columns=[name])[name]
+
+
+@contextmanager
+def _reading(uri: str, what: str) -> Iterator[None]:
+    """Raise StoreError where a store fails, which says `what` failed; TableError as `no_panic`."""
     start = time.monotonic()
     try:
         with no_panic(uri):
-            return table.take(indices, columns=columns)
+            yield
     except (ValueError, OSError) as error:
         if not is_url(uri) or isinstance(error, TableError):
             raise
-        message = _failure(uri, f"cannot read {len(indices)} rows", start, error)
-        raise StoreError(message) from error
+        raise StoreError(_failure(uri, what, start, error)) from error
 
 
 @contextmanager

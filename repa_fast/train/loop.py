@@ -12,6 +12,7 @@ from repa_fast.data.loader import Batch, Loader
 from repa_fast.train import graph
 from repa_fast.train.checkpoint import Checkpointer
 from repa_fast.train.evaluate import Evaluator, can_sample, sample_grid
+from repa_fast.train.optim import learning_rate
 from repa_fast.train.report import Clock, Mute, Reporter
 from repa_fast.train.resume import stop_if_diverged
 from repa_fast.train.state import TrainState
@@ -143,6 +144,7 @@ def log(run: Run) -> None:
     """
     state = run.state
     values = state.metrics.read(state.world)
+    values["learning_rate"] = learning_rate(state.config, state.step - 1)  # of the last step
     values["bad_samples"] = int(state.world.sum(torch.tensor(len(run.loader.skipped))))
     if state.world.device.type == "cuda":
         values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30

@@ -18,7 +18,7 @@ from repa_fast.failure import Failure
 from repa_fast.train.memory import peak_flops
 from repa_fast.train.outputs import SAID_EVERY, Attempts, Lines
 from repa_fast.whole import parse_json, read_regular, write_whole
-from repa_fast.words import one_line
+from repa_fast.words import one_line, rate
 
 MOST_PANELS = 8
 """Of the plot of losses."""
@@ -155,7 +155,7 @@ class Reporter:
         with self.attempts.to_write("what the tracker takes"):
             self._tracker.scalars(step, scalars(values))
         self.advance(step, text=short_summary(values))
-        self.line(f"step {step}/{self._total_steps}  {summary(values)}", bar_has_it=True)
+        self.line(f"step {step}/{self._total_steps}  {summary(values)}")
 
     def scores(self, step: int, values: dict[str, float], failure: str = "") -> None:
         """Record an evaluation in evals.jsonl: its scores, or why it failed."""
@@ -175,16 +175,16 @@ class Reporter:
         with self.attempts.to_write("metrics.jsonl"):
             self._metrics.flush()
 
-    def line(self, text: str, *, bar_has_it: bool = False) -> None:
-        """Write a line to log.txt and the terminal; where the bar shows it already, not again."""
+    def line(self, text: str) -> None:
+        """Write a line to log.txt and the terminal, there above the bar."""
         with self.attempts.to_write("log.txt"):
             self._log.add(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
         self.flush()
         with self.attempts.to_write("a line on the terminal"):
             if self._bar is None:
                 print(text, flush=True)
-            elif not bar_has_it:
-                self._bar.console.print(text, highlight=False)
+            else:
+                self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def image(self, name: str, step: int, pixels: np.ndarray) -> None:
         """Write a uint8 (H, W, 3) picture to NAME/STEP.png and give it to the tracker."""
@@ -213,7 +213,7 @@ def summary(values: dict) -> str:
     """Return one line of the metrics people watch."""
     shown = ["loss", "denoise", *(name for name in values if name.startswith("align/"))]
     parts = [f"{name} {_number(values[name])}" for name in shown]
-    parts += [f"norm {_number(values['grad_norm'])}", f"{values['images_per_second']:.0f} images/s"]
+    parts += [f"norm {_number(values['grad_norm'])}", rate(values["images_per_second"])]
     if values.get("mfu") is not None:
         parts.append(f"MFU {100 * values['mfu']:.1f} %")
     if values.get("peak_memory_gib") is not None:
@@ -230,8 +230,8 @@ def short_summary(values: dict) -> str:
     aligned = [value for name, value in values.items() if name.startswith("align/")]
     known = aligned and None not in aligned
     align = f" align {sum(aligned) / len(aligned):.3f}" if known else ""
-    rate, eta = values["images_per_second"], _duration(values["eta_seconds"])
-    return f"loss {_number(values['loss'])}{align} {rate:.0f} images/s {eta}"
+    speed, eta = rate(values["images_per_second"]), _duration(values["eta_seconds"])
+    return f"loss {_number(values['loss'])}{align} {speed} {eta}"
 
 
 @dataclass
@@ -261,10 +261,10 @@ class Clock:
         seconds = max(now - self._since - self._paused, 1e-9)
         stalled = 1e3 * self._stalled / counted
         self._since, self._paused, self._stalled = now, 0.0, 0.0
-        rate, peak = steps * self.images_per_step / seconds, peak_flops(self.device_name)
+        speed, peak = steps * self.images_per_step / seconds, peak_flops(self.device_name)
         return {
-            "images_per_second": rate,
-            "mfu": None if peak is None else rate * self.train_flops / (peak * self.world_size),
+            "images_per_second": speed,
+            "mfu": None if peak is None else speed * self.train_flops / (peak * self.world_size),
             "stall_ms": stalled,
             "eta_seconds": seconds / counted * remaining,
         }

@@ -9,9 +9,9 @@ import pytest
 from repa_fast import cli
 from repa_fast.checkpoint import formats
 from repa_fast.checkpoint.export import export
-from repa_fast.checkpoint.info import InfoConfig, info
 from repa_fast.checkpoint.layout import read_native, read_settings
 from repa_fast.checkpoint.marker import damage, trusted
+from repa_fast.eval.info import InfoConfig, info
 from repa_fast.eval.load import load
 from repa_fast.failure import Failure
 from repa_fast.train.resume import start_from

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from repa_fast.checkpoint import formats
-from repa_fast.checkpoint.info import InfoConfig, info
+from repa_fast.eval.info import InfoConfig, info
 from repa_fast.models.sit import SiT
 from repa_fast.testing import randomise
 from tests.refusals import refused

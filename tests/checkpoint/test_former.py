@@ -24,12 +24,12 @@ import torch
 from safetensors.torch import load_file
 
 from repa_fast.checkpoint.export import export
-from repa_fast.checkpoint.info import InfoConfig, info
 from repa_fast.configs import config as configs
 from repa_fast.configs.config import RETIRED, from_saved
 from repa_fast.diffusion import ddpm_samplers
 from repa_fast.eval.digits import evaluate
 from repa_fast.eval.generate import GenerateConfig, generate
+from repa_fast.eval.info import InfoConfig, info
 from repa_fast.eval.load import load
 from repa_fast.train.run import train
 from tests.refusals import refused
@@ -68,11 +68,12 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def numbers(reading: dict) -> dict[str, float]:
-    """A reading, or scores, without times and what is None (where no batch had such a t)."""
+    """A reading, or scores, without times, what is None (where no batch had such a t), and the
+    learning rate, which fbaf119 did not write."""
     by_t = {f"loss at {n}": value for n, value in enumerate(reading.get("loss_by_t", []))}
     flat = {name: value for name, value in (reading | by_t).items() if name != "loss_by_t"}
-    timed = ("images_per_second", "mfu", "stall_ms", "eta_seconds")
-    return {name: v for name, v in flat.items() if name not in timed and v is not None}
+    left = ("images_per_second", "mfu", "stall_ms", "eta_seconds", "learning_rate")
+    return {name: v for name, v in flat.items() if name not in left and v is not None}
 
 
 def test_it_resumes_to_the_same_losses(run, digits_dir):

@@ -14,6 +14,7 @@ from repa_fast.data.loader import PREFETCHED_BATCHES, Loader
 from repa_fast.data.open import open_dataset
 from repa_fast.data.order import SampleOrder
 from repa_fast.data.store import StoreError
+from repa_fast.eval.info import InfoConfig, info
 from tests.data import storing
 from tests.data.encoding import assert_equal_batches, own_threads
 from tests.data.storing import BROKEN, CUT, DENIED, SLOW_DOWN
@@ -71,6 +72,21 @@ def test_rows_are_those_of_the_local_table(digits_dir, proxy, url, split, name):
     assert remote.metadata == local.metadata and len(remote) == len(local)
     indices = np.array([len(local) - 1, 3, 3, 100])
     np.testing.assert_equal(remote.rows(indices), local.rows(indices))
+
+
+def test_info_says_of_a_url_what_it_says_of_the_folder(digits_dir, proxy, few_retries, tmp_path):
+    """Its labels come in one scan; a store that fails after opening is one line."""
+    sheets = [str(tmp_path / name) for name in ("local.png", "remote.png")]
+    local = info(InfoConfig(path=digits_dir, sheet=sheets[0]))
+    remote = info(InfoConfig(path=URL, sheet=sheets[1]))
+    assert remote == local.replace(digits_dir, URL).replace(sheets[0], sheets[1])
+    assert Path(sheets[0]).read_bytes() == Path(sheets[1]).read_bytes()
+    table = open_dataset(URL)
+    proxy.behave()
+    table.labels()
+    assert proxy.requests < 10
+    proxy.behave(storing.always(BROKEN))
+    refused(table.labels, f"{URL}/train.lance: cannot read the column label", error=StoreError)
 
 
 @pytest.mark.parametrize("faults", [(SLOW_DOWN, BROKEN), (CUT,)])

@@ -20,7 +20,7 @@ from tests.train.conftest import tiny_config, trained
 
 pytestmark = pytest.mark.xdist_group("train loop")  # what its tests share is made once
 
-SIX_STEPS = {"max_train_steps": 6, "log_every": 2, "checkpointing_steps": 4}
+SIX_STEPS = {"max_train_steps": 6, "log_every": 2, "checkpointing_steps": 4, "warmup_steps": 8}
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +44,12 @@ def test_a_run_leaves_what_it_promises(finished):
     assert (finished / "loss.png").stat().st_size > 1000
     assert list((finished / "logs").glob("events.out.tfevents.*"))
     assert json.loads((finished / "args.json").read_text())["depth"] == 3
-    last = read_metrics(finished / "metrics.jsonl")[-1]
+    lines = read_metrics(finished / "metrics.jsonl")
+    last = lines[-1]
     assert {"loss", "denoise", "align/digits-vit", "grad_norm", "skipped", "loss_by_t",
             "images_per_second", "mfu"} <= last.keys()  # fmt: skip
+    rates = [line["learning_rate"] for line in lines]
+    assert rates == [tiny_config().learning_rate * step / 8 for step in (2, 4, 6)], "of a warm-up"
 
 
 @pytest.mark.parametrize(

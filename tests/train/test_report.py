@@ -1,6 +1,8 @@
 """What a run writes for people: metrics.jsonl, TensorBoard, the plot, rates and sample grids."""
 
+import io
 import json
+import sys
 from functools import partial
 
 import numpy as np
@@ -23,6 +25,7 @@ def reading(step: int = 1, **changes) -> dict:
     values = {"loss": 0.5 + 1 / step, "denoise": 0.75 + 1 / step, "grad_norm": 1.25}
     values |= {"align/digits-vit": -0.25, "loss_by_t": [*(0.1 * i for i in range(9)), None]}
     values |= {"skipped": 0, "images_per_second": 1234.4, "mfu": None, "eta_seconds": 3725.0}
+    values |= {"learning_rate": 1e-4}
     return values | changes
 
 
@@ -83,6 +86,25 @@ def test_a_resumed_run_reads_as_if_it_had_not_been_cut_off(tmp_path, capsys):
         assert text.count(f"step 30/40  {summary(reading(30))}") == 2
 
 
+def test_a_terminal_gets_every_line_above_a_bar(tmp_path, monkeypatch):
+    """A line longer than the terminal is wide, and one with what rich would take for markup."""
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    for name, value in {"TERM": "xterm", "COLUMNS": "80"}.items():
+        monkeypatch.setenv(name, value)
+    reporter = Reporter(tmp_path, 40, 0, None)
+    reporter.line("going on from [/bold]runs/a[red]")
+    for step in (10, 20):
+        reporter.metrics(step, reading(step, images_per_second=0.8519))
+    reporter.close()
+    shown = [line.rpartition("\x1b[2K")[2].rstrip() for line in terminal.getvalue().split("\n")]
+    logged = [line.split("  ", 1)[1] for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert [line for line in shown if line in logged] == logged and len(logged) == 3
+    assert "norm 1.2500  0.852 images/s  ETA 1:02:05" in logged[1]
+    assert " loss 0.5500 align -0.250 0.852 images/s 1:02:05" in terminal.getvalue()
+
+
 def test_scalars_can_be_read_back_from_tensorboard(tmp_path, capsys):
     """Those of a run resumed at 20: what came after is purged."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -99,6 +121,7 @@ def test_scalars_can_be_read_back_from_tensorboard(tmp_path, capsys):
     assert [event.step for event in events.Scalars("denoise")] == [10, 30, 40]
     tags = events.Tags()["scalars"]
     assert {"align/digits-vit", "grad_norm", "loss_by_t/0.0", "loss_by_t/0.8"} <= set(tags)
+    assert events.Scalars("learning_rate")[0].value == pytest.approx(1e-4)
     assert "loss_by_t/0.9" not in tags and "mfu" not in tags
     assert events.Scalars("loss_by_t/0.3")[0].value == pytest.approx(0.3)
     assert [event.step for event in events.Images("samples")] == [20]

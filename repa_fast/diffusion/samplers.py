@@ -162,7 +162,8 @@ def dopri5(
         from torchdiffeq import odeint
     except ImportError as error:
         raise ValueError(
-            "dopri5 needs the package torchdiffeq, which is not installed: pip install torchdiffeq"
+            "dopri5 needs the package torchdiffeq, which is not installed: pip install "
+            "'repa-fast[eval]'"
         ) from error
 
     field = Field(model, latents, labels, **options)

@@ -79,7 +79,8 @@ class WeightsAndBiases:
             import wandb
         except ImportError as error:
             raise ValueError(
-                "report_to is wandb, but the package is not installed: pip install wandb"
+                "report_to is wandb, but the package is not installed: pip install "
+                "'repa-fast[wandb]'"
             ) from error
         stored = run / "wandb-id"
         if not stored.exists():

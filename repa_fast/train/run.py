@@ -191,8 +191,9 @@ def run_dataset(path: str, world: World) -> Dataset:
 def open_reporter(folder: Path, state: TrainState, total: int) -> Reporter:
     """Open the run's reporter; also write args.json, the resolved config."""
     config = state.config
+    tracker = open_tracker(config, folder, state.step)
     write_whole(folder / ARGS, json.dumps(config.to_dict(), indent=2) + "\n")
-    reporter = Reporter(folder, total, state.step, open_tracker(config, folder, state.step))
+    reporter = Reporter(folder, total, state.step, tracker)
     precision = {None: "fp32"}.get(state.autocast_dtype, str(state.autocast_dtype))
     reporter.line(
         f"{folder}: {state.world.size} x {device_name(state.world.device)}, {precision}, "

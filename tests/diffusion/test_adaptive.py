@@ -90,4 +90,4 @@ def test_the_model_is_never_asked_beyond_the_ends_of_time(path, speed):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)  # imports of it fail
-    refused(lambda: dopri5(Model(), latents(), LABELS), "pip install torchdiffeq")
+    refused(lambda: dopri5(Model(), latents(), LABELS), "pip install 'repa-fast")

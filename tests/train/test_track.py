@@ -21,7 +21,7 @@ def test_the_flag_chooses_the_tracker_and_missing_wandb_is_a_clear_error(
     assert isinstance(tracker, TensorBoard)
     monkeypatch.setitem(sys.modules, "wandb", None)
     missing = partial(open_tracker, config(report_to="wandb"), tmp_path, 0)
-    refused(missing, "report_to is wandb.*pip install wandb")
+    refused(missing, "report_to is wandb.*pip install 'repa-fast")
 
 
 def test_wandb_is_given_all_that_a_run_logs_under_one_id(config, tmp_path, monkeypatch):

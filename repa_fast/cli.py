@@ -47,13 +47,15 @@ COMMANDS = {
     "prepare export-official": Command(
         "write a dataset as an images/ + vae-sd/ folder", ".prepare.official:export_folder"
     ),
-    "sample": Command("draw a picture of a checkpoint's samples", ".eval.sample:sample"),
+    "sample": Command("draw a picture of a checkpoint's samples", ".eval.sample:draw_sample"),
     "generate": Command("write many images of a checkpoint to one .npz", ".eval.generate:generate"),
     "eval": Command(
         "compare generated images with real ones: FID and so on", ".eval.metrics:evaluate"
     ),
     "sweep": Command("score a run over steps, guidance scales and intervals", ".eval.sweep:sweep"),
-    "strip": Command("draw the same noise through every checkpoint of a run", ".eval.sample:strip"),
+    "strip": Command(
+        "draw the same noise through every checkpoint of a run", ".eval.sample:draw_strip"
+    ),
     "probe": Command("probe hidden states linearly", ".analysis.probe:probe"),
     "cknna": Command("compare hidden states with encoders", ".analysis.similarity:similarity"),
     "pca": Command("draw hidden states", ".analysis.pca:pca"),

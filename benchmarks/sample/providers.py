@@ -63,6 +63,7 @@ def build(model: str, toy: bool, device: torch.device) -> Loaded:
         objective=build_objective(ObjectiveConfig()),
         name="digits" if toy else model,
         step=None,
+        weights="",
         digest="random",
         source=Path(),
     )

@@ -15,7 +15,7 @@ import torch
 
 from repa_fast import encoders
 from repa_fast.analysis.hidden import Features, collect
-from repa_fast.checkpoint.layout import read_settings
+from repa_fast.checkpoint.layout import read_settings, run_folder
 from repa_fast.checkpoint.marker import trusted
 from repa_fast.contracts import expect_writable
 from repa_fast.data.loader import Batch, Loader
@@ -58,7 +58,7 @@ class AnalysisConfig(WeightsConfig):
     cache: str = str(CACHE)
     """Folder of computed features; none where empty."""
     out: str = ""
-    """Folder for the results; beside the checkpoints where empty."""
+    """Folder for the results; in the run's folder, or beside the weights, where empty."""
 
     def run_defaults(self, loaded: Loaded) -> tuple[str, list[str]]:
         """Return dataset and encoders: those asked for, or the run's.
@@ -86,14 +86,13 @@ class AnalysisConfig(WeightsConfig):
         return list(self.layers or range(1, len(loaded.model.blocks) + 1))
 
     def output_folder(self, loaded: Loaded, name: str) -> Path:
-        """Return the folder of the results: as asked for, or one beside the checkpoints.
+        """Return the folder of the results: as asked for, or in the run's, or beside the weights.
 
         ValueError if it cannot be written to.
         """
-        parent = loaded.source.parent
-        run = parent.parent if parent.name == "checkpoints" else parent
-        step = "" if loaded.step is None else f"-{loaded.step:07d}"
-        out = Path(self.out) if self.out else run / f"{name}{step}"
+        run = run_folder(loaded.source) or loaded.source.parent
+        place = "" if loaded.step is None else f"-{loaded.place}"
+        out = Path(self.out) if self.out else run / f"{name}{place}"
         expect_writable("out", out, folder=True)
         return out
 
@@ -138,7 +137,7 @@ def gather(
 
     files = encoders.weight_files(",".join(names) or "none", config.enc_weights)
     described = {
-        "model": loaded.digest,
+        "model": (loaded.digest, loaded.model.blocks[0].attn.num_heads),
         "path": (loaded.objective.name, loaded.objective.path_type),
         "data": (*_identity(dataset), len(dataset), hashlib.sha256(rows.tobytes()).hexdigest()),
         "encoders": (names, files),

@@ -55,7 +55,12 @@ def probe(config: ProbeConfig) -> str:
         name: fit(learnt.tokens[name][None], unseen.tokens[name][None]) for name in names
     }
     results = {
-        "model": {"source": str(loaded.source), "step": loaded.step, "digest": loaded.digest},
+        "model": {
+            "source": str(loaded.source),
+            "step": loaded.step,
+            "weights": loaded.weights,
+            "digest": loaded.digest,
+        },
         "layers": config.layers_of(loaded),
         "times": list(config.times),
         "top1": [accuracy.top1.tolist() for accuracy in of_times],

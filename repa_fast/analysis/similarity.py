@@ -72,6 +72,7 @@ def _of_checkpoint(config: SimilarityConfig, loaded: Loaded) -> dict:
     return {
         "source": str(loaded.source),
         "step": loaded.step,
+        "weights": loaded.weights,
         "digest": loaded.digest,
         "images": len(rows),
         "values": {name: compare(features, name, layers, config.k, device) for name in names},

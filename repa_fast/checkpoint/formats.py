@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from repa_fast.checkpoint.layout import MOST, read_native
+from repa_fast.checkpoint.layout import MOST, expect_weights, read_native, weights_of
 from repa_fast.checkpoint.marker import checksum
 from repa_fast.contracts import expect_choice
 from repa_fast.distributed import shard_like
@@ -128,22 +128,46 @@ def read_file(path: Path) -> dict:
     return contents
 
 
-def read_weights(path: Path, origin: str = "repa", **kept: bool | str) -> State:
-    """Read the weights for sampling of a .pt or .safetensors file or a native checkpoint.
+def read_weights(
+    path: Path, origin: str = "repa", weights: str = "ema", **kept: bool | str
+) -> State:
+    """Read a set of weights of a .pt or .safetensors file or a native checkpoint.
 
-    `origin` and `kept` are those of `normalise`, which says what is returned and raised.
+    `weights` is that of `chosen_in`; `origin` and `kept` are those of `normalise`, which says what
+    is returned and raised.
     """
-    contents = read_native(path, "ema.") if path.is_dir() else read_file(path)
+    if path.is_dir():
+        expect_weights(path, weights, weights_of(path))
+        contents = read_native(path, f"{weights}.")
+    else:
+        contents = read_file(path)
+        weights = chosen_in(contents, weights, path)
     try:
-        state = contents if path.is_dir() else weights_in(contents)
+        state = contents if path.is_dir() else weights_in(contents, weights)
         return normalise(state, origin, **kept)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def weights_in(contents: dict) -> State:
-    """Return the EMA in a file, or the model where there is none, or all of bare weights."""
-    return files.unwrap(contents, "ema", "model")
+def chosen_in(contents: dict, weights: str, source: Path) -> str:
+    """Return the name of the set of weights that is meant in a file; "" of bare weights.
+
+    "ema", the default, means the only set of a file too; ValueError if another one is not there.
+    """
+    there = [name for name in ("model", "ema") if isinstance(contents.get(name), dict)]
+    if weights == "ema" and weights not in there:
+        return there[0] if there else ""
+    if not there:
+        raise ValueError(
+            f"{source} holds a single set of weights, expected ema, the default, got {weights}"
+        )
+    expect_weights(source, weights, there)
+    return weights
+
+
+def weights_in(contents: dict, weights: str = "ema") -> State:
+    """Return a set of weights in a file, or the model where there is none, or all of bare ones."""
+    return files.unwrap(contents, weights, "model")
 
 
 def normalise(

@@ -7,6 +7,7 @@ it is complete when its marker file exists.
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from repa_fast.words import short
 
 CONFIG, COUNTERS, DATASET = "config.json", "counters.json", "dataset.json"
 """Beside the tensors: the run's config, its counters (the step and so on), its data's metadata."""
+WEIGHTS = re.compile(r"model|ema(_[1-9][0-9]{0,3})?")
+"""Names of sets of weights: those that are trained, and their averages."""
 MOST = 2**40
 """Above any step or number of processes."""
 
@@ -62,6 +65,23 @@ def run_checkpoints(run: Path) -> list[Path]:
 def newest_checkpoint(path: Path) -> Path:
     """Return `path` if it is a complete checkpoint, else the newest one of the run it is."""
     return path if is_complete(path) else run_checkpoints(path)[-1]
+
+
+def run_folder(source: Path) -> Path | None:
+    """Return the folder of the run that a source belongs to, which is where commands write.
+
+    That of a run itself, of a native checkpoint, or of a file among a run's checkpoints that is
+    named by its step; None of a weight file elsewhere.
+    """
+    if source.is_dir():
+        source = newest_checkpoint(source)
+    above = source.parent
+    if above.name in ("", ".."):
+        above = Path(os.path.abspath(above))
+    if source.is_dir():
+        return above.parent if above.name == "checkpoints" else above
+    named = re.match(r"(step-|epoch-)?[0-9]", source.name)
+    return above.parent if named and above.name == "checkpoints" else None
 
 
 @dataclass(frozen=True)
@@ -115,9 +135,29 @@ def _read_json(checkpoint: Path, name: str) -> dict:
     return values
 
 
-def load_ema(checkpoint: Path, model: torch.nn.Module) -> None:
-    """Read the EMA of a complete checkpoint into `model`; ValueError if it is not of this model."""
-    reader.load({f"ema.{name}": t for name, t in model.state_dict().items()}, checkpoint)
+def weights_of(checkpoint: Path) -> list[str]:
+    """Return which sets of weights a complete checkpoint has: model, ema, ema_2 and so on.
+
+    ValueError if it is not complete, or its index is damaged.
+    """
+    found = {name.partition(".")[0] for name in read_index(checkpoint).state_dict_metadata}
+    found = filter(WEIGHTS.fullmatch, found)
+    return sorted(found, key=lambda name: (name != "model", len(name), name))
+
+
+def expect_weights(source: Path, weights: str, there: Sequence[str]) -> None:
+    """Raise ValueError unless a set of weights is among those that are `there`."""
+    if weights not in there:
+        raise ValueError(f"{source} has no weights {weights}, expected one of {', '.join(there)}")
+
+
+def load_weights(checkpoint: Path, model: torch.nn.Module, weights: str = "ema") -> None:
+    """Read a set of weights of a complete checkpoint into `model`.
+
+    ValueError if there is no such set, or it is not of this model.
+    """
+    expect_weights(checkpoint, weights, weights_of(checkpoint))
+    reader.load({f"{weights}.{name}": t for name, t in model.state_dict().items()}, checkpoint)
 
 
 def read_native(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:

@@ -53,6 +53,7 @@ class TrainConfig(
 FOR_SPEED_ALONE = ("gemm_epilogues", "encoder_stream", "compile_mode")
 RETIRED: dict[str, Callable[[object], dict]] = {
     **dict.fromkeys(FOR_SPEED_ALONE, lambda _: {}),
+    "vae_path": lambda path: {"vae": path},
     "rollback": lambda times: {"stop_on_spike": bool(times)},
     "cuda_graph": lambda asked: {"cuda_graph": {False: "off", True: "on"}.get(asked, asked)},
 }

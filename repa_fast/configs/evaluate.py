@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from repa_fast.configs.part import Part, expect_at_least
-from repa_fast.configs.sampler import SamplerConfig
+from repa_fast.configs.sampler import GUIDANCE, SamplerConfig
 
 
 @dataclass(kw_only=True)
@@ -16,10 +16,11 @@ class EvaluateConfig(Part):
     ode is DDIM and sde DDPM's ancestral one."""
     num_steps: int = 50
     """Steps of that sampler."""
-    cfg_scale: float = 4.0
-    """Its guidance scale."""
-    vae_path: str = ""
-    """Folder or hub name of the autoencoder for sample grids; the dataset's if empty."""
+    cfg_scale: float = GUIDANCE
+    """Its guidance scale; 1 is none."""
+    vae: str = ""
+    """Autoencoder: ema (sd-vae-ft-ema), mse (sd-vae-ft-mse), a folder, or owner/name on the hub.
+    Where empty, the dataset's for sample grids, and that of `repa-fast generate` in evaluations."""
     eval_every: int = 0
     """Evaluate samples of the EMA every so many steps, and at the end; 0 never."""
     eval_samples: int = 10_000

@@ -5,9 +5,10 @@ from typing import Literal
 
 import torch
 
-from repa_fast.data.dataset import Metadata
-from repa_fast.data.latents import can_decode
 from repa_fast.diffusion.samplers import LAST_SDE_TIME
+
+GUIDANCE = 1.5
+"""The scale of the guidance where none is given, of sampling and of training's grids alike."""
 
 
 @dataclass(kw_only=True)
@@ -22,7 +23,7 @@ class SamplerConfig:
     """Second-order steps of the ODE."""
     adaptive: bool = False
     """The ODE by dopri5 with adaptive steps, SiT's default; NUM_STEPS is not used."""
-    cfg_scale: float = 1.5
+    cfg_scale: float = GUIDANCE
     """Guidance scale; 1 is none."""
     guidance_low: float = 0.0
     """Guidance acts from this t (0 is data) ..."""
@@ -50,10 +51,9 @@ class SamplerConfig:
     """TF32 matrix products on a GPU."""
     compile: bool = False
     """torch.compile the model, on a GPU with CUDA graphs."""
-    vae: Literal["ema", "mse"] = "ema"
-    """Decoder: sd-vae-ft-ema or sd-vae-ft-mse."""
-    vae_path: str = ""
-    """Folder or hub name of another autoencoder."""
+    vae: str = ""
+    """Decoder: ema (sd-vae-ft-ema), mse (sd-vae-ft-mse), a folder, or owner/name on the hub. Where
+    empty, sd-vae-ft-ema for latents of either of those two, else the dataset's own."""
     vae_precision: Literal["fp32", "bf16"] = "fp32"
     """Of the decoder."""
     vae_tiled: bool = False
@@ -77,24 +77,3 @@ class SamplerConfig:
             "guidance_channels": self.guidance_channels or None,
             "state_dtype": {"fp64": torch.float64, "fp32": torch.float32}[self.state_dtype],
         }
-
-    def label(self, metadata: Metadata) -> str:
-        """Return the settings that differ from plain ones, fit for a file name."""
-        steps = "dopri5" if self.adaptive else str(self.num_steps)
-        parts = [f"{self.mode}-{steps}{'-heun' if self.heun else ''}", f"cfg-{self.cfg_scale:g}"]
-        if (self.guidance_low, self.guidance_high) != (0, 1):
-            parts.append(f"interval-{self.guidance_low:g}-{self.guidance_high:g}")
-        if self.guidance_channels:
-            parts.append(f"channels-{self.guidance_channels}")
-        parts += [f"path-{self.path_type}"] if self.path_type else []
-        parts += [f"pred-{self.prediction}"] if self.prediction else []
-        if self.mode == "sde":
-            parts.append(f"{self.diffusion_form}-{self.diffusion_norm:g}")
-            parts.append(f"last-{self.last_step}-{self.last_step_size:g}")
-        parts.append(self.mixed_precision if self.mixed_precision != "no" else "fp32")
-        parts += [name for name in ("tf32", "compile") if getattr(self, name)]
-        parts.append(f"state-{self.state_dtype}")
-        if not can_decode(metadata):
-            vae = self.vae_path.rstrip("/").rsplit("/", 1)[-1] or self.vae
-            parts.append(f"vae-{vae}-{self.vae_precision}{'-tiled' if self.vae_tiled else ''}")
-        return "-".join([*parts, self.uint8])

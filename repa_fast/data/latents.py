@@ -14,6 +14,8 @@ from repa_fast.words import first_line
 
 HUB = ("sd-vae-ft-mse", "sd-vae-ft-ema")
 """Names of Stability AI's autoencoders on the Hugging Face hub."""
+SHORT = {name.rpartition("-")[2]: name for name in HUB}
+"""What REPA's generate.py calls them: mse and ema."""
 DECODE_BATCH = 4
 """Images at a time: activations are about 1 GB per image of 512 pixels."""
 
@@ -55,6 +57,11 @@ def to_pixels(
     return vae.decode(latents, metadata, rounding=rounding)
 
 
+def full_name(vae: str) -> str:
+    """Return the name of an autoencoder by what `--vae` says; a folder ema is ./ema there."""
+    return SHORT.get(vae, vae)
+
+
 class VAE:
     """A frozen AutoencoderKL that is loaded when first needed.
 
@@ -62,12 +69,12 @@ class VAE:
     (0.3 GB) rather than be dropped, so that a later use needs neither the disk nor the network.
 
     Args:
-        source: a name in `HUB`, a folder that diffusers' save_pretrained wrote, or "owner/name" on
-            the Hugging Face hub.
+        source: a name in `HUB` or `SHORT`, a folder that diffusers' save_pretrained wrote, or
+            "owner/name" on the Hugging Face hub.
     """
 
     def __init__(self, source: str) -> None:
-        self.source = source
+        self.source = full_name(source)
         self.unavailable = False
         """Whether loading was tried in vain."""
         self._model: torch.nn.Module | None = None
@@ -88,7 +95,7 @@ class VAE:
             raise ValueError(
                 f"the autoencoder {self.source} has latents {got} for images of "
                 f"{metadata.resolution} pixels, expected the dataset's {metadata.latent_shape}; "
-                "give another with --vae-path"
+                "give another with --vae"
             )
         self._model, self.unavailable = model, False
         return model
@@ -110,7 +117,7 @@ class VAE:
         except Exception as error:  # of diffusers, the hub's client, json or safetensors
             raise Failure(
                 f"the autoencoder {name} is neither a folder nor can it be fetched; give "
-                "--vae-path a folder that holds config.json and the weights, or a hub name "
+                "--vae a folder that holds config.json and the weights, or a hub name "
                 f"({type(error).__name__}: {first_line(error)})"
             ) from error
         lacking = [*info["missing_keys"], *map(str, info["mismatched_keys"])]

@@ -38,6 +38,7 @@ class Scores:
     """What a run reached; distances in RMS per pixel of values in [0, 1].
 
     Attributes:
+        weights: model, ema, or ema_2 and so on.
         classifier_accuracy: of the support-vector classifier on held-out real digits.
         class_accuracy: share of samples it assigns to the class they were asked for.
         frechet_distance: samples against the real training digits, in the judging net's features.
@@ -48,6 +49,7 @@ class Scores:
     """
 
     step: int
+    weights: str
     samples: int
     classifier_accuracy: float
     class_accuracy: float
@@ -58,11 +60,13 @@ class Scores:
     alignment_cosine: float | None
 
 
-def load_run(run: Path, step: int | None = None) -> tuple[TrainConfig, SiT, int]:
-    """Return config, model with the EMA's weights, and step of a run's checkpoint (newest if None).
+def load_run(
+    run: Path, step: int | None = None, weights: str = "ema"
+) -> tuple[TrainConfig, SiT, int]:
+    """Return config, model with these weights, and step of a run's checkpoint (newest if None).
 
     Raises:
-        ValueError: the run has no complete checkpoint, or none of that step.
+        ValueError: the run has no complete checkpoint, none of that step, or no such weights.
     """
     folder = run / "checkpoints"
     found = layout.steps(folder)
@@ -72,7 +76,7 @@ def load_run(run: Path, step: int | None = None) -> tuple[TrainConfig, SiT, int]
     source = layout.path_of(folder, step)
     settings = layout.read_settings(source)
     model = build_model(settings.config, settings.metadata).eval().requires_grad_(False)
-    layout.load_ema(source, model)
+    layout.load_weights(source, model, weights)
     return settings.config, model, step
 
 
@@ -121,13 +125,15 @@ def alignment_cosine(config: TrainConfig, model: SiT, seed: int) -> float | None
     return float(np.mean(cosines))
 
 
-def evaluate(run: Path, *, step: int | None = None, count: int = 500, seed: int = 0) -> Scores:
+def evaluate(
+    run: Path, *, step: int | None = None, weights: str = "ema", count: int = 500, seed: int = 0
+) -> Scores:
     """Compute all scores of a run's checkpoint."""
     from sklearn.svm import SVC
 
     from repa_fast.encoders.digits import DigitsJudge
 
-    config, model, step = load_run(run, step)
+    config, model, step = load_run(run, step, weights)
     samples, labels = generate(config, model, count, seed)
     real = {split: digit_images(split) for split in ("train", "val")}
     images = {split: pixels.transpose(0, 3, 1, 2) for split, (pixels, _) in real.items()}
@@ -142,6 +148,7 @@ def evaluate(run: Path, *, step: int | None = None, count: int = 500, seed: int 
     }
     return Scores(
         step=step,
+        weights=weights,
         samples=count,
         classifier_accuracy=float(classifier.score(flat["val"], real["val"][1])),
         class_accuracy=float(classifier.score(flat["samples"], labels)),
@@ -168,9 +175,10 @@ def nearest_neighbour(queries: np.ndarray, references: np.ndarray) -> float:
 
 def describe(scores: Scores) -> str:
     """Return the scores as lines for people."""
+    which = "" if scores.weights == "ema" else f" of the weights {scores.weights}"
     lines = [
-        f"class accuracy: {100 * scores.class_accuracy:.1f} % of {scores.samples} samples at step "
-        f"{scores.step} (the classifier on held-out real digits: "
+        f"class accuracy: {100 * scores.class_accuracy:.1f} % of {scores.samples} samples{which} "
+        f"at step {scores.step} (the classifier on held-out real digits: "
         f"{100 * scores.classifier_accuracy:.1f} %)",
         f"Frechet distance: {scores.frechet_distance:.2f} "
         f"(held-out real digits: {scores.frechet_distance_held_out:.2f})",
@@ -183,14 +191,19 @@ def describe(scores: Scores) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> str:
-    """Write the scores to RUN/scores.json and return them as lines."""
+    """Write the scores to RUN/scores.json, of others than ema RUN/scores-WEIGHTS.json.
+
+    Returns them as lines.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run on the digits")
     parser.add_argument("--step", type=int, help="checkpoint; the newest by default")
+    parser.add_argument("--weights", default="ema", help="model, ema, ema_2, ...")
     parser.add_argument("--samples", type=int, default=500, dest="count", metavar="SAMPLES")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
-    out = arguments.run / "scores.json"
+    which = "" if arguments.weights == "ema" else f"-{arguments.weights}"
+    out = arguments.run / f"scores{which}.json"
     expect_writable("run", out)
     if arguments.step is None:
         expect_whole(arguments.run)

@@ -9,7 +9,6 @@ Processes meet in the file system alone; a lock keeps a second launch out.
 
 import functools
 import glob
-import hashlib
 import io
 import itertools
 import json
@@ -19,7 +18,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 
 from repa_fast import command, lock
+from repa_fast.checkpoint.layout import run_folder
 from repa_fast.configs.part import expect_at_least
 from repa_fast.configs.sampler import SamplerConfig
 from repa_fast.contracts import expect_writable
@@ -35,30 +35,24 @@ from repa_fast.distributed import own_device, progress_bar, rank_and_size
 from repa_fast.eval.load import Loaded, WeightsConfig
 from repa_fast.eval.pictures import arrange, save_png
 from repa_fast.eval.reference import ImageFile, write_npz
-from repa_fast.eval.sampling import ImageSampler, labels_of
+from repa_fast.eval.sampling import ImageSampler, labels_of, name_of, settings
 from repa_fast.failure import Failure
-from repa_fast.ledger import Ledger, read_dict, share
+from repa_fast.ledger import Ledger, share
 from repa_fast.lock import Lock
 from repa_fast.whole import is_disk_full, read_regular, write_whole
 from repa_fast.words import first_line, note
 
 SHEET_IMAGES = 64
 SHEET_COLUMNS = 8
-LONGEST_NAME = 190
-"""Bytes of the .npz's name; file systems take 255, and some are put around it."""
-INDIFFERENT = (
-    "ckpt", "sample_dir", "pngs", "origin", "model", "resolution", "num_classes", "encoder_depth",
-    "projector_embed_dims", "qk_norm", "legacy", "verify",
-)  # fmt: skip
-"""Settings that do not decide the images, once the weights are loaded."""
 
 
 @dataclass(kw_only=True)
 class GenerateConfig(SamplerConfig, WeightsConfig):
     """`repa-fast generate`: REPA's generate.py, its flags and more."""
 
-    sample_dir: str = "samples"
-    """Folder of the .npz; its name holds every setting."""
+    sample_dir: str = ""
+    """Folder of the .npz; where empty generated/ in the run's folder, or samples/ for weights that
+    are no run's. Other settings are another name."""
     num_fid_samples: int = 50_000
     """How many images."""
     per_proc_batch_size: int = 32
@@ -98,18 +92,21 @@ def generate(config: GenerateConfig) -> Path:
         JSON of all settings and a contact sheet.
 
     Raises:
-        ValueError: weights or settings that do not fit, a finished .npz of other settings, or
-            another launch that is at work on this one.
+        ValueError: weights or settings that do not fit, or another launch that is at work on this
+            .npz.
         Failure: the disk is full.
         RuntimeError: the autoencoder cannot be loaded.
     """
-    expect_writable("sample_dir", Path(config.sample_dir), folder=True)
+    folder = folder_of(config)
+    expect_writable("sample_dir", folder, folder=True)
     rank, _ = rank_and_size()
     loaded = config.load(own_device(), model=config.model, prediction=config.prediction)
     _check(config, loaded)
     for block in loaded.model.blocks:
         block.attn.fused_attn = config.fused_attn
-    out = Path(config.sample_dir) / f"{name_of(config, loaded)}.npz"
+    described = settings(config, loaded)
+    name = name_of(loaded.name, described, loaded, f"-n-{config.num_fid_samples}")
+    out = folder / f"{name}.npz"
     work = out.with_name(f".{out.stem}.generating")
     try:
         with lock.hold(work, rank) as held:
@@ -125,13 +122,20 @@ def generate(config: GenerateConfig) -> Path:
     return out
 
 
+def folder_of(config: GenerateConfig) -> Path:
+    """Return the folder of the images: as asked for, or in the run's, or the current one."""
+    if config.sample_dir:
+        return Path(config.sample_dir)
+    run = run_folder(Path(config.ckpt))
+    return run / "generated" if run else Path("samples")
+
+
 def _generate(config: GenerateConfig, loaded: Loaded, out: Path, work: Path, held: Lock) -> None:
     """Write this process's share of the blocks; as the first process also join all of them."""
     (rank, world_size), device, blocks = rank_and_size(), own_device(), _blocks(config)
     described = settings(config, loaded)
     shape = (config.num_fid_samples, *(loaded.metadata.resolution,) * 2, 3)
     if out.exists():
-        _expect_same(out, described)
         fault = fault_of(out, shape)
         if not fault:
             if rank == 0:  # of a process that was killed right after the .npz took its name
@@ -191,22 +195,6 @@ def _check(config: GenerateConfig, loaded: Loaded) -> None:
         )
 
 
-def _expect_same(out: Path, now: dict) -> None:
-    """Refuse to reuse OUT if its settings differ; its name leaves digits and folders out."""
-    beside = out.with_suffix(".json")
-    made = read_dict(beside) if beside.exists() else now
-    changed = [
-        f"{name}: {made.get(name)!r}, now {value!r}"
-        for name, value in now.items()
-        if name != "torch" and made.get(name) != value
-    ]
-    if changed:
-        raise ValueError(
-            f"{out} was made with other settings ({'; '.join(changed)}); remove it, or give "
-            "another --sample-dir"
-        )
-
-
 def fault_of(out: Path, shape: tuple[int, ...]) -> str:
     """Return "" for a whole .npz of images of that shape and their labels, else what is wrong.
 
@@ -230,35 +218,6 @@ def _set_aside(out: Path, fault: str) -> None:
     aside = next(path for path in names if not path.exists())
     out.replace(aside)
     note(f"{out.name} is broken ({fault}): kept as {aside.name}, and generated again")
-
-
-def name_of(config: GenerateConfig, loaded: Loaded) -> str:
-    """Return a file name with every setting that decides the images; a long one ends in a hash."""
-    step = f"{loaded.step:07d}" if loaded.step is not None else loaded.source.stem
-    attention = "" if config.fused_attn else "plain-attention-"
-    labels = f"class-{config.class_label}" if config.class_label >= 0 else config.labels
-    name = (
-        f"{loaded.name}-{step}-{loaded.digest}-size-{loaded.metadata.resolution}-"
-        f"{config.label(loaded.metadata)}-{attention}{labels}-seed-{config.global_seed}-"
-        f"batch-{config.per_proc_batch_size}-n-{config.num_fid_samples}"
-    ).encode()
-    if len(name) <= LONGEST_NAME:
-        return name.decode()
-    ending = f"-{hashlib.sha256(name).hexdigest()[:8]}"
-    return name[: LONGEST_NAME - len(ending)].decode(errors="ignore") + ending
-
-
-def settings(config: GenerateConfig, loaded: Loaded) -> dict:
-    """Return everything that decides the images, for the JSON beside them."""
-    names = [field.name for field in fields(GenerateConfig) if field.name not in INDIFFERENT]
-    return {name: getattr(config, name) for name in names} | {
-        "digest": loaded.digest,
-        "step": loaded.step,
-        "num_heads": loaded.model.blocks[0].attn.num_heads,
-        "path_type": config.path_type or loaded.objective.path_type,
-        "prediction": loaded.objective.prediction,
-        "torch": torch.__version__,
-    }
 
 
 def chosen_labels(config: GenerateConfig, metadata: Metadata, index: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import torch
 
 from repa_fast.checkpoint import formats
 from repa_fast.checkpoint.formats import Shape
-from repa_fast.checkpoint.layout import DATASET, newest_checkpoint, read_settings
+from repa_fast.checkpoint.layout import DATASET, WEIGHTS, newest_checkpoint, read_settings
 from repa_fast.checkpoint.marker import trusted
 from repa_fast.configs.objective import ObjectiveConfig
 from repa_fast.data.dataset import Metadata
@@ -23,6 +23,8 @@ from repa_fast.whole import parse_json, read_regular
 from repa_fast.words import short
 
 HASH_DIGITS = 8
+LONGEST_STEM = 24
+"""Letters of a weight file's name that go into names of what is made of it."""
 KINDS = dict.fromkeys(("objective", "path_type", "prediction", "model"), TEXT)
 KINDS |= dict.fromkeys(("num_heads", "resolution"), UNSIGNED)
 """Of the training arguments that are looked at, by name."""
@@ -30,7 +32,7 @@ KINDS |= dict.fromkeys(("num_heads", "resolution"), UNSIGNED)
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A model that can be sampled: in eval mode, with its EMA's weights.
+    """A model that can be sampled, in eval mode.
 
     Attributes:
         metadata: of the dataset it was trained on, as far as it is known.
@@ -49,14 +51,23 @@ class Loaded(Trained):
     Attributes:
         name: of its architecture, fit for a file name.
         step: optimizer steps of the training; None where the file does not say.
+        weights: model, ema, ema_2 and so on; "" where the file does not say.
         digest: the first hexadecimal digits of a SHA-256 of the weights.
         source: file or checkpoint.
     """
 
     name: str
     step: int | None
+    weights: str
     digest: str
     source: Path
+
+    @property
+    def place(self) -> str:
+        """Step and weights, where these are not the EMA's, or the file's name, for file names."""
+        if self.step is None:
+            return self.source.stem[:LONGEST_STEM]
+        return f"{self.step:07d}{'' if self.weights in ('', 'ema') else f'-{self.weights}'}"
 
 
 @dataclass(kw_only=True)
@@ -65,6 +76,9 @@ class WeightsConfig:
 
     ckpt: str
     """A run's folder, a native checkpoint, an official .pt file, bare weights or safetensors."""
+    weights: str = "ema"
+    """model (those that are trained), ema, or ema_2 and so on of a run with several averages. A
+    file's only set is taken for ema."""
     origin: Literal["repa", "sit", "dit"] = "repa"
     """Whose weights CKPT holds: REPA's or ours, or the original SiT's or DiT's."""
     num_heads: int = 0
@@ -75,13 +89,15 @@ class WeightsConfig:
     def load(self, device: torch.device, **options: str) -> "Loaded":
         """Load them; `options` and errors are those of `load`."""
         with trusted(not self.verify):
-            return load(self.ckpt, device, origin=self.origin, num_heads=self.num_heads, **options)
+            known = {"weights": self.weights, "origin": self.origin, "num_heads": self.num_heads}
+            return load(self.ckpt, device, **known, **options)
 
 
 def load(
     source: str | Path,
     device: torch.device | str = "cpu",
     *,
+    weights: str = "ema",
     origin: str = "repa",
     model: str = "",
     num_heads: int = 0,
@@ -92,14 +108,15 @@ def load(
     Args:
         source: one of these, or a .safetensors file; of a run's folder the newest complete
             checkpoint is taken.
+        weights: model, ema, ema_2 and so on; a file's only set is taken for ema.
         origin: "repa" (and ours), "sit" or "dit" for the original SiT's or DiT's weights.
         model: SiT-{S,B,L,XL}/{2,4,8}, to be checked; known from the weights otherwise.
         num_heads: of an architecture that is none of those and whose file does not say.
         prediction: v, score or noise; what the file says, or v, where empty.
 
     Raises:
-        ValueError: there are no weights, they are of another model, origin or number of heads than
-            said, or that number is not known.
+        ValueError: there are no such weights, they are of another model, origin or number of heads
+            than said, or that number is not known.
     """
     source = Path(source)
     if not source.exists():
@@ -108,7 +125,7 @@ def load(
         source = newest_checkpoint(source)
         if origin != "repa":
             raise ValueError(f"{source} is a native checkpoint, expected origin repa, got {origin}")
-    config, step, metadata = _described(source)
+    config, step, metadata, known_as = _described(source, weights)
     predicted = {
         "objective": "ddpm" if origin == "dit" else config.get("objective", "flow"),
         "path_type": _ours(config.get("path_type", "linear")),
@@ -117,7 +134,7 @@ def load(
     with describing(str(source)):
         objective = build_objective(ObjectiveConfig(**predicted))
     kept = {"learn_sigma": objective.model is not SiT, "prediction": objective.prediction}
-    state = formats.read_weights(source, origin, **kept)
+    state = formats.read_weights(source, origin, weights, **kept)
     shape = formats.shape_of(state)
     arguments = _arguments(shape, config, num_heads, source)
     if metadata is not None:
@@ -135,6 +152,7 @@ def load(
         objective=objective,
         name=f"{objective.model.__name__}-{_name(shape, arguments['num_heads'])}",
         step=step,
+        weights=known_as,
         digest=digest(state),
         source=source,
     )
@@ -150,11 +168,11 @@ def digest(state: formats.State) -> str:
     return sha.hexdigest()[:HASH_DIGITS]
 
 
-def _described(source: Path) -> tuple[dict, int | None, Metadata | None]:
-    """Return training arguments, step and dataset, as far as a checkpoint or file says them."""
+def _described(source: Path, weights: str) -> tuple[dict, int | None, Metadata | None, str]:
+    """Return training arguments, step, dataset and weights, as far as what is read says them."""
     if source.is_dir():
         settings = read_settings(source)
-        return settings.config.to_dict(), settings.counters["step"], settings.metadata
+        return settings.config.to_dict(), settings.counters["step"], settings.metadata, weights
     if source.suffix == ".safetensors":
         return _exported(source.with_suffix(".json"))
     contents = formats.read_file(source)
@@ -162,10 +180,10 @@ def _described(source: Path) -> tuple[dict, int | None, Metadata | None]:
     config = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
     with describing(str(source)):
         _expect_kinds(config)
-    return config, contents.get("steps"), None
+    return config, contents.get("steps"), None, formats.chosen_in(contents, weights, source)
 
 
-def _exported(beside: Path) -> tuple[dict, None, Metadata | None]:
+def _exported(beside: Path) -> tuple[dict, None, Metadata | None, str]:
     """Return what `repa-fast export` has written beside weights, or nothing of another program's.
 
     ValueError if it is no JSON, or not as it was written.
@@ -175,13 +193,16 @@ def _exported(beside: Path) -> tuple[dict, None, Metadata | None]:
         if not isinstance(described, dict):
             raise ValueError(f"holds a {type(described).__name__}, expected values by name")
         if not {"model", "dataset"} <= described.keys():
-            return {}, None, None
+            return {}, None, None, ""
         parts = described["model"], described.get("objective", {})
         if not all(isinstance(part, dict) for part in parts):
             raise ValueError("model or objective is no dictionary, expected values by name")
         config = parts[0] | parts[1]
         _expect_kinds(config)
-        return config, None, Metadata.from_dict(described["dataset"])
+        weights = described.get("weights", "ema")
+        if not (isinstance(weights, str) and WEIGHTS.fullmatch(weights)):
+            raise ValueError(f"weights is {short(weights)}, expected model, ema, ema_2 or so")
+        return config, None, Metadata.from_dict(described["dataset"]), weights
 
 
 def _expect_kinds(config: dict) -> None:

@@ -45,6 +45,19 @@ def arrange(
     return _titled(picture, titles, columns, height, width) if titles else picture
 
 
+def squarest(options: Iterable[int], count: int) -> int:
+    """Return the number of columns that makes the grid of `count` images nearest to square.
+
+    Of two that are as near the larger one.
+    """
+
+    def length(columns: int) -> tuple[float, int]:
+        rows = count // columns
+        return max(rows, columns) / min(rows, columns), -columns
+
+    return min(options, key=length)
+
+
 def _titled(
     picture: np.ndarray, titles: Sequence[str], columns: int, height: int, width: int
 ) -> np.ndarray:

@@ -7,15 +7,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from repa_fast.checkpoint.layout import run_checkpoints
+from repa_fast.checkpoint.layout import run_checkpoints, run_folder
 from repa_fast.checkpoint.marker import trusted
 from repa_fast.configs.part import expect_at_least
 from repa_fast.configs.sampler import SamplerConfig
 from repa_fast.contracts import expect_writable
 from repa_fast.distributed import own_device
 from repa_fast.eval.load import WeightsConfig, load
-from repa_fast.eval.pictures import arrange, save_png
-from repa_fast.eval.sampling import ImageSampler
+from repa_fast.eval.pictures import arrange, save_png, squarest
+from repa_fast.eval.sampling import (
+    ImageSampler,
+    line_of,
+    name_of,
+    settings,
+    write_settings,
+)
 
 IMAGENET_CLASSES = 1000
 MOST_ROWS = 10
@@ -27,19 +33,31 @@ class SampleConfig(SamplerConfig, WeightsConfig):
     """`repa-fast sample`: samples of one class, or of several, as a PNG."""
 
     classes: tuple[str, ...] = ()
-    """(or --class) Names or numbers, one row each; all, at most ten, where none is given."""
+    """(or --class) Names or numbers; all, at most ten, where none is given."""
     count: int = 8
     """Images of each class."""
     seed: int = 0
     """Determines the noise, the same for every class."""
-    out: str = "sample.png"
-    """The .png to write."""
+    out: str = ""
+    """The .png to write; where empty sample-STEP-....png in the run's folder, or in the current one
+    for weights that are no run's. A JSON of the settings is written beside it."""
+
+
+def draw_sample(config: SampleConfig) -> str:
+    """Write the picture; return a line that names it."""
+    return line_of(sample(config))
 
 
 def sample(config: SampleConfig) -> Path:
-    """Write the picture; return its path."""
-    out = Path(config.out)
-    expect_writable("out", out, ".png")
+    """Write the picture, and its settings as JSON beside it; return its path.
+
+    A class has one row or several neighbouring ones, so that the picture is nearly square.
+    """
+    folder = Path() if config.out else run_folder(Path(config.ckpt)) or Path()
+    if config.out:
+        expect_writable("out", Path(config.out), ".png")
+    else:
+        expect_writable("out", folder, folder=True)
     expect_at_least(config, 1, "count")
     device = own_device()
     loaded = config.load(device, prediction=config.prediction)
@@ -51,7 +69,12 @@ def sample(config: SampleConfig) -> Path:
     sampler = ImageSampler(loaded, config, device)
     images = sampler.images(index, labels, config.seed)
     titles = [names[label].split(",")[0] for label in labels]
-    save_png(arrange(images, config.count, titles), out)
+    chosen = {"classes": [names[label] for label in rows], "labels": rows}
+    described = settings(config, loaded) | chosen
+    out = Path(config.out or folder / f"{name_of('sample', described, loaded)}.png")
+    divisors = [n for n in range(1, config.count + 1) if config.count % n == 0]
+    save_png(arrange(images, squarest(divisors, len(labels)), titles), out)
+    write_settings(out, described, loaded.source)
     return out
 
 
@@ -61,6 +84,8 @@ class StripConfig(SamplerConfig):
 
     ckpt: str
     """A run's folder."""
+    weights: str = "ema"
+    """model (those that are trained), ema, or ema_2 and so on of a run with several averages."""
     classes: tuple[str, ...] = ()
     """(or --class) Names or numbers, a row each; one class after the other where none is given."""
     count: int = 4
@@ -68,19 +93,27 @@ class StripConfig(SamplerConfig):
     seed: int = 0
     """Determines the noise."""
     out: str = ""
-    """The .png to write; strip.png in the run's folder where empty."""
+    """The .png to write; strip.png in the run's folder where empty, strip-WEIGHTS.png of other
+    weights than ema. A JSON of the settings is written beside it."""
     verify: bool = True
     """Compare checksums of what is read; otherwise read it as it is."""
 
 
+def draw_strip(config: StripConfig) -> str:
+    """Write the picture; return a line that names it."""
+    return line_of(strip(config))
+
+
 def strip(config: StripConfig) -> Path:
-    """Write the picture; return its path."""
-    out, device = Path(config.out or Path(config.ckpt) / "strip.png"), own_device()
+    """Write the picture, and its settings as JSON beside it; return its path."""
+    which = "" if config.weights == "ema" else f"-{config.weights}"
+    folder = Path() if config.out else run_folder(Path(config.ckpt)) or Path()
+    out, device = Path(config.out or folder / f"strip{which}.png"), own_device()
     expect_writable("out", out, ".png")
-    columns, titles = [], []
+    columns, read = [], []
     for source in run_checkpoints(Path(config.ckpt)):
         with trusted(not config.verify):
-            loaded = load(source, device)
+            loaded = load(source, device, weights=config.weights)
         known = loaded.metadata.class_names
         if config.classes:
             names = class_names(known)
@@ -89,10 +122,14 @@ def strip(config: StripConfig) -> Path:
             labels = np.arange(config.count) % len(known)
         sampler = ImageSampler(loaded, config, device)
         columns.append(sampler.images(np.arange(len(labels)), labels, config.seed).cpu())
-        titles.append(str(loaded.step))
+        read.append((loaded.step, loaded.digest))
+    steps, digests = zip(*read, strict=True)
+    titles = [str(step) for step in steps]
     pictures = torch.stack(columns, dim=1)  # rows, columns, 3, R, R
     shown = arrange(pictures.flatten(0, 1), len(columns), titles * len(pictures))
     save_png(shown, out)
+    of_all = {"step": steps, "digest": digests, "classes": [known[label] for label in labels]}
+    write_settings(out, settings(config, loaded) | of_all, Path(config.ckpt))
     return out
 
 

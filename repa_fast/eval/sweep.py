@@ -9,7 +9,7 @@ from pathlib import Path
 from repa_fast.checkpoint.layout import run_checkpoints
 from repa_fast.contracts import expect_choice, expect_writable
 from repa_fast.distributed import session
-from repa_fast.eval.generate import GenerateConfig, generate
+from repa_fast.eval.generate import GenerateConfig, folder_of, generate
 from repa_fast.eval.metrics import ScoreConfig, Scorer
 from repa_fast.eval.pictures import markdown, over_points
 from repa_fast.eval.reference import ImageFile
@@ -39,7 +39,7 @@ def sweep(config: SweepConfig) -> str:
         A Markdown table; sweep.json, sweep.md and sweep.png are in SAMPLE_DIR. Empty on processes
         other than the first.
     """
-    out = Path(config.sample_dir)
+    out = folder_of(config)
     expect_writable("sample_dir", out, folder=True)
     runs = run_checkpoints(Path(config.ckpt)) if config.all_steps else [Path(config.ckpt)]
     scales = config.cfg_scales or (config.cfg_scale,)
@@ -50,7 +50,7 @@ def sweep(config: SweepConfig) -> str:
         real = scorer.real
         for source, scale, high in itertools.product(runs, scales, highs):
             varied = {"cfg_scale": scale, "guidance_high": high}
-            path = generate(replace(config, ckpt=str(source), **varied))
+            path = generate(replace(config, ckpt=str(source), sample_dir=str(out), **varied))
             world.barrier()  # the first process has joined the images
             found = scorer.compare(scorer.measure_file(ImageFile(path, config.num_fid_samples)))
             step = int(source.name) if config.all_steps else None
@@ -78,7 +78,8 @@ def table(results: dict) -> str:
         for of in points
     ]
     about = (
-        f"{settings['num_fid_samples']} samples each, seed {settings['global_seed']}; reference: "
+        f"{settings['num_fid_samples']} samples each of the weights {settings['weights']}, seed "
+        f"{settings['global_seed']}; reference: "
         f"{reference['name']}, {reference['count']} images; features: {results['features']}."
     )
     return "\n".join([*markdown(list(points[0]), rows), "", about])

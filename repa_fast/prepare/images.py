@@ -122,6 +122,6 @@ def _latents(
     metadata = vae.metadata(config.resolution, class_names)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
     encode = vae.encoder(metadata, device, dtype, config.compile)
-    digest = weights_digest(config.vae)
+    digest = weights_digest(vae.source)
     weights = f", weights {digest}" if digest else ""
-    return metadata, encode, f"{config.vae}, {config.precision}{weights}"
+    return metadata, encode, f"{vae.source}, {config.precision}{weights}"

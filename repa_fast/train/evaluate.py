@@ -15,7 +15,7 @@ from repa_fast.diffusion.draws import stream
 from repa_fast.eval import reference
 from repa_fast.eval.load import Trained
 from repa_fast.eval.metrics import Batches, ScoreConfig, Scorer
-from repa_fast.eval.pictures import arrange
+from repa_fast.eval.pictures import arrange, squarest
 from repa_fast.eval.reference import ImageFile
 from repa_fast.eval.sampling import ImageSampler, labels_of
 from repa_fast.models.sit import SiT
@@ -45,15 +45,16 @@ def can_sample(state: TrainState, warn: Callable[[str], None]) -> bool:
 def sample_grid(state: TrainState, average: SiT) -> np.ndarray:
     """Return samples, uint8 (H, W, 3), of the same noise and labels at every step.
 
-    `average` is the state's EMA, whole. One column per class where there are at most ten, otherwise
-    classes spread evenly.
+    `average` is the state's EMA, whole. Where there are at most ten classes each has as many
+    neighbouring columns, so that the grid is nearly square; otherwise they are spread evenly.
     """
     config, device = state.config, state.world.device
-    classes = len(state.metadata.class_names)
-    columns = min(classes, math.isqrt(GRID_IMAGES))
+    classes, side = len(state.metadata.class_names), math.isqrt(GRID_IMAGES)
+    options = range(classes, GRID_IMAGES + 1, classes) if classes <= side else [side]
+    columns = squarest(options, GRID_IMAGES)
     count = GRID_IMAGES // columns * columns
     index = torch.arange(count, device=device)
-    labels = index * classes // count if classes > columns else index % columns
+    labels = index * classes // count if classes > side else index % columns * classes // columns
     generator = stream(config.seed, 0, device=device)
     noise = torch.randn((count, *state.metadata.latent_shape), generator=generator, device=device)
     with state.autocast():
@@ -120,7 +121,7 @@ def own_batches(state: TrainState, average: SiT) -> Batches:
     settings = config.sampler(
         mixed_precision="bf16" if state.autocast_dtype is torch.bfloat16 else "no",
         tf32=config.allow_tf32,
-        vae_path=config.vae_path,
+        vae=config.vae,
     )
     trained = Trained(model=average, metadata=state.metadata, objective=state.objective)
     sampler = ImageSampler(trained, settings, world.device)

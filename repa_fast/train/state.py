@@ -187,7 +187,7 @@ def build_state(
         scaler=torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16),
         metrics=Accumulator(others, world.device),
         autocast_dtype=dtype,
-        vae=None if can_decode(metadata) else VAE(config.vae_path or metadata.vae),
+        vae=None if can_decode(metadata) else VAE(config.vae or metadata.vae),
         notes=notes,
     )
     if not encoders_later:

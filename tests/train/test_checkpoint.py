@@ -95,7 +95,7 @@ def test_marker_is_written_last_and_half_written_directories_are_ignored(tmp_pat
             checkpoint.save(tmp_path, state)
     half = checkpoint.path_of(tmp_path, 3)
     assert half.exists() and checkpoint.steps(tmp_path) == [2]
-    for load, into in ((checkpoint.load, state), (weights.load_ema, state.model)):
+    for load, into in ((checkpoint.load, state), (weights.load_weights, state.model)):
         refused(partial(load, half, into), "0000003 is not a complete checkpoint")
     (half / "leftover").touch()
     checkpoint.save(tmp_path, state)

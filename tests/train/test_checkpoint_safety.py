@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from repa_fast.checkpoint import reader
 from repa_fast.checkpoint.index import describe, described_by_pickle, metadata_of
-from repa_fast.checkpoint.layout import load_ema, read_native
+from repa_fast.checkpoint.layout import load_weights, read_native
 from repa_fast.checkpoint.marker import MARKER, trusted
 from repa_fast.train import checkpoint
 from tests.refusals import refused
@@ -100,7 +100,7 @@ def test_code_in_the_index_is_refused_and_not_run(target, index, state, proof, w
     words = r"0000000/\.metadata is not .*it names pathlib.*Path\.touch"
     refused(lambda: checkpoint.load(target, state), words)
     refused(lambda: read_native(target, "ema."), words)
-    refused(lambda: load_ema(target, state.model), words)
+    refused(lambda: load_weights(target, state.model), words)
     assert not proof.exists()
     dcp.FileSystemReader(target).read_metadata()
     assert proof.exists()  # torch's own reader runs it
@@ -164,7 +164,7 @@ def test_bytes_in_place_of_a_tensor_are_refused_and_not_run(state, tmp_path, pro
     dcp.save({"ema": hostile}, checkpoint_id=target, no_dist=True)
     reseal(target)
     words = r"__0_0\.distcp holds pickled bytes for ema\.pos_embed"
-    refused(lambda: load_ema(target, state.model), words)
+    refused(lambda: load_weights(target, state.model), words)
     assert "pos_embed" not in read_native(target, "ema.")  # left out where nobody asks for it
     assert not proof.exists()
     tensors = {f"ema.{name}": tensor for name, tensor in weights.items()}

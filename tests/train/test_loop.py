@@ -109,7 +109,7 @@ def test_persistent_nan_stops_with_a_checkpoint(train, tmp_path):
     reading = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
     assert reading["skipped"] == 2 and reading["loss"] is None
     average = build_model(tiny_config(), digits_metadata())
-    weights.load_ema(checkpoint.path_of(folder, 6), average)
+    weights.load_weights(checkpoint.path_of(folder, 6), average)
     assert all(parameter.isfinite().all() for parameter in average.parameters())
 
 

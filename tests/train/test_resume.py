@@ -11,7 +11,7 @@ import torch
 from repa_fast import cli
 from repa_fast.checkpoint import formats
 from repa_fast.checkpoint.export import export, file_beside, format_of
-from repa_fast.checkpoint.layout import load_ema
+from repa_fast.checkpoint.layout import load_weights
 from repa_fast.checkpoint.marker import MARKER, trusted
 from repa_fast.failure import Failure
 from repa_fast.train import checkpoint
@@ -63,7 +63,7 @@ def test_a_checkpoint_holds_the_config_over_which_flags_win(state, saved):
     other = tiny_state(learning_rate=1e-5)
     checkpoint.load(saved, other)
     assert other.optimizer.param_groups[0]["lr"] == 1e-5
-    load_ema(saved, other.model)
+    load_weights(saved, other.model)
     assert_same(other.model.state_dict().values(), state.ema.state_dict().values())
 
 

@@ -35,7 +35,7 @@ from repa_fast.distributed import own_device, progress_bar, rank_and_size
 from repa_fast.eval.load import Loaded, WeightsConfig
 from repa_fast.eval.pictures import arrange, save_png
 from repa_fast.eval.reference import ImageFile, write_npz
-from repa_fast.eval.sampling import ImageSampler, labels_of, name_of, settings
+from repa_fast.eval.sampling import ImageSampler, file_name, labels_of, settings
 from repa_fast.failure import Failure
 from repa_fast.ledger import Ledger, share
 from repa_fast.lock import Lock
@@ -104,9 +104,7 @@ def generate(config: GenerateConfig) -> Path:
     _check(config, loaded)
     for block in loaded.model.blocks:
         block.attn.fused_attn = config.fused_attn
-    described = settings(config, loaded)
-    name = name_of(loaded.name, described, loaded, f"-n-{config.num_fid_samples}")
-    out = folder / f"{name}.npz"
+    out = folder / f"{name_of(config, loaded)}.npz"
     work = out.with_name(f".{out.stem}.generating")
     try:
         with lock.hold(work, rank) as held:
@@ -218,6 +216,12 @@ def _set_aside(out: Path, fault: str) -> None:
     aside = next(path for path in names if not path.exists())
     out.replace(aside)
     note(f"{out.name} is broken ({fault}): kept as {aside.name}, and generated again")
+
+
+def name_of(config: GenerateConfig, loaded: Loaded) -> str:
+    """Return the .npz's name, without its ending, as `file_name` makes it."""
+    described, count = settings(config, loaded), f"-n-{config.num_fid_samples}"
+    return file_name(loaded.name, described, loaded, count)
 
 
 def chosen_labels(config: GenerateConfig, metadata: Metadata, index: np.ndarray) -> np.ndarray:

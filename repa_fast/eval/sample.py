@@ -17,8 +17,8 @@ from repa_fast.eval.load import WeightsConfig, load
 from repa_fast.eval.pictures import arrange, save_png, squarest
 from repa_fast.eval.sampling import (
     ImageSampler,
+    file_name,
     line_of,
-    name_of,
     settings,
     write_settings,
 )
@@ -71,7 +71,7 @@ def sample(config: SampleConfig) -> Path:
     titles = [names[label].split(",")[0] for label in labels]
     chosen = {"classes": [names[label] for label in rows], "labels": rows}
     described = settings(config, loaded) | chosen
-    out = Path(config.out or folder / f"{name_of('sample', described, loaded)}.png")
+    out = Path(config.out or folder / f"{file_name('sample', described, loaded)}.png")
     divisors = [n for n in range(1, config.count + 1) if config.count % n == 0]
     save_png(arrange(images, squarest(divisors, len(labels)), titles), out)
     write_settings(out, described, loaded.source)

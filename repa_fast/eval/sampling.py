@@ -48,7 +48,7 @@ def settings(config: SamplerConfig, loaded: Loaded) -> dict:
     }
 
 
-def name_of(head: str, described: dict, loaded: Loaded, tail: str = "") -> str:
+def file_name(head: str, described: dict, loaded: Loaded, tail: str = "") -> str:
     """Return a file name, without its ending, of images that are `described` as by `settings`.
 
     It has what people look for, and a hash of all that decides the images: other settings are

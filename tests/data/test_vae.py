@@ -98,7 +98,7 @@ def test_known_names_come_from_the_hub(name, monkeypatch):
         raise OSError("no route to host\nsecond line")
 
     monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", offline)
-    words = rf"{name} is neither .*--vae-path.*no route to host\)"
+    words = rf"{name} is neither .*--vae.*no route to host\)"
     refused(lambda: decoder.load(METADATA), words, error=RuntimeError)
     assert asked == [f"stabilityai/{name}"]
     assert decoder.unavailable
@@ -106,7 +106,7 @@ def test_known_names_come_from_the_hub(name, monkeypatch):
 
 def test_an_autoencoder_of_other_latents_is_refused(folder):
     metadata = dataclasses.replace(METADATA, resolution=64)
-    words = r"latents \(4, 32, 32\).*dataset's \(4, 8, 8\).*vae-path"
+    words = r"latents \(4, 32, 32\).*dataset's \(4, 8, 8\).*--vae$"
     refused(lambda: VAE(folder).load(metadata), words)
 
 
@@ -145,7 +145,7 @@ def test_an_autoencoders_own_scale_is_the_datasets(folder):
 
 
 @pytest.mark.parametrize(
-    "missing, advice", [("folder", "--vae-path"), ("package", "pip install diffusers")]
+    "missing, advice", [("folder", "--vae"), ("package", "pip install diffusers")]
 )
 def test_without_it_one_line_warns_and_training_goes_on(
     tmp_path, monkeypatch, capsys, missing, advice
@@ -154,7 +154,7 @@ def test_without_it_one_line_warns_and_training_goes_on(
     if missing == "package":
         monkeypatch.setitem(sys.modules, "diffusers", None)
     world = World(0, 1, torch.device("cpu"))
-    state = build_state(config(vae_path=str(tmp_path / "absent")), METADATA, world)
+    state = build_state(config(vae=str(tmp_path / "absent")), METADATA, world)
     with contextlib.closing(Reporter(tmp_path, 10, 0, None)) as reporter:
         for state.step in (3, 6, 9):
             loop.snapshot(SimpleNamespace(state=state, seen={}, reporter=reporter))
@@ -171,14 +171,14 @@ def test_a_run_to_its_end_with_and_without_it(tmp_path, folder, capsys):
     dataset.write(tmp_path / "data.lance", [row] * 24, METADATA)
     options = {"batch_size": 4, "max_train_steps": 2, "sampling_steps": 1}
     options |= {"data_dir": str(tmp_path / "data.lance"), "output_dir": str(tmp_path)}
-    run = runs.train(config(exp_name="with", vae_path=folder, **options))
+    run = runs.train(config(exp_name="with", vae=folder, **options))
     grids = sorted(path.name for path in (run / "samples").iterdir())
     assert grids == ["0000001.png", "0000002.png"] and (run / "samples.png").exists()
     picture = np.asarray(Image.open(run / "samples" / "0000001.png"))
     assert picture.ndim == 3 and picture.shape[2] == 3 and picture.std() > 1
-    assert json.loads((run / "args.json").read_text())["vae_path"] == folder
+    assert json.loads((run / "args.json").read_text())["vae"] == folder
     capsys.readouterr()
     absent = str(tmp_path / "absent")
-    run = runs.train(config(exp_name="without", vae_path=absent, **options))
+    run = runs.train(config(exp_name="without", vae=absent, **options))
     assert capsys.readouterr().out.count("no sample grids in this run") == 1
     assert (run / "loss.png").exists() and not (run / "samples.png").exists()

@@ -1,4 +1,4 @@
-"""The name of an .npz holds what decides its images; the official flags parse."""
+"""The name of an .npz tells what decides its images; the official flags parse."""
 
 import dataclasses
 import re
@@ -9,6 +9,8 @@ import torch
 import tyro
 
 from repa_fast import cli
+from repa_fast.configs.evaluate import EvaluateConfig
+from repa_fast.configs.sampler import GUIDANCE, SamplerConfig
 from repa_fast.eval import generate as generating
 from repa_fast.eval.generate import GenerateConfig, name_of
 from repa_fast.eval.load import load
@@ -20,7 +22,16 @@ def test_another_checkpoint_is_another_file(make, run, loaded, whole, tmp_path):
     name = name_of(make(tmp_path), older)
     assert whole.stem == name_of(make(tmp_path), loaded) != name
     assert "0000003" in name and "0000007" in whole.name
-    assert older.digest in name and loaded.digest in whole.name
+
+
+def test_other_weights_of_a_step_are_another_file_that_says_which(make, run, loaded, tmp_path):
+    trained = load(run, weights="model")
+    names = [name_of(make(tmp_path), one) for one in (trained, loaded)]
+    heads = [name.rpartition("-")[0] for name in names]
+    assert heads[0] == heads[1].replace("0000007", "0000007-model") != heads[1]
+    described = generating.settings(make(tmp_path), trained)
+    assert (described["weights"], described["digest"]) == ("model", trained.digest)
+    assert trained.digest != loaded.digest
 
 
 CHANGES = {
@@ -28,7 +39,7 @@ CHANGES = {
     "guidance_low": 0.1, "guidance_high": 0.9, "guidance_channels": 1, "path_type": "cosine",
     "prediction": "noise", "diffusion_form": "sigma", "diffusion_norm": 0.5, "last_step": "euler",
     "last_step_size": 0.05, "state_dtype": "fp32", "mixed_precision": "bf16", "tf32": False,
-    "compile": True, "vae": "mse", "vae_path": "/another/ema", "vae_precision": "bf16",
+    "compile": True, "vae": "mse", "vae_precision": "bf16",
     "vae_tiled": True, "uint8": "round", "num_fid_samples": 21, "per_proc_batch_size": 7,
     "global_seed": 1, "labels": "balanced", "class_label": 0, "fused_attn": False,
 }  # fmt: skip
@@ -36,20 +47,29 @@ SAME = {
     "pngs": True, "model": "SiT-S/4", "resolution": 16, "num_classes": 10, "encoder_depth": 3,
     "projector_embed_dims": "768,1024", "qk_norm": True, "legacy": True, "verify": False,
 }  # fmt: skip
-OTHERS = {"ckpt", "origin", "num_heads", "sample_dir"}
-"""Of the weights, whose digest and heads are in the name, and where the files are."""
+OTHERS = {"ckpt", "weights", "origin", "num_heads", "sample_dir"}
+"""Of the weights, whose digest and heads are in the settings, and where the files are."""
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_another_setting_has_another_name_or_is_refused(make, loaded, tmp_path, name):
+def test_another_setting_has_another_name(make, loaded, tmp_path, name):
     """The finished file of other settings is never taken for that of these."""
     mode = {"mode": "sde"} if name.startswith(("diffusion", "last_")) else {}
     base, changed = make(tmp_path, **mode), make(tmp_path, **mode | {name: CHANGES[name]})
     if name.startswith("vae"):
         loaded = dataclasses.replace(loaded, metadata=checkpoints.LATENTS)
-    if name_of(base, loaded) == name_of(changed, loaded):
-        assert name in ("cfg_scale", "vae_path")
-        assert generating.settings(base, loaded) != generating.settings(changed, loaded)
+    assert name_of(base, loaded) != name_of(changed, loaded)
+
+
+def test_the_autoencoder_s_short_name_and_default_are_its_name_and_torch_decides_nothing(
+    make, loaded, tmp_path, monkeypatch
+):
+    latents = dataclasses.replace(loaded, metadata=checkpoints.LATENTS)
+    names = {name_of(make(tmp_path, vae=v), latents) for v in ("", "ema", "sd-vae-ft-ema")}
+    monkeypatch.setattr("torch.__version__", "0.0")
+    assert names == {name_of(make(tmp_path), latents)}
+    assert generating.settings(make(tmp_path), latents)["vae"] == "sd-vae-ft-ema"
+    assert generating.settings(make(tmp_path, vae="mse"), loaded)["vae"] == "none"  # pixels
 
 
 def test_every_other_setting_is_known_not_to_decide_the_images_and_finds_the_same_file(
@@ -66,7 +86,7 @@ LONG = {name: value for name, value in CHANGES.items() if name not in ("heun", "
 
 
 @pytest.mark.parametrize("stem", ["0400000", "x" * 200, "é" * 100])
-def test_names_are_short_enough_for_every_file_system_and_tell_heads_that_were_said(tmp_path, stem):
+def test_names_are_short_and_tell_heads_that_were_said(tmp_path, stem):
     torch.save(checkpoints.sit().state_dict(), tmp_path / f"{stem}.pt")
     two, four = (load(tmp_path / f"{stem}.pt", num_heads=heads) for heads in (2, 4))
     names = [name_of(GenerateConfig(ckpt="x", **LONG), two)] + [
@@ -74,16 +94,15 @@ def test_names_are_short_enough_for_every_file_system_and_tell_heads_that_were_s
         for change in ({}, {"num_fid_samples": 22}, {"last_step": "mean"}, {"uint8": "truncate"})
     ]
     assert len(set(names)) == len(names)
-    assert all(len(f"{name}.npz".encode()) < 200 and "/" not in name for name in names)
+    assert all(len(f"{name}.npz") < 80 and "/" not in name for name in names)
+    assert all(f"-{stem[:10]}" in name for name in names)
 
 
 def test_the_name_of_the_papers_setting_is_read_by_people(loaded):
     plain = GenerateConfig(ckpt="x", mode="sde", num_steps=250, cfg_scale=1.8, guidance_high=0.7)
     loaded = dataclasses.replace(loaded, metadata=checkpoints.LATENTS, name="SiT-XL-2")
     name = name_of(plain, loaded)
-    parts = ("SiT-XL-2", "0000007", loaded.digest, "sde-250", "cfg-1.8", "interval-0-0.7",
-             "random", "seed-0", "batch-32", "n-50000")  # fmt: skip
-    assert [part for part in parts if f"-{part}-" not in f"-{name}-"] == []
+    assert re.fullmatch(r"SiT-XL-2-0000007-sde-250-cfg-1\.8-n-50000-[0-9a-f]{8}", name)
 
 
 OFFICIAL = [
@@ -116,12 +135,13 @@ def test_official_flags_parse(given, separator):
 def test_defaults_are_the_official_ones():
     config = GenerateConfig(ckpt="x")
     expected = {
-        "global_seed": 0, "tf32": True, "sample_dir": "samples", "vae": "ema",
-        "per_proc_batch_size": 32, "num_fid_samples": 50_000, "mode": "ode", "cfg_scale": 1.5,
+        "global_seed": 0, "tf32": True, "per_proc_batch_size": 32, "num_fid_samples": 50_000,
+        "mode": "ode", "cfg_scale": 1.5,
         "num_steps": 50, "heun": False, "guidance_low": 0.0, "guidance_high": 1.0,
         "uint8": "truncate", "state_dtype": "fp64",
     }  # fmt: skip
     assert {name: getattr(config, name) for name in expected} == expected
+    assert EvaluateConfig().cfg_scale == SamplerConfig().cfg_scale == GUIDANCE == 1.5
 
 
 @pytest.mark.parametrize("argv, message", [

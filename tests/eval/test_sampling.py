@@ -184,7 +184,7 @@ def test_latents_are_decoded_by_the_autoencoder(latents, tmp_path, monkeypatch):
     monkeypatch.setattr(AutoencoderKL, "enable_tiling", lambda vae: tiled.append(vae))
 
     def images(**settings) -> torch.Tensor:
-        return sampler(latents, vae_path=vae, **settings).images(INDEX, labels, 0).float()
+        return sampler(latents, vae=vae, **settings).images(INDEX, labels, 0).float()
 
     def assert_levels(got: torch.Tensor, expected: torch.Tensor) -> None:
         """Convolutions of another batch size turn a level that lies on an edge, and no more."""
@@ -192,7 +192,7 @@ def test_latents_are_decoded_by_the_autoencoder(latents, tmp_path, monkeypatch):
         assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-2
 
     model = AutoencoderKL.from_pretrained(vae, low_cpu_mem_usage=False)
-    given = (sampler(latents, vae_path=vae).latents(INDEX, labels, 0) - 0.25) / 0.5
+    given = (sampler(latents, vae=vae).latents(INDEX, labels, 0) - 0.25) / 0.5
     with torch.no_grad():
         levels = (127.5 * model.decode(given.float()).sample + 127.5).clamp(0, 255)
     cut, rounded = images(), images(uint8="round")
@@ -207,14 +207,18 @@ def test_latents_are_decoded_by_the_autoencoder(latents, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("settings, expected", [
     ({}, "sd-vae-ft-ema"),
+    ({"vae": "ema"}, "sd-vae-ft-ema"),
     ({"vae": "mse"}, "sd-vae-ft-mse"),
-    ({"vae": "mse", "vae_path": "someone/other"}, "someone/other"),
+    ({"vae": "sd-vae-ft-mse"}, "sd-vae-ft-mse"),
+    ({"vae": "someone/other"}, "someone/other"),
 ])  # fmt: skip
 def test_the_autoencoder_is_the_one_asked_for(latents, monkeypatch, settings, expected):
     asked = []
     monkeypatch.setattr(sampling, "VAE", lambda source: asked.append(source) or mock.Mock())
     sampler(latents, **settings)
-    assert asked == [expected]
+    own = dataclasses.replace(latents.metadata, vae="/of/its/own")
+    sampler(dataclasses.replace(latents, metadata=own), **settings)
+    assert asked == [expected, expected if settings else "/of/its/own"]
 
 
 @pytest.mark.parametrize("settings, message", [

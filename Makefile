@@ -55,10 +55,10 @@ demo: $(VENV)/.installed ## train on the bundled digits on a CPU, or go on with 
 	$(VENV)/bin/python -m repa_fast.eval.digits runs/demo
 
 analyse: $(VENV)/.installed ## samples, scores, probing and CKNNA of the demo's run
-	$(VENV)/bin/python -m repa_fast sample --ckpt runs/demo --cfg-scale 2.5 --out runs/demo/classes.png
+	$(VENV)/bin/python -m repa_fast sample --ckpt runs/demo --cfg-scale 2.5
 	$(VENV)/bin/python -m repa_fast strip --ckpt runs/demo --cfg-scale 2.5
 	$(VENV)/bin/python -m repa_fast sweep --ckpt runs/demo --all-steps --cfg-scale 2.5 --num-fid-samples 250 \
-		--sample-dir runs/demo/scores --dataset digits --features digits-judge
+		--dataset digits --features digits-judge
 	$(VENV)/bin/python -m repa_fast probe --ckpt runs/demo
 	$(VENV)/bin/python -m repa_fast cknna --ckpt runs/demo --all-steps
 

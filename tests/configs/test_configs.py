@@ -69,8 +69,11 @@ def test_alignment_is_what_sets_repa_apart(size, depth):
 def test_a_config_of_an_earlier_version_loads_and_one_of_a_later_is_refused_by_what_it_adds():
     saved = TrainConfig(seed=3).to_dict() | {"cuda_graph": True, "gemm_epilogues": True}
     saved |= {"encoder_stream": False, "compile_mode": "max-autotune", "rollback": 2}
+    saved |= {"vae_path": "a/b"}
+    del saved["vae"]
     assert set(RETIRED) < saved.keys()
-    assert from_saved(saved) == TrainConfig(seed=3, cuda_graph="on", stop_on_spike=True)
+    expected = TrainConfig(seed=3, cuda_graph="on", stop_on_spike=True, vae="a/b")
+    assert from_saved(saved) == expected
     assert not from_saved(saved | {"rollback": 0}).stop_on_spike
     assert from_saved(saved | {"cuda_graph": False}).cuda_graph == "off"
     assert from_saved({"seed": 3}) == TrainConfig(seed=3)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from repa_fast.configs import presets
 from repa_fast.data import dataset, latents
 from repa_fast.data.dataset import Metadata
-from repa_fast.data.latents import VAE
+from repa_fast.data.latents import VAE, full_name
 from repa_fast.distributed import World
 from repa_fast.train import loop
 from repa_fast.train import run as runs
@@ -102,6 +102,14 @@ def test_known_names_come_from_the_hub(name, monkeypatch):
     refused(lambda: decoder.load(METADATA), words, error=RuntimeError)
     assert asked == [f"stabilityai/{name}"]
     assert decoder.unavailable
+
+
+@pytest.mark.parametrize("said, meant", [
+    ("mse", "sd-vae-ft-mse"), ("ema", "sd-vae-ft-ema"), ("sd-vae-ft-ema", "sd-vae-ft-ema"),
+    ("./ema", "./ema"), ("owner/mse", "owner/mse"), ("", ""),
+])  # fmt: skip
+def test_short_names_are_stability_s(said, meant):
+    assert VAE(said).source == full_name(said) == meant
 
 
 def test_an_autoencoder_of_other_latents_is_refused(folder):

@@ -62,20 +62,39 @@ def test_a_stopped_run_is_evaluated_only_by_the_step_that_is_named_and_as_what_i
     monkeypatch.setattr("sys.argv", [*argv, "--step", "7"])
     text = digits.main()
     scores = digits.Scores(**json.loads((whole / "scores.json").read_text()))
-    assert {type(value) for value in asdict(scores).values()} == {int, float}
-    assert (scores.step, scores.samples) == (7, 100)
+    assert {type(value) for value in asdict(scores).values()} == {int, float, str}
+    assert (scores.step, scores.weights, scores.samples) == (7, "ema", 100)
     assert scores.classifier_accuracy >= 0.97  # of held-out digits
     assert scores.class_accuracy < 0.3
     assert scores.frechet_distance > 10 * scores.frechet_distance_held_out > 0
     assert scores.nearest_neighbour > 2 * scores.nearest_neighbour_held_out > 0
     assert -0.5 < scores.alignment_cosine < 0.5
     assert text == digits.describe(scores)
+    assert "samples of the weights model at step 7" in digits.describe(
+        replace(scores, weights="model")
+    )
     better = digits.describe(replace(scores, class_accuracy=0.9876, alignment_cosine=0.123))
     assert re.search(r"class accuracy: 98\.8 % of 100 samples at step 7", better)
     assert f"{100 * scores.classifier_accuracy:.1f} %" in better
     assert f"{scores.frechet_distance:.2f}" in better and "0.123" in better
     assert f"{scores.nearest_neighbour:.4f}" in better and "alignment" in better
     assert "alignment" not in digits.describe(replace(scores, alignment_cosine=None))
+
+
+def test_other_weights_are_evaluated_where_they_are_there(run, monkeypatch):
+    _, model, _ = digits.load_run(run, weights="model")
+    expected = load(run, weights="model").model.state_dict()
+    found = model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    other = ["--step", "7", "--weights", "ema_2"]
+    refused(
+        lambda: digits.main([str(run), *other]), "0000007 has no weights ema_2, expected one of"
+    )
+    known = digits.Scores(7, "model", 10, *[0.5] * 7)
+    monkeypatch.setattr(digits, "evaluate", lambda *_, **__: known)
+    digits.main([str(run), "--step", "7", "--weights", "model"])
+    assert json.loads((run / "scores-model.json").read_text())["weights"] == "model"
+    assert not (run / "scores.json").exists()
 
 
 def test_samples_are_the_ema_s_ask_for_each_class_alike_and_repeat_with_the_seed(run):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from repa_fast.checkpoint.export import export
 from repa_fast.eval import generate as generating
 from repa_fast.eval import pictures
 from repa_fast.eval.generate import generate
@@ -108,6 +109,17 @@ def test_images_are_pngs_too_where_asked(make, whole, tmp_path):
     with np.load(out) as found:
         for file, expected in zip(files, found["arr_0"], strict=True):
             assert np.array_equal(np.asarray(Image.open(file)), expected)
+
+
+def test_images_are_in_the_runs_folder_or_for_other_weights_in_samples(
+    make, run, loaded, tmp_path, monkeypatch
+):
+    few = {"num_fid_samples": 2, "sample_dir": ""}
+    assert generating.folder_of(make("", **few)) == run / "generated"
+    export(loaded.source, "safetensors", tmp_path / "x.safetensors")
+    monkeypatch.chdir(tmp_path)
+    out = generate(make("", ckpt="x.safetensors", **few))
+    assert out.parent == Path("samples") and out.exists()
 
 
 @pytest.mark.parametrize("settings, message", [

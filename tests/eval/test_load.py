@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from repa_fast.checkpoint import formats
-from repa_fast.checkpoint.export import export
+from repa_fast.checkpoint.export import ExportConfig, export, export_checkpoint, format_of
 from repa_fast.checkpoint.layout import read_native
 from repa_fast.checkpoint.marker import MARKER
 from repa_fast.data.digits import digits_metadata
@@ -61,6 +61,65 @@ def test_of_a_run_the_newest_checkpoints_average_is_taken(run, loaded):
     assert loaded.model.blocks[0].attn.num_heads == HEADS
     assert load(run, num_heads=HEADS).digest == loaded.digest
     assert re.fullmatch(r"SiT-[\w.-]+", loaded.name)
+
+
+def test_each_set_of_weights_of_a_checkpoint_can_be_asked_for(tmp_path):
+    averaged = checkpoints.run(tmp_path / "run", ema_decay="0.9,0.5")
+    source, found = averaged / "checkpoints" / "0000007", {}
+    for weights in ("model", "ema", "ema_2"):
+        one = load(averaged, weights=weights)
+        found[weights] = one.digest
+        assert_holds(one, without_projectors(read_native(source, f"{weights}.")))
+        assert one.weights == weights
+    assert load(averaged).digest == found["ema"] and len(set(found.values())) == 3
+    assert load(averaged, weights="ema_2").place == "0000007-ema_2"
+    assert load(averaged).place == "0000007"
+    words = re.escape(f"{source} has no weights ema_3, expected one of model, ema, ema_2")
+    refused(lambda: load(averaged, weights="ema_3"), f"^{words}$")
+    config = WeightsConfig(ckpt=str(averaged), weights="model")
+    assert config.load(torch.device("cpu")).digest == found["model"]
+
+
+@pytest.mark.parametrize("to, name", [
+    ("safetensors", "0000007-ema_2.safetensors"),
+    ("official", "0000007-ema_2.pt"),
+    ("sra", "step-7-ema_2.pt"),
+])  # fmt: skip
+def test_each_set_of_weights_can_be_exported(tmp_path, to, name):
+    of_sra = {"align": "sra", "enc_type": "none", "block_out_s": 1, "block_out_t": 3} if to == "sra" else {}
+    averaged = checkpoints.run(tmp_path / "run", ema_decay="0.9,0.5", **of_sra)
+    config = ExportConfig(checkpoint=averaged, to=to, weights="ema_2")
+    out = export_checkpoint(config)
+    assert out == averaged / "checkpoints" / name and format_of(out) == to
+    exported, native = load(out), load(averaged, weights="ema_2")
+    assert exported.digest == native.digest != load(averaged).digest
+    if to == "safetensors":
+        assert json.loads(out.with_suffix(".json").read_text())["weights"] == "ema_2"
+        assert (exported.weights, exported.place) == ("ema_2", "0000007-ema_2")
+    else:
+        assert load(out, weights="model").digest == load(averaged, weights="model").digest
+    words = "0000007 has no weights ema_4, expected one of model, ema, ema_2$"
+    other = dataclasses.replace(config, weights="ema_4", out=tmp_path / out.name)
+    refused(lambda: export_checkpoint(other), words)
+    assert not (tmp_path / out.name).exists()
+
+
+def test_files_have_the_weights_they_have(tmp_path):
+    both = official(tmp_path / "x.pt", sit(), num_heads=HEADS)
+    assert_holds(load(both), trunk(sit()))
+    assert_holds(load(both, weights="model"), trunk(sit(100)))
+    assert [load(both, weights=name).weights for name in ("ema", "model")] == ["ema", "model"]
+    words = r"x\.pt has no weights ema_2, expected one of model, ema$"
+    refused(lambda: load(both, weights="ema_2"), words)
+    alone = write(tmp_path / "y.pt", {"model": sit().state_dict()})
+    assert load(alone, num_heads=HEADS).weights == "model"
+    words = r"y\.pt has no weights ema_2, expected one of model$"
+    refused(lambda: load(alone, num_heads=HEADS, weights="ema_2"), words)
+    for name in ("z.pt", "z.safetensors"):
+        bare = write(tmp_path / name, sit().state_dict())
+        assert load(bare, num_heads=HEADS).weights == ""
+        words = f"{name} holds a single set of weights, expected ema, the default, got model$"
+        refused(lambda bare=bare: load(bare, num_heads=HEADS, weights="model"), words)
 
 
 def test_a_native_checkpoint_is_read_by_its_directory_and_an_incomplete_one_not_taken(
@@ -249,6 +308,8 @@ DESCRIPTIONS = [
     (WRITTEN | {"model": [1]}, "model or objective is no dictionary"),
     (WRITTEN | {"objective": "flow"}, "model or objective is no dictionary"),
     (WRITTEN | {"objective": {"objective": 3}}, "objective is 3, expected text"),
+    (WRITTEN | {"weights": "../x"}, r"weights is '\.\./x', expected model, ema, ema_2 or so"),
+    (WRITTEN | {"weights": 3}, "weights is 3, expected model"),
     (WRITTEN | {"dataset": 3}, "is 3, expected resolution, latent_shape"),
     (WRITTEN | {"dataset": DATASET | {"scale": 0}}, "scale is 0, expected a "),
 ]

@@ -101,6 +101,16 @@ def test_a_strip_has_a_row_per_image_and_a_column_per_checkpoint(run):
     assert not np.array_equal(tile(picture, 0, 0), tile(picture, 0, 1))
 
 
+@pytest.mark.parametrize("options, count, columns", [
+    (range(1, 101), 100, 10),
+    (range(4, 101, 4), 100, 12),  # 8 rows; 12 rows of 8 are as near
+    (range(3, 101, 3), 100, 9),
+    ((1, 7), 7, 7),
+])  # fmt: skip
+def test_the_squarest_grid_is_chosen_and_the_wider_of_two(options, count, columns):
+    assert pictures.squarest(options, count) == columns
+
+
 def test_a_sweep_s_points_are_those_of_generate_and_eval(run, digits_dir, tmp_path):
     settings = {"num_fid_samples": 40, "num_steps": 2, "sample_dir": str(tmp_path / "s")}
     judged = {"dataset": digits_dir, "split": "val", "features": "digits-judge", "kid_subsets": 5}

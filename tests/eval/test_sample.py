@@ -1,20 +1,29 @@
 """A picture of samples: which class a name means, and what is in the picture."""
 
+import dataclasses
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from repa_fast import cli
+from repa_fast.checkpoint.export import export
 from repa_fast.eval import pictures
+from repa_fast.eval.load import load
 from repa_fast.eval.sample import (
     SampleConfig,
     StripConfig,
     class_index,
     class_names,
+    draw_strip,
     sample,
     strip,
 )
+from repa_fast.eval.sampling import line_of
 from tests.eval import checkpoints
 from tests.refusals import refused
 
@@ -94,6 +103,48 @@ def test_without_a_class_there_are_all(picture):
     assert (titles[0] != pictures.GAP_GREY).any() and not np.array_equal(*titles)
 
 
+@pytest.mark.parametrize("classes, count, rows, columns", [
+    (("3",), 8, 2, 4),
+    (("3", "5"), 8, 4, 4),
+    (("3", "5", "7"), 8, 6, 4),
+    ((), 8, 10, 8),
+    (("3",), 7, 1, 7),
+])  # fmt: skip
+def test_a_picture_is_nearly_square_and_a_class_stays_together(
+    picture, classes, count, rows, columns
+):
+    shown = picture(classes=classes, count=count)
+    size = rows * (PITCH + ABOVE) - pictures.GAP, columns * PITCH - pictures.GAP
+    assert shown.shape == (*size, 3)
+    titles = [
+        shown[row * (PITCH + ABOVE) : row * (PITCH + ABOVE) + ABOVE, :48] for row in range(rows)
+    ]
+    same = [np.array_equal(a, b) for a, b in zip(titles, titles[1:])]
+    each = rows // (len(classes) or 10)
+    assert same == [row % each != 0 for row in range(1, rows)]
+
+
+def test_a_picture_is_in_the_runs_folder_with_its_settings_beside(run, tmp_path, monkeypatch):
+    config = SampleConfig(ckpt=str(run), classes=("3",), count=2, num_steps=2, weights="model")
+    out = sample(config)
+    assert out.parent == run and sample(config) == out
+    assert re.fullmatch(r"sample-0000007-model-ode-2-cfg-1\.5-[0-9a-f]{8}\.png", out.name)
+    described = json.loads(out.with_suffix(".json").read_text())
+    expected = {"weights": "model", "digest": load(run, weights="model").digest, "step": 7}
+    expected |= {"classes": ["3"], "labels": [3], "count": 2, "cfg_scale": 1.5, "mode": "ode"}
+    assert described | expected == described
+    assert Path(described["ckpt"]) == (run / "checkpoints" / "0000007").resolve()
+    assert line_of(out) == f"{out} (guidance 1.5, weights model of step 7)"
+    assert sample(dataclasses.replace(config, cfg_scale=1.50000001)) != out
+    monkeypatch.chdir(tmp_path)
+    export(run / "checkpoints" / "0000007", "safetensors", tmp_path / "x.safetensors")
+    alone = sample(SampleConfig(ckpt="x.safetensors", count=1, num_steps=1))
+    assert alone.parent == Path() and alone.exists()
+    assert line_of(alone) == f"{alone} (guidance 1.5, weights ema of x.safetensors)"
+    for path in run.glob("sample-*"):
+        path.unlink()
+
+
 def test_rows_and_columns_differ_and_the_noise_is_that_of_the_column_and_the_seed(picture):
     """Without guidance and with one step an image is noise - v(noise, 1, class)."""
     settings = {"classes": ("3", "5", "3"), "count": 2, "cfg_scale": 1.0}
@@ -147,6 +198,11 @@ def test_a_strip_without_classes_has_those_of_the_dataset(tmp_path, monkeypatch)
     wide = checkpoints.run(tmp_path / "wide", num_classes=30)
     assert strip(StripConfig(ckpt=str(wide), count=12)) == wide / "strip.png"
     assert asked == [[*range(10), 0, 1]]
+    described = json.loads((wide / "strip.json").read_text())
+    assert (described["step"], described["weights"]) == ([7], "ema")
+    trained = StripConfig(ckpt=str(wide / "checkpoints"), count=1, weights="model", cfg_scale=4)
+    line = f"{wide / 'strip-model.png'} (guidance 4, weights model of step 7)"
+    assert draw_strip(trained) == line
 
 
 @pytest.mark.parametrize("argv, classes", [
@@ -160,7 +216,7 @@ def test_the_command_line_knows_classes(argv, classes, monkeypatch):
     def keep(config: SampleConfig) -> None:
         seen.append(config)
 
-    monkeypatch.setattr("repa_fast.eval.sample.sample", keep)
+    monkeypatch.setattr("repa_fast.eval.sample.draw_sample", keep)
     assert cli.main(["sample", "--ckpt", "x", *argv, "--seed", "4"]) == 0
     assert seen == [SampleConfig(ckpt="x", classes=classes, seed=4)]
 
@@ -169,7 +225,8 @@ def test_the_command_says_where_the_picture_is_or_what_is_wrong_in_one_line(run,
     out = tmp_path / "three.png"
     argv = ["--class", "3", "--count", "2", "--num-steps", "2", "--out", str(out)]
     assert cli.main(["sample", "--ckpt", str(run), *argv]) == 0
-    assert capsys.readouterr().out.strip() == str(out)
+    said = f"{out} (guidance 1.5, weights ema of step 7)"
+    assert capsys.readouterr().out.strip() == said
     with Image.open(out) as image:
         assert image.size == (2 * PITCH - pictures.GAP, PITCH + ABOVE - pictures.GAP)
     assert cli.main(["sample", "--ckpt", str(tmp_path / "nothing")]) == 2

@@ -1,5 +1,6 @@
 """--eval-every."""
 
+import dataclasses
 import json
 import shutil
 
@@ -18,7 +19,7 @@ from repa_fast.eval.load import load
 from repa_fast.eval.sampling import ImageSampler
 from repa_fast.eval.scores import frechet_distance, statistics
 from repa_fast.kernels.attention import current_backend
-from repa_fast.train.evaluate import Evaluator
+from repa_fast.train.evaluate import Evaluator, sample_grid
 from tests.refusals import refused
 from tests.train.conftest import trained
 
@@ -65,6 +66,31 @@ def test_training_is_the_same_with_it(train, options, watched):
     plain = train("plain", **options | {"eval_every": 0})
     assert not (plain / "evals.jsonl").exists()
     assert load(watched).digest == load(plain).digest
+
+
+@pytest.mark.parametrize("classes, rows, columns", [
+    (1, 10, 10), (2, 10, 10), (3, 11, 9), (4, 8, 12), (10, 10, 10), (1000, 10, 10),
+])  # fmt: skip
+def test_a_grid_is_nearly_square_and_a_class_has_neighbouring_columns(
+    make_state, monkeypatch, classes, rows, columns
+):
+    state = make_state(**SAMPLER)
+    names = tuple(map(str, range(classes)))
+    state.metadata = dataclasses.replace(state.metadata, class_names=names)
+    asked = []
+
+    def by_label(objective, model, noise, labels, *_, **__):
+        asked.append(labels.view(rows, columns).tolist())
+        return noise
+
+    monkeypatch.setattr(type(state.objective), "sample", by_label)
+    shown = sample_grid(state, state.ema)
+    assert shown.shape == (rows * 52 - 4, columns * 52 - 4, 3)
+    if classes > 10:
+        assert [label for row in asked[0] for label in row] == list(range(0, 1000, 10))
+    else:
+        each = columns // classes
+        assert asked[0] == [[label for label in range(classes) for _ in range(each)]] * rows
 
 
 def test_a_resumed_run_s_evaluations_read_as_if_it_had_not_been_cut(

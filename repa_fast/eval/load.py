@@ -142,12 +142,8 @@ def load(
     if model and size(model) != {name: arguments[name] for name in size(model)}:
         raise ValueError(f"{source} holds a {shape}, expected {model}")
     state = {name: t for name, t in state.items() if not name.startswith("projectors.")}
-    with torch.device("meta"):
-        built = objective.model(**arguments, z_dims=())
-    built = built.to_empty(device="cpu")
-    formats.load_exactly(built, state, str(source))
     return Loaded(
-        model=built.to(device).eval().requires_grad_(False),
+        model=_built(objective, arguments, state, source).to(device),
         metadata=metadata or _expected_metadata(shape, config),
         objective=objective,
         name=f"{objective.model.__name__}-{_name(shape, arguments['num_heads'])}",
@@ -156,6 +152,15 @@ def load(
         digest=digest(state),
         source=source,
     )
+
+
+def _built(objective: Objective, arguments: dict, state: formats.State, source: Path) -> SiT:
+    """Return the model of these arguments and weights, on the CPU; ValueError as of `load`."""
+    with torch.device("meta"):
+        built = objective.model(**arguments, z_dims=())
+    built = built.to_empty(device="cpu")
+    formats.load_exactly(built, state, str(source))
+    return built.eval().requires_grad_(False)
 
 
 def digest(state: formats.State) -> str:

@@ -1,5 +1,6 @@
 """Features for the analyses: what decides them, what the cache keeps, which rows are looked at."""
 
+import copy
 import functools
 import json
 import shutil
@@ -211,7 +212,11 @@ def test_what_decides_features_decides_the_cache(loaded, dataset, tmp_path, comp
     configs = [{"times": (0.2, 0.6)}, {"times": (0.2,)}, {"layers": (1, 2)}, {"seed": 1}]
     configs += [{"enc_weights": "file.pth"}, {"mixed_precision": "bf16"}]
     changes = [({}, call) for call in calls] + [(config, {}) for config in configs]
-    for changed in (loaded, replace(loaded, digest="other"), replace(loaded, objective=OTHER_PATH)):
+    two_heads = copy.deepcopy(loaded.model)
+    for block in two_heads.blocks:
+        block.attn.num_heads = 2
+    others = [{}, {"digest": "other"}, {"objective": OTHER_PATH}, {"model": two_heads}]
+    for changed in (replace(loaded, **other) for other in others):
         for config, call in changes:
             before = len(computed)
             for more in ({}, {}, same):
@@ -219,6 +224,13 @@ def test_what_decides_features_decides_the_cache(loaded, dataset, tmp_path, comp
                 found = len(computed), len(list(tmp_path.iterdir()))
                 assert found == (before + 1,) * 2, (config, call, more)
     assert computed[0] == {"digits-vit": ""}
+
+
+def test_other_weights_of_a_checkpoint_have_features_of_their_own(run, dataset, tmp_path, computed):
+    for weights in ("ema", "model", "ema", "model"):
+        config = settings(tmp_path, ckpt=str(run), weights=weights)
+        gathered(config.load(torch.device("cpu")), dataset, config)
+    assert len(computed) == 2
 
 
 def test_each_encoder_gets_its_file(loaded, dataset, computed):

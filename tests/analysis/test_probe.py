@@ -77,7 +77,9 @@ def test_colours_are_seen_in_images_and_not_in_noise(settings, undrawn):
 def test_what_is_written(settings, loaded, tmp_path):
     found = probed(settings(seed=5, train_rows=50, val_rows=20))
     source = str(loaded.source)
-    assert found["model"] == {"source": source, "step": 7, "digest": loaded.digest}
+    assert found["model"] == {
+        "source": source, "step": 7, "weights": "ema", "digest": loaded.digest,
+    }  # fmt: skip
     assert found["layers"] == [1, 2, 3] and found["times"] == [0.05, 1.0]
     assert np.shape(found["top1"]) == np.shape(found["top5"]) == (2, 3)
     assert found["rows"] == {"train": 50, "val": 20}
@@ -163,6 +165,8 @@ def test_bare_weights_need_a_dataset_and_have_no_baseline(settings, data, undraw
 def test_results_lie_beside_the_checkpoints(settings, run, weights, tmp_path):
     older = load(run / "checkpoints" / "0000003")
     assert settings(out="").output_folder(older, "probe") == run / "probe-0000003"
+    trained = load(run, weights="model")
+    assert settings(out="").output_folder(trained, "probe") == run / "probe-0000007-model"
     found = settings(out="").output_folder(load(weights), "probe")
     assert found == tmp_path / "probe-0000007"
     out = tmp_path / "a" / "b"

@@ -86,7 +86,11 @@ def test_each_set_of_weights_of_a_checkpoint_can_be_asked_for(tmp_path):
     ("sra", "step-7-ema_2.pt"),
 ])  # fmt: skip
 def test_each_set_of_weights_can_be_exported(tmp_path, to, name):
-    of_sra = {"align": "sra", "enc_type": "none", "block_out_s": 1, "block_out_t": 3} if to == "sra" else {}
+    of_sra = (
+        {"align": "sra", "enc_type": "none", "block_out_s": 1, "block_out_t": 3}
+        if to == "sra"
+        else {}
+    )
     averaged = checkpoints.run(tmp_path / "run", ema_decay="0.9,0.5", **of_sra)
     config = ExportConfig(checkpoint=averaged, to=to, weights="ema_2")
     out = export_checkpoint(config)

@@ -39,7 +39,7 @@ from repa_fast.eval.sampling import ImageSampler, file_name, labels_of, settings
 from repa_fast.failure import Failure
 from repa_fast.ledger import Ledger, share
 from repa_fast.lock import Lock
-from repa_fast.whole import is_disk_full, read_regular, write_whole
+from repa_fast.whole import expect_no_link, is_disk_full, read_regular, write_whole
 from repa_fast.words import first_line, note
 
 SHEET_IMAGES = 64
@@ -121,11 +121,17 @@ def generate(config: GenerateConfig) -> Path:
 
 
 def folder_of(config: GenerateConfig) -> Path:
-    """Return the folder of the images: as asked for, or in the run's, or the current one."""
+    """Return the folder of the images: as asked for, or in the run's, or the current one.
+
+    ValueError if that in the run's is a link: a stranger's run would choose what is written to.
+    """
     if config.sample_dir:
         return Path(config.sample_dir)
     run = run_folder(Path(config.ckpt))
-    return run / "generated" if run else Path("samples")
+    folder = run / "generated" if run else Path("samples")
+    if run:
+        expect_no_link(folder)
+    return folder
 
 
 def _generate(config: GenerateConfig, loaded: Loaded, out: Path, work: Path, held: Lock) -> None:

@@ -116,6 +116,9 @@ def test_images_are_in_the_runs_folder_or_for_other_weights_in_samples(
 ):
     few = {"num_fid_samples": 2, "sample_dir": ""}
     assert generating.folder_of(make("", **few)) == run / "generated"
+    (run / "generated").symlink_to(tmp_path)
+    refused(lambda: generate(make("", **few)), "generated is a link, expected a file or folder of")
+    (run / "generated").unlink()
     export(loaded.source, "safetensors", tmp_path / "x.safetensors")
     monkeypatch.chdir(tmp_path)
     out = generate(make("", ckpt="x.safetensors", **few))

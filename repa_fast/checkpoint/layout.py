@@ -24,6 +24,8 @@ from repa_fast.words import short
 
 CONFIG, COUNTERS, DATASET = "config.json", "counters.json", "dataset.json"
 """Beside the tensors: the run's config, its counters (the step and so on), its data's metadata."""
+GENERATED = "generated"
+"""Folder in a run's, of images and their scores."""
 WEIGHTS = re.compile(r"model|ema(_[1-9][0-9]{0,3})?")
 """Names of sets of weights: those that are trained, and their averages."""
 MOST = 2**40

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from repa_fast import command, lock
-from repa_fast.checkpoint.layout import run_folder
+from repa_fast.checkpoint.layout import GENERATED, run_folder
 from repa_fast.configs.part import expect_at_least
 from repa_fast.configs.sampler import SamplerConfig
 from repa_fast.contracts import expect_writable
@@ -128,7 +128,7 @@ def folder_of(config: GenerateConfig) -> Path:
     if config.sample_dir:
         return Path(config.sample_dir)
     run = run_folder(Path(config.ckpt))
-    folder = run / "generated" if run else Path("samples")
+    folder = run / GENERATED if run else Path("samples")
     if run:
         expect_no_link(folder)
     return folder

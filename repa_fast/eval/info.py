@@ -1,13 +1,17 @@
 """What a path is: a run, a checkpoint, a weight file or a dataset."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from repa_fast.checkpoint import formats
-from repa_fast.checkpoint.index import read_index
-from repa_fast.checkpoint.layout import read_native, read_settings, run_checkpoints, steps
+from repa_fast.checkpoint.layout import (
+    read_native,
+    read_settings,
+    run_checkpoints,
+    steps,
+    weights_of,
+)
 from repa_fast.checkpoint.marker import is_complete, trusted
 from repa_fast.contracts import expect_writable
 from repa_fast.data.store import is_url
@@ -72,21 +76,16 @@ def _describe_checkpoint(path: Path) -> str:
     )
     return (
         f"{path}: native checkpoint of step {counters['step']}\n{_describe_weights(weights)}\n"
-        f"{_describe_copies(path, config.ema_decays)}\n{one_line(run)}"
+        f"{_describe_sets(path, config.ema_decays)}\n{one_line(run)}"
     )
 
 
-def _describe_copies(checkpoint: Path, decays: Sequence[float]) -> str:
-    """Return which copies of the weights a checkpoint has, and the decay of each average."""
-    names = {name.split(".")[0] for name in read_index(checkpoint).state_dict_metadata}
-    averages = sorted(int(name[4:] or 1) for name in names if re.fullmatch(r"ema(_\d{1,4})?", name))
-    known = dict(enumerate(decays, start=1))
-    found = ["model"] * ("model" in names)
-    found += [
-        f"{'ema' if number == 1 else f'ema_{number}'} (decay {known.get(number, '?')})"
-        for number in averages
-    ]
-    return f"weights: {', '.join(found)}"
+def _describe_sets(checkpoint: Path, decays: Sequence[float]) -> str:
+    """Return which sets of weights a checkpoint has, and the decay of each EMA."""
+    sets = weights_of(checkpoint)
+    known = dict(zip((name for name in sets if name != "model"), decays))
+    listed = (f"{name} (decay {known[name]})" if name in known else name for name in sets)
+    return f"weights: {', '.join(listed)}"
 
 
 def _describe_file(path: Path) -> str:

@@ -4,14 +4,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from repa_fast.checkpoint.layout import GENERATED
 from repa_fast.whole import open_regular, parse_json
 from repa_fast.words import one_line, rate, short
 
 MOST_BYTES = 2**20
 """Of a file; of a file of lines its end is read, which is no longer either."""
 FILES_READ, VALUES_SHOWN, LETTERS_SHOWN = 100, 20, 60
-GENERATED = "generated"
-"""Folder in a run's, of images and their scores."""
 
 
 def describe_records(run: Path) -> list[str]:

@@ -101,7 +101,7 @@ def test_who_insists_reads_it_as_it_is(flip, tmp_path, capsys):
         assert cli.main(argv) == 2
         assert "is damaged: wrong checksum of __0_0.distcp" in capsys.readouterr().err
         assert cli.main([*argv, "--no-verify"]) == 0
-    state = tiny_state(resume=str(copy), verify=False, **checkpoints.TINY)
+    state = tiny_state(resume=str(copy), verify=False, batch_size=48, **checkpoints.TINY)
     assert resumed(tmp_path / "run", state) == copy and state.step == 7
 
 

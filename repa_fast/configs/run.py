@@ -1,6 +1,7 @@
 """A run: its folder, what it writes and when, where it begins."""
 
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Literal
 
 from repa_fast.configs.part import Part, expect_at_least
@@ -58,7 +59,11 @@ class RunConfig(Part):
     def __post_init__(self) -> None:
         super().__post_init__()
         expect_path("output_dir", self.output_dir)
-        expect_path("exp_name", self.exp_name)
+        for name, above in (("exp_name", "output_dir"), ("logging_dir", "the run's")):
+            expect_path(name, getattr(self, name))
+            inside = PurePath(getattr(self, name))
+            if inside.is_absolute() or ".." in inside.parts:
+                raise ValueError(f"{name} is {str(inside)!r}, expected a folder within {above}")
         expect_at_least(self, 1, "log_every", "checkpointing_steps")
         expect_at_least(self, 0, "resume_step", "keep_last", "keep_every", "skip_steps")
         expect_at_least(self, 0, "sampling_steps", "watchdog", "data_timeout")

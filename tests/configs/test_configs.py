@@ -82,7 +82,13 @@ def test_a_config_of_an_earlier_version_loads_and_one_of_a_later_is_refused_by_w
 
 
 WRONG = {
-    RunConfig: {"log_every": (0,), "checkpointing_steps": (-1,), "keep_last": (-1,)},
+    RunConfig: {
+        "logging_dir": ("/logs", "a/../../b"),
+        "exp_name": ("/x", "../y"),
+        "log_every": (0,),
+        "checkpointing_steps": (-1,),
+        "keep_last": (-1,),
+    },
     DataConfig: {"batch_size": (0,), "gradient_accumulation_steps": (0,), "num_workers": (0,)}
     | {"seed": (-1,), "micro_batch": (-2, 0)},
     ObjectiveConfig: {"cfg_prob": (-0.1, 1.1), "path_type": ("warp",), "weighting": ("warp",)},

@@ -26,7 +26,8 @@ class EvaluateConfig(Part):
     eval_samples: int = 10_000
     """Samples of each evaluation, over all processes."""
     eval_features: str = "inception"
-    """inception (FID, sFID and so on), digits-judge, or an encoder's name."""
+    """inception (FID, sFID and so on); fitted, a classifier fitted on the dataset's rows;
+    digits-judge; or an encoder's name."""
     eval_weights: str = ""
     """File of its weights; its own source where empty."""
     eval_reference: str = ""

@@ -91,8 +91,7 @@ class Inception:
         spatial = []
         branch = self._module.Mixed_6d.branch1x1
         with (
-            _exact_fp32(),
-            torch.autocast(self.device.type, enabled=False),
+            exact_fp32(self.device),
             branch.register_forward_hook(lambda _, __, out: spatial.append(spatial_features(out))),
         ):
             pool, logits = self._module(images.to(self.device))
@@ -126,13 +125,14 @@ def mean_patch_tokens(
 
 
 @contextmanager
-def _exact_fp32() -> Iterator[None]:
-    """Turn TF32 off, which has only 10 bits of mantissa; restores what was set."""
+def exact_fp32(device: torch.device) -> Iterator[None]:
+    """Turn autocast off, and TF32, which has only 10 bits of mantissa; restores what was set."""
     matmuls, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     try:
-        yield
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
         torch.set_float32_matmul_precision(matmuls)
         torch.backends.cudnn.allow_tf32 = convolutions

@@ -48,8 +48,9 @@ class ImageFile:
         with self._images() as (_, shape):
             available, self.height, self.width, _ = shape
         if count is not None and available < count:
-            raise ValueError(f"{path} has {available} images, expected at least {count}")
-        self.count = available if count is None else count
+            expected = f"expected at least {count} (--num-samples)"
+            raise ValueError(f"{path} has {available} images, {expected}")
+        self.count, self._available = available if count is None else count, available
 
     @cached_property
     def name(self) -> str:
@@ -57,6 +58,24 @@ class ImageFile:
         with open_regular(self.path) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         return f"{self.path.name}, sha256 {digest}"
+
+    @cached_property
+    def labels(self) -> torch.Tensor | None:
+        """Its images' classes, int64 (count), which are its arr_1; None where there is none.
+
+        ValueError: arr_1 is not one integer for each image.
+        """
+        with _archive(self.path) as archive:
+            if "arr_1.npy" not in archive.namelist():
+                return None
+            with _naming(self.path), archive.open("arr_1.npy") as stream:
+                shape, _, dtype = _header(stream)
+            if shape != (self._available,) or dtype.kind not in "iu":
+                expected = f"expected integers ({self._available},), a label for each image"
+                raise ValueError(f"{self.path}: arr_1 is {dtype} {shape}, {expected}")
+            with _naming(self.path), archive.open("arr_1.npy") as stream:
+                labels = npy.read_array(stream, allow_pickle=False)
+        return torch.from_numpy(labels[: self.count].astype(np.int64))
 
     def batches(
         self, size: int, rank: int = 0, world_size: int = 1
@@ -96,6 +115,24 @@ class ImageFile:
                     "expected uint8 (N, H, W, 3)"
                 )
             yield stream, shape
+
+
+def newest_images(path: Path) -> Path:
+    """Return the file that is meant: `path`, or the newest .npz of a run's folder RUN/generated.
+
+    Raises:
+        ValueError: there is none in that folder, or in RUN where it is `path` itself.
+    """
+    if not path.is_dir():
+        return path
+    run = path.parent if path.name == "generated" else path
+    found = [file for file in run.glob("generated/*.npz") if not file.name.startswith(".")]
+    if not found:
+        raise ValueError(
+            f"{run / 'generated'} has no .npz of images, expected one of `repa-fast generate "
+            f"--ckpt {run}`"
+        )
+    return max(found, key=lambda file: (file.stat().st_mtime_ns, file.name))
 
 
 class Reference(NamedTuple):

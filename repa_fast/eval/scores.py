@@ -74,6 +74,18 @@ def inception_score(logits: torch.Tensor, split_size: int = 5000) -> float:
     return torch.stack(scores).mean().item()
 
 
+def class_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Return the share of images whose largest logit (N, classes) is that of their label (N).
+
+    Raises:
+        ValueError: no images, other shapes, or logits that are not finite.
+    """
+    _expect_features("logits", logits, 1)
+    if labels.shape != logits.shape[:1]:
+        raise ValueError(f"labels have shape {tuple(labels.shape)}, expected ({len(logits)},)")
+    return (logits.argmax(1) == labels.to(logits.device)).double().mean().item()
+
+
 def precision_recall(
     real: torch.Tensor, generated: torch.Tensor, *, k: int = 3, chunk: int = CHUNK
 ) -> tuple[float, float]:

@@ -10,9 +10,10 @@ from repa_fast.checkpoint.layout import run_checkpoints
 from repa_fast.contracts import expect_choice, expect_writable
 from repa_fast.distributed import session
 from repa_fast.eval.generate import GenerateConfig, folder_of, generate
-from repa_fast.eval.metrics import ScoreConfig, Scorer
+from repa_fast.eval.metrics import Scorer, tell
 from repa_fast.eval.pictures import markdown, over_points
 from repa_fast.eval.reference import ImageFile
+from repa_fast.eval.spaces import ScoreConfig
 from repa_fast.whole import write_whole
 
 
@@ -47,6 +48,11 @@ def sweep(config: SweepConfig) -> str:
     points = []
     with session() as world:
         scorer = Scorer(config, world)
+        refused = scorer.refused(config.num_fid_samples)
+        if config.plotted in refused:
+            raise ValueError(f"plotted: {config.plotted} is refused, {refused[config.plotted]}")
+        if world.is_main:
+            tell(refused, "generate more (--num-fid-samples)")
         real = scorer.real
         for source, scale, high in itertools.product(runs, scales, highs):
             varied = {"cfg_scale": scale, "guidance_high": high}
@@ -59,19 +65,21 @@ def sweep(config: SweepConfig) -> str:
             return ""
     results = {
         "points": points,
+        "refused": refused,
         "reference": {"name": real.name, "count": real.count},
         "features": scorer.space.name,
+        "classifier": scorer.space.classifier(),
         "settings": asdict(config),
     }
-    written = table(results)
+    written = table(results, str(scorer.space))
     write_whole(out / "sweep.json", json.dumps(results, indent=2) + "\n")
     write_whole(out / "sweep.md", written + "\n")
     _plot(points, config, out / "sweep.png")
     return f"{written}\n\n{out / 'sweep.png'}"
 
 
-def table(results: dict) -> str:
-    """Return the points as Markdown."""
+def table(results: dict, features: str) -> str:
+    """Return the points as Markdown, with what they are of."""
     points, settings, reference = results["points"], results["settings"], results["reference"]
     rows = [
         [f"{value:.4g}" if isinstance(value, float) else str(value or "") for value in of.values()]
@@ -80,8 +88,9 @@ def table(results: dict) -> str:
     about = (
         f"{settings['num_fid_samples']} samples each of the weights {settings['weights']}, seed "
         f"{settings['global_seed']}; reference: "
-        f"{reference['name']}, {reference['count']} images; features: {results['features']}."
+        f"{reference['name']}, {reference['count']} images; features: {features}."
     )
+    about += "".join(f" {name}: refused, {why}." for name, why in results["refused"].items())
     return "\n".join([*markdown(list(points[0]), rows), "", about])
 
 

@@ -14,10 +14,11 @@ from repa_fast.data.open import open_dataset
 from repa_fast.diffusion.draws import stream
 from repa_fast.eval import reference
 from repa_fast.eval.load import Trained
-from repa_fast.eval.metrics import Batches, ScoreConfig, Scorer
+from repa_fast.eval.metrics import Batches, Scorer, tell
 from repa_fast.eval.pictures import arrange, squarest
 from repa_fast.eval.reference import ImageFile
 from repa_fast.eval.sampling import ImageSampler, labels_of
+from repa_fast.eval.spaces import ScoreConfig
 from repa_fast.models.sit import SiT
 from repa_fast.train.state import TrainState, configure_backends
 
@@ -69,6 +70,8 @@ class Evaluator:
     evaluation and kept. Attention is torch's own, as in an evaluation of a checkpoint: the run's
     backend was chosen for its dtype, and an fp16 run is sampled in fp32.
 
+    A Frechet distance of too few images is left out, which is said on stderr.
+
     Raises:
         ValueError: the features are not known, there is no reference, or too few images.
         Failure: weights of the features, or the autoencoder, cannot be had.
@@ -86,6 +89,8 @@ class Evaluator:
         )
         self._scorer = Scorer(scored, state.world, shown=False)
         self._expect_images(config)
+        if state.world.is_main:
+            tell(self._scorer.refused(config.eval_samples), "raise --eval-samples")
         if state.vae is not None:
             state.vae.load(state.metadata)
 
@@ -95,7 +100,7 @@ class Evaluator:
             dataset = open_dataset(config.data_dir)
             read_batch(dataset, np.array([0]))
             count = len(dataset)
-        elif self._scorer.space.name == "inception":
+        elif self._scorer.space.spatial:
             count = reference.load(config.eval_reference).images.count
         else:
             count = ImageFile(config.eval_reference).count
@@ -106,13 +111,19 @@ class Evaluator:
     def __call__(self, state: TrainState) -> dict[str, float]:
         """Return every score by its name; all processes call it."""
         average, count = state.whole_average(everywhere=True), state.config.eval_samples
+        labels = torch.from_numpy(asked_labels(state, np.arange(count)))
         try:
             with ops.use_attention_backend("sdpa"):
-                batches = own_batches(state, average)
-                generated = self._scorer.measure(f"step {state.step}", batches, count)
+                batches, name = own_batches(state, average), f"step {state.step}"
+                generated = self._scorer.measure(name, batches, count, labels=labels)
         finally:
             configure_backends(state.config)
         return self._scorer.compare(generated)
+
+
+def asked_labels(state: TrainState, index: np.ndarray) -> np.ndarray:
+    """Return the classes, int64 (B), of the images to evaluate by their numbers (B)."""
+    return labels_of(index, len(state.metadata.class_names), state.config.seed, "balanced")
 
 
 def own_batches(state: TrainState, average: SiT) -> Batches:
@@ -127,7 +138,6 @@ def own_batches(state: TrainState, average: SiT) -> Batches:
     sampler = ImageSampler(trained, settings, world.device)
     for start in range(world.rank * BATCH, count, world.size * BATCH):
         index = np.arange(start, start + BATCH)
-        labels = labels_of(index, len(state.metadata.class_names), config.seed, "balanced")
-        images = sampler.images(index, labels, config.seed)
+        images = sampler.images(index, asked_labels(state, index), config.seed)
         kept = min(BATCH, count - start)
         yield torch.arange(start, start + kept), images[:kept]

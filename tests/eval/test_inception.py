@@ -11,9 +11,10 @@ import torch
 from torch_fidelity import feature_extractor_inceptionv3 as port
 
 from repa_fast import encoders
+from repa_fast.distributed import World
 from repa_fast.eval import inception
 from repa_fast.eval.inception import Inception, mean_patch_tokens, spatial_features
-from repa_fast.eval.metrics import EvalConfig, feature_space
+from repa_fast.eval.spaces import ScoreConfig, feature_space
 from tests.refusals import refused
 
 pytestmark = pytest.mark.xdist_group("inception")  # the network is made once
@@ -50,8 +51,8 @@ def inception_weights(tmp_path_factory):
 @pytest.fixture(scope="module")
 def network(inception_weights):
     """As `repa-fast eval` makes it."""
-    config = EvalConfig(inception_weights=str(inception_weights))
-    space = feature_space(config, torch.device("cpu"))
+    config = ScoreConfig(inception_weights=str(inception_weights))
+    space = feature_space(config, World(0, 1, torch.device("cpu")))
     assert (space.name, space.width) == ("inception", inception.POOL_WIDTH)
     return space.features
 

@@ -16,7 +16,7 @@ from repa_fast.data.dataset import LatentDataset
 from repa_fast.data.digits import digit_images
 from repa_fast.distributed import World
 from repa_fast.encoders.digits import DigitsJudge
-from repa_fast.eval import inception, metrics, reference, scores
+from repa_fast.eval import inception, metrics, reference, scores, spaces
 from repa_fast.eval.inception import Features
 from repa_fast.eval.metrics import EvalConfig, Scorer, evaluate
 from repa_fast.testing import seeded
@@ -53,7 +53,7 @@ def small_inception() -> Iterator[None]:
     widths = {"POOL_WIDTH": pool, "SPATIAL_WIDTH": spatial, "CLASSES": logits}
     with (
         mock.patch.multiple(inception, **widths),
-        mock.patch.object(metrics, "Inception", SmallInception),
+        mock.patch.object(spaces, "Inception", SmallInception),
         mock.patch.object(reference, "SHAPES", shapes),
     ):
         yield

@@ -27,6 +27,7 @@ SIDE = 32
 ROWS = 10_000
 """At most, to fit on and to hold out: more take longer to read than they are worth."""
 STEPS, BATCH, LEARNING_RATE = 400, 64, 3e-3
+"""Of AdamW; a step for ten rows where that is more."""
 SHIFT = 3
 """Pixels of SIDE that images are moved by, at most, while it is fitted."""
 LIGHT = 0.2
@@ -56,13 +57,16 @@ class Classifier(nn.Module):
 
     def __init__(self, classes: int) -> None:
         super().__init__()
-        widths = (3, 16, 32, 64, 64)
         self.classes = classes
-        self.blocks = nn.Sequential()
-        for number, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
-            convolution = nn.Conv2d(before, after, 3, stride=2 if number else 1, padding=1)
-            self.blocks.extend([convolution, nn.GroupNorm(4, after), nn.ReLU()])
-        self.blocks.append(nn.Conv2d(widths[-1], WIDTH, 1))
+        self.blocks = nn.Sequential(
+            *_block(3, 16, stride=2),
+            *_block(16, 32),
+            nn.MaxPool2d(2),
+            *_block(32, 64),
+            nn.MaxPool2d(2),
+            *_block(64, 96),
+            nn.Conv2d(96, WIDTH, 1),
+        )
         self.head = nn.Linear(WIDTH, classes)
 
     def pool(self, images: torch.Tensor) -> torch.Tensor:
@@ -75,6 +79,11 @@ class Classifier(nn.Module):
         with exact_fp32(images.device):
             pool = self.pool(at_side(images))
             return Features(pool, logits=self.head(pool))
+
+
+def _block(before: int, after: int, stride: int = 1) -> tuple[nn.Module, ...]:
+    convolution = nn.Conv2d(before, after, 3, stride=stride, padding=1)
+    return convolution, nn.GroupNorm(4, after), nn.ReLU()
 
 
 def at_side(images: torch.Tensor) -> torch.Tensor:
@@ -124,17 +133,17 @@ def _fit(dataset: Dataset, seed: int, device: torch.device) -> tuple[dict, HeldO
     with exact_fp32(device), torch.no_grad():
         parts = (part.to(device) for part in held[0].split(READ_AT_ONCE))
         found = [classifier.head(classifier.pool(part)).argmax(1).cpu() for part in parts]
-    right = (torch.cat(found) == held[1]).double().mean().item() if found else None
+    right = (torch.cat(found) == held[1]).double().mean().item() if len(held[1]) else None
     state = {name: tensor.cpu() for name, tensor in classifier.state_dict().items()}
     return state, HeldOut(right, len(held[1]), len(labels))
 
 
 def train(classifier: Classifier, images: torch.Tensor, labels: torch.Tensor, seed: int) -> None:
     """Fit a classifier on what `at_side` gives (N, 3, 32, 32) and labels, int64 (N)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, steps = torch.Generator().manual_seed(seed), max(STEPS, len(images) // 10)
     optimizer = torch.optim.AdamW(classifier.parameters(), LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, STEPS)
-    for _ in range(STEPS):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps)
+    for _ in range(steps):
         chosen = torch.randint(len(images), (BATCH,), generator=generator).to(labels.device)
         seen = changed(images[chosen], generator)
         logits = classifier.head(classifier.pool(seen))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -26,6 +27,8 @@ from tests.refusals import refused
 CPU = torch.device("cpu")
 REAL, SAMPLES = 43, 37
 """Images; neither is a multiple of a batch or of two processes."""
+MANY, ZEROS = 192, [0] * 192
+"""Images, which are enough for the judge's distance, and labels."""
 SMALL = {"kid_subsets": 5, "kid_size": 20, "batch_size": 8}
 WIDTHS = {"pool": 6, "spatial": 5, "logits": 4}
 """Of the stand-in's features: few, so that little of their distance is rounding."""
@@ -178,11 +181,13 @@ def test_the_moments_of_a_reference_are_not_those_of_its_images(
 @pytest.mark.parametrize(
     "features, name", [("inception", "FID"), ("digits-judge", "Frechet distance")]
 )
-def test_the_references_own_images_are_perfect(files, judge, small, features, name):
-    samples = {"samples": files / "real.npz", "num_samples": REAL}
-    found = judge(**samples, features=features, kid_size=REAL)["scores"]
+def test_the_references_own_images_are_perfect(tmp_path, judge, small, features, name):
+    images = noise_images(MANY)
+    file = write_npz(tmp_path / "real.npz", images)
+    of = {"samples": file, "num_samples": 0, "dataset": write_table(tmp_path / "t", images, ZEROS)}
+    found = judge(**of, features=features, kid_size=MANY)["scores"]
     assert found["precision"] == found["recall"] == 1
-    real = planes(noise_images(REAL))
+    real = planes(images)
     rows = SmallInception()(real).pool if name == "FID" else DigitsJudge().features(real)
     _, rounding = distance(rows, rows)
     assert abs(found[name]) < rounding < 1e-2
@@ -220,6 +225,65 @@ def test_images_of_a_file_are_the_reference_of_other_features(files, judge):
     assert images["scores"] == pytest.approx(table["scores"], rel=1e-5)  # fp32 features
     assert images["reference"]["count"] == images["reference"]["rows"] == REAL
     assert images["reference"]["name"].startswith("arr_0 of real.npz, sha256 ")
+
+
+def test_a_distance_of_too_few_images_is_refused_and_the_other_scores_are_not(
+    files, judge, tmp_path, capsys
+):
+    """In 96 features; of too few samples, and then of too few real images."""
+    many = write_npz(tmp_path / "many.npz", noise_images(MANY, seed=1))
+    for of, images in (({}, f"{SAMPLES} images"), ({"samples": many}, f"{REAL} real images")):
+        found = judge(features="digits-judge", num_samples=0, **of)
+        why = f"{images}, expected at least 192 (twice the width 96)"
+        assert found["refused"] == {"Frechet distance": why}
+        assert set(found["scores"]) == {
+            "precision", "recall", "KID (20 images)", "KID, deviation", "MMD",
+        }  # fmt: skip
+        assert f"| Frechet distance | refused, {why} |" in (tmp_path / "new/out.md").read_text()
+        said = capsys.readouterr().err
+        assert said.startswith(f"repa-fast: Frechet distance: refused, {why}; ")
+        assert ("--num-fid-samples" in said) == (not of) and "smaller width" in said
+
+
+def test_each_distance_of_the_inception_has_its_own_least(files, judge, small):
+    found = judge(num_samples=11)
+    assert list(found["refused"]) == ["FID"] and "sFID" in found["scores"]
+    assert found["refused"]["FID"] == "11 images, expected at least 12 (twice the width 6)"
+    assert "inception score" in found["scores"] and not judge(num_samples=12)["refused"]
+
+
+def test_stored_moments_are_taken_at_their_word_but_not_written_of_too_few_images(
+    tmp_path, judge, small
+):
+    table = write_table(tmp_path / "few", noise_images(11), [0] * 11)
+    few = EvalConfig(dataset=str(table), write_reference=str(tmp_path / "r.npz"))
+    refused(lambda: evaluate(few), "few has 11 real images, expected at least 12")
+    table = write_table(tmp_path / "enough", noise_images(12), [0] * 12)
+    evaluate(EvalConfig(dataset=str(table), write_reference=str(tmp_path / "r.npz")))
+    assert not judge(dataset="", reference=tmp_path / "r.npz", kid_size=5)["refused"]
+
+
+def test_the_samples_of_a_run_are_its_newest(tmp_path, judge, small):
+    """Also where its folder of them is named."""
+    generated = tmp_path / "run" / "generated"
+    generated.mkdir(parents=True)
+    for number, name in enumerate(("b.npz", "c.npz", "a.npz", ".d.npz")):
+        path = write_npz(generated / name, noise_images(20 + number))
+        os.utime(path, (1e9 + number, 1e9 + number))
+    for folder in (tmp_path / "run", generated):
+        found = judge(samples=folder, num_samples=0)["samples"]
+        assert found["name"].startswith("a.npz, sha256 ") and found["count"] == 22
+
+
+def test_digits_of_a_file_with_labels_are_judged_by_class(digits_dir, judge, tmp_path):
+    images, labels = digit_images("val")
+    np.savez(tmp_path / "val.npz", arr_0=images, arr_1=labels)
+    of = {"samples": tmp_path / "val.npz", "num_samples": 250, "features": "digits-judge"}
+    found = judge(**of, dataset=digits_dir)
+    right = (DigitsJudge()(planes(images[:250])).argmax(1).numpy() == labels[:250]).mean()
+    assert 0.95 < found["scores"]["class accuracy"] == pytest.approx(right)
+    assert found["classifier"] == {"classes": 10} and not found["refused"]
+    assert "class accuracy by chance 0.1" in (tmp_path / "new" / "out.md").read_text()
 
 
 def test_the_seed_chooses_the_subsets_of_kid(direct, judge, small):
@@ -298,15 +362,16 @@ def test_two_processes_find_what_one_finds(ranks, files, tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"num_samples": 38}, rf"samples.npz has {SAMPLES} images, .* at least 38"),
+    ({"num_samples": 38}, rf"samples.npz has {SAMPLES} images, .* at least 38 \(--num-samples\)"),
     ({"dataset": "bad"}, r"train.lance row 0"),
     ({"dataset": ""}, "reference and dataset: expected one of them"),
     ({"reference": "reference.npz"}, "reference and dataset: expected one of them"),
     ({"dataset": "", "reference": "real.npz"}, "real.npz lacks mu, sigma, mu_s, sigma_s"),
-    ({"features": "dinov2-vit-b"}, "dinov2-vit-b: resolution is 16, expected 256"),
+    ({"num_samples": -1}, "num_samples is -1, expected at least 0"),
     ({"features": "digits-vit", "enc_weights": "file.pth"}, "brings its weights"),
     ({"samples": ""}, "samples is empty"),
     ({"samples": "absent.npz"}, "absent.npz is not an npz file"),
+    ({"samples": "data"}, "data/generated has no .npz .* `repa-fast generate --ckpt data`"),
     ({"split": "val"}, "no dataset at"),
     ({"out": "scores.md"}, "out is scores.md, expected the name of a .json file"),
     ({"write_reference": "a.npz", "features": "digits-judge"}, "write_reference needs"),

@@ -112,7 +112,7 @@ def test_the_squarest_grid_is_chosen_and_the_wider_of_two(options, count, column
 
 
 def test_a_sweep_s_points_are_those_of_generate_and_eval(run, digits_dir, tmp_path):
-    settings = {"num_fid_samples": 40, "num_steps": 2, "sample_dir": str(tmp_path / "s")}
+    settings = {"num_fid_samples": 192, "num_steps": 2, "sample_dir": str(tmp_path / "s")}
     judged = {"dataset": digits_dir, "split": "val", "features": "digits-judge", "kid_subsets": 5}
     config = SweepConfig(ckpt=str(run), all_steps=True, cfg_scales=(1.0, 3.0), **settings, **judged)
     written = sweep(config)
@@ -122,10 +122,13 @@ def test_a_sweep_s_points_are_those_of_generate_and_eval(run, digits_dir, tmp_pa
     chosen = GenerateConfig(ckpt=str(run / "checkpoints" / "0000007"), cfg_scale=3.0, **settings)
     samples = generate(chosen)
     alone = tmp_path / "alone.json"
-    evaluate(EvalConfig(samples=str(samples), num_samples=40, out=str(alone), **judged))
+    evaluate(EvalConfig(samples=str(samples), out=str(alone), **judged))
     expected = json.loads(alone.read_text())["scores"]
     assert {name: points[3][name] for name in expected} == pytest.approx(expected)
     assert len({p["Frechet distance"] for p in points}) == 4
+    assert set(expected) - set(points[3]) == set() and 0 <= expected["class accuracy"] <= 1
+    assert results["classifier"] == {"classes": 10} and results["refused"] == {}
+    assert "class accuracy by chance 0.1" in written
     assert "Frechet distance" in written and (tmp_path / "s" / "sweep.md").exists()
     with Image.open(tmp_path / "s" / "sweep.png") as picture:
         assert len(picture.getcolors(1 << 20)) > 10
@@ -168,6 +171,8 @@ def test_what_is_not_there_is_refused(run, digits_dir, tmp_path):
         ckpt=str(run), dataset=digits_dir, split="val", features="digits-judge",
         num_fid_samples=4, num_steps=1, sample_dir=str(tmp_path), plotted="FID",
     )  # fmt: skip
-    refused(lambda: sweep(no_score), "plotted is 'FID', expected one of Frechet distance")
+    refused(lambda: sweep(no_score), "plotted is 'FID', expected one of class accuracy, precision")
+    no_score.plotted = "Frechet distance"
+    refused(lambda: sweep(no_score), "plotted: Frechet distance is refused, 4 images, .* 192")
     no_row = PcaConfig(ckpt=str(run), data_dir=digits_dir, rows=(297,))
     refused(lambda: pca(no_row), r"row is 297, expected 0\.\.296")

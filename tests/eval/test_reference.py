@@ -113,6 +113,20 @@ def test_the_first_images_are_taken_where_there_are_more_but_not_where_there_are
     refused(lambda: ImageFile(images, 12), f"images.npz has {COUNT} images, expected at least 12")
 
 
+def test_labels_are_those_of_the_images_that_are_taken(images, tmp_path):
+    assert ImageFile(images).labels is None
+    np.savez(tmp_path / "x.npz", PIXELS, np.arange(COUNT, dtype=np.uint8))
+    found = ImageFile(tmp_path / "x.npz", 7).labels
+    assert found.tolist() == list(range(7)) and found.dtype == torch.int64
+
+
+@pytest.mark.parametrize("labels", [np.zeros(COUNT), np.zeros(COUNT - 1, int), np.full(COUNT, "a")])
+def test_what_is_no_label_for_each_image_is_refused(tmp_path, labels):
+    np.savez(tmp_path / "x.npz", PIXELS, labels)
+    words = rf"x.npz: arr_1 is .*, expected integers \({COUNT},\), a label for each image"
+    refused(lambda: ImageFile(tmp_path / "x.npz", 7).labels, words)
+
+
 WANTED = r".* expected uint8 \(N, H, W, 3\)"
 
 

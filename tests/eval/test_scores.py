@@ -131,6 +131,13 @@ def test_mmd_of_two_points_has_a_closed_form_and_of_equal_sets_is_none():
     assert scores.mmd_rbf(same, same) == pytest.approx(0, abs=1000 * 1e-15)
 
 
+def test_class_accuracy_is_the_share_of_largest_logits_that_are_the_label_s():
+    logits = torch.tensor([[0.0, 2.0], [1.0, -1.0], [3.0, 4.0], [5.0, 4.0]])
+    assert scores.class_accuracy(logits, torch.tensor([1, 0, 0, 0])) == 0.75
+    refused(lambda: scores.class_accuracy(logits, torch.zeros(3)), r"labels .* expected \(4,\)")
+    refused(lambda: scores.class_accuracy(logits[:0], torch.zeros(0)), "logits .* N >= 1")
+
+
 @pytest.mark.parametrize(
     "score, least",
     [(scores.precision_recall, 4), (functools.partial(scores.kid, size=5), 5), (scores.mmd_rbf, 1)],

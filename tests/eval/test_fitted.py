@@ -198,6 +198,6 @@ def test_what_cannot_be_fitted_or_told_is_refused(data, samples, tmp_path, monke
 
 
 def test_held_out_digits_are_told_apart(digits_dir, heavy):
-    with mock.patch.object(fitted, "STEPS", 400):
+    with mock.patch.object(fitted, "STEPS", 300):
         _, held_out = fit(open_dataset(digits_dir), 0, ALONE)
     assert held_out.rows == 297 and held_out.accuracy > 0.97

@@ -140,17 +140,20 @@ class Scorer:
         measured = self.measure_file(stored.images)
         return replace(measured, count=None, pool=stored.pool, spatial=stored.spatial)
 
+    @cached_property
+    def _real_count(self) -> int | None:
+        """As `real.count`, before anything is measured."""
+        if self.config.dataset:
+            return len(open_dataset(self.config.dataset, self.config.split))
+        return None if self.space.spatial else ImageFile(self.config.reference).count
+
     def refused(self, count: int) -> dict[str, str]:
         """Return the Frechet distances of `count` images that there are not, and why, by name.
 
         A covariance of rows that are not many more than its width says little of the images. Stored
         moments do not say how many they are of, and are taken at their word.
         """
-        config, found, real = self.config, {}, None
-        if config.dataset:
-            real = len(open_dataset(config.dataset, config.split))
-        elif not self.space.spatial:
-            real = ImageFile(config.reference).count
+        found, real = {}, self._real_count
         for name, (_, width) in self.space.distances.items():
             expected = f"expected at least {2 * width} (twice the width {width})"
             if count < 2 * width:

@@ -122,6 +122,8 @@ def _fit(dataset: Dataset, seed: int, device: torch.device) -> tuple[dict, HeldO
             "on: take other --features, inception or an encoder's name"
         )
     if (val := _val_split(dataset)) is not None:
+        if val.metadata.class_names != dataset.metadata.class_names:
+            raise ValueError(f"{val.uri} has other classes than {dataset.uri}, expected the same")
         held = _read(val, rng)
     else:
         chosen = held_out_rows(labels.numpy(), rng)

@@ -185,14 +185,23 @@ def test_samples_of_the_dataset_are_nearer_than_noise(data, samples):
     ({"reference": "samples"}, ["features is fitted, expected a dataset", "samples.npz"]),
     ({"dataset": "data", "enc_weights": "x.pth"}, ["enc_weights is x.pth, expected none"]),
     ({"dataset": "one"}, ["train.lance has rows of one class only", "expected at least 2"]),
+    ({"dataset": "other"}, ["val.lance has other classes than .*train.lance"]),
     ({"dataset": "data"}, [r"samples.npz, .* has labels 0..6, expected 0..5"]),
 ])  # fmt: skip
 def test_what_cannot_be_fitted_or_told_is_refused(data, samples, tmp_path, monkeypatch, of, words):
     monkeypatch.setattr(fitted, "STEPS", 1)
     images, _ = coloured(8, seed=0)
     write_table(tmp_path / "one" / "train.lance", images, [2] * 8)
+    for split, classes in (("train", 3), ("val", 4)):
+        write_table(tmp_path / "other" / f"{split}.lance", images, [0, 1] * 4, classes)
     file = samples(images, np.arange(8) % 7)
-    places = {"samples": file, "data": str(data), "one": str(tmp_path / "one"), "x.pth": "x.pth"}
+    places = {
+        "samples": file,
+        "data": str(data),
+        "one": str(tmp_path / "one"),
+        "other": str(tmp_path / "other"),
+        "x.pth": "x.pth",
+    }
     named = {name: places[value] for name, value in of.items()}
     refused(lambda: judged(file, features="fitted", **named), *words)
 

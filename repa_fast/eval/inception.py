@@ -57,7 +57,8 @@ class Inception:
             from torch_fidelity import feature_extractor_inceptionv3 as port
         except ImportError as error:
             raise Failure(
-                f"the Inception features need torch-fidelity (pip install torch-fidelity): {error}"
+                "the Inception features need torch-fidelity (pip install 'repa-fast[eval]'): "
+                f"{error}"
             ) from error
         self.weights = Path(weights) if weights else _fetch(port.URL_INCEPTION_V3)
         self.device = torch.device(device)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.lib import format as npy
 
+from repa_fast.checkpoint.layout import GENERATED
 from repa_fast.eval.inception import POOL_WIDTH, SPATIAL_WIDTH
 from repa_fast.whole import open_regular, whole_or_not
 from repa_fast.words import first_line, one_line
@@ -125,7 +126,7 @@ def newest_images(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    run = path.parent if path.name == "generated" else path
+    run = path.parent if path.name == GENERATED else path
     found = [file for file in run.glob("generated/*.npz") if not file.name.startswith(".")]
     if not found:
         raise ValueError(

@@ -201,7 +201,7 @@ def test_weights_are_fetched_once_and_checked_by_their_hash(hub):
 
 def test_without_torch_fidelity_the_remedy_is_named(monkeypatch, inception_weights):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    refused(lambda: Inception(inception_weights), "pip install torch-fidelity", error=RuntimeError)
+    refused(lambda: Inception(inception_weights), "pip install 'repa-fast", error=RuntimeError)
 
 
 class Code:

@@ -91,11 +91,13 @@ PIXELS = SMALL | {
     "hidden_size": 192,
     "depth": 6,
     "num_heads": 6,
-    "learning_rate": 1e-3,
+    "learning_rate": 2e-3,
+    "warmup_steps": 50,
     "max_train_steps": 1500,
     "ema_decay": "0.998",
-    "sampling_steps": 250,
+    "sampling_steps": 500,
     "checkpointing_steps": 500,
+    "num_steps": 25,
 }
 about = "Train a small SiT on latents of your own images, a few hundred to 100,000, on one GPU."
 add("small", about, **SMALL)

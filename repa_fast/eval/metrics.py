@@ -43,6 +43,8 @@ class EvalConfig(ScoreConfig):
     samples: str = ""
     """The .npz of images that `repa-fast generate` writes (arr_0, uint8 (N, H, W, 3)), or a run's
     folder: the newest one in RUN/generated."""
+    weights: str = ""
+    """Which of a run's images: those of model, ema, ema_2 and so on; of any where empty."""
     num_samples: int = 0
     """Take so many samples, of which fewer in the file are an error; all of them where 0."""
     out: str = ""
@@ -89,7 +91,7 @@ def evaluate(config: EvalConfig) -> str:
         if config.write_reference:
             expect_writable("write_reference", Path(config.write_reference))
             return _write_reference(config, world)
-        samples = world.on_first(lambda: newest_images(Path(config.samples)))
+        samples = world.on_first(lambda: newest_images(Path(config.samples), config.weights))
         file = ImageFile(samples, config.num_samples or None)
         scorer = Scorer(config, world)
         out = Path(config.out or samples.with_suffix(f".{scorer.space.name}.json"))

@@ -20,7 +20,7 @@ from numpy.lib import format as npy
 
 from repa_fast.checkpoint.layout import GENERATED
 from repa_fast.eval.inception import POOL_WIDTH, SPATIAL_WIDTH
-from repa_fast.whole import open_regular, whole_or_not
+from repa_fast.whole import open_regular, parse_json, read_regular, whole_or_not
 from repa_fast.words import first_line, one_line
 
 Statistics = tuple[np.ndarray, np.ndarray]
@@ -118,8 +118,10 @@ class ImageFile:
             yield stream, shape
 
 
-def newest_images(path: Path) -> Path:
+def newest_images(path: Path, weights: str = "") -> Path:
     """Return the file that is meant: `path`, or the newest .npz of a run's folder RUN/generated.
+
+    There only those of a set of `weights` (any where empty) count, as the JSON beside them says.
 
     Raises:
         ValueError: there is none in that folder, or in RUN where it is `path` itself.
@@ -127,13 +129,22 @@ def newest_images(path: Path) -> Path:
     if not path.is_dir():
         return path
     run = path.parent if path.name == GENERATED else path
-    found = [file for file in run.glob("generated/*.npz") if not file.name.startswith(".")]
+    found = [file for file in run.glob(f"{GENERATED}/*.npz") if not file.name.startswith(".")]
+    if weights:
+        found = [file for file in found if _weights_of(file) == weights]
     if not found:
+        of, flag = (f" of weights {weights}", f" --weights {weights}") if weights else ("", "")
         raise ValueError(
-            f"{run / 'generated'} has no .npz of images, expected one of `repa-fast generate "
-            f"--ckpt {run}`"
+            f"{run / GENERATED} has no .npz of images{of}, expected one of `repa-fast generate "
+            f"--ckpt {run}{flag}`"
         )
     return max(found, key=lambda file: (file.stat().st_mtime_ns, file.name))
+
+
+def _weights_of(images: Path) -> object:
+    beside = images.with_suffix(".json")
+    described = parse_json(read_regular(beside), beside) if beside.is_file() else {}
+    return described.get("weights") if isinstance(described, dict) else None
 
 
 class Reference(NamedTuple):

@@ -215,7 +215,8 @@ def finish(run: Run) -> None:
     if grid.exists():
         with attempts.to_write(folder / "samples.png"):
             write_whole(folder / "samples.png", grid.read_bytes())
-            say(f"samples: {folder / 'samples.png'}")
+            scale = run.state.config.cfg_scale
+            say(f"samples: {folder / 'samples.png'} (guidance {scale:g}, weights ema)")
 
 
 def seen(folder: Path, step: int) -> dict[str, int]:

@@ -273,6 +273,11 @@ def test_the_samples_of_a_run_are_its_newest(tmp_path, judge, small):
     for folder in (tmp_path / "run", generated):
         found = judge(samples=folder, num_samples=0)["samples"]
         assert found["name"].startswith("a.npz, sha256 ") and found["count"] == 22
+    for name, weights in (("a", "ema"), ("b", "ema_2"), ("c", "ema_2")):
+        (generated / f"{name}.json").write_text(f'{{"weights": "{weights}"}}')
+    assert reference.newest_images(tmp_path / "run", "ema_2") == generated / "c.npz"
+    words = "has no .npz of images of weights model, expected .* --ckpt .*run --weights model`"
+    refused(lambda: reference.newest_images(generated, "model"), words)
 
 
 def test_digits_of_a_file_with_labels_are_judged_by_class(digits_dir, judge, tmp_path):

@@ -91,11 +91,13 @@ PIXELS = SMALL | {
     "hidden_size": 192,
     "depth": 6,
     "num_heads": 6,
+    "batch_size": 16,
+    "weighting": "lognormal",
     "learning_rate": 2e-3,
     "warmup_steps": 50,
-    "max_train_steps": 1500,
+    "max_train_steps": 2000,
     "ema_decay": "0.998",
-    "sampling_steps": 500,
+    "sampling_steps": 1000,
     "checkpointing_steps": 500,
     "num_steps": 25,
 }
@@ -104,7 +106,7 @@ add("small", about, **SMALL)
 about = "Train a tiny SiT on your own images of up to 32 pixels: minutes on two CPU cores."
 add("pixels-32", about, **PIXELS)
 about = "Train a tiny SiT on your own images of 64 pixels: minutes on two CPU cores."
-add("pixels-64", about, **PIXELS | {"patch_size": 8})
+add("pixels-64", about, **PIXELS | {"patch_size": 8, "hidden_size": 256, "num_heads": 8})
 
 
 DIGITS = {

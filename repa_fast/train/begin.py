@@ -62,22 +62,18 @@ def remove(new: list[Path]) -> None:
             path.rmdir()
 
 
-def settle(asked: Asked, folder: Path, world: World) -> tuple[Path | None, TrainConfig]:
-    """Return what a run resumes from, None where it starts, and its config.
+def settle(asked: Asked, folder: Path, world: World) -> tuple[Path | None, TrainConfig, list[str]]:
+    """Return what a run resumes from, None where it starts, its config, and what differs in that.
 
-    Says on the first process which flags differ from the run's. ValueError as for `find` and
-    `inherit`.
+    ValueError as for `find` and `inherit`.
     """
     config = after_restart(asked.config, folder, world)
     source = find(folder / "checkpoints", config, world)
     if source is None or source.is_file():
-        return source, config
+        return source, config, []
     config, differ = inherit(replace(asked, config=config), source)
     expect_no_link(folder / config.logging_dir)
-    if world.is_main:
-        for line in differ:
-            say(line)
-    return source, config
+    return source, config, differ
 
 
 def after_restart(config: TrainConfig, folder: Path, world: World) -> TrainConfig:

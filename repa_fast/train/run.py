@@ -78,12 +78,12 @@ def train(asked: Asked | TrainConfig) -> Path:
         error_file(logs, world.rank, stopping),
         watchdog(logs / f"stacks-rank{world.rank}.txt", config.watchdog) as begins,
     ):
-        source, config = settle(asked, folder, world)
+        source, config, differ = settle(asked, folder, world)
         dataset = run_dataset(config.data_dir, world)
         config = fit_to_data(config, dataset.metadata)
         order = SampleOrder(len(dataset), config.images_per_step, config.seed)
         state = restore(config, dataset, source, folder, world)
-        state.notes += hints(config, dataset)
+        state.notes = [*differ, *state.notes, *hints(config, dataset)]
         with open_run(folder, state, dataset, order, stopping, begins, lock) as run:
             loop(run)
             if world.is_main and run.done:

@@ -238,7 +238,7 @@ def test_a_run_loads_each_encoder_from_its_file(monkeypatch, tmp_path):
         weights[name] = random_weights(OFFICIAL[name])
         paths.append(str(tmp_path / f"{name}.pth"))
         torch.save(OFFICIAL[name].layout(weights[name]), paths[-1])
-    config = TrainConfig(enc_type=",".join(names), enc_weights=",".join(paths))
+    config = TrainConfig(enc_type=",".join(names), enc_weights=",".join(paths), resolution=256)
     alignment = Encoders(config)
     alignment.load(World(0, 1, torch.device("cpu")))
     for name in names:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from functools import partial
 
@@ -98,7 +99,8 @@ def test_a_terminal_gets_every_line_above_a_bar(tmp_path, monkeypatch):
     for step in (10, 20):
         reporter.metrics(step, reading(step, images_per_second=0.8519))
     reporter.close()
-    shown = [line.rpartition("\x1b[2K")[2].rstrip() for line in terminal.getvalue().split("\n")]
+    parts = re.split(r"\x1b\[[0-9;?]*[A-Za-z]|[\r\n]", terminal.getvalue())
+    shown = [part.rstrip() for part in parts]
     logged = [line.split("  ", 1)[1] for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert [line for line in shown if line in logged] == logged and len(logged) == 3
     assert "norm 1.2500  0.852 images/s  ETA 1:02:05" in logged[1]

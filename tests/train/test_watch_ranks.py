@@ -26,7 +26,7 @@ def test_both_stop_together_and_say_the_same(stopped):
     message, command = first["message"].split("\n")
     assert "checkpoints/0000010" in message
     assert "-m torch.distributed.run --standalone --nproc-per-node=2 -m repa_fast train" in command
-    assert "--skip-steps=2" in command and "--parallel=fsdp" in command
+    assert "--skip-steps=2" in command and "--parallel" not in command  # the run's own
 
 
 @pytest.mark.usefixtures("heavy", "torchrun")

@@ -1,5 +1,6 @@
 """Checks of arguments that come from a caller: ValueError that says what was expected and got."""
 
+import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -39,7 +40,9 @@ def expect_tokens(op: str, name: str, tensor: torch.Tensor) -> tuple[int, int, i
 def expect_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
-        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}{hint}")
 
 
 def looks_like_url(value: str | Path) -> bool:

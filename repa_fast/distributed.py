@@ -16,7 +16,10 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from repa_fast.failure import Failure
-from repa_fast.words import rate
+from repa_fast.words import note, rate
+
+SAID_EVERY = 30.0
+"""Seconds between lines about progress where there is no terminal for a bar."""
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = 1800.0
@@ -179,7 +182,10 @@ def own_device() -> torch.device:
 
 @contextmanager
 def progress_bar(description: str, shown: bool) -> Iterator[Callable]:
-    """Yield progress(total) -> advance_to(done): a bar with images/s and the time left."""
+    """Yield progress(total) -> advance_to(done): a bar with images/s and the time left.
+
+    Where there is no terminal, a line every SAID_EVERY seconds.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[rate]}")
@@ -189,8 +195,13 @@ def progress_bar(description: str, shown: bool) -> Iterator[Callable]:
 
         def start(total: int | None) -> Callable[[int], None]:
             bar.update(task, total=total)
+            said = time.monotonic()
 
             def advance(done: int) -> None:
+                nonlocal said
+                if shown and not watched and time.monotonic() - said >= SAID_EVERY:
+                    said = time.monotonic()
+                    note(f"{description}: {done} of {total or 'an unknown number'}")
                 speed = bar.tasks[0].speed
                 bar.update(task, completed=done, rate=rate(speed) if speed else "")
 

@@ -50,7 +50,8 @@ def test_the_readme_s_four_commands_make_a_grid_and_a_figure(tmp_path, capsys):
     found = commands("README.md")
     assert len(found) == 4
     for words in found:
-        words = ["train", *words[2:]] if words[:2] == ["python", "train.py"] else words[1:]
+        program, *words = words
+        assert program == "repa-fast"
         assert cli.main([*words, *SHORTER[words[0]]]) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
     assert "class accuracy" in printed and "Frechet distance" in printed

@@ -33,6 +33,8 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is no such file, has a name that no flag has, or a value of another kind.
     """
+    if not path.exists():
+        raise ValueError(f"--config {path} does not exist, expected a YAML file or an args.json")
     text = read_regular(path)
     try:
         values = parse_json(text, "it") if path.suffix == ".json" else _from_yaml(text)

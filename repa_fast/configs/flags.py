@@ -59,7 +59,7 @@ def parse(argv: Sequence[str]) -> Asked:
     parsed = tyro.cli(
         grouped(SimpleNamespace(**values)),
         args=argv,
-        prog="train.py",
+        prog="repa-fast train",
         description="Train a SiT with representation alignment; flags win over a file's values, "
         "those over a preset's.",
     )

@@ -97,7 +97,8 @@ PIXELS = SMALL | {
     "warmup_steps": 50,
     "max_train_steps": 2000,
     "ema_decay": "0.998",
-    "sampling_steps": 1000,
+    "log_every": 20,
+    "sampling_steps": 500,
     "checkpointing_steps": 500,
     "num_steps": 25,
 }
@@ -240,8 +241,8 @@ def show(config: PresetsConfig) -> str:
         return table({config.name: PRESETS[config.name]} if config.name else PRESETS)
     if not config.name:
         raise ValueError("yaml is set, expected the name of one preset before it")
-    preset = PRESETS[config.name]
-    return file.write(preset.settings, f"{preset.about} train.py --config FILE --exp-name NAME")
+    preset, use = PRESETS[config.name], "repa-fast train --config FILE --exp-name NAME"
+    return file.write(preset.settings, f"{preset.about} {use}")
 
 
 def table(found: dict[str, Preset]) -> str:

@@ -77,9 +77,10 @@ def open_table(uri: str | Path, split: str) -> "tuple[lance.LanceDataset, str]":
             reason = error
         if remote and "was not found" not in str(reason):
             raise ValueError(_failure(candidate, "cannot open it", start, reason)) from reason
+    images = f"--data-dir {base}" if not remote and Path(base).is_dir() else "--data-dir IMAGES"
     raise NoTable(
         f"no dataset at {base} (looked for {inside} and for a Lance table); "
-        "make one with `repa-fast prepare`"
+        f"`repa-fast prepare images {images} --out DIR` makes one of a folder of images"
     ) from reason
 
 

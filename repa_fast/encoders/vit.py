@@ -47,7 +47,10 @@ class EncoderSpec:
         """Return the pixels of its input for images of `resolution`; ValueError without one."""
         if resolution not in self.input_sizes:
             known = ", ".join(map(str, self.input_sizes))
-            raise ValueError(f"encoder {self.name}: resolution is {resolution}, expected {known}")
+            raise ValueError(
+                f"encoder {self.name}: resolution is {resolution}, expected {known}: prepare "
+                "images of that size"
+            )
         return self.input_sizes[resolution]
 
     def num_tokens(self, resolution: int) -> int:

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from repa_fast.data.dataset import Metadata
+from repa_fast.data.latents import can_decode
 from repa_fast.data.open import Dataset, open_dataset
 from repa_fast.data.store import NoTable
 from repa_fast.eval.pictures import arrange, save_png
@@ -47,7 +49,7 @@ def describe(dataset: Dataset, labels: np.ndarray) -> list[str]:
     meta = dataset.metadata
     lines = [
         f"{dataset.uri}: dataset of {len(dataset)} rows, images of {meta.resolution} pixels, "
-        f"latents {meta.latent_shape} of {_cut(meta.vae)} (scale {meta.scale}, bias {meta.bias}), "
+        f"latents {meta.latent_shape} of {_vae(meta)} (scale {meta.scale}, bias {meta.bias}), "
         f"{len(meta.class_names)} classes",
         describe_classes(labels, meta.class_names),
         describe_latents(dataset),
@@ -173,6 +175,10 @@ def _thumbnail(pixels: np.ndarray) -> np.ndarray:
 
 def _name(names: Sequence[str], label: int) -> str:
     return _cut(names[label].strip() or label)
+
+
+def _vae(meta: Metadata) -> str:
+    return "pixels" if can_decode(meta) else _cut(meta.vae)
 
 
 def _cut(text: object) -> str:

@@ -112,11 +112,10 @@ def generate(config: GenerateConfig) -> Path:
     except OSError as error:
         if not is_disk_full(error):
             raise
-        done, blocks = len([*work.glob("[0-9]*.json")]), _blocks(config)
-        raise Failure(
-            f"the disk of {work} is full; {done} of {blocks} batches are written and kept: make "
-            "room and run the same command again"
-        ) from error
+        raise Failure(f"the disk of {work} is full, make room; {_kept(work, config)}") from error
+    except KeyboardInterrupt:
+        note(_kept(work, config))
+        raise
     return out
 
 
@@ -180,6 +179,12 @@ def _generate(config: GenerateConfig, loaded: Loaded, out: Path, work: Path, hel
     labels = chosen_labels(config, loaded.metadata, np.arange(config.num_fid_samples))
     write_npz(out, parts(), shape, arr_1=labels)
     ledger.remove()
+
+
+def _kept(work: Path, config: GenerateConfig) -> str:
+    done = len([*work.glob("[0-9]*.json")])
+    of = f"{done} of {_blocks(config)} batches are written and kept"
+    return f"{of}: the same command goes on from there"
 
 
 def _blocks(config: GenerateConfig) -> int:

@@ -57,7 +57,8 @@ class Inception:
             from torch_fidelity import feature_extractor_inceptionv3 as port
         except ImportError as error:
             raise Failure(
-                "the Inception features need torch-fidelity (pip install 'repa-fast[eval]'): "
+                "the Inception features need torch-fidelity (pip install 'repa-fast[eval]'; "
+                "--features fitted needs no download): "
                 f"{error}"
             ) from error
         self.weights = Path(weights) if weights else _fetch(port.URL_INCEPTION_V3)
@@ -151,7 +152,7 @@ def _fetch(url: str) -> Path:
         release = url.split("/")[-2]
         raise Failure(
             f"the Inception weights are neither at {path} nor can they be fetched from {url} "
-            f"({error}); give them with --inception-weights FILE, where FILE is "
+            f"({error}); take --features fitted, or --inception-weights FILE, where FILE is "
             f"{path.name} of torch-fidelity's release {release}"
         ) from error
     return path

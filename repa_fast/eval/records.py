@@ -10,7 +10,7 @@ from repa_fast.words import one_line, rate, short
 
 MOST_BYTES = 2**20
 """Of a file; of a file of lines its end is read, which is no longer either."""
-FILES_READ, VALUES_SHOWN, LETTERS_SHOWN = 100, 20, 60
+FILES_READ, VALUES_SHOWN, LETTERS_SHOWN, NAME_SHOWN = 100, 20, 60, 100
 
 
 def describe_records(run: Path) -> list[str]:
@@ -85,7 +85,7 @@ def _scores(path: Path) -> str:
         raise ValueError(f"scores are {short(values['scores'])}, expected numbers by name")
     samples = values.get("samples")
     count = samples.get("count") if isinstance(samples, dict) else None
-    return f"{GENERATED}/{_cut(path.name)}: {_listed(values['scores'] | {'samples': count})}"
+    return f"{GENERATED}/{one_line(path.name)[:NAME_SHOWN]}: {_listed(values['scores'] | {'samples': count})}"
 
 
 def _read(path: Path) -> dict:

@@ -37,7 +37,7 @@ class Encoders(Alignment):
             if found != tokens:
                 raise ValueError(
                     f"encoder {spec.name} gives {found} tokens, expected {tokens} "
-                    "(the transformer's)"
+                    "(the transformer's, of which --patch-size has fewer or more)"
                 )
 
     def flops(self, tokens, width):

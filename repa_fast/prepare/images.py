@@ -100,7 +100,8 @@ def prepare_images(config: ImagesConfig) -> str:
             restart=config.restart,
             progress=progress(len(source)),
         )
-    return "" if rows is None else f"{uri}: {rows} rows of {len(source)} images"
+    classes = len(source.class_names)
+    return "" if rows is None else f"{uri}: {rows} rows of {len(source)} images, {classes} classes"
 
 
 def _described(config: ImagesConfig) -> str:

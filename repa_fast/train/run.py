@@ -200,6 +200,8 @@ def open_reporter(folder: Path, state: TrainState, total: int) -> Reporter:
         f"{config.images_per_step} images per step in micro-batches of {state.micro_batch}, "
         f"from step {state.step} to {total}"
     )
+    if state.step >= total:
+        reporter.line(f"step {total} is the last one already: --max-train-steps takes more")
     for note in (*state.notes, graph.describe(state), *ema_warnings(config, total)):
         reporter.line(note)
     return reporter

@@ -270,7 +270,7 @@ def test_a_full_disk_keeps_what_is_written(make, whole, tmp_path, monkeypatch, p
 
     with monkeypatch.context() as patch:
         patch.setattr(generating, place, full)
-        message = rf"disk of .* is full; {done} of 3 batches are written and kept"
+        message = rf"disk of .* is full, .*; {done} of 3 batches are written and kept"
         refused(lambda: generate(make(tmp_path)), message, error=RuntimeError)
     assert records(tmp_path) == done
     assert_same(generate(make(tmp_path)), whole)

@@ -85,7 +85,8 @@ def _scores(path: Path) -> str:
         raise ValueError(f"scores are {short(values['scores'])}, expected numbers by name")
     samples = values.get("samples")
     count = samples.get("count") if isinstance(samples, dict) else None
-    return f"{GENERATED}/{one_line(path.name)[:NAME_SHOWN]}: {_listed(values['scores'] | {'samples': count})}"
+    name, scores = one_line(path.name)[:NAME_SHOWN], values["scores"] | {"samples": count}
+    return f"{GENERATED}/{name}: {_listed(scores)}"
 
 
 def _read(path: Path) -> dict:

@@ -52,4 +52,4 @@ def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
         return []
     widths = [max(map(len, column)) for column in zip(HEAD, *rows)]
     lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in (HEAD, *rows))
-    return ["flags that differ from the run's own (a flag changes one, nothing else does):", *lines]
+    return ["flags that differ from the run's own; those given on the command line change:", *lines]

@@ -57,9 +57,12 @@ def test_the_readme_s_four_commands_make_a_grid_and_a_figure(tmp_path, capsys):
     assert "class accuracy" in printed and "Frechet distance" in printed
     run = tmp_path / "exps" / "photos"
     with Image.open(run / "samples.png") as grid:
-        assert grid.size == (12 * 68 - 4, 8 * 68 - 4)  # three columns a class, 64 pixels, a gap
+        assert grid.size == (
+            12 * 68 - 4,
+            8 * 68 - 4,
+        )  # three columns a class
     config = json.loads((run / "args.json").read_text())
-    assert (config["resolution"], config["num_classes"], config["ema_warmup"]) == (64, 4, True)
+    assert (config["resolution"], config["num_classes"], config["ema_warmup"]) == (32, 4, True)
     assert len(list((run / "generated").glob("*.npz"))) == 1
 
 

@@ -63,6 +63,7 @@ def test_what_is_refused(call, words):
 @pytest.mark.parametrize("name", REGISTRY)
 def test_a_resolution_without_an_input_size_is_refused(name):
     spec = REGISTRY[name]
-    words = rf"{name}: resolution is 100, expected {', '.join(map(str, spec.input_sizes))}: prepare images of that size$"
+    known = ", ".join(map(str, spec.input_sizes))
+    words = rf"{name}: resolution is 100, expected {known}: prepare images of that size$"
     for call in (spec.num_tokens, spec.input_size, partial(encoders.load, name, device="cpu")):
         refused(partial(call, resolution=100), words)

@@ -1,7 +1,6 @@
 """`repa-fast COMMAND ...`: a table of commands; each says what it takes with --help."""
 
 import dataclasses
-import difflib
 import importlib
 import os
 import sys
@@ -10,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from repa_fast import __version__, command
+from repa_fast.words import nearest
 
 SPINS = "30000"
 """Turns for which an idle OpenMP thread of torch's looks for work before it sleeps.
@@ -127,7 +127,7 @@ def unknown(argv: Sequence[str]) -> str:
     inside = [name.removeprefix(group) for name in COMMANDS if name.startswith(group)]
     word = "".join(argv[1:2]) if inside else argv[0]
     known = inside or list(dict.fromkeys(name.split()[0] for name in COMMANDS))
-    near = difflib.get_close_matches(word, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    near = nearest(word, known)
+    hint = f"; did you mean {near!r}?" if near else ""
     where = f"{argv[0]}: " if inside else ""
     return f"{where}the command is {word!r}, expected one of {', '.join(known)}{hint}"

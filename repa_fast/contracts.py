@@ -1,12 +1,13 @@
 """Checks of arguments that come from a caller: ValueError that says what was expected and got."""
 
-import difflib
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
+from repa_fast.words import nearest
 
 
 def expect_shape(op: str, name: str, tensor: torch.Tensor, expected: Sequence[int]) -> None:
@@ -40,8 +41,8 @@ def expect_tokens(op: str, name: str, tensor: torch.Tensor) -> tuple[int, int, i
 def expect_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        near = nearest(str(value), choices)
+        hint = f"; did you mean {near}?" if near else ""
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}{hint}")
 
 

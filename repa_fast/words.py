@@ -1,7 +1,9 @@
 """Messages, and what they say of values and errors, which may be a stranger's: one short line."""
 
+import difflib
 import reprlib
 import sys
+from collections.abc import Iterable
 
 
 class _Short(reprlib.Repr):
@@ -44,6 +46,11 @@ def rate(images_per_second: float) -> str:
     """Return a rate for people: three digits of it, all of them from 100 on."""
     digits = ".3g" if images_per_second < 100 else ".0f"
     return f"{images_per_second:{digits}} images/s"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return the known word that another one was probably meant to be; "" where none is near."""
+    return next(iter(difflib.get_close_matches(word, known, n=1)), "")
 
 
 def short(value: object) -> str:

@@ -1,6 +1,5 @@
 """Config files: YAML that people write, or the args.json of a run."""
 
-import difflib
 import json
 import textwrap
 import typing
@@ -13,7 +12,7 @@ from typing import Any, Literal
 from repa_fast.command import sentences
 from repa_fast.configs.config import TrainConfig, in_force
 from repa_fast.whole import parse_json, read_regular
-from repa_fast.words import one_line, short
+from repa_fast.words import nearest, one_line, short
 
 ARGS = "args.json"
 """Of a run's folder: its resolved config."""
@@ -72,8 +71,8 @@ def _from_yaml(text: bytes) -> Any:
     for name, value in read.items():
         name = str(name).replace("-", "_")
         if name not in hints:
-            near = difflib.get_close_matches(name, hints, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            near = nearest(name, hints)
+            hint = f"; did you mean {near}?" if near else ""
             raise ValueError(f"{short(name)} is no flag of train.py{hint}")
         several = isinstance(value, list) and all(isinstance(one, str) for one in value)
         values[name] = _typed(name, ",".join(value) if several else value, hints[name])

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from repa_fast.configs.build import fit_to_data
 from repa_fast.configs.config import TrainConfig
 from repa_fast.configs.file import ARGS
 from repa_fast.configs.flags import Asked, asked_outright, parse
@@ -80,7 +79,6 @@ def train(asked: Asked | TrainConfig) -> Path:
     ):
         source, config, differ = settle(asked, folder, world)
         dataset = run_dataset(config.data_dir, world)
-        config = fit_to_data(config, dataset.metadata)
         order = SampleOrder(len(dataset), config.images_per_step, config.seed)
         state = restore(config, dataset, source, folder, world)
         state.notes = [*differ, *state.notes, *hints(config, dataset)]

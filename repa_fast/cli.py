@@ -63,6 +63,10 @@ COMMANDS = {
         "write a checkpoint as a file that other programs read",
         ".checkpoint.export:export_checkpoint",
     ),
+    "share": Command(
+        "write a checkpoint with a model card as a folder for diffusers, or on the hub",
+        ".share.pretrained:share",
+    ),
     "info": Command(
         "say what a checkpoint, a run, a weight file or a dataset is", ".eval.info:info"
     ),

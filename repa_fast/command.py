@@ -96,6 +96,19 @@ def parse(config: type, argv: Sequence[str], prog: str) -> Any:
     return config(**vars(parsed))
 
 
+def flags(values: Mapping[str, object], default: Mapping[str, object]) -> list[str]:
+    """Return the words that make `values`, by the names of fields, of a command's defaults."""
+    words = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flag = f"--{flag}" if value else f"--no-{flag}"
+        else:
+            flag = f"--{flag}={value}"
+        words += [flag] if value != default[name] else []
+    return words
+
+
 def mirror(
     config: type,
     default: Any = None,

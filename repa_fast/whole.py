@@ -98,6 +98,9 @@ def whole_or_not(out: Path, *, replace: bool = False) -> Iterator[Path]:
         mode = partial.stat().st_mode
         partial.unlink()
         yield partial
+        for inside in partial.rglob("*"):
+            if inside.is_file():
+                inside.chmod(mode)
         if partial.is_file():
             partial.chmod(mode)
             with open(partial, "rb") as file:

@@ -27,7 +27,7 @@ LAYERS = (
     ("configs.config", "configs.file", "configs.presets", "configs.build", "configs.flags"),
     ("checkpoint",),
     ("eval",),
-    ("train", "analysis"),
+    ("train", "analysis", "share"),
     ("cli", "testing"),
     ("__main__", "benchmarks", "train.py"),
 )

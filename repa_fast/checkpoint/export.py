@@ -112,6 +112,7 @@ def description(source: Path) -> dict:
         "model": model_arguments(config, metadata),
         "objective": {"objective": config.objective, "prediction": config.prediction},
         "dataset": asdict(metadata),
+        "step": settings.counters["step"],
     }
 
 
@@ -149,7 +150,7 @@ def official_contents(source: Path, weights: str = "ema") -> dict:
         "model": {name: trained[name] for name in model.state_dict()},
         "ema": {name: average[name] for name in model.state_dict()},
         "opt": optimizer,
-        "args": argparse.Namespace(**config.to_dict()),
+        "args": argparse.Namespace(**config.to_dict(), dataset=asdict(settings.metadata)),
         "steps": settings.counters["step"],
     }
 

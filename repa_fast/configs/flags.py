@@ -111,12 +111,4 @@ def grouped(default: object) -> type:
 
 def flags_of(config: TrainConfig, default: TrainConfig | None = None) -> list[str]:
     """Return the flags that make `config` of a default (that of all flags where None)."""
-    without, flags = (default or TrainConfig()).to_dict(), []
-    for name, value in config.to_dict().items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            flag = f"--{flag}" if value else f"--no-{flag}"
-        else:
-            flag = f"--{flag}={value}"
-        flags += [flag] if value != without[name] else []
-    return flags
+    return command.flags(config.to_dict(), (default or TrainConfig()).to_dict())

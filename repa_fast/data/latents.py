@@ -120,12 +120,7 @@ class VAE:
                 "--vae a folder that holds config.json and the weights, or a hub name "
                 f"({type(error).__name__}: {first_line(error)})"
             ) from error
-        lacking = [*info["missing_keys"], *map(str, info["mismatched_keys"])]
-        if lacking:  # diffusers would go on with random ones
-            raise ValueError(
-                f"the autoencoder {name} lacks {len(lacking)} of its weights, or has them in "
-                f"other shapes: {some(sorted(lacking))}; expected all that its config.json means"
-            )
+        expect_all_weights(f"the autoencoder {name}", info)
         return model.eval().requires_grad_(False)
 
     def metadata(self, resolution: int, class_names: tuple[str, ...]) -> Metadata:
@@ -214,6 +209,19 @@ class VAE:
             return decode(latents)
         finally:
             self.load(metadata).to("cpu")
+
+
+def expect_all_weights(name: str, info: dict) -> None:
+    """Raise ValueError where diffusers loaded a model without some of its weights.
+
+    It would go on with random ones. `info` is what from_pretrained says with output_loading_info.
+    """
+    lacking = [*info["missing_keys"], *map(str, info["mismatched_keys"])]
+    if lacking:
+        raise ValueError(
+            f"{name} lacks {len(lacking)} of its weights, or has them in other shapes: "
+            f"{some(sorted(lacking))}; expected all that its config.json means"
+        )
 
 
 def _factor(model: torch.nn.Module) -> int:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from repa_fast.checkpoint import formats
+from repa_fast.checkpoint import formats, hub
 from repa_fast.checkpoint.formats import Shape
 from repa_fast.checkpoint.layout import DATASET, WEIGHTS, newest_checkpoint, read_settings
 from repa_fast.checkpoint.marker import trusted
@@ -75,7 +75,8 @@ class WeightsConfig:
     """Which weights a command is about."""
 
     ckpt: str
-    """A run's folder, a native checkpoint, an official .pt file, bare weights or safetensors."""
+    """A run's folder, a native checkpoint, an official .pt file, bare weights or safetensors, a
+    folder that `repa-fast share` wrote, or owner/name of one on the Hugging Face hub."""
     weights: str = "ema"
     """model (those that are trained), ema, or ema_2 and so on of a run with several averages. A
     file's only set is taken for ema."""
@@ -106,8 +107,8 @@ def load(
     """Load the model of a run, a native checkpoint, an official .pt file, or bare weights.
 
     Args:
-        source: one of these, or a .safetensors file; of a run's folder the newest complete
-            checkpoint is taken.
+        source: one of these, a .safetensors file, a shared folder, or owner/name on the hub, as of
+            `hub.find`; of a run's folder the newest complete checkpoint is taken.
         weights: model, ema, ema_2 and so on; a file's only set is taken for ema.
         origin: "repa" (and ours), "sit" or "dit" for the original SiT's or DiT's weights.
         model: SiT-{S,B,L,XL}/{2,4,8}, to be checked; known from the weights otherwise.
@@ -116,11 +117,10 @@ def load(
 
     Raises:
         ValueError: there are no such weights, they are of another model, origin or number of heads
-            than said, or that number is not known.
+            than said, or that number is not known; or there is no such path.
+        Failure: a repository cannot be fetched from the hub.
     """
-    source = Path(source)
-    if not source.exists():
-        raise ValueError(f"{source} does not exist, expected a run, a checkpoint or a weight file")
+    source = hub.find(source)
     if source.is_dir():
         source = newest_checkpoint(source)
         if origin != "repa":
@@ -179,17 +179,25 @@ def _described(source: Path, weights: str) -> tuple[dict, int | None, Metadata |
         settings = read_settings(source)
         return settings.config.to_dict(), settings.counters["step"], settings.metadata, weights
     if source.suffix == ".safetensors":
-        return _exported(source.with_suffix(".json"))
+        return _exported(_description_of(source))
     contents = formats.read_file(source)
     arguments = contents.get("args")
     config = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
     with describing(str(source)):
         _expect_kinds(config)
-    return config, contents.get("steps"), None, formats.chosen_in(contents, weights, source)
+        ours = config.get("dataset")  # of `repa-fast export`, which others' arguments may have too
+        metadata = Metadata.from_dict(ours) if isinstance(ours, dict) else None
+    return config, contents.get("steps"), metadata, formats.chosen_in(contents, weights, source)
 
 
-def _exported(beside: Path) -> tuple[dict, None, Metadata | None, str]:
-    """Return what `repa-fast export` has written beside weights, or nothing of another program's.
+def _description_of(weights: Path) -> Path:
+    """Return the file that describes safetensors: one of their name, or a shared folder's."""
+    own, shared = weights.with_suffix(".json"), weights.with_name(hub.CONFIG)
+    return shared if weights.name == hub.WEIGHTS_FILE and not own.exists() else own
+
+
+def _exported(beside: Path) -> tuple[dict, int | None, Metadata | None, str]:
+    """Return what was written beside weights that are shared, or nothing of another program's.
 
     ValueError if it is no JSON, or not as it was written.
     """
@@ -207,7 +215,10 @@ def _exported(beside: Path) -> tuple[dict, None, Metadata | None, str]:
         weights = described.get("weights", "ema")
         if not (isinstance(weights, str) and WEIGHTS.fullmatch(weights)):
             raise ValueError(f"weights is {short(weights)}, expected model, ema, ema_2 or so")
-        return config, None, Metadata.from_dict(described["dataset"]), weights
+        step = described.get("step")
+        if step is not None and not UNSIGNED[1](step):
+            raise ValueError(f"step is {short(step)}, expected {UNSIGNED[0]}")
+        return config, step, Metadata.from_dict(described["dataset"]), weights
 
 
 def _expect_kinds(config: dict) -> None:
@@ -219,7 +230,9 @@ def _expect_kinds(config: dict) -> None:
 
 def _expect_same(source: Path, metadata: Metadata, shape: Shape) -> None:
     """Raise ValueError that names the file with the dataset if that is not the weights'."""
-    beside = source / DATASET if source.is_dir() else source.with_suffix(".json")
+    beside = source / DATASET if source.is_dir() else source
+    if source.suffix == ".safetensors":
+        beside = _description_of(source)
     side = shape.grid * shape.patch_size
     latents, classes = (shape.in_channels, side, side), len(metadata.class_names)
     if tuple(metadata.latent_shape) != latents:
@@ -257,12 +270,15 @@ def _arguments(shape: Shape, config: dict, num_heads: int, source: Path) -> dict
             f"{source}: {known or num_heads} heads, expected a number that divides the width "
             f"{shape.hidden_size}"
         )
+    return arguments_of(shape, known or num_heads)
+
+
+def arguments_of(shape: Shape, num_heads: int) -> dict:
+    """Return SiT's arguments, as its tensors tell them, of a model without projectors."""
     told = ("hidden_size", "depth", "patch_size", "in_channels", "num_classes", "qk_norm")
-    return {
-        **{name: getattr(shape, name) for name in told},
-        "input_size": shape.grid * shape.patch_size,
-        "num_heads": known or num_heads,
-    }
+    side = shape.grid * shape.patch_size
+    found = {name: getattr(shape, name) for name in told}
+    return found | {"input_size": side, "num_heads": num_heads}
 
 
 def _size_of(shape: Shape) -> str:

@@ -19,7 +19,7 @@ def describe_records(run: Path) -> list[str]:
     found = [
         _described(run / "metrics.jsonl", _metrics),
         _described(run / "evals.jsonl", _evaluation),
-        _described(run / "scores.json", lambda path: f"{path.name}: {_listed(_read(path))}"),
+        _described(run / "scores.json", lambda path: f"{path.name}: {_listed(read_record(path))}"),
         _described(run / "sweep.json", _sweep),
         *(_described(path, _scores) for path in generated[:FILES_READ]),
     ]
@@ -42,8 +42,8 @@ def _metrics(path: Path) -> str:
     if not last:
         return ""
     speed = last.get("images_per_second")
-    known = _is_number(speed) and abs(speed) < 1e12
-    loss = _number(last["loss"]) if _is_number(last.get("loss")) else "-"
+    known = is_number(speed) and abs(speed) < 1e12
+    loss = _number(last["loss"]) if is_number(last.get("loss")) else "-"
     text = f"metrics at step {short(last.get('step'))}: loss {loss}"
     return f"{text}, {rate(speed)}" if known else text
 
@@ -60,13 +60,13 @@ def _evaluation(path: Path) -> str:
 
 def _sweep(path: Path) -> str:
     """Return the range of each score over the points of a sweep."""
-    points = _read(path).get("points")
+    points = read_record(path).get("points")
     if not isinstance(points, list) or not all(isinstance(point, dict) for point in points):
         raise ValueError(f"points are {short(points)}, expected scores by name")
     values: dict[str, list] = {}
     for point in points:
         for name, value in point.items():
-            if _is_number(value):
+            if is_number(value):
                 values.setdefault(name, []).append(value)
     ranges = {n: (min(of), max(of)) for n, of in list(values.items())[:VALUES_SHOWN]}
     texts = (
@@ -78,7 +78,7 @@ def _sweep(path: Path) -> str:
 
 def _scores(path: Path) -> str:
     """Return the scores that `repa-fast eval` wrote; nothing of another file."""
-    values = _read(path)
+    values = read_record(path)
     if "scores" not in values:
         return ""
     if not isinstance(values["scores"], dict):
@@ -89,7 +89,8 @@ def _scores(path: Path) -> str:
     return f"{GENERATED}/{name}: {_listed(scores)}"
 
 
-def _read(path: Path) -> dict:
+def read_record(path: Path) -> dict:
+    """Return the values in a small file of JSON; ValueError if it is none."""
     with open_regular(path) as file:
         data = file.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:
@@ -118,12 +119,13 @@ def _values(data: bytes) -> dict:
 
 
 def _listed(values: dict) -> str:
-    numbers = {name: value for name, value in values.items() if _is_number(value)}
+    numbers = {name: value for name, value in values.items() if is_number(value)}
     shown = [f"{_cut(name)} {_number(value)}" for name, value in numbers.items()][:VALUES_SHOWN]
     return ", ".join(shown + ["..."] * (len(numbers) > VALUES_SHOWN))
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Return whether a value of JSON is a number."""
     return type(value) in (int, float)
 
 

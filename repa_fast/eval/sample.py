@@ -62,10 +62,8 @@ def sample(config: SampleConfig) -> Path:
     device = own_device()
     loaded = config.load(device, prediction=config.prediction)
     names = class_names(loaded.metadata.class_names)
-    chosen = [class_index(name, names) for name in config.classes]
-    rows = chosen or list(range(min(len(names), MOST_ROWS)))
-    labels = np.repeat(rows, config.count)
-    index = np.tile(np.arange(config.count), len(rows))
+    index, labels = numbered(config.classes, config.count, names)
+    rows = labels[:: config.count].tolist()
     sampler = ImageSampler(loaded, config, device)
     images = sampler.images(index, labels, config.seed)
     titles = [names[label].split(",")[0] for label in labels]
@@ -133,6 +131,19 @@ def strip(config: StripConfig) -> Path:
     return out
 
 
+def numbered(
+    classes: Sequence[int | str], count: int, names: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return numbers and labels, int64 (B) each, of `count` images of each class, one by one.
+
+    The classes are those of `class_index`, or the first ten where none is given; images of the same
+    number, of whichever class, begin with the same noise.
+    """
+    chosen = [class_index(name, class_names(names)) for name in classes]
+    rows = chosen or range(min(len(names), MOST_ROWS))
+    return np.tile(np.arange(count), len(rows)), np.repeat(np.array(rows, np.int64), count)
+
+
 def class_names(known: Sequence[str]) -> tuple[str, ...]:
     """Return names for people: ImageNet's, with synonyms, where the dataset has numbers only."""
     if len(known) != IMAGENET_CLASSES or not all(name.isdecimal() for name in known):
@@ -143,17 +154,15 @@ def class_names(known: Sequence[str]) -> tuple[str, ...]:
     return tuple(imagenet.index_to_description(index) for index in range(IMAGENET_CLASSES))
 
 
-def class_index(wanted: str, names: Sequence[str]) -> int:
+def class_index(wanted: int | str, names: Sequence[str]) -> int:
     """Return the class of that number or, in any case of letters, that name or part of a name.
+
+    A text is a name first, then a number.
 
     Raises:
         ValueError: none, or several; lists some.
     """
-    word = wanted.lower()
-    exact = [index for index, name in enumerate(names) if word in name.lower().split(", ")]
-    if not exact and wanted.isdecimal() and int(wanted) < len(names):
-        return int(wanted)
-    found = exact or [index for index, name in enumerate(names) if word in name.lower()]
+    found = _classes_of(wanted, names)
     if len(found) == 1:
         return found[0]
     some = [f"{index} ({names[index]})" for index in found or range(len(names))]
@@ -162,3 +171,15 @@ def class_index(wanted: str, names: Sequence[str]) -> int:
         f"{len(found)} classes have it{'' if found else ', there are'}: "
         f"{', '.join(some[:SHOWN])}{' ...' if len(some) > SHOWN else ''}"
     )
+
+
+def _classes_of(wanted: int | str, names: Sequence[str]) -> list[int]:
+    """Return the classes that have that number, that name, or else that part of a name."""
+    if isinstance(wanted, int):
+        return [wanted] if 0 <= wanted < len(names) else []
+    word = wanted.lower()
+    if exact := [index for index, name in enumerate(names) if word in name.lower().split(", ")]:
+        return exact
+    if wanted.isdecimal() and int(wanted) < len(names):
+        return [int(wanted)]
+    return [index for index, name in enumerate(names) if word in name.lower()]

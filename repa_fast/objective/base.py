@@ -4,7 +4,7 @@ A new one is a subclass in a file of this folder: `--objective` and `--align` fi
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 from torch.nn import Module
@@ -18,6 +18,9 @@ from repa_fast.diffusion.path import Path
 from repa_fast.distributed import World
 from repa_fast.models.sit import SiT
 
+if TYPE_CHECKING:
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
 
 class Objective:
     """What a model learns to predict of noisy latents, and how it is sampled."""
@@ -26,6 +29,7 @@ class Objective:
     model: ClassVar[type[SiT]] = SiT
     others: ClassVar[tuple[str, ...]] = ()  # losses beside that of denoising, each of weight 1
     unused: ClassVar[tuple[str, ...]] = ()  # settings of SamplerConfig that mean nothing to it
+    integer_times: ClassVar[bool] = False  # of the model: 0..999 instead of [0, 1]
     path: Path  # from clean latents to noise, as it is trained
 
     def __init__(self, config: ObjectiveConfig) -> None:
@@ -93,6 +97,13 @@ class Objective:
         `seed` and on `index` (B), the images' numbers; their positions where None.
         """
         raise NotImplementedError
+
+    def scheduler(self) -> "SchedulerMixin | None":
+        """Return a scheduler of diffusers whose steps are those of `sample`, to fp32's rounding.
+
+        None where diffusers has none; its pipeline then calls `sample`.
+        """
+        return None
 
 
 class Alignment:

@@ -15,6 +15,7 @@ class DDPM(Objective):
     model = DiT
     others = ("variational",)
     unused = ("heun", "adaptive", "guidance_low", "guidance_high", "path_type", "prediction")
+    integer_times = True
     path = ddpm.path
 
     @classmethod
@@ -40,3 +41,11 @@ class DDPM(Objective):
         """Walk the chain from noise to latents: by DDIM, or DDPM's ancestral sampler."""
         options = settings.guidance() | {"mode": settings.mode, "num_steps": settings.num_steps}
         return ddpm_samplers.sample(model, noise, labels, seed=seed, index=index, **options)
+
+    def scheduler(self):
+        """Return DDPM's ancestral steps; diffusers' DDIM takes other times than DiT's."""
+        from diffusers import DDPMScheduler
+
+        return DDPMScheduler(  # of 1000 betas from 0.0001 to 0.02 by itself
+            variance_type="learned_range", timestep_spacing="linspace", clip_sample=False
+        )

@@ -48,3 +48,13 @@ class Flow(Objective):
         of_sde = ("diffusion_form", "diffusion_norm", "last_step", "last_step_size")
         options |= {name: getattr(settings, name) for name in of_sde}
         return samplers.euler_maruyama(model, noise, labels, seed=seed, index=index, **options)
+
+    def scheduler(self):
+        """Return Euler's steps of flow matching, which are for velocities on the linear path.
+
+        There is none for the SDE, nor for other paths and predictions.
+        """
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        exact = self.path is paths.linear and self.prediction == "v"
+        return FlowMatchEulerDiscreteScheduler(shift=1.0) if exact else None

@@ -140,7 +140,7 @@ def test_a_picture_is_in_the_runs_folder_with_its_settings_beside(run, tmp_path,
     export(run / "checkpoints" / "0000007", "safetensors", tmp_path / "x.safetensors")
     alone = sample(SampleConfig(ckpt="x.safetensors", count=1, num_steps=1))
     assert alone.parent == Path() and alone.exists()
-    assert line_of(alone) == f"{alone} (guidance 1.5, weights ema of x.safetensors)"
+    assert line_of(alone) == f"{alone} (guidance 1.5, weights ema of step 7)"
     for path in run.glob("sample-*"):
         path.unlink()
 

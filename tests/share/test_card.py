@@ -1,0 +1,94 @@
+"""The card says what the run says: figures with their commands, and nothing of the machine."""
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+import yaml
+
+from repa_fast.configs import file, flags
+from repa_fast.eval.generate import GenerateConfig, generate
+from repa_fast.eval.metrics import EvalConfig
+from repa_fast.share import card
+from repa_fast.share.pretrained import load
+from tests.eval import checkpoints
+
+
+def scored(run, **settings):
+    """Images of a run and, as `repa-fast eval` writes them, scores of them."""
+    size = {"num_fid_samples": 4, "num_steps": 2, "per_proc_batch_size": 4}
+    images = generate(GenerateConfig(ckpt=str(run), **size | settings))
+    config = EvalConfig(samples=str(run), dataset="/home/me/data/mine", features="fitted")
+    values = {"scores": {"Frechet distance": 12.34567, "KID": 0.5}, "samples": {"count": 4}}
+    values |= {"settings": dataclasses.asdict(config)}
+    images.with_suffix(".fitted.json").write_text(json.dumps(values))
+    return images
+
+
+def front_matter(text):
+    head, body = text.removeprefix("---\n").split("\n---\n")
+    return yaml.safe_load(head), body
+
+
+def test_the_card_has_what_the_run_says(tmp_path):
+    run = checkpoints.run(tmp_path / "run", steps=(3, 7), data_dir="/home/me/data/mine", seed=4)
+    (run / "samples.png").write_bytes(b"a picture")
+    scored(run, cfg_scale=2.5, mode="sde", num_steps=3)
+    loaded = load(run)
+    folder = loaded.save_pretrained(tmp_path / "out", "me/tiny")
+    head, body = front_matter((folder / "README.md").read_text())
+    assert head["library_name"] == "repa-fast" and "license" not in head
+    assert body.startswith("\n# tiny\n")
+    count = sum(p.numel() for p in loaded.model.parameters())
+    assert f"SiT with {count / 1e6:.1f} M parameters" in body
+    assert "16x16 pixels in 10 classes" in body and "Weights: ema of step 7." in body
+    assert 'SiTPipeline.from_pretrained("me/tiny")' in body
+    assert "| aligned with | digits-vit, at block 2 |\n| steps | 7 |" in body
+    assert "| seed | 4 |" in body and "2410.06940" in body
+    assert "![samples](samples.png)" in body
+    assert (folder / "samples.png").read_bytes() == b"a picture"
+    assert "| Frechet distance | 12.346 |\n| KID | 0.5 |" in body
+    commands = re.search(r"```\n(repa-fast generate.*?)\n```", body, re.S)[1].splitlines()
+    assert commands == [
+        "repa-fast generate --ckpt RUN --mode=sde --num-steps=3 --cfg-scale=2.5 "
+        "--num-fid-samples=4 --per-proc-batch-size=4",
+        "repa-fast eval --samples RUN --dataset=mine --features=fitted",
+    ]
+    assert "/home" not in body and str(tmp_path) not in body
+
+
+def test_the_settings_make_the_same_training(tmp_path):
+    run = checkpoints.run(tmp_path / "run", data_dir="/home/me/data", learning_rate=3e-4)
+    folder = load(run).save_pretrained(tmp_path / "out")
+    text = (folder / card.TRAINING).read_text()
+    assert "/home" not in text
+    kept = file.read(folder / card.TRAINING)
+    again = flags.parse_config(["--config", str(folder / card.TRAINING), "--exp-name", "x"])
+    settings = card.settings_of(load(run)).config.to_dict()
+    private = {*card.PRIVATE, *file.OF_ONE_RUN}
+    differing = {n for n, value in settings.items() if again.to_dict()[n] != value}
+    assert kept["learning_rate"] == 3e-4 and differing <= private
+
+
+def test_figures_of_other_weights_are_left_out_and_odd_files_do_no_harm(tmp_path):
+    run = checkpoints.run(tmp_path / "run", ema_decay="0.9,0.5")
+    scored(run, weights="ema_2")
+    folder = run / "generated"
+    (folder / "odd.json").write_text(json.dumps({"scores": "none"}))
+    assert "## Figures" not in card.model_card(load(run), "me/x", tmp_path)
+    text = card.model_card(load(run, weights="ema_2"), "me/x", tmp_path)
+    assert "12.346" in text and "Weights: ema_2 of step 7." in text
+    damaged = next(folder.glob("*.fitted.json"))
+    damaged.write_text("{")
+    text = card.model_card(load(run, weights="ema_2"), "me/x", tmp_path)
+    assert "## Figures" not in text
+
+
+def test_of_weights_that_are_no_runs_the_card_says_what_they_are(tmp_path):
+    known = checkpoints.official(tmp_path / "x.pt", checkpoints.sit(), num_heads=4)
+    text = card.model_card(load(known), "me/x", tmp_path)
+    assert "## Training" not in text and "samples.png" not in text
+    assert "in 5 classes, on latents of sd-vae-ft-mse" in text and "2401.08740" in text
+    assert 'loaded.sample(["0"], count=4, num_steps=50)  # uint8 (4, 3, 64, 64)' in text
+    assert np.all([len(line) < 400 for line in text.splitlines()])

@@ -1,0 +1,130 @@
+"""Weights in one call: from a run, a folder and a hub, with their class names and samples."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from repa_fast.checkpoint import hub as hub_paths
+from repa_fast.checkpoint.export import export
+from repa_fast.data.digits import digits_metadata
+from repa_fast.eval.load import load as load_model
+from repa_fast.eval.pictures import arrange, save_png
+from repa_fast.eval.sample import SampleConfig, sample
+from repa_fast.failure import Failure
+from repa_fast.share.pretrained import ShareConfig, load, share, upload
+from tests.eval import checkpoints
+from tests.refusals import refused
+
+WORDS = digits_metadata().class_names
+
+
+@pytest.fixture(scope="module")
+def folder(run, tmp_path_factory):
+    return load(run).save_pretrained(tmp_path_factory.mktemp("shared") / "tiny")
+
+
+def test_one_call_gives_model_metadata_and_the_images_of_the_command(run, tmp_path):
+    loaded = load(run)
+    assert loaded.model.num_classes == 10 and loaded.metadata == digits_metadata()
+    images = loaded.sample(["3", 8], count=2, seed=5, num_steps=3, cfg_scale=2.0)
+    assert images.shape == (4, 3, 16, 16) and images.dtype == torch.uint8
+    config = SampleConfig(
+        ckpt=str(run), classes=("3", "8"), count=2, seed=5, num_steps=3, cfg_scale=2.0,
+        out=str(tmp_path / "x.png"),
+    )  # fmt: skip
+    sample(config)
+    save_png(arrange(images, 2, ["3", "3", "8", "8"]), tmp_path / "y.png")
+    assert (tmp_path / "x.png").read_bytes() == (tmp_path / "y.png").read_bytes()
+    assert len(loaded.sample(num_steps=1)) == 10
+    refused(lambda: loaded.sample(["eleven"]), r"class is 'eleven', expected a number below 10")
+
+
+def test_a_folder_gives_the_same_model_and_names_and_no_path_of_this_machine(run, folder):
+    native, shared = load(run), load(folder)
+    assert (shared.digest, shared.step, shared.weights) == (native.digest, 7, "ema")
+    assert shared.metadata == native.metadata and shared.name == native.name
+    assert shared.objective.path_type == native.objective.path_type
+    same = {"classes": ["2"], "count": 2, "num_steps": 2}
+    assert torch.equal(shared.sample(**same), native.sample(**same))
+    texts = [path.read_text() for path in folder.rglob("*.*") if path.suffix != ".safetensors"]
+    assert len(texts) == 5  # card, index, two configs, training's settings
+    assert not [text for text in texts if str(run) in text or "data_dir" in text]
+    assert "projectors" not in (folder / "transformer/config.json").read_text()
+    assert load(folder / "transformer").digest == native.digest
+    assert load(hub_paths.find(folder)).digest == native.digest
+    refused(lambda: native.save_pretrained(folder), "tiny exists already; remove it first$")
+
+
+def test_a_ddpm_and_a_flow_of_another_path_travel_too(tmp_path):
+    of_ddpm = {"objective": "ddpm", "model": "DiT-S/4", "enc_type": "none"}
+    for name, changes in (("dit", of_ddpm), ("cosine", {"path_type": "cosine"})):
+        native = load(checkpoints.run(tmp_path / name, **changes))
+        shared = load(native.save_pretrained(tmp_path / f"{name}-shared"))
+        assert shared.digest == native.digest
+        assert shared.objective.name == native.objective.name
+        assert shared.objective.path_type == native.objective.path_type
+
+
+@pytest.mark.parametrize("to", ["official", "safetensors"])
+def test_class_names_and_step_travel_with_exported_weights(tmp_path, to):
+    native = checkpoints.run(tmp_path / "run", checkpoints.LATENTS, enc_type="none", patch_size=2)
+    out = tmp_path / ("x.pt" if to == "official" else "x.safetensors")
+    export(native / "checkpoints" / "0000007", to, out)
+    found = load_model(out)
+    assert found.metadata == checkpoints.LATENTS and found.step == 7
+    # of a file whose arguments hold a text by that name, another program's, nothing is taken
+    other = checkpoints.official(tmp_path / "y.pt", checkpoints.sit(), num_heads=4, dataset="cats")
+    assert load_model(other).metadata.class_names == tuple("01234")
+
+
+def test_to_the_hub_and_back(run, hub, tmp_path):
+    native = load(run)
+    assert native.push_to_hub("me/tiny", private=True) == f"{hub.address}/me/tiny"
+    assert hub.private == {"me/tiny"} and hub.tokens == {"Bearer hf_of_a_test"}
+    assert 'repa_fast.load("me/tiny")' in hub.repositories["me/tiny"]["README.md"].decode()
+    back = load("me/tiny")
+    assert (back.digest, back.step, back.metadata) == (native.digest, 7, native.metadata)
+    commit = back.source.parents[1].name
+    assert load(f"me/tiny@{commit}").digest == native.digest
+    out = str(tmp_path / "again")
+    told = share(ShareConfig(ckpt="me/tiny", out=out, push_to="me/again"))
+    assert told == f"{hub.address}/me/again"
+    assert share(ShareConfig(ckpt=out, push_to="me/as-it-is")) == f"{hub.address}/me/as-it-is"
+    assert hub.repositories["me/as-it-is"] == hub.repositories["me/again"]
+    hub.repositories["me/empty"] = {"README.md": b"nothing"}
+    for name, words in (
+        ("me/nothing", r"^me/nothing does not exist here, and cannot be fetched .*NotFound"),
+        ("me/empty", "^me/empty on the hub has no transformer/diffusion_pytorch_model"),
+    ):
+        with pytest.raises(Failure, match=words) as failed:
+            load(name)
+        assert "\n" not in str(failed.value)
+
+
+def test_what_is_no_source_or_no_repository_is_refused(run, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "exps").mkdir()
+    words = "^{} does not exist, expected a run, a checkpoint, a weight file, or owner/name"
+    for name in ("exps/typo", "nowhere", "a/b/c"):  # a folder of ours is not asked for on the hub
+        refused(lambda name=name: load(name), words.format(name))
+    refused(lambda: upload(folder, "no-owner"), "push_to is 'no-owner', expected owner/name$")
+    refused(lambda: upload(run, "me/run"), "is no shared folder, expected one that `repa-fast sh")
+    config = ShareConfig(ckpt=str(run))
+    refused(lambda: share(config), "out and push_to are empty, expected a folder to write, or ow")
+    words = share(dataclasses.replace(config, out=str(tmp_path / "new")))
+    assert words.endswith(f"choose a licence in {tmp_path}/new/README.md")
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"step": -1}, r"step is -1, expected an integer from 0 on$"),
+    ({"weights": "x"}, r"weights is 'x', expected model, ema"),
+    ({"dataset": {}}, r"config\.json: lacks resolution"),
+    ({"model": 3}, r"model or objective is no dictionary"),
+])  # fmt: skip
+def test_a_description_that_is_not_as_written_is_refused_by_its_file(run, tmp_path, change, words):
+    shared = load(run).save_pretrained(tmp_path / "x")
+    config = shared / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    refused(lambda: load(shared), words)

@@ -70,6 +70,9 @@ COMMANDS = {
     "info": Command(
         "say what a checkpoint, a run, a weight file or a dataset is", ".eval.info:info"
     ),
+    "doctor": Command(
+        "say what is installed and what a run would choose, for an issue", ".doctor:doctor"
+    ),
     "bench": Command("measure the training step (in a checkout)", "benchmarks.step.step:main"),
 }
 

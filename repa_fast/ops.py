@@ -3,6 +3,7 @@
 from repa_fast.kernels.adaln import adaln
 from repa_fast.kernels.adamw_ema import adamw_ema, sum_of_squares, why_not_cuda
 from repa_fast.kernels.align_loss import align_loss
+from repa_fast.kernels.attention import BACKENDS as ATTENTION_BACKENDS
 from repa_fast.kernels.attention import attention
 from repa_fast.kernels.attention import select as select_attention
 from repa_fast.kernels.attention import set_backend as set_attention_backend
@@ -11,6 +12,7 @@ from repa_fast.kernels.euler_maruyama_step import euler_maruyama_step, standard_
 from repa_fast.kernels.gate_residual_adaln import gate_residual, gate_residual_adaln
 
 __all__ = [
+    "ATTENTION_BACKENDS",
     "adaln",
     "adamw_ema",
     "align_loss",

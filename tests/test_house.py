@@ -28,6 +28,7 @@ LAYERS = (
     ("checkpoint",),
     ("eval",),
     ("train", "analysis", "share"),
+    ("doctor",),
     ("cli", "testing"),
     ("__main__", "benchmarks", "train.py"),
 )

@@ -8,11 +8,12 @@ import importlib.metadata
 import os
 import platform
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
+
+from repa_fast.doctor import commit, cpu_name
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(os.environ.get("REPA_FAST_RESULTS") or ROOT / "benchmarks" / "results")
@@ -67,22 +68,6 @@ def parser(
     return found
 
 
-def commit() -> str:
-    """Return REPA_FAST_COMMIT, or HEAD's short hash (+ if files differ), or "unknown"."""
-    if named := os.environ.get("REPA_FAST_COMMIT"):
-        return named
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("diff", "HEAD", "--stat") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def command() -> str:
     """Return the command line, as one would type it in the repository root."""
     name = getattr(sys.modules["__main__"].__spec__, "name", None)
@@ -96,7 +81,4 @@ def device() -> str:
     """Return the GPU's name, or the CPU's."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
+    return cpu_name()

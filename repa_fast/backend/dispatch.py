@@ -115,7 +115,12 @@ def runs_triton(
 
 def describe(device: str) -> str:
     """Return what a call that names no implementation runs on this device, and why; or raise."""
-    return ", ".join(_chosen("kernels", None, device, ""))
+    return ", ".join(chosen(device))
+
+
+def chosen(device: str, implementation: str | None = None) -> tuple[str, str]:
+    """Return what a call runs on this device, and why, as of `choose`; None asks the process."""
+    return _chosen("kernels", implementation, device, "")
 
 
 def constant_when_compiled(function):

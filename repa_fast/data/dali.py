@@ -53,23 +53,20 @@ BETWEEN_SCANS = (0xC4, 0xDA, 0xDB, 0xDD)  # tables and further scans of a progre
 REFUSAL = re.compile(r"Failed to decode sample #\d+|nvImageCodec failure: '#\d+'")
 
 
-def choose(decode: Decode, device: torch.device) -> Decode:
-    """Return who decodes for a run on `device`; for "auto" it is logged once, with the reason.
+def choose(decode: Decode, device: torch.device) -> tuple[Decode, str]:
+    """Return who decodes for a run on `device`, and why; for "auto" it is logged once.
 
     Raises:
         ValueError: DALI is asked for and cannot be loaded, or asked for on a GPU without one.
     """
-    on_gpu = device.type == "cuda"
-    if decode == "dali-gpu" and not on_gpu:
-        expected = "expected one on CUDA; dali-cpu needs no GPU"
-        raise ValueError(f"decode is 'dali-gpu' in a run on {device.type}, {expected}")
+    on = "" if device.type == "cuda" else f"the run is on {device.type}, expected cuda"
     candidates = {
-        "dali-gpu": lambda: why_not(gpu=True) if on_gpu else f"the run is on {device.type}",
+        "dali-gpu": lambda: on or why_not(gpu=True),
         "torch": dispatch.runs,
         "dali-cpu": lambda: why_not(gpu=False),
     }
     words = {"dali-gpu": "DALI on the GPU", "torch": "Pillow"}
-    return dispatch.choose("decode", decode, candidates, words)[0]
+    return dispatch.choose("decode", decode, candidates, words)
 
 
 def why_not(*, gpu: bool) -> str:

@@ -93,7 +93,7 @@ class Loader:
         self._uri = dataset.uri
         decoder: AbstractContextManager = nullcontext()
         device = torch.device(device)
-        if images and (chosen := choose(decode, device)) != "torch":
+        if images and (chosen := choose(decode, device)[0]) != "torch":
             decoder = DaliDecoder(
                 dataset.metadata.resolution, num_workers, device if chosen == "dali-gpu" else None
             )

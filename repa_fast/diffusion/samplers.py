@@ -158,13 +158,9 @@ def dopri5(
     Returns:
         ((B, C, h, w) in the state's dtype, number of model evaluations).
     """
-    try:
-        from torchdiffeq import odeint
-    except ImportError as error:
-        raise ValueError(
-            "dopri5 needs the package torchdiffeq, which is not installed: pip install "
-            "'repa-fast[eval]'"
-        ) from error
+    if reason := why_not_adaptive():
+        raise ValueError(f"dopri5 {reason}")
+    from torchdiffeq import odeint
 
     field = Field(model, latents, labels, **options)
     start, stop = sampling_interval(field.path, field.prediction)
@@ -183,6 +179,15 @@ def dopri5(
         end = {"step_t": times[1:]}  # not beyond it with interpolation back
         x = odeint(velocity, x, times, rtol=rtol, atol=atol, method="dopri5", options=end)[-1]
     return x, evaluations
+
+
+def why_not_adaptive() -> str:
+    """Return why adaptive steps cannot be taken, with the package to install; "" if they can."""
+    try:
+        import torchdiffeq  # noqa: F401
+    except ImportError as error:
+        return f"needs the package torchdiffeq ({error}): pip install 'repa-fast[eval]'"
+    return ""
 
 
 def sample(

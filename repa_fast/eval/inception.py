@@ -53,14 +53,10 @@ class Inception:
     """
 
     def __init__(self, weights: str | Path = "", device: torch.device | str = "cpu") -> None:
-        try:
-            from torch_fidelity import feature_extractor_inceptionv3 as port
-        except ImportError as error:
-            raise Failure(
-                "the Inception features need torch-fidelity (pip install 'repa-fast[eval]'; "
-                "--features fitted needs no download): "
-                f"{error}"
-            ) from error
+        if reason := why_not():
+            raise Failure(reason)
+        from torch_fidelity import feature_extractor_inceptionv3 as port
+
         self.weights = Path(weights) if weights else _fetch(port.URL_INCEPTION_V3)
         self.device = torch.device(device)
         state, harmless = _read(self.weights), io.BytesIO()
@@ -140,9 +136,28 @@ def exact_fp32(device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = convolutions
 
 
+def why_not() -> str:
+    """Return why there are no Inception features here, with the package to install; else ""."""
+    try:
+        import torch_fidelity.feature_extractor_inceptionv3  # noqa: F401
+    except ImportError as error:
+        return (
+            "the Inception features need torch-fidelity (pip install 'repa-fast[eval]'; "
+            f"--features fitted needs no download): {error}"
+        )
+    return ""
+
+
+def cached_weights() -> Path:
+    """Return where torch's cache has the published weights, or will have them once fetched."""
+    from torch_fidelity import feature_extractor_inceptionv3 as port
+
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(port.URL_INCEPTION_V3).name
+
+
 def _fetch(url: str) -> Path:
     """Return the published weights in torch's cache; fetch them if they are not there."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    path = cached_weights()
     if path.exists():
         return path
     try:

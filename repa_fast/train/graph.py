@@ -6,8 +6,10 @@ from functools import partial
 
 import torch
 
+from repa_fast.configs.config import TrainConfig
 from repa_fast.data.loader import Batch
 from repa_fast.diffusion.draws import Draws
+from repa_fast.distributed import World
 from repa_fast.train.state import TrainState
 from repa_fast.train.step import draw_local, set_rates, train_step, update
 
@@ -72,23 +74,26 @@ class GraphedStep:
             self._left = math.inf
 
 
-def why_not(state: TrainState) -> str:
+def why_not(config: TrainConfig, world: World, autocast_dtype: torch.dtype | None) -> str:
     """Return why the step of a run cannot be one CUDA graph, or ""."""
-    world, config = state.world, state.config
     if world.device.type != "cuda":
         return f"the device is {world.device.type}, expected cuda"
     if world.size > 1:
         return f"there are {world.size} processes, expected one"
-    if state.scaler.is_enabled():  # its state is replaced in every step
+    if autocast_dtype == torch.float16:  # its scaler's state is replaced in every step
         return "mixed_precision is fp16, expected bf16 or no"
     if config.align_decay != "constant":
         return f"align_decay is {config.align_decay!r}, expected constant: a graph keeps numbers"
     return ""
 
 
+def _why_not(state: TrainState) -> str:
+    return why_not(state.config, state.world, state.autocast_dtype)
+
+
 def describe(state: TrainState) -> str:
     """Return a line for the log: whether the step is one CUDA graph, or why not."""
-    asked, reason = state.config.cuda_graph, why_not(state)
+    asked, reason = state.config.cuda_graph, _why_not(state)
     against = "asked for" if asked == "off" else reason and f"since {reason}"
     return f"cuda_graph: off, {against}" if against else f"cuda_graph: on ({asked})"
 
@@ -99,7 +104,7 @@ def stepper(state: TrainState) -> Callable[[Batch], None]:
     Raises:
         ValueError: cuda_graph is on where the step cannot be one, with the reason.
     """
-    asked, reason = state.config.cuda_graph, why_not(state)
+    asked, reason = state.config.cuda_graph, _why_not(state)
     if asked == "on" and reason:
         raise ValueError(f"cuda_graph is on, but {reason}")
     return partial(train_step, state) if asked == "off" or reason else GraphedStep(state)

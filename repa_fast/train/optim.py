@@ -69,7 +69,7 @@ class AdamWEMA(torch.optim.AdamW):
             p: [average[i] for average in self.averages] for i, p in enumerate(own)
         }
         self.copies = dict(copies or {})
-        self.implementation, self.reason = _choose(implementation, own)
+        self.implementation, self.reason = choose_implementation(implementation, own)
         self.begin_states()
         self._to_device()
         self.register_load_state_dict_post_hook(lambda optimizer: optimizer._to_device())
@@ -283,7 +283,9 @@ def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
-def _choose(implementation: str, params: Sequence[torch.Tensor]) -> tuple[str, str]:
+def choose_implementation(implementation: str, params: Sequence[torch.Tensor]) -> tuple[str, str]:
+    """Return who steps these parameters, "cuda" or "torch", and why, as `choose` does."""
+
     def against_cuda() -> str:
         foreign = [p.dtype for p in params if p.dtype != torch.float32]
         reason = f"a parameter is {foreign[0]}, expected torch.float32" if foreign else ""

@@ -1,7 +1,7 @@
 """What training takes from inside torch, in one place; tests/train/test_torch_private.py holds it.
 
-None of these names is public. Each has a public twin that waits for the device, reads every
-gradient once more, or leaves a process group with another timeout.
+None of these names is public. Each but the compiler's has a public twin that waits for the device,
+reads every gradient once more, or leaves a process group with another timeout.
 """
 
 from datetime import timedelta
@@ -34,6 +34,13 @@ def record_overflow(
     """Tell the scaler what its unscale_ would have found; it reads every gradient for that."""
     states = scaler._per_optimizer_states[id(optimizer)]
     states["found_inf_per_device"] = {bad.device: bad}
+
+
+def cpp_compiler() -> str:
+    """Return the C++ compiler that torch.compile takes on a CPU; RuntimeError if there is none."""
+    from torch._inductor.cpp_builder import get_cpp_compiler  # imports the compiler: a second
+
+    return get_cpp_compiler()
 
 
 def set_group_timeout(timeout: timedelta, group: dist.ProcessGroup) -> None:

@@ -158,13 +158,16 @@ def test_an_explicit_choice_without_dali_names_the_package(
 def test_auto_takes_pillow_and_says_why_once_and_what_cannot_be_chosen_is_refused(
     without_dali, caplog
 ):
-    refused(lambda: choose("dali-gpu", CPU), "run on cpu, expected one on CUDA")
+    refused(
+        lambda: choose("dali-gpu", CPU),
+        "'dali-gpu', but the run is on cpu, expected cuda",
+    )
     refused(lambda: choose("nvjpeg", CPU), "decode is 'nvjpeg', expected one of auto")
     dispatch._say_once.cache_clear()
     with caplog.at_level(logging.INFO, dispatch.__name__):
-        assert [choose("auto", CUDA), choose("auto", CUDA)] == ["torch", "torch"]
+        assert [choose("auto", CUDA)[0], choose("auto", CUDA)[0]] == ["torch", "torch"]
         assert "Pillow, since DALI is not there" in caplog.text and len(caplog.records) == 1
-        assert [choose("auto", CPU), choose("auto", CPU)] == ["torch", "torch"]
+        assert [choose("auto", CPU)[0], choose("auto", CPU)[0]] == ["torch", "torch"]
         assert "Pillow, since the run is on cpu" in caplog.text and len(caplog.records) == 2
 
 
@@ -177,10 +180,10 @@ def test_auto_takes_dali_on_a_gpu_and_one_of_another_cuda_is_refused(
     major = int(str(nvidia.dali.__cuda_version__)[:2])
     monkeypatch.setattr(torch.version, "cuda", f"{major}.0")
     with caplog.at_level(logging.INFO, dispatch.__name__):
-        assert choose("auto", CUDA) == "dali-gpu"
+        assert choose("auto", CUDA)[0] == "dali-gpu"
     assert "DALI on the GPU" in caplog.text
     monkeypatch.setattr(torch.version, "cuda", f"{major - 1}.8")
-    assert choose("dali-cpu", CUDA) == "dali-cpu"
+    assert choose("dali-cpu", CUDA) == ("dali-cpu", "asked for")
     refused(lambda: choose("dali-gpu", CUDA), f"install nvidia-dali-cuda{major - 1}0")
 
 

@@ -1,4 +1,12 @@
-"""`repa-fast COMMAND ...`: a table of commands; each says what it takes with --help."""
+"""`repa-fast COMMAND ...`: a table of commands; each says what it takes with --help.
+
+The Tab key completes commands, flags and what flags may be in a shell that has read tyro's script:
+
+    repa-fast --tyro-print-completion bash >> ~/.bash_completion
+    repa-fast --tyro-write-completion zsh ~/.zfunc/_repa-fast     # a folder that is in fpath
+
+fish and tcsh have theirs too; that of tcsh needs the package shtab.
+"""
 
 import dataclasses
 import importlib
@@ -6,11 +14,14 @@ import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from repa_fast import __version__, command
 from repa_fast.words import nearest
 
+COMPLETION = ("--tyro-print-completion", "--tyro-write-completion")
+SHELLS = ("bash", "zsh", "fish", "tcsh")
 SPINS = "30000"
 """Turns for which an idle OpenMP thread of torch's looks for work before it sleeps.
 By itself it looks for ten times as long, and beside other programs a step on a CPU then waits for
@@ -85,6 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv == ["--version"]:
         print(__version__)
         return 0
+    asked = next((place for place, word in enumerate(argv) if word in COMPLETION), None)
+    if asked is not None:
+        return command.main(complete, argv[asked:])
     name = next((name for name in COMMANDS if argv[: len(name.split())] == name.split()), "")
     if name:
         return command.main(lambda words: run(name, words), argv[len(name.split()) :])
@@ -118,13 +132,55 @@ def load(name: str) -> tuple[Callable[[Any], Any], type | None]:
     return call, taken if dataclasses.is_dataclass(taken) else None
 
 
+def complete(words: Sequence[str]) -> None:
+    """Print or write tyro's script that completes the whole table in a shell, and exit.
+
+    Args:
+        words: one of COMPLETION, the shell, and for the second the file.
+
+    Raises:
+        ValueError: no such shell, no file, or no package that tcsh needs.
+    """
+    import tyro
+
+    from repa_fast.configs.config import TrainConfig
+    from repa_fast.configs.flags import grouped
+    from repa_fast.contracts import expect_choice, expect_writable
+
+    expect_choice("shell", "".join(words[1:2]), SHELLS)
+    if words[0] == COMPLETION[1]:
+        expect_writable("file of the completion", Path("".join(words[2:3])))
+    app = tyro.extras.SubcommandApp()
+    groups = {"": app}
+    for name, entry in COMMANDS.items():
+        group, _, last = name.rpartition(" ")
+        if group not in groups:
+            groups[group] = app.command(tyro.extras.SubcommandApp(), name=group)
+        config = None if entry.function.startswith("benchmarks") else load(name)[1]
+        flags = grouped(TrainConfig()) if name == "train" else command.mirror(config or NoFlags)
+        groups[group].command(name=last)(flags)
+    try:
+        app.cli(prog="repa-fast", args=words)
+    except ImportError as error:
+        raise ValueError(f"shell is tcsh, which needs the package shtab: {error}") from error
+
+
+@dataclasses.dataclass
+class NoFlags:
+    """What takes none, or says itself which."""
+
+
 def usage(group: str) -> str:
     """Return a line for every command, or for those of a group."""
     shown = {name: entry for name, entry in COMMANDS.items() if name.startswith(group)}
     width = max(map(len, shown))
     lines = [f"  {name:<{width}}  {entry.summary}" for name, entry in shown.items()]
     return "\n".join(
-        ["usage: repa-fast COMMAND ... (--help or --debug after a command, --version)", *lines]
+        [
+            "usage: repa-fast COMMAND ... (--help or --debug after it; --version; "
+            "--tyro-print-completion SHELL)",
+            *lines,
+        ]
     )
 
 

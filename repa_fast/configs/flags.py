@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated
+from typing import Annotated, Literal
 
 from repa_fast import command, objective
 from repa_fast.configs import file, presets
@@ -102,7 +102,8 @@ def grouped(default: object) -> type:
         groups.append((title, hint, dataclasses.field(default_factory=group)))
     names = ", ".join(presets.PRESETS)
     text = f"Values to start from: {names}. `repa-fast presets` says more."
-    preset = Annotated[str, tyro.conf.arg(help=text, metavar="NAME")]
+    preset = Literal[("", *presets.PRESETS)]  # for completion: `parse` has refused others
+    preset = Annotated[preset, tyro.conf.arg(help=text, metavar="NAME")]
     text = "Values over the preset's: a YAML file with lines `flag: value`, or a run's args.json."
     config = Annotated[str, tyro.conf.arg(help=text, metavar="FILE")]
     first = [("preset", preset, ""), ("config", config, "")]

@@ -68,9 +68,21 @@ def nodes(source: str) -> tuple[ast.AST, ...]:
 
 @functools.cache
 def written(name: str, source: str) -> tuple[str, ...]:
-    """The dotted names that a module imports, anywhere in it: modules, and names in modules."""
+    """The dotted names that a module imports, anywhere in it: modules, and names in modules.
+
+    What is under `if TYPE_CHECKING` is never run.
+    """
     parents, found = name.split(".")[:-1], []
+    checked = {
+        inner
+        for node in nodes(source)
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
     for node in nodes(source):
+        if node in checked:
+            continue
         if isinstance(node, ast.Import):
             found += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -249,6 +261,11 @@ def test_a_planted_fault_is_found(rule, name, source):
     sound["repa_fast.backend.dispatch"] = "import repa_fast.contracts"
     assert not rule(sound)
     assert rule(sound | {name: source})
+
+
+def test_what_type_checkers_read_alone_is_no_import():
+    source = "if TYPE_CHECKING:\n    from repa_fast import cli\nelse:\n    import os\nimport re"
+    assert written("repa_fast.ops", source) == ("re", "os")
 
 
 def test_kernels_and_the_loop_may_be_long():

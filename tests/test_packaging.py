@@ -5,10 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from repa_fast import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = sorted(init.parent.name for init in ROOT.glob("kernels/*/__init__.py"))
@@ -28,14 +32,14 @@ print(json.dumps([files, path, found, foreign is None]))
 """
 
 
-def python(*args, cwd, path=None):
-    """Standard output of a Python process; `path` goes in front of sys.path."""
+def python(*args, cwd, path=None, program=sys.executable):
+    """Standard output of a process of Python or `program`; `path` goes in front of sys.path."""
     env = {**os.environ, "REPA_FAST_CUDA": "0", "CUDA_VISIBLE_DEVICES": ""}
     env.pop("PYTHONPATH", None)
     if path is not None:
         env["PYTHONPATH"] = str(path)
     process = subprocess.run(
-        [sys.executable, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True
+        [program, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True
     )
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout
@@ -80,7 +84,8 @@ def test_a_checkout_is_found_uninstalled_and_its_kernels_folder_is_no_package():
 @pytest.mark.usefixtures("build")
 def test_a_wheel_has_every_module_and_weight_under_one_name(checkout, wheel):
     sources = [*checkout.glob("repa_fast/**/*.py"), *checkout.glob("kernels/*/*.py")]
-    sources += checkout.glob("repa_fast/encoders/weights/*.safetensors")
+    sources += [*checkout.glob("repa_fast/encoders/weights/*.safetensors")]
+    sources += [checkout / "repa_fast/py.typed"]
     expected = {path.relative_to(checkout).as_posix() for path in sources}
     assert wheel_files(wheel) == {
         f"repa_fast/{name}" if name.startswith("kernels/") else name for name in expected
@@ -88,6 +93,50 @@ def test_a_wheel_has_every_module_and_weight_under_one_name(checkout, wheel):
     with zipfile.ZipFile(wheel) as archive:
         top_level = next(n for n in archive.namelist() if n.endswith("dist-info/top_level.txt"))
         assert archive.read(top_level).split() == [b"repa_fast"]
+        scripts = archive.read(top_level.replace("top_level", "entry_points")).decode()
+        assert scripts.splitlines() == ["[console_scripts]", "repa-fast = repa_fast.cli:main"]
+        told = archive.read(top_level.replace("top_level.txt", "METADATA")).decode()
+    assert f"\nVersion: {__version__}\n" in told and "\nLicense-Expression: MIT\n" in told
+
+
+@pytest.fixture
+def installed(wheel, tmp_path):
+    """A function that runs `repa-fast` of a clean environment, in an empty folder.
+
+    Dependencies come from the environment of the tests, whose site-packages are searched last and
+    whose .pth files, an editable install's among them, are not read.
+    """
+    home, folder = tmp_path / "venv", tmp_path / "elsewhere"
+    venv.create(home, with_pip=False, symlinks=True)
+    folder.mkdir()
+    pip = ["-m", "pip", "--python", home / "bin/python", "install", "--quiet"]
+    python(*pip, "--no-deps", "--no-index", wheel, cwd=folder)
+    (site,) = home.glob("lib/python*/site-packages")
+    here = sysconfig.get_paths()
+    (site / "dependencies.pth").write_text(f"{here['purelib']}\n{here['platlib']}\n")
+
+    def run(*words):
+        return python(*words, cwd=folder, program=home / "bin/repa-fast")
+
+    ask = ["-c", "import repa_fast; print(repa_fast.__file__)"]
+    file = python(*ask, cwd=folder, program=home / "bin/python").strip()
+    assert Path(file) == site / "repa_fast/__init__.py"
+    return run
+
+
+@pytest.mark.usefixtures("build", "heavy")
+def test_an_installed_wheel_tells_of_itself_trains_and_samples(installed, tmp_path):
+    for package in ("tyro", "lance"):
+        pytest.importorskip(package)
+    assert installed("--version") == f"{__version__}\n"
+    said = installed("doctor")
+    assert f"repa-fast       {__version__}\n" in said and "not known" not in said  # no commit
+    flags = "--max-train-steps 2 --batch-size 8 --hidden-size 32 --num-heads 2 --exp-name one"
+    installed("train", "--preset", "digits", *flags.split(), "--output-dir", "runs")
+    run = tmp_path / "elsewhere/runs/one"
+    assert (run / "checkpoints/0000002/COMPLETE").is_file()
+    installed("sample", "--ckpt", run, "--num-steps", "2", "--count", "1", "--out", "one.png")
+    assert (tmp_path / "elsewhere/one.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.usefixtures("build", "heavy")

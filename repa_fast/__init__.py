@@ -11,16 +11,20 @@ if TYPE_CHECKING:
     from repa_fast.configs.config import TrainConfig as TrainConfig
     from repa_fast.models.dit import DiT as DiT
     from repa_fast.models.sit import SiT as SiT
-    from repa_fast.train.run import train as train
+    from repa_fast.share.pipeline import SiTPipeline as SiTPipeline
+    from repa_fast.share.pretrained import Pretrained as Pretrained
+    from repa_fast.share.pretrained import load as load
 
 __version__ = "0.2.0"
 
 _MODULES = {
     "DiT": "models.dit",
+    "Pretrained": "share.pretrained",
     "SiT": "models.sit",
+    "SiTPipeline": "share.pipeline",
     "TrainConfig": "configs.config",
+    "load": "share.pretrained",
     "ops": "",
-    "train": "",
 }
 """Public names, each with the module that it is taken from; "" for a module itself."""
 

@@ -9,18 +9,14 @@ from pathlib import Path
 import pytest
 
 import repa_fast
-from repa_fast import train
-from tests.train.conftest import config_of_run
 
 ROOT = Path(__file__).parents[1]
 FRESH = """
 import json, sys
 import repa_fast
-light = set(sys.modules).isdisjoint(("torch", "numpy", "repa_fast.train"))
+light = set(sys.modules).isdisjoint(("torch", "numpy", "repa_fast.ops"))
 names = sorted(dir(repa_fast))
-{before}
-from repa_fast import train
-print(json.dumps([light, names, train is repa_fast.train is sys.modules["repa_fast.train"]]))
+print(json.dumps([light, names]))
 """
 
 
@@ -40,15 +36,13 @@ def test_an_unknown_name_is_refused_in_the_usual_words():
         from repa_fast import SIT  # noqa: F401
 
 
-@pytest.mark.parametrize("before", ("", "import repa_fast.train.outputs"))
-def test_the_import_is_light_and_train_is_one_thing_whatever_was_imported_first(before):
-    script = FRESH.format(before=before)
+def test_the_import_is_light():
     done = subprocess.run(
-        [sys.executable, "-S", "-E", "-c", f"import sys; sys.path[:0] = {sys.path!r}\n{script}"],
+        [sys.executable, "-S", "-E", "-c", f"import sys; sys.path[:0] = {sys.path!r}\n{FRESH}"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    light, names, same = json.loads(done.stdout)
-    assert light and same and set(repa_fast.__all__) <= set(names)
+    light, names = json.loads(done.stdout)
+    assert light and set(repa_fast.__all__) <= set(names)
 
 
 def test_type_checkers_see_the_same_names_in_the_same_modules():
@@ -60,12 +54,5 @@ def test_type_checkers_see_the_same_names_in_the_same_modules():
         for alias in node.names
         if alias.asname == alias.name
     }
-    assert seen.pop("train") == "train.run"  # which the package is, when called
-    assert seen == {name: m for name, m in repa_fast._MODULES.items() if name != "train"}
+    assert seen == repa_fast._MODULES
     assert (ROOT / "repa_fast/py.typed").read_bytes() == b""
-
-
-def test_the_package_of_training_trains_when_it_is_called(digits_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr("repa_fast.train.run.plot_losses", lambda *_: None)  # longer than the step
-    folder = train(config_of_run(digits_dir, tmp_path / "one", max_train_steps=1))
-    assert folder == tmp_path / "one" and (folder / "checkpoints/0000001/COMPLETE").is_file()

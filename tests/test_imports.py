@@ -34,7 +34,8 @@ def fail(name):
 for module in pkgutil.walk_packages(repa_fast.__path__, "repa_fast.", fail):
     if not module.name.endswith(".__main__"):
         names.append(module.name)
-        if not module.name.endswith((".triton_kernels", ".backend.rows")):  # those are Triton
+        # those are Triton, and diffusers' classes
+        if not module.name.endswith((".triton_kernels", ".backend.rows", ".share.pipeline")):
             try:
                 importlib.import_module(module.name)
             except BaseException:

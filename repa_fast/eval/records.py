@@ -8,6 +8,8 @@ from repa_fast.checkpoint.layout import GENERATED
 from repa_fast.whole import open_regular, parse_json
 from repa_fast.words import one_line, rate, short
 
+SWEEP = "sweep.json"
+"""Of a run's folder of generated images: the points of a sweep."""
 MOST_BYTES = 2**20
 """Of a file; of a file of lines its end is read, which is no longer either."""
 FILES_READ, VALUES_SHOWN, LETTERS_SHOWN, NAME_SHOWN = 100, 20, 60, 100
@@ -15,12 +17,13 @@ FILES_READ, VALUES_SHOWN, LETTERS_SHOWN, NAME_SHOWN = 100, 20, 60, 100
 
 def describe_records(run: Path) -> list[str]:
     """Return a line for each record of a run that is there, or for what is wrong with it."""
-    generated = sorted((run / GENERATED).glob("*.json"))
+    sweep = run / GENERATED / SWEEP
+    generated = sorted({*sweep.parent.glob("*.json")} - {sweep})
     found = [
         _described(run / "metrics.jsonl", _metrics),
         _described(run / "evals.jsonl", _evaluation),
         _described(run / "scores.json", lambda path: f"{path.name}: {_listed(read_record(path))}"),
-        _described(run / "sweep.json", _sweep),
+        _described(sweep, _sweep),
         *(_described(path, _scores) for path in generated[:FILES_READ]),
     ]
     if len(generated) > FILES_READ:
@@ -73,7 +76,7 @@ def _sweep(path: Path) -> str:
         f"{_cut(name)} {_number(low)}" + (f" to {_number(high)}" if low != high else "")
         for name, (low, high) in ranges.items()
     )
-    return f"{path.name}: {', '.join([f'{len(points)} points', *texts])}"
+    return f"{GENERATED}/{path.name}: {', '.join([f'{len(points)} points', *texts])}"
 
 
 def _scores(path: Path) -> str:

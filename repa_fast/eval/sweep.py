@@ -12,6 +12,7 @@ from repa_fast.distributed import session
 from repa_fast.eval.generate import GenerateConfig, folder_of, generate
 from repa_fast.eval.metrics import Scorer, tell
 from repa_fast.eval.pictures import markdown, over_points
+from repa_fast.eval.records import SWEEP
 from repa_fast.eval.reference import ImageFile
 from repa_fast.eval.spaces import ScoreConfig
 from repa_fast.whole import write_whole
@@ -72,7 +73,7 @@ def sweep(config: SweepConfig) -> str:
         "settings": asdict(config),
     }
     written = table(results, str(scorer.space))
-    write_whole(out / "sweep.json", json.dumps(results, indent=2) + "\n")
+    write_whole(out / SWEEP, json.dumps(results, indent=2) + "\n")
     write_whole(out / "sweep.md", written + "\n")
     _plot(points, config, out / "sweep.png")
     return f"{written}\n\n{out / 'sweep.png'}"

@@ -52,10 +52,10 @@ def test_scores_are_said(put):
     ]
     point = {"step": None, "cfg_scale": 1.5, "guidance_high": 1.0, "FID": 9.5}
     points = [point, point | {"cfg_scale": 1.8, "FID": 3}]
-    assert put("sweep.json", {"points": points, "features": "inception"})[1:] == [
-        "sweep.json: 2 points, cfg_scale 1.5 to 1.8, guidance_high 1, FID 3 to 9.5"
+    assert put("generated/sweep.json", {"points": points, "features": "inception"})[1:] == [
+        "generated/sweep.json: 2 points, cfg_scale 1.5 to 1.8, guidance_high 1, FID 3 to 9.5"
     ]
-    assert put("sweep.json", {"points": []})[1:] == ["sweep.json: 0 points"]
+    assert put("generated/sweep.json", {"points": []})[1:] == ["generated/sweep.json: 0 points"]
     described = {"scores": {"FID": 2.5, "recall": 0.6}, "samples": {"name": "x", "count": 50000}}
     put("generated/a.inception.json", described)
     assert put("generated/a.json", {"settings": 1})[2:] == [
@@ -68,7 +68,7 @@ DAMAGED = {
     "metrics.jsonl": ["{", "[]\n", "3\n3\n", "\xff", DEEP, '{"step": 1}\n[]\n{'],
     "evals.jsonl": ["{", '"x"'],
     "scores.json": ["", "{", "[1]", DEEP, '{"a": 1' + " " * 2**20 + "}"],
-    "sweep.json": ["{}", '{"points": 3}', '{"points": [[1]]}'],
+    "generated/sweep.json": ["{}", '{"points": 3}', '{"points": [[1]]}'],
     "generated/a.json": ["{", '{"scores": [1]}', "[]"],
 }
 
@@ -86,7 +86,7 @@ def test_what_is_damaged_is_one_line(put, name, content):
 def test_pipes_devices_and_what_cannot_be_read_are_left_out(tmp_path, put):
     os.mkfifo(tmp_path / "metrics.jsonl")
     os.symlink("/dev/zero", tmp_path / "scores.json")
-    (tmp_path / "sweep.json").mkdir()
+    (tmp_path / "generated" / "sweep.json").mkdir(parents=True)
     assert [line.split(":")[0] for line in put("evals.jsonl", {"step": 3, "FID": 1})] == [
         "metrics.jsonl is left out",
         "evaluation at step 3",

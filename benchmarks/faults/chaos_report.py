@@ -16,15 +16,17 @@ PAGE = ROOT / "docs" / "reliability.md"
 PHASES = ("starting", "resuming", "training", "checkpointing")
 FORMER, NOW = "-m benchmarks.chaos ", "-m benchmarks.faults.chaos "  # what older rows name
 CHECKED = {
-    "flip": "{} times everything was killed and a byte of the newest checkpoint flipped: the next "
-    "start named it and went on from the one before, and it was moved aside, not removed.",
-    "full disk": "{} times the disk was full until a save failed, {} of these until that had ended "
-    "the run: with space again it went on by itself.",
-    "second run": "{} times a second process was started for the same run: it ended with status 2 "
-    "and named the first, which trained on.",
-    "torchrun": "{} times torchrun alone was killed: {} times its processes lived on and kept a "
-    "second one out. Ended, and launched again, the run went on.",
-    "SIGHUP": "{} times torchrun got SIGHUP: the run saved and ended, and no step that it had "
+    "flip": "{} times all processes were killed and a byte of the newest checkpoint was flipped. "
+    "The next start named the damaged checkpoint, moved it aside without removing it, and resumed "
+    "from the one before.",
+    "full disk": "{} times the disk was full until a save failed, {} of these times until that had "
+    "ended the run. Training resumed once there was space again.",
+    "second run": "{} times a second process was started for the same run. It ended with status 2 "
+    "and named the first one, which continued to train.",
+    "torchrun": "{} times torchrun alone was killed. {} of these times its processes lived on, and "
+    "a second launch was refused meanwhile. The run resumed after they were ended and it was "
+    "launched again.",
+    "SIGHUP": "{} times torchrun got SIGHUP. The run saved and ended, and no step that it had "
     "reported was trained again.",
 }
 """What is said of the faults that are no kills: how many, and how many with `also` in the row."""
@@ -39,7 +41,7 @@ def markdown(rows: list[dict]) -> str:
 def filled(page: str, rows: list[dict]) -> str:
     """Return a page with the figures of `rows` between its marks."""
     stamp = ", ".join(f"{name} {rows[-1][name]}" for name in STAMP)
-    return harness.filled(page, "figures", "\n".join([*figures(rows), f"On: {stamp}."]))
+    return harness.filled(page, "figures", "\n".join([*figures(rows), f"Newest rows: {stamp}."]))
 
 
 def figures(rows: list[dict]) -> list[str]:
@@ -55,7 +57,7 @@ def figures(rows: list[dict]) -> list[str]:
         lines += suffered(faults, runs, whole[-1]) if runs else []
         lines += grown(memory[-1]) if memory else []
     commands = [row["command"].replace(FORMER, NOW) for row in rows]
-    return [*lines, *(f"`{command}`" for command in dict.fromkeys(commands)), ""]
+    return [*lines, "Commands:", "", *(f"- `{c}`" for c in dict.fromkeys(commands)), ""]
 
 
 def suffered(faults: list[dict], runs: list[dict], whole: dict) -> list[str]:
@@ -68,26 +70,32 @@ def suffered(faults: list[dict], runs: list[dict], whole: dict) -> list[str]:
         for name, text in CHECKED.items()
         if (part := parts[name])
     ]
-    words, whom = ("faults", "kill's phase, or fault") if checked else ("kills", "phase")
-    but = f" but the {len(parts['flip'])} with a flipped byte" if parts["flip"] else ""
+    word, whom = ("fault", "phase of the kill, or fault") if checked else ("kill", "phase")
+    but = f" but the {len(parts['flip'])} in which a byte was flipped" if parts["flip"] else ""
     identical = sum(row["identical"] for row in runs)
     halves = sum(row["half_written"] for row in faults)
     again = sum(row["resumed_at"] is not None for row in faults)
-    heads = (whom, words, *TARGETS.values(), "half-written directories left")
-    heads += ("steps lost, median", "most", "seconds until training goes on, median", "most")
+    heads = (whom, f"{word}s", *TARGETS.values(), "half-written directories left")
+    heads += ("steps lost, median", "most", "seconds until training resumes, median", "most")
     table = [(name, *cells(part)) for name, part in (parts | {"all": faults}).items() if part]
     checked += [""] if checked else []
     return [
-        f"{len(faults)} {words} in {len(runs)} runs of {whole['steps']} steps on {whole['ranks']} "
-        f"processes; {again} times training went on by itself. {identical} of {len(runs)} runs "
-        "ended with the parameters, averages, optimizer state and metrics of the undisturbed run, "
-        f"bit for bit. {sum(row['announced'] for row in runs)} checkpoints were announced, none "
-        f"was lost{but}; {halves} half-written directories were left, none was loaded. A start "
-        f"without a kill takes {whole['start_seconds']:.1f} s on this machine.",
+        f"{counted(faults, word)} in {counted(runs, 'run')} of {whole['steps']} steps on "
+        f"{whole['ranks']} processes. Training resumed after {again} of them. {identical} of "
+        f"{counted(runs, 'run')} ended with the parameters, EMA, optimizer state and metrics of "
+        f"the undisturbed run, bit for bit. {sum(row['announced'] for row in runs)} checkpoints "
+        f"were announced; none was lost{but}. {halves} half-written directories were left; none "
+        f"was loaded. A start without a {word} takes {whole['start_seconds']:.1f} s on this "
+        "machine.",
         "",
         *checked,
         *grid(heads, table),
     ]
+
+
+def counted(rows: list[dict], what: str) -> str:
+    """Return how many rows there are, and of what, in one or several."""
+    return f"{len(rows)} {what}{'s' * (len(rows) != 1)}"
 
 
 def cells(faults: list[dict]) -> list:
@@ -104,7 +112,7 @@ def cells(faults: list[dict]) -> list:
 def grown(row: dict) -> list[str]:
     """Return the memory of each process."""
     heads = ("process", "second tenth, MiB", "last tenth, MiB", "growth, MiB")
-    heads += ("of these in the last third", "most, MiB")
+    heads += ("growth in the last third, MiB", "most, MiB")
     lines = []
     for rank in range(row["ranks"]):
         early, late, peak = (row[f"rank{rank}_{name}_mib"] for name in ("early", "late", "peak"))
@@ -113,8 +121,8 @@ def grown(row: dict) -> list[str]:
         spans = f"{late - early:+.1f}", f"{lately:+.1f}"
         lines.append((rank, f"{early:.1f}", f"{late:.1f}", *spans, f"{peak:.1f}"))
     return [
-        f"Resident memory over {row['steps']:,} steps with {row['saves']} checkpoints, means of "
-        "the second tenth of the steps and of the last:",
+        f"Resident memory over {row['steps']:,} steps with {row['saves']} checkpoints: its mean "
+        "over the second tenth of the steps, and over the last tenth.",
         "",
         *grid(heads, lines),
     ]

@@ -151,10 +151,10 @@ def test_the_report_has_a_line_of_the_table_for_every_kind_and_says_what_was_che
     rows = [FLIP, HELD, HELD | {"also": False, "lost_steps": 5}, kill, RUN, WHOLE]
     text = chaos_report.markdown([common | row for row in rows])
     for line in (
-        "4 faults in 1 runs of 40 steps on 2 processes; 4 times training went on by itself.",
-        "9 checkpoints were announced, none was lost but the 1 with a flipped byte; 0 half-",
-        "- 1 times everything was killed and a byte of the newest checkpoint flipped: ",
-        "- 2 times torchrun alone was killed: 1 times its processes lived on ",
+        "4 faults in 1 run of 40 steps on 2 processes. Training resumed after 4 of them. 1 of 1 ",
+        "9 checkpoints were announced; none was lost but the 1 in which a byte was flipped. 0 ",
+        "- 1 times all processes were killed and a byte of the newest checkpoint was flipped. ",
+        "- 2 times torchrun alone was killed. 1 of these times its processes lived on, ",
         "| training | 1 | 0 | 0 | 0 | 1 | 0 | 1 | 1 |  |  |",
         "| flip | 1 | 0 | 0 | 0 | 0 | 0 | 7 | 7 | 8.5 | 8.5 |",
         "| torchrun | 2 | 0 | 0 | 0 | 0 | 0 | 4 | 5 | 9.5 | 9.5 |",

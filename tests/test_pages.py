@@ -53,7 +53,7 @@ def runs(module: str) -> bool:
 
 def test_there_are_pages_which_name_modules_and_a_name_that_is_stale_is_found():
     texts = [(ROOT / page).read_text() for page in PAGES]
-    assert {"README.md", "Makefile", "docs/launch.md", "kernels/adaln/README.md"} < set(PAGES)
+    assert {"README.md", "Makefile", "docs/clusters.md", "kernels/adaln/README.md"} < set(PAGES)
     assert {"repa_fast", "benchmarks.gpu"} < set.union(*map(modules_in, texts))
     text = "`.venv/bin/python -m pytest -m gpu`, `torchrun -m repa_fast.eval.attic`"
     assert modules_in(text) == {"repa_fast.eval.attic"} and not runs("repa_fast.eval.attic")

@@ -233,7 +233,7 @@ def stop_signals() -> Iterator[list[int]]:
     """Yield a list that SIGTERM, SIGHUP, SIGUSR1 and SIGINT append to; a second SIGINT interrupts.
 
     SIGTERM comes twice where Slurm sends it to all processes of a job and torchrun passes its own
-    on; SIGUSR1 is what Slurm can send ahead of a time limit (docs/launch.md); SIGHUP what comes
+    on; SIGUSR1 is what Slurm can send ahead of a time limit (docs/clusters.md); SIGHUP what comes
     when a terminal is closed, unless nohup has it ignored.
     """
     received: list[int] = []

@@ -13,8 +13,8 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help $(VENV) lint test test-full smoke-full chaos demo analyse bench $(GPU_VENV) csrc-gpu rehearse gpu \
-	gpu-test gpu-home clean
+.PHONY: help $(VENV) lint test test-full docs smoke-full chaos demo analyse bench $(GPU_VENV) csrc-gpu rehearse \
+	gpu gpu-test gpu-home clean
 
 help: ## list the targets
 	@grep -hE '^[a-z$$][A-Za-z$$() _-]*:.*## ' $(MAKEFILE_LIST) \
@@ -43,6 +43,10 @@ test: $(VENV)/.csrc ## the fast tier of the tests that need no GPU; four minutes
 
 test-full: $(VENV)/.csrc ## all tests that need no GPU, with every case of their grids; twenty minutes
 	@$(PYTEST) --full -m "not gpu and not smoke_full"
+
+docs: $(VENV)/.installed ## build the documentation into site/; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs --quiet build
+	@echo site/index.html
 
 smoke-full: $(VENV)/.installed ## SiT-XL/2 with DINOv2-B: a step, save, resume, sample; 22 GiB of memory
 	$(VENV)/bin/python -m pytest -p no:benchmark -m smoke_full --durations=1 tests/train/test_smoke.py
@@ -99,5 +103,5 @@ gpu-home: $(VENV)/.installed ## bring measured rows into the checkout (TAR=.../g
 	$(VENV)/bin/python -m benchmarks.gpu.home $(TAR)
 
 clean: ## remove build products and caches (not the venv, not runs)
-	rm -rf build dist *.egg-info .cache .pytest_cache .ruff_cache .benchmarks
+	rm -rf build dist site *.egg-info .cache .pytest_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -11,6 +11,7 @@ import pytest
 PACKAGES = (
     "diffusers",
     "lance",
+    "mkdocs",
     "moto",
     "nvidia.dali",
     "skimage",

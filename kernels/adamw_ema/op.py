@@ -40,15 +40,19 @@ def adamw_ema(
     Args:
         params: contiguous tensors of any shape, fp32 (fp64 by the reference).
         grads: their gradients, fp32 or bf16; not changed.
-        exp_avgs, exp_avg_sqs: the moments, like params.
+        exp_avgs: first moments, like params.
+        exp_avg_sqs: second moments, like params.
         steps: 0-d fp32 tensors, steps done so far; advanced by one.
         lr: 0-d fp32 tensor on their device.
         grad_scale: 0-d fp32; the gradients are multiplied by it (clipping, inverse loss scale).
         skip: 0-d fp32; where it is not 0, nothing changes at all.
-        betas, eps, weight_decay: AdamW's; the decay is decoupled.
-        emas: moving averages, like params; empty for none.
+        betas: AdamW's.
+        eps: AdamW's.
+        weight_decay: AdamW's, decoupled.
+        emas: EMAs, like params; empty for none.
         ema_rate: 0-d fp32, 1 - decay of the EMA; needed with emas.
-        param_copies, ema_copies: bf16 tensors that receive params and emas; empty for none.
+        param_copies: bf16 tensors that receive params; empty for none.
+        ema_copies: bf16 tensors that receive emas; empty for none.
         implementation: "auto", "cuda" or "reference".
 
     Raises:

@@ -55,7 +55,9 @@ def gate_residual_adaln(
     Args:
         x: (B, N, D), the residual stream; its dtype is kept.
         branch: (B, N, D), the pending branch output.
-        gate, shift, scale: (B, D), may be strided chunks.
+        gate: (B, D), may be a strided chunk, as shift and scale may.
+        shift: (B, D).
+        scale: (B, D).
         eps: added to the variance.
         out_dtype: dtype of the modulated tensor; the dtype of `shift` if None.
         implementation: "auto", "triton" or "reference"; what the process asks for if None.

@@ -50,8 +50,12 @@ def euler(
 ) -> Tensor:
     """Integrate dx/dt = v(x, t) from noise to data.
 
+    Options beside those below are the fields of `repa_fast.diffusion.guidance.Field`.
+
     Args:
-        model, latents, labels, options: see `repa_fast.diffusion.guidance.Field`.
+        model: see `repa_fast.diffusion.guidance.Field`.
+        latents: (B, C, h, w), standard normal noise.
+        labels: (B), int64.
         num_steps: steps; Heun evaluates twice per step but the last.
         heun: second-order correction.
 
@@ -99,8 +103,9 @@ def euler_maruyama(
     evaluates the model once. Result, errors and other arguments are those of `euler`.
 
     Args:
-        diffusion_form, diffusion_norm: w_t, see `repa_fast.diffusion.forms`; 2t by default. "SBDM"
-            starts at 0.999 on the linear and cosine paths.
+        diffusion_form: of w_t, see `repa_fast.diffusion.forms`; 2t by default. "SBDM" starts at
+            0.999 on the linear and cosine paths.
+        diffusion_norm: the norm in that formula.
         last_step: "mean" is the drift of the SDE, "euler" that of the ODE, "tweedie" the mean of
             the clean latents given the noisy ones; "none" goes with the stochastic steps to t = 0
             (to 0.001 on the VP path, for scores, for noise and for SBDM).
@@ -153,7 +158,8 @@ def dopri5(
     Other arguments and errors as for `euler`; ValueError also without the package torchdiffeq.
 
     Args:
-        rtol, atol: bounds of a step's root-mean-square error, relative and absolute.
+        rtol: relative bound of a step's root-mean-square error.
+        atol: its absolute bound.
 
     Returns:
         ((B, C, h, w) in the state's dtype, number of model evaluations).

@@ -137,7 +137,10 @@ class SiT(nn.Module):
         input_size: height and width of the latent, in latent pixels.
         patch_size: P; must divide input_size.
         in_channels: C; the velocity has as many.
-        hidden_size, depth, num_heads, mlp_ratio: the transformer.
+        hidden_size: D.
+        depth: number of blocks.
+        num_heads: H; must divide hidden_size.
+        mlp_ratio: hidden width of the MLP, over hidden_size.
         encoder_depth: 1-based index of the block whose output is projected.
         num_classes: real classes; the embedding table always has one more row, the null label.
         z_dims: feature width of each encoder; empty for a model without projectors.
@@ -147,8 +150,10 @@ class SiT(nn.Module):
         self_align: SRA's head `ap_head` on the same hidden state, beside or instead of projectors.
         qk_norm: LayerNorm on queries and keys.
         fused_attn: the process's attention backend instead of the explicit softmax.
-        path_type, use_cfg, decoder_hidden_size, class_dropout_prob: the official constructor's,
-            without effect; labels are dropped by the caller, as `forward` is told.
+        path_type: the official constructor's, without effect, as the next three.
+        use_cfg: without effect.
+        decoder_hidden_size: without effect.
+        class_dropout_prob: without effect; the caller drops labels, and tells `forward` which.
 
     Attributes:
         residual_dtype: of the residual stream; None is fp32 (fp64 for fp64 models).

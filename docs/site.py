@@ -103,14 +103,15 @@ def commands() -> str:
     """Return the page of all commands: what is committed of it, and a section for each."""
     parts = [(ROOT / "docs/reference/commands.md").read_text()]
     for name, entry in cli.COMMANDS.items():
-        parts.append(f"## {name}\n\nThis command can {entry.summary}.\n")
+        parts.append(f"## {name}\n\n{sentence(entry.summary)}.\n")
         _, config = cli.load(name)
         if name == "train":
             parts.append("[Its flags](flags.md) have a page of their own.\n")
         elif config is None:
             parts.append(f"`repa-fast {name} --help` lists its flags.\n")
         else:
-            parts.append(escaped(" ".join(config.__doc__.split())) + "\n")
+            text = " ".join(config.__doc__.split()).removeprefix(f"`repa-fast {name}`: ")
+            parts.append(sentence(text) + "\n")
             parts.append(table(config, command.mirror(config), f"{name.replace(' ', '-')}--"))
     return "\n".join(parts)
 
@@ -175,6 +176,11 @@ def default(field: dataclasses.Field) -> str:
     return "" if value in (None, "") else f"`{value}`"
 
 
+def sentence(text: str) -> str:
+    """Return a text `escaped`, with a capital in front."""
+    return escaped(text[0].upper() + text[1:])
+
+
 def escaped(text: str) -> str:
-    """Return a sentence as Markdown that shows it as it is."""
+    """Return a text as Markdown that shows it as it is."""
     return re.sub(r"[|*]", r"\\\g<0>", html.escape(text, quote=False))

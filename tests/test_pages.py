@@ -20,7 +20,7 @@ PATTERNS = (
     "repa_fast/**/README.md",
 )
 HISTORY = {"docs/LOG.md"}
-THIRD_PARTY = {"pytest", "pip", "venv"}
+THIRD_PARTY = {"mkdocs", "pytest", "pip", "venv"}
 FILE = re.compile(
     r"(?<![\w./-])(?:repa_fast|benchmarks|kernels|tests|docs|csrc)/[\w./-]+\.(?:py|md)"
 )

@@ -40,15 +40,12 @@ def adamw_ema(
     Args:
         params: contiguous tensors of any shape, fp32 (fp64 by the reference).
         grads: their gradients, fp32 or bf16; not changed.
-        exp_avgs: first moments, like params.
-        exp_avg_sqs: second moments, like params.
+        exp_avgs: first moments, like params; exp_avg_sqs are the second ones.
         steps: 0-d fp32 tensors, steps done so far; advanced by one.
         lr: 0-d fp32 tensor on their device.
         grad_scale: 0-d fp32; the gradients are multiplied by it (clipping, inverse loss scale).
         skip: 0-d fp32; where it is not 0, nothing changes at all.
-        betas: AdamW's.
-        eps: AdamW's.
-        weight_decay: AdamW's, decoupled.
+        betas: AdamW's, as eps and weight_decay, which is decoupled.
         emas: EMAs, like params; empty for none.
         ema_rate: 0-d fp32, 1 - decay of the EMA; needed with emas.
         param_copies: bf16 tensors that receive params; empty for none.

@@ -29,6 +29,10 @@ CODE_OR_LINK = re.compile(
     r"^(?P<fence>```|~~~).*?^(?P=fence)|`(?:[^`\n]|\n(?!\n))*`|(?<=\]\()(?P<link>[^()\s]+)(?=[)\s])",
     re.M | re.S,
 )
+CODE_OR_LIST = re.compile(
+    r"^(?P<fence>```|~~~).*?^(?P=fence)|^(?![-*#|<>\s]|\d+\. )[^\n]+\n(?=(?:[-*]|1\.) )",
+    re.M | re.S,
+)
 KINDS = {int: "integer", float: "number", str: "text", Path: "path"}
 
 
@@ -70,6 +74,11 @@ def rewritten(text: str, page: str) -> str:
     return CODE_OR_LINK.sub(moved, text)
 
 
+def spaced(text: str) -> str:
+    """Return a page's text with an empty line before a list, which GitHub does not need."""
+    return CODE_OR_LIST.sub(lambda match: match[0] + ("" if match["fence"] else "\n"), text)
+
+
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add what pages link outside docs/, and what is made from the code to its pages."""
     waiting = [f"docs/{file.src_uri}" for file in files.documentation_pages()]
@@ -93,10 +102,10 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Rewrite the links of a page; the home has no pages beside it."""
+    """Make a page of the repository one of the site; the home has no pages beside it."""
     if page.is_homepage:
         page.meta["hide"] = ["navigation"]
-    return rewritten(markdown, repository_path(page.file.src_uri))
+    return spaced(rewritten(markdown, repository_path(page.file.src_uri)))
 
 
 def commands() -> str:

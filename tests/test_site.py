@@ -108,6 +108,20 @@ def test_a_link_leads_to_the_same_file_on_the_site(page, link, moved):
 
 
 @pytest.mark.parametrize(
+    "text, made",
+    [
+        ("This is:\n- one\n- two\n", "This is:\n\n- one\n- two\n"),
+        ("This is:\n1. one\n", "This is:\n\n1. one\n"),
+        ("- one,\n  more\n- two\n", "- one,\n  more\n- two\n"),
+        ("```\ntext\n- no list\n```\n", "```\ntext\n- no list\n```\n"),
+        ("It was in\n2026. That is all.\n", "It was in\n2026. That is all.\n"),
+    ],
+)
+def test_a_list_is_one_without_an_empty_line_before_it(text, made):
+    assert site.spaced(text) == made
+
+
+@pytest.mark.parametrize(
     "page, sound",
     [
         ("[there](b.md#there-is--one)", True),

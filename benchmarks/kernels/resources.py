@@ -126,8 +126,9 @@ def sampler_launches(state: torch.dtype, dtype: torch.dtype) -> Iterator[tuple[s
 def table() -> str:
     """Return Markdown, for SiT-XL/2's width, fp32 and bf16 residual streams, bf16 otherwise."""
     text = [
-        f"Triton {triton.__version__}, D = 1152, bf16 branches and modulation; blocks are those",
-        "that fit on one SM, accesses the global ones of 16 bytes (of these, cp.async) + narrower.",
+        f"Triton {triton.__version__}, D = 1152, branches and modulation in bf16. The column "
+        "blocks counts the blocks that fit on one SM together. The column accesses counts accesses to "
+        "global memory: those of 16 bytes (how many of them are cp.async) + narrower ones.",
         "",
     ]
     heads = ("kernel", "stream", "sm", "warps", "registers", "spilled B", "shared B", "blocks")

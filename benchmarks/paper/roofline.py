@@ -30,7 +30,7 @@ CATEGORIES = {
     "matmuls": ("GEMM",),
     "attention": ("attention",),
     "elementwise": ("our kernels", "other elementwise"),
-    "optimizer and average": ("optimizer",),
+    "optimizer and EMA": ("optimizer",),
     "encoder": ("encoder",),
 }
 """Parts of a step -> categories of benchmarks.step.profile."""
@@ -97,7 +97,7 @@ def step_parts(found: Work, batch: int) -> dict[str, tuple[float, float]]:
         "matmuls": (flops, 0.0),
         "attention": attention,
         "elementwise": (0.0, nbytes + CAST_BYTES * found.parameters),
-        "optimizer and average": (0.0, sum(OPTIMIZER_BYTES.values()) * found.parameters),
+        "optimizer and EMA": (0.0, sum(OPTIMIZER_BYTES.values()) * found.parameters),
         "encoder": (batch * found.frozen.flops, batch * found.frozen.nbytes),
     }
 

@@ -94,13 +94,14 @@ def sharding(page: Page) -> list[str]:
         at = {gpus: page.steps(gpus, batch) for gpus in GPUS}
         ddp, fsdp = at[node]["ddp"], at[node]["fsdp"]
         late = [g for g in GPUS if at[g]["fsdp"].seconds > 1.01 * at[g]["hsdp"].seconds]
-        when = f"from {late[0]} GPUs on" if late else f"nowhere up to {GPUS[-1]:,} GPUs"
+        when = f"from {late[0]} GPUs on" if late else f"at no size up to {GPUS[-1]:,} GPUs"
         lines += [
-            f"- {batch} images on each of {node} GPUs: {ms(fsdp.seconds)} ms with fsdp, "
-            f"{ms(ddp.seconds)} with ddp, {100 * (1 - fsdp.seconds / ddp.seconds):.1f} % less. "
-            f"The optimizer takes {ms(fsdp.optimizer)} instead of {ms(ddp.optimizer)} ms, and "
-            f"{ms(fsdp.communication)} instead of {ms(ddp.communication)} ms of communication "
-            f"show. Sharding over all GPUs is more than 1 % slower than inside nodes {when}."
+            f"- {batch} images on each of {node} GPUs: a step takes {ms(fsdp.seconds)} ms with "
+            f"fsdp and {ms(ddp.seconds)} ms with ddp, "
+            f"{100 * (1 - fsdp.seconds / ddp.seconds):.1f} % less. The optimizer takes "
+            f"{ms(fsdp.optimizer)} instead of {ms(ddp.optimizer)} ms; exposed communication takes "
+            f"{ms(fsdp.communication)} instead of {ms(ddp.communication)} ms. fsdp over all GPUs "
+            f"is more than 1 % slower than hsdp {when}."
         ]
     return lines
 
@@ -122,13 +123,13 @@ def ending(page: Page) -> list[str]:
     seconds, gpus, name = min(precise)
     end = f"from {ends[0] // 2} to {ends[0]} GPUs" if ends else "nowhere"
     return [
-        f"- {page.whole} images in all, in the fastest mode at each size: the first doubling that "
-        f"makes the step less than {PAYS:g} times as fast is {end}.",
-        f"- The shortest step is {ms(times[least])} ms, on {least} GPUs ({best[least][0]}): "
-        f"{times[1] / times[least]:.0f} times as fast as one GPU, an efficiency of "
+        f"- With {page.whole} images in all and the fastest mode at each size, the first doubling "
+        f"of GPUs that makes the step less than {PAYS:g} times as fast is {end}.",
+        f"- The shortest step takes {ms(times[least])} ms, on {least} GPUs ({best[least][0]}). It "
+        f"is {times[1] / times[least]:.0f} times as fast as on one GPU, an efficiency of "
         f"{percent(times[1] / times[least] / least, 0)}.",
-        f"- With gradients reduced in fp32: {ms(seconds)} ms, on {gpus} GPUs ({name}).",
-        f"- If launches cost nothing: {ms(graph[quick][1].seconds)} ms, on {quick} GPUs "
+        f"- With gradients reduced in fp32 it takes {ms(seconds)} ms, on {gpus} GPUs ({name}).",
+        f"- If launches cost nothing it takes {ms(graph[quick][1].seconds)} ms, on {quick} GPUs "
         f"({graph[quick][0]}).",
     ]
 
@@ -140,7 +141,7 @@ def limits(page: Page) -> list[str]:
         row = [gpus]
         for batch in (page.batches[0], page.whole / gpus):
             if batch < 1:
-                row += ["", "less than an image each"]
+                row += ["", "less than one image per GPU"]
                 continue
             mode, found = page.fastest(gpus, batch)
             parts = sorted(dataclasses.asdict(found).items(), key=lambda part: -part[1])[:3]
@@ -159,13 +160,13 @@ def sensitivity(page: Page) -> list[str]:
     hops = ("ring_nvlink", "ring_network", "tree_nvlink", "tree_network")
     changes = {
         "as assumed": {},
-        "reached 70 %": {"reached": 0.7},
-        "launches for nothing": {"launches": 0},
+        "70 % of the rates reached": {"reached": 0.7},
+        "launches at no cost": {"launches": 0},
         "no noise": {"noise": 0},
         "three times the noise": {"noise": 3 * now.noise},
         "half the network": {"network": now.network / 2},
         "twice the network": {"network": now.network * 2},
-        "half of every hop": {name: getattr(now, name) / 2 for name in hops},
+        "half the time of every hop": {name: getattr(now, name) / 2 for name in hops},
     }
     rows = []
     for label, change in changes.items():
@@ -180,7 +181,7 @@ def constants(page: Page) -> list[str]:
     for each in dataclasses.fields(Machine):
         value = getattr(page.machine, each.name) / each.metadata["scale"]
         rows.append((each.name, f"{value:g} {each.metadata['unit']}", each.metadata["source"]))
-    return grid(("constant", "value", "where from"), rows)
+    return grid(("constant", "value", "source"), rows)
 
 
 def amounts(page: Page) -> list[str]:
@@ -196,11 +197,11 @@ def amounts(page: Page) -> list[str]:
     floors = [ms(one.matmul + one.elementwise + one.optimizer) for one in ones]
     memory = [f"{(batch * w.activation_bytes + w.state_bytes) / 1e9:.0f}" for batch in page.batches]
     parameters = f"bytes for each of {w.parameters / 1e6:.1f} M parameters, {gpus} GPUs"
-    ways = ("optimizer, average, norm", *moved), ("casts and copies of weights", *copied)
-    one = ("both rates reached in full, no copies, no launches: ms", *floors)
-    two = ("state and activations: GB", *memory)
+    ways = ("optimizer, EMA, norm", *moved), ("casts and copies of weights", *copied)
+    one = ("ms, both rates reached in full, no copies, no launches", *floors)
+    two = ("GB of state and activations", *memory)
     return [
-        *grid(("per image", "GFLOP of matrix products", "MB of elementwise kernels"), rows),
+        *grid(("per image", "GFLOP of matmuls", "MB of elementwise kernels"), rows),
         *grid((parameters, *MODES), ways),
         *grid(("images on one GPU", *page.batches), (one, two)),
     ]
@@ -217,7 +218,7 @@ def sent(page: Page) -> list[str]:
             times = (found.forward, found.backward, *(each.communication for each in steps))
             rows.append((gpus, name, *nbytes, *map(ms, times)))
     heads = ("GPUs", "mode", "GB sent by a GPU", "GB leaving a node", "forward, ms", "backward, ms")
-    return grid((*heads, *(f"showing, {batch} images each" for batch in page.batches)), rows)
+    return grid((*heads, *(f"exposed, {batch} images each" for batch in page.batches)), rows)
 
 
 def volumes(page: Page, name: str, gpus: int) -> tuple[float, float]:
@@ -264,7 +265,10 @@ def stragglers(page: Page) -> list[str]:
     """Show what waiting for the slowest GPU costs."""
     expected = [model.expected_maximum(gpus) for gpus in GPUS]
     longer = [f"{100 * page.machine.noise * each:.1f} %" for each in expected]
-    rows = (("expected maximum", *(f"{each:.2f}" for each in expected)), ("longer", *longer))
+    rows = (
+        ("deviations, expected", *(f"{each:.2f}" for each in expected)),
+        ("longer step", *longer),
+    )
     return grid(("GPUs", *GPUS), rows)
 
 
@@ -280,9 +284,9 @@ def checkpoints(page: Page) -> list[str]:
             shares = (f"{100 * t / (period + t):.4f} %" for t in (pause, pause + write))
             times = (f"{pause:.4f}", f"{write:.2f}", f"{write / seconds:.0f}")
             rows.append((name, gpus, *times, *shares))
-    heads = ("mode", "GPUs", "pause, s", "write, s", "steps meanwhile", "asynchronous")
+    heads = ("mode", "GPUs", "pause, s", "write, s", "steps during the write", "lost, asynchronous")
     size = f"{w.checkpoint_bytes / 1e9:.2f} GB every {w.checkpoint_steps:,} steps"
-    return [f"{size}, {batch} images per GPU.", "", *grid((*heads, "synchronous"), rows)]
+    return [f"{size}, {batch} images per GPU.", "", *grid((*heads, "lost, synchronous"), rows)]
 
 
 def data(page: Page) -> list[str]:
@@ -297,8 +301,8 @@ def data(page: Page) -> list[str]:
             text = f"{need / 1e9:.2f}"
             cells.append(f"**{text}**" if need > page.machine.file_rate(gpus) else text)
         rows.append((name, f"{nbytes / 1e3:.1f}", *cells))
-    text = f"GB/s, {batch} images per GPU. The other tables read {model.usual(page.work)}."
-    return [text, "", *grid(("a row holds", "kB", *(f"{gpus} GPUs" for gpus in scales)), rows)]
+    text = f"GB/s with {batch} images per GPU. The other tables assume {model.usual(page.work)}."
+    return [text, "", *grid(("a row has", "kB", *(f"{gpus} GPUs" for gpus in scales)), rows)]
 
 
 SECTIONS = (

@@ -34,10 +34,10 @@ def constant(default: float, scale: float, unit: str, source: str) -> float:
 class Machine:
     """Nodes of H200, in SI units. Every field is a flag and a line of the page."""
 
-    matmul: float = constant(790e12, 1e12, "TFLOP/s", "H200, bf16 product of 8192^3, reported")
+    matmul: float = constant(790e12, 1e12, "TFLOP/s", "H200, bf16 matmul of 8192^3, reported")
     memory: float = constant(4.3e12, 1e12, "TB/s", "H200, copy within device memory, reported")
-    reached: float = constant(0.85, 0.01, "%", "assumed share of these two that a step reaches")
-    launches: int = constant(1200, 1, "kernels", "assumed per step, the goal; not one CUDA graph")
+    reached: float = constant(0.85, 0.01, "%", "assumed share of these rates that a step reaches")
+    launches: int = constant(1200, 1, "kernels", "assumed per step: the goal, without a CUDA graph")
     launch: float = constant(5e-6, 1e-6, "us", "assumed host time of a launch")
     node: int = constant(8, 1, "GPUs", "HGX board")
     nvlink: float = constant(450e9, 1e9, "GB/s", "H200 datasheet: NVLink per GPU and direction")
@@ -46,7 +46,7 @@ class Machine:
     ring_network: float = constant(4e-6, 1e-6, "us", "the same, between nodes")
     tree_nvlink: float = constant(1.2e-6, 1e-6, "us", "NCCL's tuning table, LL128: a tree's hop")
     tree_network: float = constant(8.5e-6, 1e-6, "us", "the same, between nodes")
-    noise: float = constant(0.01, 0.01, "%", "assumed deviation of a GPU's own time, step by step")
+    noise: float = constant(0.01, 0.01, "%", "assumed standard deviation of a GPU's own step time")
     host_copy: float = constant(50e9, 1e9, "GB/s", "assumed: a GPU to host memory, PCIe 5 x16")
     files_node: float = constant(5e9, 1e9, "GB/s", "assumed: a node's share of the file system")
     files: float = constant(50e9, 1e9, "GB/s", "assumed: the file system, for all nodes together")

@@ -6,12 +6,12 @@ from benchmarks.paper.scaling_model import MODES, Step
 
 COLOURS = dict(zip(MODES, ("#7f7f7f", "#1f5fa8", "#1f5fa8", "#d9534f", "#d9534f")))
 PARTS = {
-    "matmul": ("matrix products", "#1f5fa8"),
+    "matmul": ("matmuls", "#1f5fa8"),
     "elementwise": ("elementwise kernels", "#7fb2e5"),
     "copies": ("casts and copies of weights", "#a9cf9f"),
-    "optimizer": ("optimizer and average", "#3f8f4f"),
+    "optimizer": ("optimizer and EMA", "#3f8f4f"),
     "launches": ("waiting for launches", "#c9c9c9"),
-    "communication": ("communication that shows", "#d9534f"),
+    "communication": ("exposed communication", "#d9534f"),
     "stragglers": ("stragglers", "#f0ad4e"),
     "files": ("waiting for data", "#7b5ea7"),
 }

@@ -127,8 +127,8 @@ def table() -> str:
     """Return Markdown, for SiT-XL/2's width, fp32 and bf16 residual streams, bf16 otherwise."""
     text = [
         f"Triton {triton.__version__}, D = 1152, branches and modulation in bf16. The column "
-        "blocks counts the blocks that fit on one SM together. The column accesses counts accesses to "
-        "global memory: those of 16 bytes (how many of them are cp.async) + narrower ones.",
+        "blocks counts the blocks that fit on one SM together. The column accesses counts "
+        "accesses to global memory: those of 16 bytes (how many of them are cp.async) + narrower ones.",
         "",
     ]
     heads = ("kernel", "stream", "sm", "warps", "registers", "spilled B", "shared B", "blocks")

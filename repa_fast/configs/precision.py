@@ -13,11 +13,11 @@ class PrecisionConfig(Part):
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     """auto is bf16 on CUDA and fp32 (no) on CPU."""
     allow_tf32: bool = False
-    """TF32 matrix products for fp32 tensors on CUDA."""
+    """TF32 matmuls for fp32 tensors on CUDA."""
     compute_copy: Literal["autocast", "optimizer"] = "autocast"
     """Who makes the bf16 copies of weights: autocast at every forward pass, or the optimizer."""
     joint_adaln: bool = False
-    """One matrix product for the adaLN layers of all blocks, with COMPUTE_COPY optimizer."""
+    """One matmul for the adaLN layers of all blocks, with COMPUTE_COPY optimizer."""
     residual_dtype: Literal["fp32", "bf16"] = "fp32"
     """Of the residual stream while training; bf16 halves its traffic and rounds every addition."""
     compile: bool = False

@@ -48,7 +48,7 @@ class SamplerConfig:
     mixed_precision: Literal["no", "bf16"] = "no"
     """Of the model's evaluations."""
     tf32: bool = True
-    """TF32 matrix products on a GPU."""
+    """TF32 matmuls on a GPU."""
     compile: bool = False
     """torch.compile the model, on a GPU with CUDA graphs."""
     vae: str = ""

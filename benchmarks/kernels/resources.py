@@ -128,7 +128,8 @@ def table() -> str:
     text = [
         f"Triton {triton.__version__}, D = 1152, branches and modulation in bf16. The column "
         "blocks counts the blocks that fit on one SM together. The column accesses counts "
-        "accesses to global memory: those of 16 bytes (how many of them are cp.async) + narrower ones.",
+        "accesses to global memory: those of 16 bytes (how many of them are cp.async) + "
+        "narrower ones.",
         "",
     ]
     heads = ("kernel", "stream", "sm", "warps", "registers", "spilled B", "shared B", "blocks")

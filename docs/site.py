@@ -112,7 +112,8 @@ def commands() -> str:
     """Return the page of all commands: what is committed of it, and a section for each."""
     parts = [(ROOT / "docs/reference/commands.md").read_text()]
     for name, entry in cli.COMMANDS.items():
-        parts.append(f"## {name}\n\n{sentence(entry.summary)}.\n")
+        summary = f"{sentence(entry.summary)}.\n"
+        parts.append(f"## {name}\n\n{summary}")
         _, config = cli.load(name)
         if name == "train":
             parts.append("[Its flags](flags.md) have a page of their own.\n")
@@ -120,7 +121,7 @@ def commands() -> str:
             parts.append(f"`repa-fast {name} --help` lists its flags.\n")
         else:
             text = " ".join(config.__doc__.split()).removeprefix(f"`repa-fast {name}`: ")
-            parts.append(sentence(text) + "\n")
+            parts += [] if f"{sentence(text)}\n" == summary else [f"{sentence(text)}\n"]
             parts.append(table(config, command.mirror(config), f"{name.replace(' ', '-')}--"))
     return "\n".join(parts)
 

@@ -45,7 +45,7 @@ test-full: $(VENV)/.csrc ## all tests that need no GPU, with every case of their
 	@$(PYTEST) --full -m "not gpu and not smoke_full"
 
 docs: $(VENV)/.installed ## build the documentation into site/; a link that leads nowhere is an error
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs --quiet build
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build
 	@echo site/index.html
 
 smoke-full: $(VENV)/.installed ## SiT-XL/2 with DINOv2-B: a step, save, resume, sample; 22 GiB of memory

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -38,7 +38,7 @@ class Pretrained(Loaded):
         objective: what it predicts.
     """
 
-    def sampler(self, **settings) -> ImageSampler:
+    def sampler(self, **settings: Any) -> ImageSampler:
         """Return what draws images under settings, by the names of `SamplerConfig`.
 
         ValueError for settings that do not fit the model; Failure where latents need an autoencoder
@@ -48,7 +48,7 @@ class Pretrained(Loaded):
         return ImageSampler(self, SamplerConfig(**settings), device)
 
     def sample(
-        self, classes: Sequence[int | str] = (), *, count: int = 1, seed: int = 0, **settings
+        self, classes: Sequence[int | str] = (), *, count: int = 1, seed: int = 0, **settings: Any
     ) -> torch.Tensor:
         """Draw `count` images of each class: those that `repa-fast sample` draws by that seed.
 
@@ -103,7 +103,7 @@ class Pretrained(Loaded):
             return upload(folder, repository, private=private)
 
 
-def load(source: str | Path, device: torch.device | str = "cpu", **options) -> Pretrained:
+def load(source: str | Path, device: torch.device | str = "cpu", **options: Any) -> Pretrained:
     """Load a model with its metadata and its sampler.
 
     Args:

@@ -1,0 +1,65 @@
+"""The README's picture, from committed rows: `python -m benchmarks.paper.overview`.
+
+On the left the measured step of SiT-XL/2 with REPA, on the right what alignment does on the digits.
+"""
+
+import json
+from pathlib import Path
+
+from benchmarks.convergence.digits import values_of
+from benchmarks.step.report import COLOURS as PARTS
+from benchmarks.step.report import bars
+
+ROOT = Path(__file__).parents[2]
+STEPS = ROOT / "benchmarks/results/nvidia-h200/2026-11-27_ladder/rows.jsonl"
+DIGITS = ROOT / "benchmarks/results/cpu/2026-11-21_digits-convergence/scores.json"
+PICTURE = ROOT / "docs/images/overview.png"
+SITTING, BATCH = "fc77fe5", 32
+SHOWN = {
+    "o": "REPA's released code",
+    "a": "the paper's recipe, plain PyTorch",
+    "e": "repa-fast",
+    "g": "repa-fast, one CUDA graph",
+    "f": "the same, --joint-adaln",
+}
+"""Configurations of the ladder, all of one sitting on one card, by their names here."""
+COLOURS = {"vanilla": "#7f7f7f", "REPA": "#1f5fa8"}
+
+
+def steps() -> list[dict]:
+    """Return the rows of SHOWN, in its order."""
+    rows = map(json.loads, STEPS.read_text().splitlines())
+    of = {row["rung"]: row for row in rows if (row["commit"], row["batch"]) == (SITTING, BATCH)}
+    return [of[name] for name in SHOWN]
+
+
+def draw(path: Path) -> None:
+    """Draw the picture as a PNG."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    figure = Figure(figsize=(12, 3.3), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.7, 1))
+    rows = steps()
+    bars(left, rows)
+    left.set_yticks(range(len(rows)), list(SHOWN.values()), fontsize=9)
+    left.set(xlabel="ms", title=f"a training step of SiT-XL/2 + REPA, {BATCH} images, one H200")
+    handles = [Patch(color=colour, label=name) for name, colour in PARTS.items()]
+    left.legend(handles=handles, loc="lower right", fontsize=8, frameon=False)
+    scores = json.loads(DIGITS.read_text())["rows"]
+    points = sorted({row["step"] for row in scores})
+    for variant, colour in COLOURS.items():
+        columns = [values_of(scores, variant, step, "frechet_distance") for step in points]
+        means = [sum(column) / len(column) for column in columns]
+        right.plot(points, means, color=colour, marker="o", markersize=3, label=variant)
+        low, high = [min(c) for c in columns], [max(c) for c in columns]
+        right.fill_between(points, low, high, color=colour, alpha=0.15, linewidth=0)
+    right.set(xlabel="step", yscale="log", title="Frechet distance, digits on two CPU cores")
+    right.grid(alpha=0.3)
+    right.legend(frameon=False)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    draw(PICTURE)
+    print(PICTURE.relative_to(ROOT))

@@ -24,3 +24,21 @@ def test_the_citation_is_of_this_version_and_names_the_papers():
     for name, paper in papers.items():
         assert paper["url"].endswith(name.removeprefix("arXiv:"))
         assert {"type", "title", "authors"} < paper.keys()
+
+
+def test_the_forms_of_issues_are_forms_and_a_bug_report_needs_the_doctor():
+    folder = ROOT / ".github/ISSUE_TEMPLATE"
+    forms = {file.stem: yaml.safe_load(file.read_text()) for file in folder.glob("*.yml")}
+    assert forms.keys() == {"bug_report", "feature_request", "config"}
+    assert forms.pop("config") == {"blank_issues_enabled": True}
+    for form in forms.values():
+        assert {"name", "description", "body"} <= form.keys()
+        fields = [field for field in form["body"] if field["type"] != "markdown"]
+        names = [field["id"] for field in fields]
+        assert len(set(names)) == len(names) and all(f["attributes"]["label"] for f in fields)
+    fields = {f["id"]: f for f in forms["bug_report"]["body"] if f["type"] != "markdown"}
+    needed = {n for n, f in fields.items() if f.get("validations", {}).get("required")}
+    assert needed == {"doctor", "command", "log", "expected"} and "error-file" in fields
+    assert "`repa-fast doctor`" in fields["doctor"]["attributes"]["label"]
+    assert "render" not in fields["doctor"]["attributes"]  # which would put fences around fences
+    assert "CONTRIBUTING.md" in (ROOT / ".github/pull_request_template.md").read_text()

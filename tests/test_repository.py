@@ -1,11 +1,13 @@
 """What is read by other programs: how the project is cited, and what its issues ask for."""
 
 import datetime
+import re
+import tomllib
 from pathlib import Path
 
 import yaml
 
-from repa_fast import __version__
+from repa_fast import __version__, doctor
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,3 +44,14 @@ def test_the_forms_of_issues_are_forms_and_a_bug_report_needs_the_doctor():
     assert "`repa-fast doctor`" in fields["doctor"]["attributes"]["label"]
     assert "render" not in fields["doctor"]["attributes"]  # which would put fences around fences
     assert "CONTRIBUTING.md" in (ROOT / ".github/pull_request_template.md").read_text()
+
+
+def test_every_extra_that_is_named_is_there_and_the_doctor_looks_for_its_packages():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    files = [*ROOT.glob("repa_fast/**/*.py"), *ROOT.glob("docs/**/*.md"), ROOT / "README.md"]
+    named = {name for f in files for name in re.findall(r"repa-fast\[(\w+)\]", f.read_text())}
+    assert {"eval", "wandb"} <= named <= extras.keys()
+    known = {distribution for names in doctor.PACKAGES.values() for distribution in names}
+    assert {package for extra in extras.keys() - {"dev"} for package in extras[extra]} <= known
+    assert "urls" not in project and "Typing :: Typed" in project["classifiers"]

@@ -2,8 +2,8 @@
 
 The Tab key completes commands, flags and what flags may be in a shell that has read tyro's script:
 
-    repa-fast --tyro-print-completion bash >> ~/.bash_completion
-    repa-fast --tyro-write-completion zsh ~/.zfunc/_repa-fast     # a folder that is in fpath
+    repa-fast --tyro-write-completion bash ~/.local/share/bash-completion/completions/repa-fast
+    repa-fast --tyro-write-completion zsh ~/.zfunc/_repa-fast  # a folder that is in fpath
 
 fish and tcsh have theirs too; that of tcsh needs the package shtab.
 """
@@ -149,7 +149,9 @@ def complete(words: Sequence[str]) -> None:
 
     expect_choice("shell", "".join(words[1:2]), SHELLS)
     if words[0] == COMPLETION[1]:
-        expect_writable("file of the completion", Path("".join(words[2:3])))
+        file = Path("".join(words[2:3]))
+        expect_writable("file of the completion", file)
+        file.parent.mkdir(parents=True, exist_ok=True)
     app = tyro.extras.SubcommandApp()
     groups = {"": app}
     for name, entry in COMMANDS.items():

@@ -196,14 +196,14 @@ def gpus() -> Iterator[str]:
 
     file = Path("/proc/driver/nvidia/version")
     found = re.search(r"\d{3}\.[\d.]+", file.read_text()) if file.is_file() else None
-    driver = f"driver {found[0]}" if found else "no NVIDIA driver"
+    driver = f"driver {found[0]}" if found else "driver not known"
     if not torch.cuda.is_available():
         try:
             torch.cuda.init()
             reason = "torch finds none that it can use"
         except Exception as error:  # AssertionError of a build without CUDA, RuntimeError of others
             reason = one_line(error).partition(". ")[0]
-        yield row("GPUs", f"none, {driver}: {reason}")
+        yield row("GPUs", f"none, {driver if found else 'no NVIDIA driver'}: {reason}")
         return
     for index in range(torch.cuda.device_count()):
         has = torch.cuda.get_device_properties(index)
@@ -322,18 +322,20 @@ def compiler() -> Iterator[str]:
 
     device = this_device().type
     try:
-        reason = why_not_triton(device) if device == "cuda" else ""
-        maker = "Triton" if device == "cuda" else cpp_compiler()
+        compiler, missing = cpp_compiler(), ""
     except RuntimeError as error:
-        reason = str(error)
-    yield row("compile", f"cannot run: {reason}" if reason else f"can run, with {maker}")
+        compiler, missing = "", str(error)
+    reason = why_not_triton(device) if device == "cuda" else missing
+    makers = " and ".join(["Triton"] * (device == "cuda") + [compiler or "no C++ compiler"])
+    yield row("compile", f"cannot run: {reason}" if reason else f"can run, with {makers}")
 
 
 def adaptive() -> Iterator[str]:
     """Yield whether samplers can take adaptive steps."""
     from repa_fast.diffusion.samplers import why_not_adaptive
 
-    yield row("adaptive", why_not_adaptive() or "can run: samplers by dopri5")
+    reason = why_not_adaptive()
+    yield row("adaptive", f"cannot run: dopri5 {reason}" if reason else "can run: dopri5")
 
 
 def evaluation() -> Iterator[str]:

@@ -70,7 +70,7 @@ def test_a_commands_own_is_the_whole_tables_and_other_shells_have_theirs(capsys,
     whole = script(capsys, "--tyro-print-completion", "zsh")
     assert whole.startswith("#compdef repa-fast") and "'--optimizer-impl'" in whole
     assert script(capsys, "prepare", "images", "--tyro-print-completion", "zsh") == whole
-    file = tmp_path / "completion.fish"
+    file = tmp_path / "new" / "completion.fish"
     assert script(capsys, "--tyro-write-completion", "fish", str(file)) == ""
     assert "complete" in file.read_text()
 

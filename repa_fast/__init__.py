@@ -28,16 +28,27 @@ _MODULES = {
 }
 """Public names, each with the module that it is taken from; "" for a module itself."""
 
-__all__ = ["__version__", *_MODULES]
+__all__ = [  # tools read it as it stands
+    "DiT",
+    "Pretrained",
+    "SiT",
+    "SiTPipeline",
+    "TrainConfig",
+    "__version__",
+    "load",
+    "ops",
+]
 
 
-def __getattr__(name: str) -> object:
-    """Import a name of __all__ (PEP 562); AttributeError for any other."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = _MODULES[name]
-    found = import_module(f"{__name__}.{module or name}")
-    return getattr(found, name) if module else found
+if not TYPE_CHECKING:  # to a type checker any name would be there
+
+    def __getattr__(name: str) -> object:
+        """Import a name of __all__ (PEP 562); AttributeError for any other."""
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = _MODULES[name]
+        found = import_module(f"{__name__}.{module or name}")
+        return getattr(found, name) if module else found
 
 
 def __dir__() -> list[str]:

@@ -45,9 +45,9 @@ def test_the_import_is_light():
     assert light and set(repa_fast.__all__) <= set(names)
 
 
-def test_type_checkers_see_the_same_names_in_the_same_modules():
+def test_type_checkers_and_tools_see_the_same_names_in_the_same_modules():
     tree = ast.parse((ROOT / "repa_fast/__init__.py").read_text())
-    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
     seen = {
         alias.asname: node.module.removeprefix("repa_fast").lstrip(".")
         for node in block.body
@@ -55,4 +55,5 @@ def test_type_checkers_see_the_same_names_in_the_same_modules():
         if alias.asname == alias.name
     }
     assert seen == repa_fast._MODULES
+    assert set(repa_fast.__all__) == {"__version__", *seen}
     assert (ROOT / "repa_fast/py.typed").read_bytes() == b""

@@ -75,7 +75,7 @@ COMMANDS = {
         ".checkpoint.export:export_checkpoint",
     ),
     "share": Command(
-        "write a checkpoint with a model card as a folder for diffusers, or on the hub",
+        "write weights with a model card, for diffusers and the Hugging Face hub",
         ".share.pretrained:share",
     ),
     "info": Command(

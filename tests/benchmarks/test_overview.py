@@ -1,0 +1,49 @@
+"""What the README says is what the rows say, and its picture is drawn from them."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from benchmarks.paper import overview
+
+README = (overview.ROOT / "README.md").read_text()
+
+
+def test_the_steps_of_the_readme_are_the_rows_medians():
+    rows = dict(zip(overview.SHOWN, overview.steps(), strict=True))
+    assert {row["commit"] for row in rows.values()} == {overview.SITTING}
+    assert {row["device"] for row in rows.values()} == {"NVIDIA H200"}
+    ms = {name: row["ms_p50"] for name, row in rows.items()}
+    line = next(line for line in README.splitlines() if line.startswith("| training step"))
+    theirs, ours, ratio = map(float, re.findall(r"\d+\.\d+", line))
+    assert (theirs, ours) == (round(ms["o"], 1), round(ms["f"], 1))
+    assert ratio == round(ms["o"] / ms["f"], 2)
+    said = re.search(r"(\d+\.\d) for REPA's released code and (\d+\.\d) to (\d+\.\d) here", README)
+    assert [float(of) for of in said.groups()] == [round(ms[name], 1) for name in "ofe"]
+
+
+def test_the_picture_is_drawn(tmp_path):
+    overview.draw(tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+    assert f"({overview.PICTURE.relative_to(overview.ROOT)})" in README
+
+
+def test_the_readme_is_short_and_has_one_picture():
+    words = README.partition("\n## Citation")[0].split()
+    assert len(words) <= 900 and README.count("![") == 1
+    titles = re.findall(r"^## (.*)$", README, re.M)
+    assert titles[:7] == [
+        "Status", "Beside the released code", "Two commands", "Your own images",
+        "ImageNet on eight GPUs", "Coming from REPA, SRA, SiT or DiT", "Files",
+    ]  # fmt: skip
+
+
+def test_rates_of_readers_are_those_of_their_report():
+    report = Path(overview.ROOT / "benchmarks/results/cpu/2026-11-21_data/report.md").read_text()
+    line = next(line for line in README.splitlines() if line.startswith("| reading"))
+    numbers = [float(of.replace(",", "")) for of in re.findall(r"\d[\d,]+", line)]
+    rates = [float(of.replace(",", "")) for of in re.findall(r"(?<=\| )[\d,]+(?= \|)", report)]
+    assert all(any(abs(rate / said - 1) < 0.01 for rate in rates) for said in numbers), report

@@ -53,5 +53,6 @@ def test_every_extra_that_is_named_is_there_and_the_doctor_looks_for_its_package
     named = {name for f in files for name in re.findall(r"repa-fast\[(\w+)\]", f.read_text())}
     assert {"eval", "wandb"} <= named <= extras.keys()
     known = {distribution for names in doctor.PACKAGES.values() for distribution in names}
-    assert {package for extra in extras.keys() - {"dev", "docs"} for package in extras[extra]} <= known
+    of_users = extras.keys() - {"dev", "docs"}
+    assert {package for extra in of_users for package in extras[extra]} <= known
     assert "urls" not in project and "Typing :: Typed" in project["classifiers"]

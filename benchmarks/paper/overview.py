@@ -14,23 +14,28 @@ ROOT = Path(__file__).parents[2]
 STEPS = ROOT / "benchmarks/results/nvidia-h200/2026-11-27_ladder/rows.jsonl"
 DIGITS = ROOT / "benchmarks/results/cpu/2026-11-21_digits-convergence/scores.json"
 PICTURE = ROOT / "docs/images/overview.png"
-SITTING, BATCH = "fc77fe5", 32
+SESSION, BATCH = "fc77fe5", 32
 SHOWN = {
     "o": "REPA's released code",
     "a": "the paper's recipe, plain PyTorch",
-    "e": "repa-fast",
+    "e": "repa-fast, no CUDA graph",
     "g": "repa-fast, one CUDA graph",
-    "f": "the same, --joint-adaln",
+    "f": "the same, one adaLN matmul",
 }
-"""Configurations of the ladder, all of one sitting on one card, by their names here."""
+"""Configurations of the ladder, all of one session on one card, by their names here."""
 COLOURS = {"vanilla": "#7f7f7f", "REPA": "#1f5fa8"}
+
+
+def rows_of(commit: str) -> dict[str, dict]:
+    """Return the rows of a session, which is named by its commit, by their configurations."""
+    rows = map(json.loads, STEPS.read_text().splitlines())
+    return {row["rung"]: row for row in rows if (row["commit"], row["batch"]) == (commit, BATCH)}
 
 
 def steps() -> list[dict]:
     """Return the rows of SHOWN, in its order."""
-    rows = map(json.loads, STEPS.read_text().splitlines())
-    of = {row["rung"]: row for row in rows if (row["commit"], row["batch"]) == (SITTING, BATCH)}
-    return [of[name] for name in SHOWN]
+    found = rows_of(SESSION)
+    return [found[name] for name in SHOWN]
 
 
 def draw(path: Path) -> None:
@@ -54,7 +59,7 @@ def draw(path: Path) -> None:
         right.plot(points, means, color=colour, marker="o", markersize=3, label=variant)
         low, high = [min(c) for c in columns], [max(c) for c in columns]
         right.fill_between(points, low, high, color=colour, alpha=0.15, linewidth=0)
-    right.set(xlabel="step", yscale="log", title="Frechet distance, digits on two CPU cores")
+    right.set(xlabel="step", yscale="log", title="Frechet distance, digits")
     right.grid(alpha=0.3)
     right.legend(frameon=False)
     figure.savefig(path, dpi=120, metadata={"Software": None})

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from repa_fast.checkpoint import formats
+from repa_fast.checkpoint.hub import weights_in
 from repa_fast.checkpoint.layout import (
     read_native,
     read_settings,
@@ -16,6 +17,7 @@ from repa_fast.checkpoint.marker import is_complete, trusted
 from repa_fast.contracts import expect_writable
 from repa_fast.data.store import is_url
 from repa_fast.eval.contents import describe, open_splits, write_sheet
+from repa_fast.eval.load import described
 from repa_fast.eval.records import describe_records
 from repa_fast.words import one_line
 
@@ -25,7 +27,7 @@ class InfoConfig:
     """Say what a checkpoint, a run, a weight file or a dataset is."""
 
     path: str = field(metadata={"positional": True})
-    """A path, or the URL of a dataset; `digits` for the bundled set."""
+    """A path, also of a shared folder, or the URL of a dataset; `digits` for the bundled set."""
     sheet: str = ""
     """PNG to write of 25 rows of the dataset, spread over its classes."""
     verify: bool = True
@@ -41,6 +43,8 @@ def info(config: InfoConfig) -> str:
     elsewhere = is_url(config.path) or config.path == "digits"
     if not elsewhere and not path.exists():
         raise ValueError(f"{path} does not exist")
+    if not elsewhere and (shared := weights_in(path)):
+        path = shared
     if elsewhere or (path.is_dir() and not _is_run(path)):
         return _describe_dataset(config)
     if config.sheet:
@@ -102,7 +106,19 @@ def _describe_file(path: Path) -> str:
             raise ValueError(f"{path}: {error}") from error
         weights = formats.normalise(state, "dit")
         doubled = " (original SiT or DiT, learned sigma: --init-origin sit or dit)"
-    return f"{path}: {kind}{step}\n{_describe_weights(weights)}{doubled}"
+    return f"{path}: {kind}{step}\n{_describe_weights(weights)}{doubled}{_shared(path)}"
+
+
+def _shared(path: Path) -> str:
+    """Return a line of what is written beside safetensors that are shared; else nothing."""
+    if path.suffix != ".safetensors":
+        return ""
+    _, step, metadata, weights = described(path, "ema")
+    if metadata is None:
+        return ""
+    return "\n" + one_line(
+        f"weights {weights} of step {step}, classes {', '.join(metadata.class_names)}"
+    )
 
 
 def _describe_weights(state: formats.State) -> str:

@@ -125,7 +125,7 @@ def load(
         source = newest_checkpoint(source)
         if origin != "repa":
             raise ValueError(f"{source} is a native checkpoint, expected origin repa, got {origin}")
-    config, step, metadata, known_as = _described(source, weights)
+    config, step, metadata, known_as = described(source, weights)
     predicted = {
         "objective": "ddpm" if origin == "dit" else config.get("objective", "flow"),
         "path_type": _ours(config.get("path_type", "linear")),
@@ -173,7 +173,7 @@ def digest(state: formats.State) -> str:
     return sha.hexdigest()[:HASH_DIGITS]
 
 
-def _described(source: Path, weights: str) -> tuple[dict, int | None, Metadata | None, str]:
+def described(source: Path, weights: str) -> tuple[dict, int | None, Metadata | None, str]:
     """Return training arguments, step, dataset and weights, as far as what is read says them."""
     if source.is_dir():
         settings = read_settings(source)
@@ -202,23 +202,23 @@ def _exported(beside: Path) -> tuple[dict, int | None, Metadata | None, str]:
     ValueError if it is no JSON, or not as it was written.
     """
     with describing(str(beside)):
-        described = parse_json(read_regular(beside), "it") if beside.is_file() else {}
-        if not isinstance(described, dict):
-            raise ValueError(f"holds a {type(described).__name__}, expected values by name")
-        if not {"model", "dataset"} <= described.keys():
+        written = parse_json(read_regular(beside), "it") if beside.is_file() else {}
+        if not isinstance(written, dict):
+            raise ValueError(f"holds a {type(written).__name__}, expected values by name")
+        if not {"model", "dataset"} <= written.keys():
             return {}, None, None, ""
-        parts = described["model"], described.get("objective", {})
+        parts = written["model"], written.get("objective", {})
         if not all(isinstance(part, dict) for part in parts):
             raise ValueError("model or objective is no dictionary, expected values by name")
         config = parts[0] | parts[1]
         _expect_kinds(config)
-        weights = described.get("weights", "ema")
+        weights = written.get("weights", "ema")
         if not (isinstance(weights, str) and WEIGHTS.fullmatch(weights)):
             raise ValueError(f"weights is {short(weights)}, expected model, ema, ema_2 or so")
-        step = described.get("step")
+        step = written.get("step")
         if step is not None and not UNSIGNED[1](step):
             raise ValueError(f"step is {short(step)}, expected {UNSIGNED[0]}")
-        return config, step, Metadata.from_dict(described["dataset"]), weights
+        return config, step, Metadata.from_dict(written["dataset"]), weights
 
 
 def _expect_kinds(config: dict) -> None:

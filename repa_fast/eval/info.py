@@ -21,6 +21,8 @@ from repa_fast.eval.load import described
 from repa_fast.eval.records import describe_records
 from repa_fast.words import one_line
 
+CLASSES_SHOWN = 10
+
 
 @dataclass(kw_only=True)
 class InfoConfig:
@@ -116,9 +118,10 @@ def _shared(path: Path) -> str:
     _, step, metadata, weights = described(path, "ema")
     if metadata is None:
         return ""
-    return "\n" + one_line(
-        f"weights {weights} of step {step}, classes {', '.join(metadata.class_names)}"
-    )
+    names = metadata.class_names
+    more = f" and {len(names) - CLASSES_SHOWN} more" * (len(names) > CLASSES_SHOWN)
+    classes = f"classes {', '.join(names[:CLASSES_SHOWN])}{more}"
+    return "\n" + one_line(f"weights {weights} of step {step}, {classes}")
 
 
 def _describe_weights(state: formats.State) -> str:

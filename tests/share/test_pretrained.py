@@ -9,6 +9,7 @@ import torch
 from repa_fast.checkpoint import hub as hub_paths
 from repa_fast.checkpoint.export import export
 from repa_fast.data.digits import digits_metadata
+from repa_fast.eval.info import InfoConfig, info
 from repa_fast.eval.load import load as load_model
 from repa_fast.eval.pictures import arrange, save_png
 from repa_fast.eval.sample import SampleConfig, sample
@@ -55,6 +56,12 @@ def test_a_folder_gives_the_same_model_and_names_and_no_path_of_this_machine(run
     assert load(folder / "transformer").digest == native.digest
     assert load(hub_paths.find(folder)).digest == native.digest
     refused(lambda: native.save_pretrained(folder), "tiny exists already; remove it first$")
+
+
+def test_info_says_what_a_shared_folder_is(folder):
+    text = info(InfoConfig(path=str(folder)))
+    assert f"{folder / hub_paths.TRANSFORMER / hub_paths.WEIGHTS_FILE}: bare weights" in text
+    assert text.endswith("weights ema of step 7, classes 0, 1, 2, 3, 4, 5, 6, 7, 8, 9")
 
 
 def test_a_ddpm_and_a_flow_of_another_path_travel_too(tmp_path):

@@ -175,8 +175,9 @@ def environment() -> Iterator[str]:
 def machine() -> Iterator[str]:
     """Yield the CPU, its memory and the space on the disk."""
     cores = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores"
-    page = os.sysconf("SC_PAGE_SIZE") / 2**30
-    whole, free = (page * os.sysconf(f"SC_{name}PHYS_PAGES") for name in ("", "AV"))
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    kib = {name: int(line.split()[0]) for name, line in (line.split(":") for line in lines)}
+    whole, free = kib["MemTotal"] / 2**20, kib["MemAvailable"] / 2**20
     yield row("CPU", f"{cpu_name()}, {cores}, {whole:.0f} GiB of memory, {free:.0f} of them free")
     disk = shutil.disk_usage(".").free / 2**30
     yield row("disk", f"{disk:.1f} GiB free in the current folder")

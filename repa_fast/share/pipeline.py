@@ -10,6 +10,7 @@ can take its place; elsewhere it has none, and our sampler runs.
 
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,18 +22,20 @@ from diffusers.pipelines import ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from repa_fast.checkpoint import formats
+from repa_fast.checkpoint import formats, hub
 from repa_fast.configs.objective import ObjectiveConfig
 from repa_fast.configs.sampler import GUIDANCE, SamplerConfig
 from repa_fast.contracts import expect_choice
 from repa_fast.data.dataset import Metadata
+from repa_fast.data.features import describing
 from repa_fast.data.latents import VAE, can_decode, expect_all_weights
 from repa_fast.diffusion.guidance import Guided
-from repa_fast.eval.load import Loaded, arguments_of
+from repa_fast.eval.load import Loaded, arguments_of, described
 from repa_fast.eval.sample import class_index, class_names
 from repa_fast.eval.sampling import decoder_of
 from repa_fast.models.sit import SiT
 from repa_fast.objective import build_objective
+from repa_fast.words import first_line, short
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 
@@ -83,11 +86,58 @@ class SiTTransformer(SiT, ModelMixin, ConfigMixin):
         return made.eval().requires_grad_(False)
 
     @classmethod
-    def from_pretrained(cls, source, *, output_loading_info: bool = False, **options):
-        """Load as every model of diffusers; ValueError where weights are missing or misshapen."""
-        model, info = super().from_pretrained(source, output_loading_info=True, **options)
-        expect_all_weights(f"the model {source}", info)
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        subfolder: str = hub.TRANSFORMER,
+        revision: str | None = None,
+        output_loading_info: bool = False,
+        **options: Any,
+    ) -> "SiTTransformer | tuple[SiTTransformer, dict]":
+        """Load the model of a shared folder or repository; further options are those of diffusers.
+
+        Raises:
+            ValueError: there is none, or its weights are not those that its config.json describes.
+            Failure: a repository cannot be fetched.
+        """
+        expect_choice("subfolder", subfolder, (hub.TRANSFORMER,))
+        weights = hub.find(f"{source}@{revision}" if revision else source)
+        _expect_described(weights)
+        model, info = super().from_pretrained(weights.parent, output_loading_info=True, **options)
+        expect_all_weights(f"the model {weights.parent}", info)
         return (model, info) if output_loading_info else model
+
+
+def _expect_described(weights: Path) -> None:
+    """Raise ValueError unless config.json has the arguments that the shapes of the weights tell.
+
+    Nothing is built of it before: a stranger's sizes could be more than there is memory for.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    config, _, metadata, _ = described(weights, "ema")
+    with describing(str(weights)):
+        try:
+            with safe_open(weights, "pt") as file:
+                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"it is damaged ({first_line(error)})") from error
+        state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        told = arguments_of(formats.shape_of(state), config.get("num_heads", 0))
+    beside = weights.with_name(hub.CONFIG)
+    if metadata is None or not told["num_heads"]:
+        raise ValueError(
+            f"{beside} has no dataset or no num_heads, expected what describes a model"
+        )
+    expected = told | {name: config.get(name) for name in ("objective", "prediction", "path_type")}
+    wrong = [
+        name for name in sorted({*expected, *config}) if config.get(name) != expected.get(name)
+    ]
+    if wrong:
+        name = wrong[0]
+        found, there = short(config.get(name)), expected.get(name, "nothing by that name")
+        raise ValueError(f"{beside}: {name} is {found}, expected {there} (the weights')")
 
 
 class SiTPipeline(DiffusionPipeline):

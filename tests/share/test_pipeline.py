@@ -1,5 +1,6 @@
 """A pipeline of diffusers draws the images that our samplers draw."""
 
+import json
 import re
 
 import pytest
@@ -152,3 +153,22 @@ def test_bad_calls_and_folders_are_refused(flow, tmp_path):
     del state["blocks.0.attn.qkv.weight"]
     save_file(state, file, {"format": "pt"})
     refused(lambda: SiTTransformer.from_pretrained(file.parent), "lacks 1 of its weights")
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"depth": 10**9}, "depth is 1000000000, expected 3"),
+    ({"hidden_size": "32"}, "hidden_size is '32', expected 32"),
+    ({"num_heads": 0}, "no num_heads, expected what describes a model"),
+    ({"num_heads": 4.0}, "num_heads is 4.0, expected an integer from 0 on"),
+    ({"evil": 1}, "evil is 1, expected nothing by that name"),
+    ({"z_dims": [5]}, r"z_dims is \[5\], expected nothing by that name"),
+])  # fmt: skip
+def test_a_model_that_the_weights_do_not_tell_is_refused_before_it_is_built(
+    flow, tmp_path, change, words
+):
+    saved = flow.save_pretrained(tmp_path / "shared")
+    config = saved / "transformer" / "config.json"
+    values = json.loads(config.read_text())
+    values["model"] |= change
+    config.write_text(json.dumps(values))
+    refused(lambda: SiTPipeline.from_pretrained(saved), r"config\.json: ", words)

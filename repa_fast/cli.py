@@ -2,8 +2,8 @@
 
 The Tab key completes commands, flags and what flags may be in a shell that has read tyro's script:
 
-    repa-fast --tyro-write-completion bash ~/.local/share/bash-completion/completions/repa-fast
-    repa-fast --tyro-write-completion zsh ~/.zfunc/_repa-fast  # a folder that is in fpath
+    repa-fast --tyro-print-completion bash > ~/.local/share/bash-completion/completions/repa-fast
+    repa-fast --tyro-print-completion zsh > ~/.zfunc/_repa-fast  # a folder that is in fpath
 
 fish and tcsh have theirs too; that of tcsh needs the package shtab.
 """
@@ -14,13 +14,12 @@ import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from repa_fast import __version__, command
 from repa_fast.words import nearest
 
-COMPLETION = ("--tyro-print-completion", "--tyro-write-completion")
+COMPLETION = "--tyro-print-completion"
 SHELLS = ("bash", "zsh", "fish", "tcsh")
 SPINS = "30000"
 """Turns for which an idle OpenMP thread of torch's looks for work before it sleeps.
@@ -96,9 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv == ["--version"]:
         print(__version__)
         return 0
-    asked = next((place for place, word in enumerate(argv) if word in COMPLETION), None)
-    if asked is not None:
-        return command.main(complete, argv[asked:])
+    if COMPLETION in argv:
+        return command.main(complete, argv[argv.index(COMPLETION) :])
     name = next((name for name in COMMANDS if argv[: len(name.split())] == name.split()), "")
     if name:
         return command.main(lambda words: run(name, words), argv[len(name.split()) :])
@@ -133,25 +131,18 @@ def load(name: str) -> tuple[Callable[[Any], Any], type | None]:
 
 
 def complete(words: Sequence[str]) -> None:
-    """Print or write tyro's script that completes the whole table in a shell, and exit.
+    """Print tyro's script that completes the whole table in a shell, and exit.
 
-    Args:
-        words: one of COMPLETION, the shell, and for the second the file.
-
-    Raises:
-        ValueError: no such shell, no file, or no package that tcsh needs.
+    The words are COMPLETION and the shell. ValueError for no such shell, or where tcsh's package is
+    not installed.
     """
     import tyro
 
     from repa_fast.configs.config import TrainConfig
     from repa_fast.configs.flags import grouped
-    from repa_fast.contracts import expect_choice, expect_writable
+    from repa_fast.contracts import expect_choice
 
     expect_choice("shell", "".join(words[1:2]), SHELLS)
-    if words[0] == COMPLETION[1]:
-        file = Path("".join(words[2:3]))
-        expect_writable("file of the completion", file)
-        file.parent.mkdir(parents=True, exist_ok=True)
     app = tyro.extras.SubcommandApp()
     groups = {"": app}
     for name, entry in COMMANDS.items():

@@ -98,11 +98,10 @@ def whole_or_not(out: Path, *, replace: bool = False) -> Iterator[Path]:
         mode = partial.stat().st_mode
         partial.unlink()
         yield partial
-        for inside in partial.rglob("*"):
-            if inside.is_file():
-                inside.chmod(mode)
+        for file in (partial, *partial.rglob("*")):
+            if file.is_file():
+                file.chmod(mode)
         if partial.is_file():
-            partial.chmod(mode)
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())
         if replace or partial.is_dir():

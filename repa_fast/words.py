@@ -53,6 +53,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return next(iter(difflib.get_close_matches(word, known, n=1)), "")
 
 
+def some(names: Iterable[object], shown: int = 3) -> str:
+    """Return the first few names in one line, with ", ..." where there are more."""
+    names = list(names)
+    listed = one_line(", ".join(map(str, names[:shown]))) if names else ""
+    return listed + ", ..." * (len(names) > shown)
+
+
 def short(value: object) -> str:
     """Return a value in one line of at most 70 characters, however large or deep it is."""
     return one_line(_SHORT.repr(value))[:70]

@@ -31,7 +31,8 @@ def test_it_is_whole_as_committed_with_pictures_and_without_errors():
     for source in sources(read):
         compile(source, NOTEBOOK.name, "exec")
     text = NOTEBOOK.read_text()
-    assert not re.search(r"/(home|root|work|tmp)/", text) and len(text) < 600_000
+    assert not [path for path in (NOTEBOOK.parents[1], Path.home()) if f"{path}/" in text]
+    assert len(text) < 600_000
 
 
 @pytest.mark.usefixtures("heavy")
@@ -48,6 +49,5 @@ def test_every_cell_runs(tmp_path, monkeypatch):
     assert (tmp_path / "exps/photos/checkpoints/0000012/COMPLETE").is_file()
     assert (tmp_path / "shared/README.md").is_file()
     assert len(list(tmp_path.glob("photos/*/*.jpg"))) == 80
-    read.cells.append(nbformat.v4.new_code_cell("print(history[0][1], history[-1][1])"))
-    cell = next(cell for cell in reversed(read.cells[:-1]) if cell.cell_type == "code")
+    cell = next(cell for cell in reversed(read.cells) if cell.cell_type == "code")
     assert any("image/png" in out.get("data", {}) for out in cell.outputs)

@@ -76,7 +76,8 @@ def written(name: str, source: str) -> tuple[str, ...]:
     checked = {
         inner
         for node in nodes(source)
-        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        if isinstance(node, ast.If)
+        and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
         for statement in node.body
         for inner in ast.walk(statement)
     }
@@ -266,6 +267,8 @@ def test_a_planted_fault_is_found(rule, name, source):
 def test_what_type_checkers_read_alone_is_no_import():
     source = "if TYPE_CHECKING:\n    from repa_fast import cli\nelse:\n    import os\nimport re"
     assert written("repa_fast.ops", source) == ("re", "os")
+    runs = source.replace("if T", "if not T")
+    assert written("repa_fast.ops", runs) == ("re", "repa_fast.cli", "os")
 
 
 def test_kernels_and_the_loop_may_be_long():

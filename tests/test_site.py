@@ -1,6 +1,7 @@
 """The site of the documentation: pages made from the code, and links that lead somewhere."""
 
 import dataclasses
+import functools
 import importlib.util
 import re
 from pathlib import Path
@@ -121,29 +122,27 @@ def test_a_list_is_one_without_an_empty_line_before_it(text, made):
     assert site.spaced(text) == made
 
 
-@pytest.mark.parametrize(
-    "page, sound",
-    [
-        ("[there](b.md#there-is--one)", True),
-        ("[nowhere](c.md)", False),
-        ("[no such place](b.md#there-is-one)", False),
-        ("[a folder](pictures/)", False),
-        ("![no picture](pictures/a.png)", False),
-    ],
+BROKEN = (
+    "[nowhere](c.md)",
+    "[no such place](b.md#there-is-one)",
+    "[a folder](pictures/)",
+    "![no picture](pictures/a.png)",
 )
-def test_a_broken_link_fails(tmp_path, page, sound):
+
+
+def test_a_broken_link_fails(tmp_path):
     (tmp_path / "docs/pictures").mkdir(parents=True)
+    page = " ".join(["[there](b.md#there-is--one)", *BROKEN])
     (tmp_path / "docs/index.md").write_text(f"# A\n\n{page}\n")
     (tmp_path / "docs/b.md").write_text("# B\n\n## There is / `one`\n")
     changed = {"nav": ["index.md", "b.md"], "hooks": [], "plugins": [], "extra_css": []}
     folders = {"docs_dir": str(tmp_path / "docs"), "site_dir": str(tmp_path / "site")}
     config = load_config(str(ROOT / "mkdocs.yml"), exclude_docs="", **folders, **changed)
-    if sound:
-        return build_site(config)
-    with pytest.raises(Abort, match="1 warning"):
+    with pytest.raises(Abort, match=f"{len(BROKEN)} warnings"):
         build_site(config)
 
 
+@functools.cache
 def anchors(path: str) -> set[str]:
     """Where links can lead on a page: its headings, its flags and its objects of Python."""
     generate = site.GENERATED.get(site.site_path(path))

@@ -105,19 +105,24 @@ def plot(rows: list[dict], out: Path) -> None:
     axes = figure.subplots(1, len(MEASURES))
     for axis, (measure, title) in zip(axes, MEASURES.items(), strict=True):
         for variant, colour in COLOURS.items():
-            points = steps_of(rows, variant)
-            columns = [values_of(rows, variant, step, measure) for step in points]
-            if not points or not all(columns):
-                continue
-            means = [statistics.mean(column) for column in columns]
-            axis.plot(points, means, color=colour, marker="o", markersize=3, label=variant)
-            low, high = [min(c) for c in columns], [max(c) for c in columns]
-            axis.fill_between(points, low, high, color=colour, alpha=0.15, linewidth=0)
+            curve(axis, rows, variant, measure, colour)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
     axes[0].set_yscale("log")
     axes[0].legend(frameon=False)
     figure.savefig(out, dpi=120)
+
+
+def curve(axis, rows: list[dict], variant: str, measure: str, colour: str) -> None:
+    """Draw the mean of a variant's measure over its seeds, and a band from lowest to highest."""
+    points = steps_of(rows, variant)
+    columns = [values_of(rows, variant, step, measure) for step in points]
+    if not points or not all(columns):
+        return
+    means = [statistics.mean(column) for column in columns]
+    axis.plot(points, means, color=colour, marker="o", markersize=3, label=variant)
+    low, high = [min(c) for c in columns], [max(c) for c in columns]
+    axis.fill_between(points, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def main() -> None:

@@ -6,7 +6,8 @@ On the left the measured step of SiT-XL/2 with REPA, on the right what alignment
 import json
 from pathlib import Path
 
-from benchmarks.convergence.digits import values_of
+from benchmarks.convergence.digits import COLOURS, curve
+from benchmarks.harness.rows import read
 from benchmarks.step.report import COLOURS as PARTS
 from benchmarks.step.report import bars
 
@@ -23,12 +24,11 @@ SHOWN = {
     "f": "the same, one adaLN matmul",
 }
 """Configurations of the ladder, all of one session on one card, by their names here."""
-COLOURS = {"vanilla": "#7f7f7f", "REPA": "#1f5fa8"}
 
 
 def rows_of(commit: str) -> dict[str, dict]:
     """Return the rows of a session, which is named by its commit, by their configurations."""
-    rows = map(json.loads, STEPS.read_text().splitlines())
+    rows = read(STEPS)
     return {row["rung"]: row for row in rows if (row["commit"], row["batch"]) == (commit, BATCH)}
 
 
@@ -52,13 +52,8 @@ def draw(path: Path) -> None:
     handles = [Patch(color=colour, label=name) for name, colour in PARTS.items()]
     left.legend(handles=handles, loc="lower right", fontsize=8, frameon=False)
     scores = json.loads(DIGITS.read_text())["rows"]
-    points = sorted({row["step"] for row in scores})
-    for variant, colour in COLOURS.items():
-        columns = [values_of(scores, variant, step, "frechet_distance") for step in points]
-        means = [sum(column) / len(column) for column in columns]
-        right.plot(points, means, color=colour, marker="o", markersize=3, label=variant)
-        low, high = [min(c) for c in columns], [max(c) for c in columns]
-        right.fill_between(points, low, high, color=colour, alpha=0.15, linewidth=0)
+    for variant in ("vanilla", "REPA"):
+        curve(right, scores, variant, "frechet_distance", COLOURS[variant])
     right.set(xlabel="step", yscale="log", title="Frechet distance, digits")
     right.grid(alpha=0.3)
     right.legend(frameon=False)

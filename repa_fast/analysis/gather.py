@@ -86,11 +86,11 @@ class AnalysisConfig(WeightsConfig):
         return list(self.layers or range(1, len(loaded.model.blocks) + 1))
 
     def output_folder(self, loaded: Loaded, name: str) -> Path:
-        """Return the folder of the results: as asked for, or in the run's, or beside the weights.
+        """Return the folder of the results: as asked for, or in the run's, or the current one.
 
         ValueError if it cannot be written to.
         """
-        run = run_folder(loaded.source) or loaded.source.parent
+        run = run_folder(loaded.source) or Path()
         place = "" if loaded.step is None else f"-{loaded.place}"
         out = Path(self.out) if self.out else run / f"{name}{place}"
         expect_writable("out", out, folder=True)

@@ -41,7 +41,7 @@ class ExportConfig:
     to: Format | None = None
     """Format; by OUT's name, or official, where not given."""
     weights: str = "ema"
-    """model (those that are trained), ema, or ema_2 and so on of a run with several averages. In
+    """model (those that are trained), ema, or ema_2 and so on of a run with several EMAs. In
     official and sra files, which hold those that are trained too, they take the place of `ema`."""
     out: Path | None = None
     """File to write; where not given STEP.pt, step-STEP.pt (sra) or STEP.safetensors beside the

@@ -1,6 +1,6 @@
 """Weights as they are shared: a folder of diffusers' layout, here or on the Hugging Face hub.
 
-FOLDER/transformer/config.json                             what `export.description` says
+FOLDER/transformer/config.json                             what `SiTTransformer` is made of
 FOLDER/transformer/diffusion_pytorch_model.safetensors     one set of weights
 FOLDER/model_index.json, scheduler/                        for diffusers (repa_fast.share.pipeline)
 FOLDER/README.md                                           the model card
@@ -15,7 +15,7 @@ from repa_fast.words import first_line
 TRANSFORMER = "transformer"
 CONFIG, CARD = "config.json", "README.md"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-SHARED = (f"{TRANSFORMER}/*", "scheduler/*", "model_index.json", CARD)
+SHARED = (f"{TRANSFORMER}/*", "scheduler/*", "vae/*", "model_index.json", CARD)
 """Of a repository on the hub, what is fetched."""
 REPOSITORY = re.compile(r"([\w.-]+)/[\w.-]+(@[\w./-]+)?")
 """owner/name or owner/name@revision."""

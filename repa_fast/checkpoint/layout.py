@@ -58,10 +58,14 @@ def step_folders(folder: Path) -> list[tuple[int, Path]]:
 
 def run_checkpoints(run: Path) -> list[Path]:
     """Return a run's (or a folder's) complete checkpoints by step; ValueError if it has none."""
-    for folder in (run, run / "checkpoints"):
-        if found := [path_of(folder, step) for step in steps(folder)]:
-            return found
+    if found := _checkpoints(run):
+        return found
     raise ValueError(f"{run} is neither a complete checkpoint nor a run that has one")
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    found = ([path_of(f, step) for step in steps(f)] for f in (run, run / "checkpoints"))
+    return next(filter(None, found), [])
 
 
 def newest_checkpoint(path: Path) -> Path:
@@ -73,10 +77,13 @@ def run_folder(source: Path) -> Path | None:
     """Return the folder of the run that a source belongs to, which is where commands write.
 
     That of a run itself, of a native checkpoint, or of a file among a run's checkpoints that is
-    named by its step; None of a weight file elsewhere.
+    named by its step; None of weights elsewhere, and of a folder that is no run's.
     """
-    if source.is_dir():
-        source = newest_checkpoint(source)
+    if source.is_dir() and not is_complete(source):
+        found = _checkpoints(source)
+        if not found:
+            return None
+        source = found[-1]
     above = source.parent
     if above.name in ("", ".."):
         above = Path(os.path.abspath(above))

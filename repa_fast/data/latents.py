@@ -8,9 +8,8 @@ import torch
 
 from repa_fast.data.dataset import Metadata
 from repa_fast.data.features import describing
-from repa_fast.data.official import some
 from repa_fast.failure import Failure
-from repa_fast.words import first_line
+from repa_fast.words import first_line, some
 
 HUB = ("sd-vae-ft-mse", "sd-vae-ft-ema")
 """Names of Stability AI's autoencoders on the Hugging Face hub."""
@@ -27,6 +26,11 @@ def sample(moments: torch.Tensor, noise: torch.Tensor, metadata: Metadata) -> to
     """
     mean, std = moments.chunk(2, dim=1)
     return (mean + std * noise) * metadata.scale + metadata.bias
+
+
+def unscaled(latents: torch.Tensor, metadata: Metadata) -> torch.Tensor:
+    """Return latents (B, C, h, w) as the autoencoder, or pixels in [-1, 1], have them; fp64."""
+    return (latents.double() - metadata.bias) / metadata.scale
 
 
 def can_decode(metadata: Metadata) -> bool:
@@ -50,7 +54,7 @@ def to_pixels(
         RuntimeError: the autoencoder cannot be loaded.
     """
     if can_decode(metadata):
-        pixels = (latents.double() - metadata.bias) / metadata.scale * 127.5 + 127.5
+        pixels = unscaled(latents, metadata) * 127.5 + 127.5
         return (pixels.round() if rounding else pixels).clamp(0, 255).to(torch.uint8)
     if vae is None:
         raise ValueError(f"latents of {metadata.vae!r} need its decoder, expected pixel latents")
@@ -191,9 +195,8 @@ class VAE:
 
         @torch.no_grad()
         def decode(latents: torch.Tensor) -> torch.Tensor:
-            unscaled = ((latents.double() - metadata.bias) / metadata.scale).float()
             images = []
-            for part in unscaled.split(batch_size):
+            for part in unscaled(latents, metadata).float().split(batch_size):
                 with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                     decoded = model.decode(part).sample.float()
                 levels = (255 * ((decoded + 1) / 2)).clamp(0, 255)

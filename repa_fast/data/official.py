@@ -22,14 +22,13 @@ from numpy.lib import format as npy
 from repa_fast.data.dataset import Metadata, Sample, check_sample, decode, encode
 from repa_fast.data.features import FeatureColumn, describing
 from repa_fast.whole import parse_json, read_regular, whole_or_not
-from repa_fast.words import first_line, one_line, short
+from repa_fast.words import first_line, one_line, short, some
 
 SD_VAE_FACTOR = 8
 SD_VAE_SCALE = 0.18215
 CACHE_NAME = ".repa-fast-index.npz"
 NUMBER = re.compile(r"(\d+)\.\w+$")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".npy")
-SHOWN = 3
 MAX_LABEL = 10**6
 """A class is named for each label up to the largest."""
 KINDS = {"latents": "S", "images": "S", "labels": "i"}
@@ -273,12 +272,6 @@ def read_bytes(path: Path) -> bytes:
     except OSError as error:
         reason = one_line(error.strerror or error)
         raise ValueError(f"{one_line(path)}: cannot be read ({reason})") from error
-
-
-def some(names: Iterable[object]) -> str:
-    """Return the first few names, for an error."""
-    names = list(names)
-    return one_line(", ".join(map(str, names[:SHOWN]))) + (", ..." if len(names) > SHOWN else "")
 
 
 def _npy(path: Path) -> np.ndarray:

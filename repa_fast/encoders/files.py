@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from repa_fast.whole import open_regular
-from repa_fast.words import one_line
+from repa_fast.words import one_line, some
 
 Weights = dict[str, Tensor]
 
@@ -241,17 +241,12 @@ def differences(state: Weights, wanted: Weights) -> list[str]:
             if name in state and state[name].shape != wanted[name].shape
         ],
     }
-    return [f"{what} {len(names)}: {some(names)}" for what, names in groups.items() if names]
+    return [f"{what} {len(names)}: {some(names, 6)}" for what, names in groups.items() if names]
 
 
 def lacking(state: Weights, axes: Mapping[str, int]) -> list[str]:
     """Return the names that are not in `state`, or not with as many axes as `axes` says."""
     return [name for name, count in axes.items() if getattr(state.get(name), "ndim", -1) != count]
-
-
-def some(names: Sequence[str]) -> str:
-    """Join the first of `names`, in one line whatever a file calls its tensors."""
-    return one_line(", ".join(names[:6])) + (", ..." if len(names) > 6 else "") if names else ""
 
 
 def dino(content: dict) -> Weights:
@@ -266,7 +261,7 @@ def dinov2(content: dict) -> Weights:
     if missing:
         raise ValueError(
             f"is not a DINOv2 state dict: expected {', '.join(missing)}, "
-            f"got {some(sorted(state)) or 'nothing'}"
+            f"got {some(sorted(state), 6) or 'nothing'}"
         )
     return state
 

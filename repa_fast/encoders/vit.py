@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repa_fast.encoders.files import Weights, differences, expect_real, measure, read, some
+from repa_fast.encoders.files import Weights, differences, expect_real, measure, read
 from repa_fast.failure import Failure
 from repa_fast.models.flops import vit_flops
+from repa_fast.words import some
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -204,7 +205,7 @@ def load_file(vit: nn.Module, path: str | Path, recipe: Recipe) -> None:
         names = sorted(name for name in content if isinstance(name, str))
         raise ValueError(
             f"{path} is not a file of {recipe.name}: expected {recipe.file}, "
-            f"got one with {some(names) or 'nothing'}"
+            f"got one with {some(names, 6) or 'nothing'}"
         )
     found, kind = _described(state, recipe)
     _, expected = _described(wanted, recipe)

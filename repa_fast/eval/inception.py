@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-from repa_fast.encoders.files import Weights, load_safely, some, unwrap
+from repa_fast.encoders.files import Weights, load_safely, unwrap
 from repa_fast.failure import Failure
+from repa_fast.words import some
 
 POOL_WIDTH = 2048
 SPATIAL_CHANNELS = 7
@@ -57,7 +58,7 @@ class Inception:
             raise Failure(reason)
         from torch_fidelity import feature_extractor_inceptionv3 as port
 
-        self.weights = Path(weights) if weights else _fetch(port.URL_INCEPTION_V3)
+        self.weights = Path(weights) if weights else _fetch()
         self.device = torch.device(device)
         state, harmless = _read(self.weights), io.BytesIO()
         # The port unpickles what it is given, so it gets what was read without executing code.
@@ -70,7 +71,7 @@ class Inception:
         except RuntimeError as error:
             raise ValueError(
                 f"--inception-weights: {self.weights} has {len(state)} tensors "
-                f"({some(sorted(state)) or 'none'}), expected those of "
+                f"({some(sorted(state), 6) or 'none'}), expected those of "
                 f"{Path(port.URL_INCEPTION_V3).name} of torch-fidelity"
             ) from error
         self._module = module.to(self.device)
@@ -150,14 +151,18 @@ def why_not() -> str:
 
 def cached_weights() -> Path:
     """Return where torch's cache has the published weights, or will have them once fetched."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(_url()).name
+
+
+def _url() -> str:
     from torch_fidelity import feature_extractor_inceptionv3 as port
 
-    return Path(torch.hub.get_dir()) / "checkpoints" / Path(port.URL_INCEPTION_V3).name
+    return port.URL_INCEPTION_V3
 
 
-def _fetch(url: str) -> Path:
+def _fetch() -> Path:
     """Return the published weights in torch's cache; fetch them if they are not there."""
-    path = cached_weights()
+    path, url = cached_weights(), _url()
     if path.exists():
         return path
     try:

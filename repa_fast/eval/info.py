@@ -19,7 +19,7 @@ from repa_fast.data.store import is_url
 from repa_fast.eval.contents import describe, open_splits, write_sheet
 from repa_fast.eval.load import described
 from repa_fast.eval.records import describe_records
-from repa_fast.words import one_line
+from repa_fast.words import one_line, some
 
 CLASSES_SHOWN = 10
 
@@ -118,10 +118,8 @@ def _shared(path: Path) -> str:
     _, step, metadata, weights = described(path, "ema")
     if metadata is None:
         return ""
-    names = metadata.class_names
-    more = f" and {len(names) - CLASSES_SHOWN} more" * (len(names) > CLASSES_SHOWN)
-    classes = f"classes {', '.join(names[:CLASSES_SHOWN])}{more}"
-    return "\n" + one_line(f"weights {weights} of step {step}, {classes}")
+    known = [f"weights {weights}"] * bool(weights) + [f"step {step}"] * (step is not None)
+    return "\n" + ", ".join([*known, f"classes {some(metadata.class_names, CLASSES_SHOWN)}"])
 
 
 def _describe_weights(state: formats.State) -> str:

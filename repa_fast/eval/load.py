@@ -78,7 +78,7 @@ class WeightsConfig:
     """A run's folder, a native checkpoint, an official .pt file, bare weights or safetensors, a
     folder that `repa-fast share` wrote, or owner/name of one on the Hugging Face hub."""
     weights: str = "ema"
-    """model (those that are trained), ema, or ema_2 and so on of a run with several averages. A
+    """model (those that are trained), ema, or ema_2 and so on of a run with several EMAs. A
     file's only set is taken for ema."""
     origin: Literal["repa", "sit", "dit"] = "repa"
     """Whose weights CKPT holds: REPA's or ours, or the original SiT's or DiT's."""
@@ -213,7 +213,7 @@ def _exported(beside: Path) -> tuple[dict, int | None, Metadata | None, str]:
         config = parts[0] | parts[1]
         _expect_kinds(config)
         weights = written.get("weights", "ema")
-        if not (isinstance(weights, str) and WEIGHTS.fullmatch(weights)):
+        if not (isinstance(weights, str) and (not weights or WEIGHTS.fullmatch(weights))):
             raise ValueError(f"weights is {short(weights)}, expected model, ema, ema_2 or so")
         step = written.get("step")
         if step is not None and not UNSIGNED[1](step):

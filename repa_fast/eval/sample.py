@@ -1,5 +1,6 @@
 """Pictures of samples: `repa-fast sample --ckpt RUN --class "golden retriever" --seed 0`; strip."""
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ class StripConfig(SamplerConfig):
     ckpt: str
     """A run's folder."""
     weights: str = "ema"
-    """model (those that are trained), ema, or ema_2 and so on of a run with several averages."""
+    """model (those that are trained), ema, or ema_2 and so on of a run with several EMAs."""
     classes: tuple[str, ...] = ()
     """(or --class) Names or numbers, a row each; one class after the other where none is given."""
     count: int = 4
@@ -132,14 +133,14 @@ def strip(config: StripConfig) -> Path:
 
 
 def numbered(
-    classes: Sequence[int | str], count: int, names: Sequence[str]
+    classes: int | str | Sequence[int | str], count: int, names: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return numbers and labels, int64 (B) each, of `count` images of each class, one by one.
 
     The classes are those of `class_index`, or the first ten where none is given; images of the same
     number, of whichever class, begin with the same noise.
     """
-    chosen = [class_index(name, class_names(names)) for name in classes]
+    chosen = class_indices(classes, class_names(names))
     rows = chosen or range(min(len(names), MOST_ROWS))
     return np.tile(np.arange(count), len(rows)), np.repeat(np.array(rows, np.int64), count)
 
@@ -152,6 +153,12 @@ def class_names(known: Sequence[str]) -> tuple[str, ...]:
 
     imagenet = ImageNetInfo()
     return tuple(imagenet.index_to_description(index) for index in range(IMAGENET_CLASSES))
+
+
+def class_indices(wanted: int | str | Sequence[int | str], names: Sequence[str]) -> list[int]:
+    """Return the classes of one or several numbers and names, each by `class_index`."""
+    alone = isinstance(wanted, str) or not hasattr(wanted, "__iter__")
+    return [class_index(one, names) for one in ([wanted] if alone else wanted)]
 
 
 def class_index(wanted: int | str, names: Sequence[str]) -> int:
@@ -175,8 +182,9 @@ def class_index(wanted: int | str, names: Sequence[str]) -> int:
 
 def _classes_of(wanted: int | str, names: Sequence[str]) -> list[int]:
     """Return the classes that have that number, that name, or else that part of a name."""
-    if isinstance(wanted, int):
-        return [wanted] if 0 <= wanted < len(names) else []
+    if not isinstance(wanted, str):
+        number = operator.index(wanted)  # numpy's and torch's integers too
+        return [number] if 0 <= number < len(names) else []
     word = wanted.lower()
     if exact := [index for index, name in enumerate(names) if word in name.lower().split(", ")]:
         return exact

@@ -99,7 +99,7 @@ class Objective:
         raise NotImplementedError
 
     def scheduler(self) -> "SchedulerMixin | None":
-        """Return a scheduler of diffusers whose steps are those of `sample`, to fp32's rounding.
+        """Return a scheduler of diffusers that steps as `sample` in one of its modes, in fp32.
 
         None where diffusers has none; its pipeline then calls `sample`.
         """

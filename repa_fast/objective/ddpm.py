@@ -43,7 +43,7 @@ class DDPM(Objective):
         return ddpm_samplers.sample(model, noise, labels, seed=seed, index=index, **options)
 
     def scheduler(self):
-        """Return DDPM's ancestral steps; diffusers' DDIM takes other times than DiT's."""
+        """Return mode "sde", DDPM's ancestral steps; diffusers' DDIM differs from ours."""
         from diffusers import DDPMScheduler
 
         return DDPMScheduler(  # of 1000 betas from 0.0001 to 0.02 by itself

@@ -50,7 +50,7 @@ class Flow(Objective):
         return samplers.euler_maruyama(model, noise, labels, seed=seed, index=index, **options)
 
     def scheduler(self):
-        """Return Euler's steps of flow matching, which are for velocities on the linear path.
+        """Return mode "ode", Euler's steps, which diffusers has for velocities on the linear path.
 
         There is none for the SDE, nor for other paths and predictions.
         """

@@ -1,12 +1,15 @@
 """The model card of weights that are shared: what they are, how they were trained, their scores."""
 
 import dataclasses
+import json
+import shlex
 from pathlib import Path
 
 from repa_fast import __version__, command
 from repa_fast.checkpoint.layout import GENERATED, Settings, read_settings, run_folder
 from repa_fast.configs import file
 from repa_fast.configs.config import TrainConfig
+from repa_fast.data.dataset import Metadata
 from repa_fast.data.latents import can_decode
 from repa_fast.eval.generate import GenerateConfig
 from repa_fast.eval.load import Loaded
@@ -15,17 +18,18 @@ from repa_fast.eval.pictures import markdown
 from repa_fast.eval.records import is_number, read_record
 from repa_fast.eval.sample import class_names
 from repa_fast.objective import build_alignment
-from repa_fast.words import note, one_line
+from repa_fast.words import note, one_line, some
 
 SAMPLES, TRAINING = "samples.png", "training.yaml"
 """In a run's folder its newest grid of samples; in a shared one the settings of its training."""
-PRIVATE = ("data_dir", "output_dir", "logging_dir", "report_to", "enc_weights", "eval_weights")
-PRIVATE += ("eval_dataset", "eval_reference")
+PRIVATE = (
+    "data_dir", "output_dir", "logging_dir", "report_to", "enc_weights", "eval_weights", "vae",
+)  # fmt: skip
 """Settings of a training that are of the machine it ran on."""
-PLACES = ("samples", "dataset", "reference", "vae", "encoder_weights")
-"""Settings of an evaluation that may be paths, of which only the last part is told."""
-UNTOLD = ("ckpt", "samples", "sample_dir", "out", "weights", "prediction", "path_type", "num_heads")
-"""Settings that the command line above has in other words, or that the weights decide."""
+PLACES = ("dataset", "reference", "vae", "enc_weights", "inception_weights")
+"""Settings of generate and eval that may be paths, of which only the last part is told."""
+UNTOLD = ("ckpt", "samples", "sample_dir", "out", "prediction", "path_type", "num_heads")
+"""Of their settings, those that the card says otherwise, or that the weights decide."""
 CLASSES_SHOWN = 20
 PAPERS = {
     "flow": "SiT (arXiv [2401.08740](https://arxiv.org/abs/2401.08740))",
@@ -75,7 +79,7 @@ def model_card(loaded: Loaded, repository: str, folder: Path) -> str:
     What it says of training and scores is read in the folder of the run that the weights are from;
     of other weights it says what they are alone. Nothing in it is a path of this machine.
     """
-    metadata, settings = loaded.metadata, settings_of(loaded)
+    metadata, settings = public(loaded.metadata), settings_of(loaded)
     names = class_names(metadata.class_names)
     count = sum(parameter.numel() for parameter in loaded.model.parameters()) / 1e6
     pixels = "pixels" if can_decode(metadata) else f"latents of {one_line(metadata.vae)}"
@@ -87,19 +91,17 @@ def model_card(loaded: Loaded, repository: str, folder: Path) -> str:
     step = "" if loaded.step is None else f" of step {loaded.step:,}"
     what += f" Weights: {loaded.weights or 'one set'}{step}. Written by repa-fast {__version__}."
     picture = "![samples](samples.png)" if (folder / SAMPLES).is_file() else ""
-    label = f'"{names[0].split(",")[0]}"'.replace("\\", "")
-    shown = ", ".join(one_line(one) for one in names[:CLASSES_SHOWN])
-    more = f", and {len(names) - CLASSES_SHOWN} more" if len(names) > CLASSES_SHOWN else ""
+    label = json.dumps(names[0].split(",")[0])
     address = one_line(repository)
     parts = [
         HEAD,
         f"# {address.rpartition('/')[2]}",
         what,
         picture,
-        USE.format(repository=address, label=one_line(label), side=metadata.resolution),
+        USE.format(repository=address, label=label, side=metadata.resolution),
         _training(settings) if settings else "",
         _figures(loaded),
-        f"## Classes\n\n{shown}{more}.",
+        f"## Classes\n\n{some(names, CLASSES_SHOWN)}.",
         _papers(loaded, settings),
     ]
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
@@ -163,11 +165,12 @@ def _figure(path: Path, loaded: Loaded) -> str:
         return ""
     rows = [(one_line(name), f"{v:.5g}") for name, v in scores.items() if is_number(v)]
     made |= {"num_fid_samples": samples.get("count")}
-    lines = (
-        ["repa-fast generate --ckpt RUN", *_flags(GenerateConfig, made)],
-        ["repa-fast eval --samples RUN", *_flags(EvalConfig, settings)],
+    commands = "\n".join(
+        [
+            shlex.join(["repa-fast", "generate", "--ckpt", "RUN", *_flags(GenerateConfig, made)]),
+            shlex.join(["repa-fast", "eval", "--samples", "RUN", *_flags(EvalConfig, settings)]),
+        ]
     )
-    commands = "\n".join(" ".join(words) for words in lines)
     return f"{_table('score', rows)}\n\n```\n{commands}\n```"
 
 
@@ -183,6 +186,13 @@ def _flags(config: type, given: dict) -> list[str]:
     if told.get("vae") == "none":  # which is no flag's value: the latents are pixels
         del told["vae"]
     return [one_line(word) for word in command.flags(told, known)]
+
+
+def public(metadata: Metadata) -> Metadata:
+    """Return the metadata with the last part alone of an autoencoder that is a folder's path."""
+    folder = Path(metadata.vae)
+    private = folder.is_absolute() or folder.is_dir() or metadata.vae.startswith((".", "~"))
+    return dataclasses.replace(metadata, vae=folder.name) if private else metadata
 
 
 def _papers(loaded: Loaded, settings: Settings | None) -> str:

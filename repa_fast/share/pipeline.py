@@ -28,13 +28,14 @@ from repa_fast.configs.sampler import GUIDANCE, SamplerConfig
 from repa_fast.contracts import expect_choice
 from repa_fast.data.dataset import Metadata
 from repa_fast.data.features import describing
-from repa_fast.data.latents import VAE, can_decode, expect_all_weights
+from repa_fast.data.latents import DECODE_BATCH, VAE, can_decode, expect_all_weights, unscaled
 from repa_fast.diffusion.guidance import Guided
 from repa_fast.eval.load import Loaded, arguments_of, described
-from repa_fast.eval.sample import class_index, class_names
+from repa_fast.eval.sample import class_indices, class_names
 from repa_fast.eval.sampling import decoder_of
 from repa_fast.models.sit import SiT
 from repa_fast.objective import build_objective
+from repa_fast.share.card import public
 from repa_fast.words import first_line, short
 
 OUTPUTS = ("pil", "np", "pt", "latent")
@@ -78,7 +79,7 @@ class SiTTransformer(SiT, ModelMixin, ConfigMixin):
                 "prediction": objective.prediction,
                 "path_type": objective.path_type,
             },
-            dataset=vars(loaded.metadata),
+            dataset=vars(public(loaded.metadata)),
             weights=loaded.weights,
             step=loaded.step,
         )
@@ -104,6 +105,7 @@ class SiTTransformer(SiT, ModelMixin, ConfigMixin):
         expect_choice("subfolder", subfolder, (hub.TRANSFORMER,))
         weights = hub.find(f"{source}@{revision}" if revision else source)
         _expect_described(weights)
+        options.setdefault("low_cpu_mem_usage", False)  # which asks for accelerate
         model, info = super().from_pretrained(weights.parent, output_loading_info=True, **options)
         expect_all_weights(f"the model {weights.parent}", info)
         return (model, info) if output_loading_info else model
@@ -127,9 +129,7 @@ def _expect_described(weights: Path) -> None:
         told = arguments_of(formats.shape_of(state), config.get("num_heads", 0))
     beside = weights.with_name(hub.CONFIG)
     if metadata is None or not told["num_heads"]:
-        raise ValueError(
-            f"{beside} has no dataset or no num_heads, expected what describes a model"
-        )
+        raise ValueError(f"{beside}: no dataset or no num_heads, expected what describes a model")
     expected = told | {name: config.get(name) for name in ("objective", "prediction", "path_type")}
     wrong = [
         name for name in sorted({*expected, *config}) if config.get(name) != expected.get(name)
@@ -162,6 +162,17 @@ class SiTPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
 
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, *, revision: str | None = None, **options: Any
+    ) -> "SiTPipeline":
+        """Load a shared folder or repository; further options are those of diffusers.
+
+        ValueError and Failure as of `SiTTransformer.from_pretrained`.
+        """
+        weights = hub.find(f"{source}@{revision}" if revision else source)
+        return super().from_pretrained(weights.parents[1], **options)
+
     @property
     def class_names(self) -> tuple[str, ...]:
         """The names of the classes, in the order of their labels."""
@@ -189,9 +200,9 @@ class SiTPipeline(DiffusionPipeline):
             generator: draws the initial noise, and what a stochastic scheduler adds; our sampler
                 draws by its initial seed.
             latents: (B, C, h, w), the initial noise, fp32, in the place of drawn one.
-            sampler: settings of our sampler, which then runs in the scheduler's place (all of
-                `repa-fast sample`'s: SDE, Heun, guidance interval); guidance and number of steps
-                are those of the settings.
+            sampler: settings of our sampler, which then runs in the scheduler's place: SDE, Heun,
+                guidance in an interval and so on. Guidance and number of steps are theirs;
+                precision, `compile` and what is of the decoder, but `vae`, are the pipeline's.
             output_type: "pil", "np" (B, R, R, 3) or "pt" (B, 3, R, R) in [0, 1], or "latent".
 
         Raises:
@@ -199,7 +210,7 @@ class SiTPipeline(DiffusionPipeline):
         """
         expect_choice("output_type", output_type, OUTPUTS)
         model, device = self.transformer, self._execution_device
-        found = [class_index(label, self.class_names) for label in class_labels]
+        found = class_indices(class_labels, self.class_names)
         y = torch.tensor(found, dtype=torch.int64, device=device)
         shape = (len(y), *model.metadata.latent_shape)
         if latents is None:
@@ -208,18 +219,15 @@ class SiTPipeline(DiffusionPipeline):
             raise ValueError(f"latents are {tuple(latents.shape)}, expected {shape}")
         latents = latents.to(device)
         dtype = model.x_embedder.proj.weight.dtype  # model.dtype is that of pos_embed, always fp32
+        plain = SamplerConfig(cfg_scale=guidance_scale, num_steps=num_inference_steps)
+        settings = sampler or plain
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             if sampler is None and self.scheduler is not None:
                 x = self._walk(latents, y, guidance_scale, num_inference_steps, generator)
             else:
-                plain = SamplerConfig(cfg_scale=guidance_scale, num_steps=num_inference_steps)
-                settings, seed = (
-                    sampler or plain,
-                    0 if generator is None else generator.initial_seed(),
-                )
                 objective = model.objective.under(settings)
-                x = objective.sample(model, latents, y, settings, seed=seed)
-        images = x.float() if output_type == "latent" else self._decode(x)
+                x = objective.sample(model, latents, y, settings, seed=_seed_of(generator))
+        images = x.float() if output_type == "latent" else self._decode(x, settings)
         if output_type in ("np", "pil"):
             images = images.cpu().permute(0, 2, 3, 1).numpy()
         if output_type == "pil":
@@ -256,15 +264,16 @@ class SiTPipeline(DiffusionPipeline):
             x = scheduler.step(output, time, x, **drawn).prev_sample
         return x
 
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def _decode(self, latents: torch.Tensor, settings: SamplerConfig) -> torch.Tensor:
         """Return images (B, 3, R, R), fp32 in [0, 1], of latents (B, C, h, w)."""
         metadata = self.transformer.metadata
-        x = ((latents.double() - metadata.bias) / metadata.scale).float()
+        x = unscaled(latents, metadata).float()
         if not can_decode(metadata):
             if self.vae is None:
-                vae = VAE(decoder_of(SamplerConfig(), metadata)).load(metadata)
+                vae = VAE(decoder_of(settings, metadata)).load(metadata)
                 self.register_modules(vae=vae.to(latents.device))
-            x = self.vae.decode(x.to(self.vae.dtype)).sample.float()
+            parts = x.to(self.vae.dtype).split(DECODE_BATCH)
+            x = torch.cat([self.vae.decode(part).sample.float() for part in parts])
         return (x / 2 + 0.5).clamp(0, 1)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from repa_fast.checkpoint.hub import CARD, REPOSITORY, find
+from repa_fast.checkpoint.hub import CARD, REPOSITORY, TRANSFORMER, WEIGHTS_FILE
 from repa_fast.checkpoint.layout import run_folder
 from repa_fast.checkpoint.marker import trusted
 from repa_fast.configs.sampler import SamplerConfig
@@ -22,7 +22,7 @@ from repa_fast.eval.sampling import ImageSampler
 from repa_fast.failure import Failure
 from repa_fast.share import card
 from repa_fast.whole import whole_or_not
-from repa_fast.words import first_line
+from repa_fast.words import first_line, short
 
 if TYPE_CHECKING:
     from repa_fast.share.pipeline import SiTPipeline
@@ -98,6 +98,7 @@ class Pretrained(Loaded):
 
     def push_to_hub(self, repository: str, *, private: bool = False) -> str:
         """Upload what `save_pretrained` writes to owner/name; return its address, as `upload`."""
+        expect_repository(repository)
         with tempfile.TemporaryDirectory() as made:
             folder = self.save_pretrained(Path(made) / "shared", repository)
             return upload(folder, repository, private=private)
@@ -116,7 +117,10 @@ def load(source: str | Path, device: torch.device | str = "cpu", **options: Any)
         ValueError: there are no such weights, or they are not what the options say.
         Failure: a repository cannot be fetched.
     """
-    loaded = load_model(source, device, **options)
+    return _pretrained(load_model(source, device, **options))
+
+
+def _pretrained(loaded: Loaded) -> Pretrained:
     return Pretrained(**{field.name: getattr(loaded, field.name) for field in fields(Loaded)})
 
 
@@ -131,9 +135,8 @@ def upload(folder: str | Path, repository: str, *, private: bool = False) -> str
     """
     from huggingface_hub import HfApi
 
-    if not REPOSITORY.fullmatch(repository) or "@" in repository:
-        raise ValueError(f"push_to is {repository!r}, expected owner/name")
-    if find(folder) == Path(folder):
+    expect_repository(repository)
+    if not (Path(folder) / TRANSFORMER / WEIGHTS_FILE).is_file():
         raise ValueError(f"{folder} is no shared folder, expected one that `repa-fast share` wrote")
     api = HfApi()
     try:
@@ -145,6 +148,12 @@ def upload(folder: str | Path, repository: str, *, private: bool = False) -> str
             f"{first_line(error)})"
         ) from error
     return str(made)
+
+
+def expect_repository(repository: str) -> None:
+    """Raise ValueError unless this is owner/name."""
+    if not REPOSITORY.fullmatch(repository) or "@" in repository:
+        raise ValueError(f"push_to is {short(repository)}, expected owner/name")
 
 
 @dataclass(kw_only=True)
@@ -164,12 +173,14 @@ def share(config: ShareConfig) -> str:
     """Write the folder and upload it, as far as either is asked for; return where it is."""
     if not (config.out or config.push_to):
         raise ValueError("out and push_to are empty, expected a folder to write, or owner/name")
+    if config.push_to:
+        expect_repository(config.push_to)
     folder = Path(config.out or config.ckpt)
     if config.out:
+        expect_writable("out", folder, folder=True)
+        loaded = _pretrained(config.load(own_device()))
         with trusted(not config.verify):
-            known = {"weights": config.weights, "origin": config.origin}
-            loaded = load(config.ckpt, own_device(), num_heads=config.num_heads, **known)
-        loaded.save_pretrained(folder, config.push_to)
+            loaded.save_pretrained(folder, config.push_to)
     if config.push_to:
         return upload(folder, config.push_to, private=config.private)
     return f"{folder} is written; choose a licence in {folder / CARD}"

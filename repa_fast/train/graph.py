@@ -87,13 +87,10 @@ def why_not(config: TrainConfig, world: World, autocast_dtype: torch.dtype | Non
     return ""
 
 
-def _why_not(state: TrainState) -> str:
-    return why_not(state.config, state.world, state.autocast_dtype)
-
-
 def describe(state: TrainState) -> str:
     """Return a line for the log: whether the step is one CUDA graph, or why not."""
-    asked, reason = state.config.cuda_graph, _why_not(state)
+    asked = state.config.cuda_graph
+    reason = why_not(state.config, state.world, state.autocast_dtype)
     against = "asked for" if asked == "off" else reason and f"since {reason}"
     return f"cuda_graph: off, {against}" if against else f"cuda_graph: on ({asked})"
 
@@ -104,7 +101,8 @@ def stepper(state: TrainState) -> Callable[[Batch], None]:
     Raises:
         ValueError: cuda_graph is on where the step cannot be one, with the reason.
     """
-    asked, reason = state.config.cuda_graph, _why_not(state)
+    asked = state.config.cuda_graph
+    reason = why_not(state.config, state.world, state.autocast_dtype)
     if asked == "on" and reason:
         raise ValueError(f"cuda_graph is on, but {reason}")
     return partial(train_step, state) if asked == "off" or reason else GraphedStep(state)

@@ -2,18 +2,24 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from repa_fast.checkpoint import hub as hub_paths
 from repa_fast.checkpoint.export import export
+from repa_fast.checkpoint.layout import run_folder
 from repa_fast.data.digits import digits_metadata
+from repa_fast.eval.generate import GenerateConfig, generate
 from repa_fast.eval.info import InfoConfig, info
 from repa_fast.eval.load import load as load_model
 from repa_fast.eval.pictures import arrange, save_png
-from repa_fast.eval.sample import SampleConfig, sample
+from repa_fast.eval.sample import SampleConfig, numbered, sample
 from repa_fast.failure import Failure
+from repa_fast.share.pipeline import SiTPipeline
 from repa_fast.share.pretrained import ShareConfig, load, share, upload
 from tests.eval import checkpoints
 from tests.refusals import refused
@@ -58,10 +64,46 @@ def test_a_folder_gives_the_same_model_and_names_and_no_path_of_this_machine(run
     refused(lambda: native.save_pretrained(folder), "tiny exists already; remove it first$")
 
 
+def test_bare_weights_and_several_classes_as_numbers_travel_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"ema": checkpoints.sit(z_dims=()).state_dict()}, "x.pt")
+    save_file(checkpoints.sit(z_dims=()).state_dict(), "y.safetensors")
+    for name in ("x.pt", "y.safetensors"):
+        bare = load(name, num_heads=4)
+        back = load(bare.save_pretrained(f"of-{name}"))
+        assert (back.digest, back.step, back.weights) == (bare.digest, None, bare.weights)
+        assert "step" not in info(InfoConfig(path=f"of-{name}"))
+    classes = (np.int64(3), torch.tensor(4))
+    assert numbered(classes, 1, WORDS)[1].tolist() == [3, 4]
+    assert numbered("7", 2, WORDS)[1].tolist() == [7, 7]
+    refused(lambda: numbered(-1, 1, WORDS), "class is -1, expected a number below 10")
+
+
+def test_commands_take_a_shared_folder_and_write_into_the_current_one(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    out = sample(SampleConfig(ckpt=str(folder), classes=("1",), count=1, num_steps=1))
+    assert out.parent == Path() and out.name.startswith("sample-0000007-ode-1")
+    config = GenerateConfig(ckpt=str(folder), num_fid_samples=2, num_steps=1, per_proc_batch_size=2)
+    assert generate(config).parent == Path("samples")
+    assert run_folder(folder) is None
+
+
+def test_a_damaged_checkpoint_is_shared_only_as_it_is(tmp_path):
+    run = checkpoints.run(tmp_path / "run")
+    config = run / "checkpoints" / "0000007" / "config.json"
+    config.write_text(config.read_text() + " ")
+    out = str(tmp_path / "out")
+    refused(lambda: share(ShareConfig(ckpt=str(run), out=out)), "is damaged")
+    share(ShareConfig(ckpt=str(run), out=out, verify=False))
+    assert load(out).step == 7
+
+
 def test_info_says_what_a_shared_folder_is(folder):
     text = info(InfoConfig(path=str(folder)))
     assert f"{folder / hub_paths.TRANSFORMER / hub_paths.WEIGHTS_FILE}: bare weights" in text
-    assert text.endswith("weights ema of step 7, classes 0, 1, 2, 3, 4, 5, 6, 7, 8, 9")
+    assert text.endswith("weights ema, step 7, classes 0, 1, 2, 3, 4, 5, 6, 7, 8, 9")
 
 
 def test_a_ddpm_and_a_flow_of_another_path_travel_too(tmp_path):
@@ -95,6 +137,9 @@ def test_to_the_hub_and_back(run, hub, tmp_path):
     assert (back.digest, back.step, back.metadata) == (native.digest, 7, native.metadata)
     commit = back.source.parents[1].name
     assert load(f"me/tiny@{commit}").digest == native.digest
+    pipeline = SiTPipeline.from_pretrained("me/tiny", revision=commit)
+    assert torch.equal(pipeline.transformer.pos_embed, back.model.pos_embed)
+    assert type(pipeline.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
     out = str(tmp_path / "again")
     told = share(ShareConfig(ckpt="me/tiny", out=out, push_to="me/again"))
     assert told == f"{hub.address}/me/again"
@@ -117,7 +162,12 @@ def test_what_is_no_source_or_no_repository_is_refused(run, folder, tmp_path, mo
     for name in ("exps/typo", "nowhere", "a/b/c"):  # a folder of ours is not asked for on the hub
         refused(lambda name=name: load(name), words.format(name))
     refused(lambda: upload(folder, "no-owner"), "push_to is 'no-owner', expected owner/name$")
-    refused(lambda: upload(run, "me/run"), "is no shared folder, expected one that `repa-fast sh")
+    for path in (run, folder / "transformer", "me/tiny"):
+        words = "is no shared folder, expected one that `repa-fast share` wrote"
+        refused(lambda path=path: upload(path, "me/x"), words)
+    out = tmp_path / "not-yet"
+    refused(lambda: share(ShareConfig(ckpt=str(run), out=str(out), push_to="x")), "push_to is 'x'")
+    assert not out.exists()
     config = ShareConfig(ckpt=str(run))
     refused(lambda: share(config), "out and push_to are empty, expected a folder to write, or ow")
     words = share(dataclasses.replace(config, out=str(tmp_path / "new")))

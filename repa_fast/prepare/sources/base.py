@@ -11,8 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
-from repa_fast.data.official import read_bytes, some
-from repa_fast.words import one_line, short
+from repa_fast.data.official import read_bytes
+from repa_fast.words import one_line, short, some
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 SHARD_NUMBER = re.compile(r"[-_.]?\d+(-of-\d+)?(-[0-9a-f]{16})?$")

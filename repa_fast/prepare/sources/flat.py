@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from repa_fast.whole import parse_json
-from repa_fast.words import one_line, short
+from repa_fast.words import one_line, short, some
 
-from .base import Classes, Files, Labeller, read_classes, read_text, repeats, some
+from .base import Classes, Files, Labeller, read_classes, read_text, repeats
 from .folder import walk
 
 

@@ -4,7 +4,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from .base import Classes, Files, is_dir, is_image, read_classes, scan, some
+from repa_fast.words import some
+
+from .base import Classes, Files, is_dir, is_image, read_classes, scan
 
 SPLITS = {"train", "val", "valid", "validation", "test"}
 

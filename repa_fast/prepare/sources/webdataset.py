@@ -8,9 +8,9 @@ from typing import BinaryIO
 import numpy as np
 
 from repa_fast.whole import open_regular, parse_json
-from repa_fast.words import one_line
+from repa_fast.words import one_line, some
 
-from .base import Classes, Item, Labeller, hashed, is_image, read_classes, shard_files, sizes, some
+from .base import Classes, Item, Labeller, hashed, is_image, read_classes, shard_files, sizes
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 """The compressed ones to be refused, if they are."""

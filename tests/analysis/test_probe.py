@@ -162,7 +162,7 @@ def test_bare_weights_need_a_dataset_and_have_no_baseline(settings, data, undraw
     assert np.min(found["top1"]) == 1
 
 
-def test_results_lie_in_the_run_or_here(settings, run, weights):
+def test_results_lie_in_the_run_or_here(settings, run, weights, tmp_path):
     older = load(run / "checkpoints" / "0000003")
     assert settings(out="").output_folder(older, "probe") == run / "probe-0000003"
     trained = load(run, weights="model")

@@ -171,6 +171,7 @@ class SiTPipeline(DiffusionPipeline):
         ValueError and Failure as of `SiTTransformer.from_pretrained`.
         """
         weights = hub.find(f"{source}@{revision}" if revision else source)
+        options.setdefault("use_safetensors", True)  # of an autoencoder, which could be a pickle
         return super().from_pretrained(weights.parents[1], **options)
 
     @property

@@ -8,6 +8,7 @@ The Tab key completes commands, flags and what flags may be in a shell that has 
 fish and tcsh have theirs too; that of tcsh needs the package shtab.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import os
@@ -153,7 +154,8 @@ def complete(words: Sequence[str]) -> None:
         flags = grouped(TrainConfig()) if name == "train" else command.mirror(config or NoFlags)
         groups[group].command(name=last)(flags)
     try:
-        app.cli(prog="repa-fast", args=words)
+        with contextlib.suppress(BrokenPipeError):  # `| head` has seen enough
+            app.cli(prog="repa-fast", args=words)
     except ImportError as error:
         raise ValueError(f"shell is tcsh, which needs the package shtab: {error}") from error
 

@@ -42,7 +42,9 @@ PACKAGES = {
 """Packages by the distributions that they come in."""
 VARIABLES = re.compile(r"CUDA_VISIBLE_DEVICES|OMP_NUM_THREADS|(REPA_FAST|TORCH|NCCL)_\w+")
 """Of the environment; all else stays private."""
-SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
+PLAIN = re.compile(r"(?!hf_)[\w.,:+*-]{0,40}|[~/][\w./+-]*")
+"""Values that are shown: numbers, words and paths. Others may be secrets."""
+SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|PWD|CREDENTIAL|AUTH", re.IGNORECASE)
 SHAPE = {"heads": 16, "tokens": 256, "head_dim": 72, "batch": 32}
 """Of attention in SiT-XL/2, at images of 256 pixels."""
 INDENT, COLUMNS = 16, 110
@@ -70,7 +72,7 @@ def told(part: Callable[[], Iterable[str]]) -> list[str]:
     """Return a part's lines, or one that says why there are none."""
     try:
         return list(part())
-    except Exception as error:  # of a broken package, which raises anything
+    except (Exception, SystemExit) as error:  # of a broken package, which raises anything
         return [row(part.__name__, f"not known, {type(error).__name__}: {first_line(error)}")]
 
 
@@ -168,7 +170,10 @@ def installed(distribution: str) -> str:
 def environment() -> Iterator[str]:
     """Yield the variables of the environment that change a run."""
     found = {name: os.environ[name] for name in sorted(os.environ) if VARIABLES.fullmatch(name)}
-    shown = (f"{n}={'(hidden)' if SECRET.search(n) else value}" for n, value in found.items())
+    shown = (
+        f"{n}={value if PLAIN.fullmatch(value) and not SECRET.search(n) else '(hidden)'}"
+        for n, value in found.items()
+    )
     yield row("environment", ", ".join(shown) or "nothing that matters is set")
 
 

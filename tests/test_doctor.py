@@ -142,7 +142,7 @@ def test_nothing_private_is_in_it_and_without_torch_it_still_says_the_rest(tmp_p
     said = plain([done.stdout])
     assert "NCCL_AUTH_TOKEN=(hidden), NCCL_HOSTID=HOST, " in said and "HF_TOKEN" not in said
     assert "REPA_FAST_RESULTS=/scratch/USER/results, TORCH_HOME=~/torch" in said
-    assert "TORCH_MIRROR=https://example.org/torch" in said
+    assert "TORCH_MIRROR=(hidden)" in said
     assert f"repa-fast {__version__}" in said and "cores" in said and "GiB free" in said
     assert "torch_versions not known, ModuleNotFoundError: import of torch halted" in said
 

@@ -84,19 +84,19 @@ def export(source: Path, to: str, out: Path, weights: str = "ema") -> None:
         with (
             whole_or_not(out) as partial,
             whole_or_not(out.with_suffix(".json")) as described,
-            _writing(out),
+            writing(out),
         ):
             save_file(state, partial)
             about = description(source) | {"weights": weights, "crc32": checksum(partial)}
             described.write_text(json.dumps(about, indent=2) + "\n", "utf-8")
     else:
         contents = (sra_contents if to == "sra" else official_contents)(source, weights)
-        with whole_or_not(out) as partial, _writing(out):
+        with whole_or_not(out) as partial, writing(out):
             torch.save(contents, partial)
 
 
 @contextmanager
-def _writing(out: Path) -> Iterator[None]:
+def writing(out: Path) -> Iterator[None]:
     """Raise Failure, with the file, for what torch and safetensors raise where a disk is full."""
     try:
         yield

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from repa_fast.failure import Failure
-from repa_fast.words import first_line
+from repa_fast.words import first_line, note
 
 TRANSFORMER = "transformer"
 CONFIG, CARD = "config.json", "README.md"
@@ -55,10 +55,11 @@ def weights_in(folder: Path) -> Path | None:
 
 
 def _fetch(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
     repository, _, revision = name.partition("@")
+    note(f"{name} does not exist here: asking the Hugging Face hub")
     try:
+        from huggingface_hub import snapshot_download
+
         return Path(
             snapshot_download(repository, revision=revision or None, allow_patterns=[*SHARED])
         )

@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 
+from repa_fast.configs.part import Part
 from repa_fast.diffusion.samplers import LAST_SDE_TIME
 
 GUIDANCE = 1.5
@@ -12,7 +13,7 @@ GUIDANCE = 1.5
 
 
 @dataclass(kw_only=True)
-class SamplerConfig:
+class SamplerConfig(Part):
     """How a model is sampled; names and defaults are REPA's generate.py's where it has one."""
 
     mode: Literal["ode", "sde"] = "ode"
@@ -62,6 +63,7 @@ class SamplerConfig:
     """How pixel values become integers; REPA's generate.py cuts off, SiT's and DiT's round."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.adaptive and (self.mode != "ode" or self.heun):
             raise ValueError("adaptive is for the ODE without heun, expected one of them")
         if not 0 <= self.guidance_low <= self.guidance_high <= 1:

@@ -16,6 +16,7 @@ from repa_fast.checkpoint.marker import trusted
 from repa_fast.configs.objective import ObjectiveConfig
 from repa_fast.data.dataset import Metadata
 from repa_fast.data.features import TEXT, UNSIGNED, describing
+from repa_fast.data.latents import can_decode
 from repa_fast.data.official import SD_VAE_FACTOR, SD_VAE_SCALE
 from repa_fast.models.sit import SIZES, SiT, size
 from repa_fast.objective import Objective, build_objective
@@ -123,9 +124,9 @@ def load(
     source = hub.find(source)
     if source.is_dir():
         source = newest_checkpoint(source)
-        if origin != "repa":
-            raise ValueError(f"{source} is a native checkpoint, expected origin repa, got {origin}")
     config, step, metadata, known_as = described(source, weights)
+    if metadata is not None and origin != "repa":
+        raise ValueError(f"{source} is of repa-fast, expected origin repa, got {origin}")
     predicted = {
         "objective": "ddpm" if origin == "dit" else config.get("objective", "flow"),
         "path_type": _ours(config.get("path_type", "linear")),
@@ -138,7 +139,7 @@ def load(
     shape = formats.shape_of(state)
     arguments = _arguments(shape, config, num_heads, source)
     if metadata is not None:
-        _expect_same(source, metadata, shape)
+        expect_same(source, metadata, shape)
     if model and size(model) != {name: arguments[name] for name in size(model)}:
         raise ValueError(f"{source} holds a {shape}, expected {model}")
     state = {name: t for name, t in state.items() if not name.startswith("projectors.")}
@@ -228,7 +229,7 @@ def _expect_kinds(config: dict) -> None:
             raise ValueError(f"{name} is {short(config[name])}, expected {words}")
 
 
-def _expect_same(source: Path, metadata: Metadata, shape: Shape) -> None:
+def expect_same(source: Path, metadata: Metadata, shape: Shape) -> None:
     """Raise ValueError that names the file with the dataset if that is not the weights'."""
     beside = source / DATASET if source.is_dir() else source
     if source.suffix == ".safetensors":
@@ -238,6 +239,8 @@ def _expect_same(source: Path, metadata: Metadata, shape: Shape) -> None:
     if tuple(metadata.latent_shape) != latents:
         found = tuple(metadata.latent_shape)
         raise ValueError(f"{beside}: latent_shape is {found}, expected {latents} (the weights')")
+    if can_decode(metadata) and metadata.resolution != side:
+        raise ValueError(f"{beside}: resolution is {metadata.resolution}, expected {side} (pixels)")
     if classes > shape.num_classes:
         raise ValueError(
             f"{beside}: {classes} class names, expected at most {shape.num_classes} (the weights')"

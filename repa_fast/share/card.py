@@ -2,13 +2,18 @@
 
 import dataclasses
 import json
+import re
 import shlex
+import typing
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from repa_fast import __version__, command
 from repa_fast.checkpoint.layout import GENERATED, Settings, read_settings, run_folder
 from repa_fast.configs import file
 from repa_fast.configs.config import TrainConfig
+from repa_fast.configs.part import fits
 from repa_fast.data.dataset import Metadata
 from repa_fast.data.latents import can_decode
 from repa_fast.eval.generate import GenerateConfig
@@ -16,20 +21,23 @@ from repa_fast.eval.load import Loaded
 from repa_fast.eval.metrics import EvalConfig
 from repa_fast.eval.pictures import markdown
 from repa_fast.eval.records import is_number, read_record
-from repa_fast.eval.sample import class_names
+from repa_fast.eval.sample import class_index, class_names
 from repa_fast.objective import build_alignment
-from repa_fast.words import note, one_line, some
+from repa_fast.words import note, one_line, short, some
 
 SAMPLES, TRAINING = "samples.png", "training.yaml"
 """In a run's folder its newest grid of samples; in a shared one the settings of its training."""
 PRIVATE = (
-    "data_dir", "output_dir", "logging_dir", "report_to", "enc_weights", "eval_weights", "vae",
+    "data_dir", "output_dir", "logging_dir", "report_to", "enc_weights", "eval_weights",
+    "eval_reference", "vae",
 )  # fmt: skip
 """Settings of a training that are of the machine it ran on."""
-PLACES = ("dataset", "reference", "vae", "enc_weights", "inception_weights")
+PLACES = ("dataset", "reference", "enc_weights", "inception_weights")
 """Settings of generate and eval that may be paths, of which only the last part is told."""
-UNTOLD = ("ckpt", "samples", "sample_dir", "out", "prediction", "path_type", "num_heads")
+UNTOLD = ("ckpt", "samples", "sample_dir", "out", "weights", "num_heads", "write_reference")
 """Of their settings, those that the card says otherwise, or that the weights decide."""
+LONGEST = 60
+"""Letters of a name that the card shows."""
 CLASSES_SHOWN = 20
 PAPERS = {
     "flow": "SiT (arXiv [2401.08740](https://arxiv.org/abs/2401.08740))",
@@ -82,7 +90,7 @@ def model_card(loaded: Loaded, repository: str, folder: Path) -> str:
     metadata, settings = public(loaded.metadata), settings_of(loaded)
     names = class_names(metadata.class_names)
     count = sum(parameter.numel() for parameter in loaded.model.parameters()) / 1e6
-    pixels = "pixels" if can_decode(metadata) else f"latents of {one_line(metadata.vae)}"
+    pixels = "pixels" if can_decode(metadata) else f"latents of {shown(metadata.vae)}"
     what = (
         f"{loaded.objective.model.__name__} with {count:.1f} M parameters "
         f"({one_line(loaded.name)}) for images of {metadata.resolution}x{metadata.resolution} "
@@ -91,7 +99,7 @@ def model_card(loaded: Loaded, repository: str, folder: Path) -> str:
     step = "" if loaded.step is None else f" of step {loaded.step:,}"
     what += f" Weights: {loaded.weights or 'one set'}{step}. Written by repa-fast {__version__}."
     picture = "![samples](samples.png)" if (folder / SAMPLES).is_file() else ""
-    label = json.dumps(names[0].split(",")[0])
+    label = json.dumps(_first(names))
     address = one_line(repository)
     parts = [
         HEAD,
@@ -100,8 +108,8 @@ def model_card(loaded: Loaded, repository: str, folder: Path) -> str:
         picture,
         USE.format(repository=address, label=label, side=metadata.resolution),
         _training(settings) if settings else "",
-        _figures(loaded),
-        f"## Classes\n\n{some(names, CLASSES_SHOWN)}.",
+        _figures(loaded, address),
+        f"## Classes\n\n{some(map(shown, names), CLASSES_SHOWN)}.",
         _papers(loaded, settings),
     ]
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
@@ -142,36 +150,50 @@ def _training(settings: Settings) -> str:
     return f"## Training\n\n{_table('setting', rows)}\n\n{AGAIN}"
 
 
-def _figures(loaded: Loaded) -> str:
-    """Return the scores of images of just these weights, with the commands that made them."""
+def _first(names: Sequence[str]) -> int | str:
+    """Return the first class as an example: by its first name where that is its alone."""
+    name = names[0].split(",")[0]
+    with suppress(ValueError):
+        if len(name) <= LONGEST and class_index(name, names) == 0:
+            return name
+    return 0
+
+
+def _figures(loaded: Loaded, repository: str) -> str:
+    """Return the scores of images of just these weights, with the commands that make them."""
     run, texts = run_folder(loaded.source), []
     for path in sorted((run / GENERATED).glob("*.json")) if run else ():
         try:
-            texts.append(_figure(path, loaded))
-        except (OSError, ValueError) as error:
+            texts.append(_figure(path, loaded, repository))
+        except (OSError, ValueError, OverflowError) as error:
             note(f"{path.name} is left out of the card: {one_line(error)}")
     return "\n\n".join(["## Figures", *filter(None, texts)]) if any(texts) else ""
 
 
-def _figure(path: Path, loaded: Loaded) -> str:
+def _figure(path: Path, loaded: Loaded, repository: str) -> str:
     """Return the scores in a file, and the commands; "" of another file, or of other weights."""
-    images, values = path.with_suffix("").with_suffix(".json"), read_record(path)
+    values = read_record(path)
     scores, samples, settings = (
         values[name] if isinstance(values.get(name), dict) else {}
         for name in ("scores", "samples", "settings")
     )
-    made = read_record(images) if scores and images.is_file() else {}
+    images = path.with_name(Path(str(samples.get("name")).partition(",")[0]).name)
+    beside = images.with_suffix(".json")
+    made = read_record(beside) if scores and beside.is_file() and beside != path else {}
     if (made.get("step"), made.get("digest")) != (loaded.step, loaded.digest):
         return ""
-    rows = [(one_line(name), f"{v:.5g}") for name, v in scores.items() if is_number(v)]
+    for name in ("path_type", "prediction"):
+        if made.get(name) == getattr(loaded.objective, name):
+            del made[name]
     made |= {"num_fid_samples": samples.get("count")}
-    commands = "\n".join(
-        [
-            shlex.join(["repa-fast", "generate", "--ckpt", "RUN", *_flags(GenerateConfig, made)]),
-            shlex.join(["repa-fast", "eval", "--samples", "RUN", *_flags(EvalConfig, settings)]),
-        ]
-    )
-    return f"{_table('score', rows)}\n\n```\n{commands}\n```"
+    rows = [(shown(name), f"{v:.5g}") for name, v in scores.items() if is_number(v)]
+    generate = ["generate", "--ckpt", repository, "--sample-dir", "samples"]
+    evaluate = ["eval", "--samples", f"samples/{images.name}"]
+    commands = [
+        shlex.join(["repa-fast", *generate, *_flags(GenerateConfig, made)]),
+        shlex.join(["repa-fast", *evaluate, *_flags(EvalConfig, settings)]),
+    ]
+    return "\n".join([_table("score", rows), "", "```", *commands, "```"])
 
 
 def _table(head: str, rows: list[tuple[str, str]]) -> str:
@@ -179,20 +201,42 @@ def _table(head: str, rows: list[tuple[str, str]]) -> str:
 
 
 def _flags(config: type, given: dict) -> list[str]:
-    """Return the flags of a command for those settings that are not its defaults."""
+    """Return the flags of a command for those settings that are not its defaults.
+
+    ValueError for one that is not of the flag's kind: a record may be a stranger's.
+    """
+    hints = typing.get_type_hints(config)
     known = {field.name: field.default for field in dataclasses.fields(config)}
     told = {name: given[name] for name in known if name in given and name not in UNTOLD}
-    told |= {name: Path(str(told[name])).name for name in PLACES if told.get(name)}
+    for name, value in told.items():
+        if not fits(value, hints[name]):
+            raise ValueError(f"{name} is {short(value)}, which is no value of that flag")
+    told |= {name: Path(told[name]).name for name in PLACES if told.get(name)}
     if told.get("vae") == "none":  # which is no flag's value: the latents are pixels
         del told["vae"]
+    elif told.get("vae"):
+        told["vae"] = _public(told["vae"])
     return [one_line(word) for word in command.flags(told, known)]
 
 
 def public(metadata: Metadata) -> Metadata:
     """Return the metadata with the last part alone of an autoencoder that is a folder's path."""
-    folder = Path(metadata.vae)
-    private = folder.is_absolute() or folder.is_dir() or metadata.vae.startswith((".", "~"))
-    return dataclasses.replace(metadata, vae=folder.name) if private else metadata
+    return dataclasses.replace(metadata, vae=_public(metadata.vae))
+
+
+def _public(vae: str) -> str:
+    """Return an autoencoder's name, or owner/name; of a folder the last part, never "none"."""
+    named = re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", vae)
+    if named and not Path(vae).is_dir():
+        return vae
+    last = re.split(r"[/\\]", vae.rstrip("/\\"))[-1]
+    return last if re.fullmatch(r"[\w-][\w.-]*", last) and last != "none" else "unnamed"
+
+
+def shown(name: object) -> str:
+    """Return a name that may be a stranger's as Markdown that shows it as it is, cut off."""
+    line = one_line(str(name)[:LONGEST])
+    return re.sub(r"([\\`*_{}\[\]()<>#!|~&])", r"\\\1", line)
 
 
 def _papers(loaded: Loaded, settings: Settings | None) -> str:

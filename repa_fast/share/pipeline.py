@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, ModelMixin
 from diffusers import FlowMatchEulerDiscreteScheduler as FlowEuler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.pipelines import ImagePipelineOutput
@@ -30,7 +30,7 @@ from repa_fast.data.dataset import Metadata
 from repa_fast.data.features import describing
 from repa_fast.data.latents import DECODE_BATCH, VAE, can_decode, expect_all_weights, unscaled
 from repa_fast.diffusion.guidance import Guided
-from repa_fast.eval.load import Loaded, arguments_of, described
+from repa_fast.eval.load import Loaded, arguments_of, described, expect_same
 from repa_fast.eval.sample import class_indices, class_names
 from repa_fast.eval.sampling import decoder_of
 from repa_fast.models.sit import SiT
@@ -38,6 +38,7 @@ from repa_fast.objective import build_objective
 from repa_fast.share.card import public
 from repa_fast.words import first_line, short
 
+OBJECTIVE = ("objective", "prediction", "path_type")
 OUTPUTS = ("pil", "np", "pt", "latent")
 
 
@@ -74,11 +75,9 @@ class SiTTransformer(SiT, ModelMixin, ConfigMixin):
         shape, objective = formats.shape_of(state), loaded.objective
         made = cls(
             model=arguments_of(shape, loaded.model.blocks[0].attn.num_heads),
-            objective={
-                "objective": objective.name,
-                "prediction": objective.prediction,
-                "path_type": objective.path_type,
-            },
+            objective=dict(
+                zip(OBJECTIVE, (objective.name, objective.prediction, objective.path_type))
+            ),
             dataset=vars(public(loaded.metadata)),
             weights=loaded.weights,
             step=loaded.step,
@@ -108,6 +107,7 @@ class SiTTransformer(SiT, ModelMixin, ConfigMixin):
         options.setdefault("low_cpu_mem_usage", False)  # which asks for accelerate
         model, info = super().from_pretrained(weights.parent, output_loading_info=True, **options)
         expect_all_weights(f"the model {weights.parent}", info)
+        model.register_to_config(_name_or_path="")  # which would go into what is saved again
         return (model, info) if output_loading_info else model
 
 
@@ -126,11 +126,12 @@ def _expect_described(weights: Path) -> None:
         except SafetensorError as error:
             raise ValueError(f"it is damaged ({first_line(error)})") from error
         state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-        told = arguments_of(formats.shape_of(state), config.get("num_heads", 0))
+        shape = formats.shape_of(state)
+        told = arguments_of(shape, config.get("num_heads", 0))
     beside = weights.with_name(hub.CONFIG)
     if metadata is None or not told["num_heads"]:
         raise ValueError(f"{beside}: no dataset or no num_heads, expected what describes a model")
-    expected = told | {name: config.get(name) for name in ("objective", "prediction", "path_type")}
+    expected = told | {name: config.get(name, "") for name in OBJECTIVE}
     wrong = [
         name for name in sorted({*expected, *config}) if config.get(name) != expected.get(name)
     ]
@@ -138,6 +139,14 @@ def _expect_described(weights: Path) -> None:
         name = wrong[0]
         found, there = short(config.get(name)), expected.get(name, "nothing by that name")
         raise ValueError(f"{beside}: {name} is {found}, expected {there} (the weights')")
+    expect_same(weights, metadata, shape)
+    with describing(str(beside)):
+        learns = build_objective(ObjectiveConfig(**{n: config[n] for n in OBJECTIVE}))
+    if (shape.out_channels > shape.in_channels) != (learns.model is not SiT):
+        raise ValueError(
+            f"{beside}: objective is {learns.name}, but the weights have {shape.out_channels} "
+            f"output channels for {shape.in_channels}"
+        )
 
 
 class SiTPipeline(DiffusionPipeline):
@@ -160,6 +169,9 @@ class SiTPipeline(DiffusionPipeline):
         vae: AutoencoderKL | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(transformer, SiTTransformer):
+            kind = type(transformer).__name__
+            raise ValueError(f"transformer is a {kind}, expected a SiTTransformer")
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
 
     @classmethod
@@ -172,7 +184,9 @@ class SiTPipeline(DiffusionPipeline):
         """
         weights = hub.find(f"{source}@{revision}" if revision else source)
         options.setdefault("use_safetensors", True)  # of an autoencoder, which could be a pickle
-        return super().from_pretrained(weights.parents[1], **options)
+        made = super().from_pretrained(weights.parents[1], **options)
+        made.register_to_config(_name_or_path="")
+        return made
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -213,6 +227,8 @@ class SiTPipeline(DiffusionPipeline):
         model, device = self.transformer, self._execution_device
         found = class_indices(class_labels, self.class_names)
         y = torch.tensor(found, dtype=torch.int64, device=device)
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps is {num_inference_steps}, expected at least 1")
         shape = (len(y), *model.metadata.latent_shape)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device)
@@ -246,6 +262,7 @@ class SiTPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """Return the latents (B, C, h, w) that the scheduler makes of noise (B, C, h, w)."""
         scheduler, chain = self.scheduler, self.transformer.objective.integer_times
+        _expect_kind(scheduler, flow=not chain)
         given = {"num_inference_steps": steps}
         if isinstance(scheduler, FlowEuler):  # our grid; its own ends at 1 / 1000
             given = {"sigmas": np.linspace(1, 1 / steps, steps)}
@@ -253,6 +270,8 @@ class SiTPipeline(DiffusionPipeline):
         takes = inspect.signature(scheduler.step).parameters
         drawn = {"generator": generator} if "generator" in takes else {}
         channels = x.shape[1]
+        learned = isinstance(scheduler, DDPMScheduler) and "learned" in scheduler.variance_type
+        x = x * getattr(scheduler, "init_noise_sigma", 1.0)
         for time in self.progress_bar(scheduler.timesteps):
             t = int(time) if chain else float(time) / scheduler.config.num_train_timesteps
             guided = Guided(self.transformer, x, y, cfg_scale=scale, state_dtype=torch.float32)
@@ -260,7 +279,7 @@ class SiTPipeline(DiffusionPipeline):
             conditional, null = guided.outputs(scaled, t)
             null = None if null is None else null[:, :channels]
             output = guided.mix(conditional[:, :channels], null)
-            if getattr(scheduler.config, "variance_type", "").startswith("learned"):
+            if learned:
                 output = torch.cat([output, conditional[:, channels:].float()], dim=1)
             x = scheduler.step(output, time, x, **drawn).prev_sample
         return x
@@ -278,6 +297,21 @@ class SiTPipeline(DiffusionPipeline):
         return (x / 2 + 0.5).clamp(0, 1)
 
 
+def _expect_kind(scheduler: SchedulerMixin, *, flow: bool) -> None:
+    """Raise ValueError unless a scheduler is one of flow matching, or else one of noise."""
+    config = scheduler.config
+    matches = (
+        "FlowMatch" in type(scheduler).__name__
+        or bool(config.get("use_flow_sigmas"))
+        or config.get("prediction_type") == "flow_prediction"
+    )
+    if matches != flow:
+        kind = "of flow matching, for a SiT" if flow else "of noise, for a DiT"
+        raise ValueError(f"scheduler is a {type(scheduler).__name__}, expected one {kind}")
+
+
 def _seed_of(generator: torch.Generator | None) -> int:
     """Return a seed of our samplers, 0 to 2^63 - 1: a generator's, or a new one."""
+    if isinstance(generator, list):
+        raise ValueError("generator is a list, expected one: our sampler numbers its images")
     return (torch.seed() if generator is None else generator.initial_seed()) % 2**63

@@ -1,6 +1,5 @@
 """Weights in one call: `repa_fast.load`; and what is shared of them, a folder or on the hub."""
 
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -9,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from repa_fast.checkpoint.hub import CARD, REPOSITORY, TRANSFORMER, WEIGHTS_FILE
-from repa_fast.checkpoint.layout import run_folder
+from repa_fast.checkpoint.export import writing
+from repa_fast.checkpoint.hub import CARD, REPOSITORY, SHARED, TRANSFORMER, WEIGHTS_FILE
+from repa_fast.checkpoint.layout import newest_checkpoint, run_folder
 from repa_fast.checkpoint.marker import trusted
 from repa_fast.configs.sampler import SamplerConfig
 from repa_fast.contracts import expect_writable
@@ -21,7 +21,7 @@ from repa_fast.eval.sample import numbered
 from repa_fast.eval.sampling import ImageSampler
 from repa_fast.failure import Failure
 from repa_fast.share import card
-from repa_fast.whole import whole_or_not
+from repa_fast.whole import expect_no_link, read_regular, whole_or_not
 from repa_fast.words import first_line, short
 
 if TYPE_CHECKING:
@@ -69,8 +69,10 @@ class Pretrained(Loaded):
 
     def pipeline(self) -> "SiTPipeline":
         """Return a pipeline of diffusers with copies of the weights."""
-        from repa_fast.share.pipeline import SiTPipeline, SiTTransformer
-
+        try:
+            from repa_fast.share.pipeline import SiTPipeline, SiTTransformer
+        except ImportError as error:
+            raise Failure(f"a pipeline needs diffusers (pip install diffusers): {error}") from error
         device = next(self.model.parameters()).device
         return SiTPipeline(SiTTransformer.of(self), self.objective.scheduler()).to(device)
 
@@ -84,17 +86,24 @@ class Pretrained(Loaded):
         """
         folder = Path(folder)
         expect_writable("out", folder, folder=True)
-        run = run_folder(self.source)
         with whole_or_not(folder) as partial:
-            self.pipeline().save_pretrained(partial)
-            if run and (run / card.SAMPLES).is_file():
-                shutil.copyfile(run / card.SAMPLES, partial / card.SAMPLES)
+            with writing(folder):
+                self.pipeline().save_pretrained(partial)
+            if grid := self._grid():
+                (partial / card.SAMPLES).write_bytes(read_regular(grid))
             settings = card.training_settings(self)
             if settings:
                 (partial / card.TRAINING).write_text(settings, "utf-8")
             text = card.model_card(self, repository or f"OWNER/{folder.name}", partial)
             (partial / CARD).write_text(text, "utf-8")
         return folder
+
+    def _grid(self) -> Path | None:
+        """Return the run's newest grid of samples if it is of these weights, and no link."""
+        run = run_folder(self.source)
+        grid = run / card.SAMPLES if run else None
+        mine = grid and self.weights == "ema" and newest_checkpoint(run) == self.source
+        return grid if mine and grid.is_file() and not grid.is_symlink() else None
 
     def push_to_hub(self, repository: str, *, private: bool = False) -> str:
         """Upload what `save_pretrained` writes to owner/name; return its address, as `upload`."""
@@ -125,23 +134,30 @@ def _pretrained(loaded: Loaded) -> Pretrained:
 
 
 def upload(folder: str | Path, repository: str, *, private: bool = False) -> str:
-    """Upload a folder as it is to owner/name on the hub, which is made if it is not there.
+    """Upload a shared folder's files to owner/name on the hub, which is made if it is not there.
 
-    The token is that of `hf auth login` or HF_TOKEN. Returns the repository's address.
+    Only the files that a shared folder has. The token is that of `hf auth login` or HF_TOKEN.
+    Returns the repository's address.
 
     Raises:
-        ValueError: no name of a repository, or no shared folder.
+        ValueError: no name of a repository, no shared folder, or one with links.
         Failure: the hub does not take it; says why.
     """
-    from huggingface_hub import HfApi
-
     expect_repository(repository)
     if not (Path(folder) / TRANSFORMER / WEIGHTS_FILE).is_file():
         raise ValueError(f"{folder} is no shared folder, expected one that `repa-fast share` wrote")
-    api = HfApi()
+    expect_no_link(*Path(folder).rglob("*"))  # which would upload what they lead to
     try:
+        from huggingface_hub import HfApi
+
+        api = HfApi()
         made = api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload weights")
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=[*SHARED, card.TRAINING, card.SAMPLES],
+            commit_message="Upload weights",
+        )
     except Exception as error:  # of the hub's client, or of what it calls
         raise Failure(
             f"{folder} cannot be uploaded to {repository} ({type(error).__name__}: "
@@ -183,4 +199,4 @@ def share(config: ShareConfig) -> str:
             loaded.save_pretrained(folder, config.push_to)
     if config.push_to:
         return upload(folder, config.push_to, private=config.private)
-    return f"{folder} is written; choose a licence in {folder / CARD}"
+    return f"{folder} is written; choose a licence, and OWNER, in {folder / CARD}"

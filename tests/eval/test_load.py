@@ -218,8 +218,8 @@ ORIGINAL = checkpoints.of_original_sit(sit(z_dims=()).state_dict())
     ({"model": "SiT-XL/2"}, f"{SMALL} SiT-XL/2"),
     ({"model": "SiT-S/4"}, f"{SMALL} SiT-S/4"),
     ({"model": "SiT-Q/2"}, r"model is 'SiT-Q/2', expected one of .*SiT-XL/2"),
-    ({"origin": "dit"}, "native checkpoint, expected origin repa, got dit"),
-    ({"origin": "sit"}, "native checkpoint, expected origin repa, got sit"),
+    ({"origin": "dit"}, "is of repa-fast, expected origin repa, got dit"),
+    ({"origin": "sit"}, "is of repa-fast, expected origin repa, got sit"),
 ])  # fmt: skip
 def test_a_run_of_another_model_than_is_said_is_refused(run, options, words):
     refused(lambda: load(run, **options), words)

@@ -4,9 +4,13 @@ import ast
 import dataclasses
 import json
 import re
+from pathlib import Path
 
+import numpy as np
+import pytest
 import yaml
 
+from repa_fast import command
 from repa_fast.configs import file, flags
 from repa_fast.configs.config import TrainConfig
 from repa_fast.eval.generate import GenerateConfig, generate
@@ -24,9 +28,10 @@ def scored(run, **settings):
     size = {"num_fid_samples": 4, "num_steps": 2, "per_proc_batch_size": 4}
     images = generate(GenerateConfig(ckpt=str(run), **size | settings))
     config = EvalConfig(samples=str(run), dataset="/home/me/data/mine", features="fitted")
-    values = {"scores": {"Frechet distance": 12.34567, "KID": 0.5}, "samples": {"count": 4}}
+    samples = {"name": f"{images.name}, sha256 0123456789abcdef", "count": 4}
+    values = {"scores": {"Frechet distance": 12.34567, "KID": 0.5}, "samples": samples}
     values |= {"settings": dataclasses.asdict(config)}
-    images.with_suffix(".fitted.json").write_text(json.dumps(values))
+    images.with_name("scores-of-mine.json").write_text(json.dumps(values))
     return images
 
 
@@ -35,10 +40,10 @@ def front_matter(text):
     return yaml.safe_load(head), body
 
 
-def test_the_card_has_what_the_run_says(tmp_path):
+def test_the_card_has_what_the_run_says_and_commands_that_make_the_images(tmp_path, monkeypatch):
     run = checkpoints.run(tmp_path / "run", steps=(3, 7), data_dir="/home/me/data/mine", seed=4)
     (run / "samples.png").write_bytes(b"a picture")
-    scored(run, cfg_scale=2.5, mode="sde", num_steps=3)
+    images = scored(run, cfg_scale=2.5, mode="sde", num_steps=3)
     loaded = load(run)
     folder = loaded.save_pretrained(tmp_path / "out", "me/tiny")
     head, body = front_matter((folder / "README.md").read_text())
@@ -55,10 +60,16 @@ def test_the_card_has_what_the_run_says(tmp_path):
     assert "| Frechet distance | 12.346 |\n| KID | 0.5 |" in body
     commands = re.search(r"```\n(repa-fast generate.*?)\n```", body, re.S)[1].splitlines()
     assert commands == [
-        "repa-fast generate --ckpt RUN --mode=sde --num-steps=3 --cfg-scale=2.5 "
-        "--num-fid-samples=4 --per-proc-batch-size=4",
-        "repa-fast eval --samples RUN --dataset=mine --features=fitted",
+        "repa-fast generate --ckpt me/tiny --sample-dir samples --mode=sde --num-steps=3 "
+        "--cfg-scale=2.5 --num-fid-samples=4 --per-proc-batch-size=4",
+        f"repa-fast eval --samples samples/{images.name} --dataset=mine --features=fitted",
     ]
+    words = [str(folder) if word == "me/tiny" else word for word in commands[0].split()[2:]]
+    monkeypatch.chdir(tmp_path)
+    again = generate(command.parse(GenerateConfig, words, "generate"))
+    assert again.name == images.name
+    with np.load(again) as ours, np.load(images) as theirs:
+        assert (ours["arr_0"] == theirs["arr_0"]).all()
     assert "/home" not in body and str(tmp_path) not in body
 
 
@@ -83,11 +94,20 @@ def test_figures_of_other_weights_are_left_out_and_odd_files_do_no_harm(tmp_path
     assert "## Figures" not in card.model_card(load(run), "me/x", tmp_path)
     text = card.model_card(load(run, weights="ema_2"), "me/x", tmp_path)
     assert "12.346" in text and "Weights: ema_2 of step 7." in text
-    assert "repa-fast generate --ckpt RUN --weights=ema_2 --num-steps=2" in text
-    damaged = next(folder.glob("*.fitted.json"))
-    damaged.write_text("{")
-    text = card.model_card(load(run, weights="ema_2"), "me/x", tmp_path)
-    assert "## Figures" not in text
+    record = folder / "scores-of-mine.json"
+    good = json.loads(record.read_text())
+    for bad in (
+        "{",
+        json.dumps(good | {"scores": {"FID": 10**400}}),
+        json.dumps(good | {"settings": {"batch_size": "many"}}),
+        json.dumps(good | {"samples": {"name": good["samples"]["name"], "count": None}}),
+        json.dumps(good | {"samples": {"name": "../../x.npz", "count": 4}}),
+    ):
+        record.write_text(bad)
+        text = card.model_card(load(run, weights="ema_2"), "me/x", tmp_path)
+        assert "## Figures" not in text
+    record.write_text(json.dumps(good | {"scores": {"a | <b>": 1}}))
+    assert r"| a \| \<b\> | 1 |" in card.model_card(load(run, weights="ema_2"), "me/x", tmp_path)
 
 
 def test_nothing_private_is_in_any_file(tmp_path):
@@ -103,6 +123,30 @@ def test_nothing_private_is_in_any_file(tmp_path):
     assert "on latents of my-vae" in texts[0] + texts[1] + texts[2] + texts[3] + texts[4]
     code = re.search(r"loaded\.sample\((\[.*?\]), count", (folder / "README.md").read_text())[1]
     assert ast.literal_eval(code) == ['5" pipe']
+
+
+@pytest.mark.parametrize("vae, told", [
+    ("sd-vae-ft-mse", "sd-vae-ft-mse"), ("owner/kl-f8", "owner/kl-f8"), ("/home/me/vae", "vae"),
+    ("file:///home/me/vae", "vae"), (r"C:\Users\me\vae", "vae"), ("/home/me/none", "unnamed"),
+    (".", "unnamed"), ("/", "unnamed"), ("none", "none"),
+])  # fmt: skip
+def test_an_autoencoder_is_told_by_a_name_that_is_no_place(vae, told):
+    metadata = dataclasses.replace(checkpoints.LATENTS, vae=vae)
+    assert card.public(metadata).vae == told
+
+
+def test_class_names_are_shown_as_they_are(tmp_path):
+    names = ("<script>", "![](http://x/y.png)", "[a](b)", "x" * 500, "cat, x", "cat")
+    metadata = dataclasses.replace(checkpoints.LATENTS, class_names=names)
+    tiny = load(checkpoints.run(tmp_path, checkpoints.LATENTS, enc_type="none", patch_size=2))
+    loaded = dataclasses.replace(tiny, metadata=metadata)
+    text = card.model_card(loaded, "me/x", Path("nowhere"))
+    shown = text.split("## Classes\n\n")[1]
+    assert shown.startswith(r"\<script\>, \!\[\]\(http://x/y.png\), \[a\]\(b\), " + "x" * 60 + ",")
+    assert 'loaded.sample(["<script>"]' in text
+    metadata = dataclasses.replace(metadata, class_names=("cat, x", "cat"))
+    loaded = dataclasses.replace(tiny, metadata=metadata)
+    assert "loaded.sample([0]" in card.model_card(loaded, "me/x", Path("nowhere"))
 
 
 def test_names_of_settings_are_fields():

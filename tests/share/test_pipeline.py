@@ -5,7 +5,13 @@ import re
 
 import pytest
 import torch
-from diffusers import FlowMatchHeunDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from safetensors.torch import load_file, save_file
 
 from repa_fast.configs.sampler import SamplerConfig
@@ -113,6 +119,26 @@ def test_another_scheduler_of_diffusers_can_take_its_place(flow):
     assert (found - expected).abs().max() < 0.005 * expected.abs().max()
 
 
+@pytest.mark.parametrize("kind, of_flow", [
+    (DDIMScheduler, False), (UniPCMultistepScheduler, False), (UniPCMultistepScheduler, True),
+    (DPMSolverMultistepScheduler, True), (DDPMScheduler, True),
+])  # fmt: skip
+def test_a_scheduler_made_of_ours_runs_or_is_refused_by_its_kind(flow, chain, kind, of_flow):
+    loaded = flow if of_flow else chain
+    pipeline, start = quiet(loaded.pipeline()), noise(loaded)
+    flows = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    given = flows if of_flow and kind is not DDPMScheduler else {}
+    pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **given)
+    options = {"latents": start, "output_type": "latent", "guidance_scale": 1.0}
+    if kind is DDPMScheduler:
+        words = "scheduler is a DDPMScheduler, expected one of flow matching, for a SiT"
+        refused(lambda: pipeline(LABELS, num_inference_steps=5, **options), words)
+        return
+    found = pipeline(LABELS, num_inference_steps=100, **options).images
+    exact = ours(loaded, start, num_steps=400, cfg_scale=1.0)
+    assert (found - exact).abs().max() < 0.1 * exact.abs().max()
+
+
 def test_latents_are_decoded_by_the_pipelines_autoencoder(tmp_path):
     changes = {"enc_type": "none", "patch_size": 2}
     loaded = load(checkpoints.run(tmp_path / "run", checkpoints.LATENTS, **changes))
@@ -129,6 +155,9 @@ def test_latents_are_decoded_by_the_pipelines_autoencoder(tmp_path):
         decoded = vae.decode(((latents - 0.25) / 0.5).float()).sample
     assert (images - (decoded / 2 + 0.5).clamp(0, 1)).abs().max() < 1e-5
     pipeline.save_pretrained(tmp_path / "with-vae")  # as diffusers has it, decoder and all
+    written = (tmp_path / "with-vae").rglob("*.json")
+    ours_alone = [path for path in written if path.parent.name != "vae"]
+    assert not [path for path in ours_alone if str(saved) in path.read_text()]
     again = quiet(SiTPipeline.from_pretrained(tmp_path / "with-vae"))
     assert torch.equal(again(names, output_type="pt", **given).images, images)
 
@@ -150,6 +179,11 @@ def test_bad_calls_and_folders_are_refused(flow, tmp_path):
     refused(lambda: pipeline(LABELS, output_type="jpg"), "output_type is 'jpg', expected one of")
     refused(lambda: pipeline(["x"]), "class is 'x', expected a number below 10")
     refused(lambda: pipeline([10]), "class is 10, expected a number below 10")
+    refused(lambda: pipeline([1], num_inference_steps=0), "num_inference_steps is 0, expected at l")
+    sde, two = SamplerConfig(mode="sde"), [torch.Generator()] * 2
+    refused(lambda: pipeline([1, 2], sampler=sde, generator=two), "generator is a list, expected o")
+    refused(lambda: SiTPipeline(flow.model), "transformer is a SiT, expected a SiTTransformer")
+    refused(lambda: flow.sample([1], mode="odee"), "mode is 'odee', expected one of ode, sde")
     words = re.escape("latents are (1, 3, 16, 16), expected (3, 3, 16, 16)")
     refused(lambda: pipeline(LABELS, latents=noise(flow)[:1]), words)
     saved = flow.save_pretrained(tmp_path / "shared")
@@ -161,12 +195,14 @@ def test_bad_calls_and_folders_are_refused(flow, tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"depth": 10**9}, "depth is 1000000000, expected 3"),
-    ({"hidden_size": "32"}, "hidden_size is '32', expected 32"),
-    ({"num_heads": 0}, "no num_heads, expected what describes a model"),
-    ({"num_heads": 4.0}, "num_heads is 4.0, expected an integer from 0 on"),
-    ({"evil": 1}, "evil is 1, expected nothing by that name"),
-    ({"z_dims": [5]}, r"z_dims is \[5\], expected nothing by that name"),
+    ({"model": {"depth": 10**9}}, "depth is 1000000000, expected 3"),
+    ({"model": {"hidden_size": "32"}}, "hidden_size is '32', expected 32"),
+    ({"model": {"num_heads": 0}}, "no num_heads, expected what describes a model"),
+    ({"model": {"num_heads": 4.0}}, "num_heads is 4.0, expected an integer from 0 on"),
+    ({"model": {"evil": 1}}, "evil is 1, expected nothing by that name"),
+    ({"model": {"z_dims": [5]}}, r"z_dims is \[5\], expected nothing by that name"),
+    ({"objective": {"objective": "ddpm"}}, "objective is ddpm, but the weights have 3 output"),
+    ({"dataset": {"class_names": [*"abcdefghijk"]}}, "11 class names, expected at most 10"),
 ])  # fmt: skip
 def test_a_model_that_the_weights_do_not_tell_is_refused_before_it_is_built(
     flow, tmp_path, change, words
@@ -174,6 +210,7 @@ def test_a_model_that_the_weights_do_not_tell_is_refused_before_it_is_built(
     saved = flow.save_pretrained(tmp_path / "shared")
     config = saved / "transformer" / "config.json"
     values = json.loads(config.read_text())
-    values["model"] |= change
+    for part, changed in change.items():
+        values[part] |= changed
     config.write_text(json.dumps(values))
     refused(lambda: SiTPipeline.from_pretrained(saved), r"config\.json: ", words)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,43 @@ def test_commands_take_a_shared_folder_and_write_into_the_current_one(
     assert run_folder(folder) is None
 
 
+def test_no_link_is_published_and_no_other_file(run, hub, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("a secret")
+    mine = tmp_path / "run"
+    shutil.copytree(run, mine)
+    (mine / "samples.png").symlink_to(secret)
+    folder = load(mine).save_pretrained(tmp_path / "out")
+    assert not (folder / "samples.png").exists()
+    (folder / ".env").write_text("a secret")
+    upload(folder, "me/x")
+    there = hub.repositories["me/x"]
+    assert set(there) == {
+        "README.md", "model_index.json", "scheduler/scheduler_config.json", "training.yaml",
+        "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors",
+    }  # fmt: skip
+    (folder / "transformer" / "notes.txt").symlink_to(secret)
+    refused(lambda: upload(folder, "me/y"), r"notes\.txt is a link, expected a file or folder of")
+    assert "me/y" not in hub.repositories
+
+
+def test_only_the_grid_of_the_same_weights_is_shown(tmp_path):
+    run = checkpoints.run(tmp_path / "run", steps=(3, 7))
+    (run / "samples.png").write_bytes(b"of step 7")
+    for number, (source, weights) in enumerate(
+        ((run, "ema"), (run, "model"), (run / "checkpoints" / "0000003", "ema"))
+    ):
+        folder = load(source, weights=weights).save_pretrained(tmp_path / str(number))
+        assert (folder / "samples.png").exists() == (number == 0)
+
+
+def test_weights_of_ours_are_of_no_other_origin(folder, tmp_path):
+    for source in (folder, folder / "transformer"):
+        refused(
+            lambda source=source: load(source, origin="sit"), "is of repa-fast, expected origin"
+        )
+
+
 def test_a_damaged_checkpoint_is_shared_only_as_it_is(tmp_path):
     run = checkpoints.run(tmp_path / "run")
     config = run / "checkpoints" / "0000007" / "config.json"
@@ -171,7 +209,7 @@ def test_what_is_no_source_or_no_repository_is_refused(run, folder, tmp_path, mo
     config = ShareConfig(ckpt=str(run))
     refused(lambda: share(config), "out and push_to are empty, expected a folder to write, or ow")
     words = share(dataclasses.replace(config, out=str(tmp_path / "new")))
-    assert words.endswith(f"choose a licence in {tmp_path}/new/README.md")
+    assert words.endswith(f"choose a licence, and OWNER, in {tmp_path}/new/README.md")
 
 
 @pytest.mark.parametrize("change, words", [
@@ -179,9 +217,13 @@ def test_what_is_no_source_or_no_repository_is_refused(run, folder, tmp_path, mo
     ({"weights": "x"}, r"weights is 'x', expected model, ema"),
     ({"dataset": {}}, r"config\.json: lacks resolution"),
     ({"model": 3}, r"model or objective is no dictionary"),
+    ({"dataset": {"resolution": 32}}, r"config\.json: resolution is 32, expected 16 \(pixels\)"),
 ])  # fmt: skip
 def test_a_description_that_is_not_as_written_is_refused_by_its_file(run, tmp_path, change, words):
     shared = load(run).save_pretrained(tmp_path / "x")
     config = shared / "transformer" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    values = json.loads(config.read_text())
+    if change.get("dataset"):
+        change = {"dataset": values["dataset"] | change["dataset"]}
+    config.write_text(json.dumps(values | change))
     refused(lambda: load(shared), words)

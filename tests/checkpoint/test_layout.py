@@ -38,4 +38,4 @@ def test_a_run_is_found_from_what_is_in_it(run, tmp_path, monkeypatch):
         assert run_folder(Path(name)).resolve() == run
     monkeypatch.chdir(run)
     assert run_folder(Path("checkpoints/0000007.pt")).resolve() == run
-    refused(lambda: run_folder(tmp_path / "some" / ".."), "nor a run that has one")
+    assert run_folder(tmp_path / "some" / "..") is None

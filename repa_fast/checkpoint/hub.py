@@ -43,8 +43,10 @@ def find(source: str | Path) -> Path:
         )
     found = weights_in(_fetch(name))
     if found is None:
-        raise Failure(f"{name} on the hub has no {TRANSFORMER}/{WEIGHTS_FILE}, expected weights as "
-                      "`repa-fast share` writes them")  # fmt: skip
+        raise Failure(
+            f"{name} on the hub has no {TRANSFORMER}/{WEIGHTS_FILE}, expected weights as "
+            "`repa-fast share` writes them"
+        )
     return found
 
 

@@ -20,8 +20,8 @@ SHOWN = {
     "o": "REPA's released code",
     "a": "the paper's recipe, plain PyTorch",
     "e": "repa-fast, no CUDA graph",
-    "g": "repa-fast, one CUDA graph",
-    "f": "the same, one adaLN matmul",
+    "g": "repa-fast, step in one CUDA graph",
+    "f": "the same, --joint-adaln",
 }
 """Configurations of the ladder, all of one session on one card, by their names here."""
 
@@ -54,7 +54,7 @@ def draw(path: Path) -> None:
     scores = json.loads(DIGITS.read_text())["rows"]
     for variant in ("vanilla", "REPA"):
         curve(right, scores, variant, "frechet_distance", COLOURS[variant])
-    right.set(xlabel="step", yscale="log", title="Frechet distance, digits")
+    right.set(xlabel="step", yscale="log", title="Frechet distance, digits (lower: better)")
     right.grid(alpha=0.3)
     right.legend(frameon=False)
     figure.savefig(path, dpi=120, metadata={"Software": None})

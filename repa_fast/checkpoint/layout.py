@@ -27,7 +27,7 @@ CONFIG, COUNTERS, DATASET = "config.json", "counters.json", "dataset.json"
 GENERATED = "generated"
 """Folder in a run's, of images and their scores."""
 WEIGHTS = re.compile(r"model|ema(_[1-9][0-9]{0,3})?")
-"""Names of sets of weights: those that are trained, and their averages."""
+"""Names of sets of weights: those that are trained, and their EMAs."""
 MOST = 2**40
 """Above any step or number of processes."""
 

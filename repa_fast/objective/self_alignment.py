@@ -52,7 +52,7 @@ class SelfAlignment(Alignment):
 
     def describe(self):
         """Return the EMA, and the two blocks."""
-        return "its average", f"{self.config.block_out_s} with {self.teacher_depth}"
+        return "its EMA", f"{self.config.block_out_s} with {self.teacher_depth}"
 
     def flops(self, tokens, width):
         """Return those of the head, and of the teacher up to its block."""

@@ -292,7 +292,7 @@ def _expect_same_model(source: Path, state: TrainState) -> None:
     expected = len(state.config.ema_decays)
     if averages != expected:
         raise ValueError(
-            f"{source} holds {averages} averages of the weights, expected {expected} "
+            f"{source} holds {averages} EMAs of the weights, expected {expected} "
             f"(--ema-decay {state.config.ema_decay})"
         )
     ours = state.model.state_dict()

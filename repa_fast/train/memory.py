@@ -34,7 +34,7 @@ class Budget:
         parameters: of the model without and with its projectors.
         train_flops: per image: 3x the forward pass of model and heads, 1x what is frozen (the
             encoders, or SRA's teacher), which is encoder_flops.
-        state_bytes: weights, gradients, optimizer and average of one process; where they are
+        state_bytes: weights, gradients, optimizer and EMA of one process; where they are
             sharded, also the weights gathered for the compute, unless they are dropped at once.
         activation_bytes: saved for backward, per image, in half precision (an estimate); fp32
             takes twice as much.
@@ -51,7 +51,7 @@ class Budget:
 def budget(config: TrainConfig, metadata: Metadata, shards: int = 1) -> Budget:
     """Count from the config alone; no weights are allocated.
 
-    `shards` processes share one copy of weights, gradients, optimizer and averages.
+    `shards` processes share one copy of weights, gradients, optimizer and EMAs.
     """
     config = fit_to_data(config, metadata)
     model = empty_model(config, metadata, "meta")
@@ -61,7 +61,7 @@ def budget(config: TrainConfig, metadata: Metadata, shards: int = 1) -> Budget:
     of_heads, frozen = build_alignment(config).flops(tokens, width)
     sizes = {"patch_values": model.patch_size**2 * model.in_channels, "mlp_ratio": 4.0}
     forward = of_heads + sit_flops(tokens=tokens, width=width, depth=depth, **sizes)
-    # in fp32: weights, gradients, two AdamW moments, and every moving average
+    # in fp32: weights, gradients, two AdamW moments, and every EMA
     state_bytes = total * (4 + 4 + 8 + 4 * len(config.ema_decays))
     gathered = 0
     if shards > 1 and not config.reshard_after_forward:
@@ -157,7 +157,7 @@ def describe(config: TrainConfig) -> str:
         f"training FLOPs per image: {found.train_flops / 1e9:.1f} GFLOP "
         f"({found.encoder_flops / 1e9:.1f} of them {build_alignment(config).title})",
         f"memory, estimated: {found.state_bytes / 2**30:.1f} GiB of weights, gradients, optimizer "
-        f"and average{shared}; {mebibytes:.0f} MiB of activations per image ("
+        f"and EMA{shared}; {mebibytes:.0f} MiB of activations per image ("
         f"{batch * mebibytes / 2**10:.1f} GiB at batch {batch} in one pass)",
         *ema_warnings(config, config.max_train_steps),
     )

@@ -130,7 +130,7 @@ def test_a_run_and_a_dry_run_tell_it(train):
 def test_another_number_of_averages_is_refused_by_its_flag(make_state, tmp_path, decays, saved):
     checkpoint.save(tmp_path, make_state(ema_decay=saved))
     other = make_state(ema_decay=decays, resume="auto")
-    held = f"holds {saved.count(',') + 1} averages.*expected .*--ema-decay {decays}"
+    held = f"holds {saved.count(',') + 1} EMAs.*expected .*--ema-decay {decays}"
     refused(lambda: resumed(tmp_path, other), held)
 
 

@@ -50,6 +50,14 @@ def find(source: str | Path) -> Path:
     return found
 
 
+def find_shared(source: str | Path, revision: str | None = None) -> Path:
+    """Return the weights of a shared folder, or of a repository; ValueError for other weights."""
+    found = find(f"{source}@{revision}" if revision else source)
+    if found.name != WEIGHTS_FILE:
+        raise ValueError(f"{source} is no shared folder, expected one that `repa-fast share` wrote")
+    return found
+
+
 def weights_in(folder: Path) -> Path | None:
     """Return the weights in a shared folder, or in its transformer/; None of any other path."""
     places = (folder / TRANSFORMER / WEIGHTS_FILE, folder / WEIGHTS_FILE)

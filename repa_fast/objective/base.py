@@ -27,6 +27,7 @@ class Objective:
 
     name: ClassVar[str]  # the value of `--objective`
     model: ClassVar[type[SiT]] = SiT
+    paper: ClassVar[str] = ""  # name and arXiv number, for a model card
     others: ClassVar[tuple[str, ...]] = ()  # losses beside that of denoising, each of weight 1
     unused: ClassVar[tuple[str, ...]] = ()  # settings of SamplerConfig that mean nothing to it
     integer_times: ClassVar[bool] = False  # of the model: 0..999 instead of [0, 1]
@@ -110,6 +111,7 @@ class Alignment:
     """What hidden states are aligned with in training."""
 
     name: ClassVar[str]  # the value of `--align`
+    paper: ClassVar[str] = ""  # as of an objective
     losses_known: ClassVar[tuple[str, ...]]  # values of `--loss-type`
     decays_known: ClassVar[tuple[str, ...]] = ("constant", "linear")  # of `--align-decay`
     encoders_default: ClassVar[str] = "none"  # `--enc-type` where none is given

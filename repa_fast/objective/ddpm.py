@@ -12,6 +12,7 @@ class DDPM(Objective):
     """A chain of noising steps with learned variances, its times integers in 0..999."""
 
     name = "ddpm"
+    paper = "DiT, 2212.09748"
     model = DiT
     others = ("variational",)
     unused = ("heun", "adaptive", "guidance_low", "guidance_high", "path_type", "prediction")

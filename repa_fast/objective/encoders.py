@@ -17,6 +17,7 @@ class Encoders(Alignment):
     """A projector for each encoder, whose tokens come from the images or from the dataset."""
 
     name = "repa"
+    paper = "REPA, 2410.06940"
     losses_known = ("cos", "nt-xent")
     encoders_default = "dinov2-vit-b"
     title = "the frozen encoders"

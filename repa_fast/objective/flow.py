@@ -13,6 +13,7 @@ class Flow(Objective):
     """An interpolant between latents and noise, its times in [0, 1]."""
 
     name = "flow"
+    paper = "SiT, 2401.08740"
 
     def __init__(self, config: ObjectiveConfig) -> None:
         super().__init__(config)

@@ -14,6 +14,7 @@ class SelfAlignment(Alignment):
     """One head, compared with a later block of the EMA at an earlier time."""
 
     name = "sra"
+    paper = "SRA, 2505.02831"
     losses_known = KINDS
     decays_known = ("constant", "linear", "sra")
     title = "SRA's teacher"

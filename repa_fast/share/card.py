@@ -39,13 +39,6 @@ UNTOLD = ("ckpt", "samples", "sample_dir", "out", "weights", "num_heads", "write
 LONGEST = 60
 """Letters of a name that the card shows."""
 CLASSES_SHOWN = 20
-PAPERS = {
-    "flow": "SiT (arXiv [2401.08740](https://arxiv.org/abs/2401.08740))",
-    "ddpm": "DiT (arXiv [2212.09748](https://arxiv.org/abs/2212.09748))",
-    "repa": "REPA (arXiv [2410.06940](https://arxiv.org/abs/2410.06940))",
-    "sra": "SRA (arXiv [2505.02831](https://arxiv.org/abs/2505.02831))",
-}
-"""By objective, or by alignment where something is aligned."""
 HEAD = """---
 library_name: repa-fast
 pipeline_tag: unconditional-image-generation
@@ -240,7 +233,9 @@ def shown(name: object) -> str:
 
 
 def _papers(loaded: Loaded, settings: Settings | None) -> str:
-    named = [PAPERS[loaded.objective.name]]
-    if settings and build_alignment(settings.config).heads:
-        named.append(PAPERS[settings.config.align])
-    return f"## Papers\n\n{' and '.join(named)}."
+    """Return the papers of the objective, and of the alignment where something is aligned."""
+    alignment = build_alignment(settings.config) if settings else None
+    methods = [loaded.objective, *([alignment] if alignment and alignment.heads else [])]
+    named = [method.paper.split(", ") for method in methods if method.paper]
+    texts = [f"{name} (arXiv [{number}](https://arxiv.org/abs/{number}))" for name, number in named]
+    return f"## Papers\n\n{' and '.join(texts)}." if texts else ""

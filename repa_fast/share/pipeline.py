@@ -102,7 +102,7 @@ class SiTTransformer(SiT, ModelMixin, ConfigMixin):
             Failure: a repository cannot be fetched.
         """
         expect_choice("subfolder", subfolder, (hub.TRANSFORMER,))
-        weights = hub.find(f"{source}@{revision}" if revision else source)
+        weights = hub.find_shared(source, revision)
         _expect_described(weights)
         options.setdefault("low_cpu_mem_usage", False)  # which asks for accelerate
         model, info = super().from_pretrained(weights.parent, output_loading_info=True, **options)
@@ -182,7 +182,7 @@ class SiTPipeline(DiffusionPipeline):
 
         ValueError and Failure as of `SiTTransformer.from_pretrained`.
         """
-        weights = hub.find(f"{source}@{revision}" if revision else source)
+        weights = hub.find_shared(source, revision)
         options.setdefault("use_safetensors", True)  # of an autoencoder, which could be a pickle
         made = super().from_pretrained(weights.parents[1], **options)
         made.register_to_config(_name_or_path="")
@@ -272,9 +272,9 @@ class SiTPipeline(DiffusionPipeline):
         channels = x.shape[1]
         learned = isinstance(scheduler, DDPMScheduler) and "learned" in scheduler.variance_type
         x = x * getattr(scheduler, "init_noise_sigma", 1.0)
+        guided = Guided(self.transformer, x, y, cfg_scale=scale, state_dtype=torch.float32)
         for time in self.progress_bar(scheduler.timesteps):
             t = int(time) if chain else float(time) / scheduler.config.num_train_timesteps
-            guided = Guided(self.transformer, x, y, cfg_scale=scale, state_dtype=torch.float32)
             scaled = scheduler.scale_model_input(x, time) if chain else x
             conditional, null = guided.outputs(scaled, t)
             null = None if null is None else null[:, :channels]

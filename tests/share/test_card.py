@@ -15,6 +15,7 @@ from repa_fast.configs import file, flags
 from repa_fast.configs.config import TrainConfig
 from repa_fast.eval.generate import GenerateConfig, generate
 from repa_fast.eval.metrics import EvalConfig
+from repa_fast.objective import OBJECTIVES
 from repa_fast.share import card
 from repa_fast.share.pretrained import load
 from tests.eval import checkpoints
@@ -155,6 +156,12 @@ def test_names_of_settings_are_fields():
     commands = (GenerateConfig, EvalConfig)
     fields = {field.name for config in commands for field in dataclasses.fields(config)}
     assert {*card.PLACES, *card.UNTOLD} <= fields
+
+
+def test_a_method_without_a_paper_is_shared_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(OBJECTIVES["flow"], "paper", "")
+    known = checkpoints.official(tmp_path / "x.pt", checkpoints.sit(), num_heads=4)
+    assert "## Papers" not in card.model_card(load(known), "me/x", tmp_path)
 
 
 def test_of_weights_that_are_no_runs_the_card_says_what_they_are(tmp_path):

@@ -186,7 +186,7 @@ def test_bad_calls_and_folders_are_refused(flow, tmp_path):
     refused(lambda: flow.sample([1], mode="odee"), "mode is 'odee', expected one of ode, sde")
     words = re.escape("latents are (1, 3, 16, 16), expected (3, 3, 16, 16)")
     refused(lambda: pipeline(LABELS, latents=noise(flow)[:1]), words)
-    words = "run0 is no shared folder, expected one that `repa-fast share` wrote"
+    words = r"run\d+ is no shared folder, expected one that `repa-fast share` wrote"
     for kind in (SiTPipeline, SiTTransformer):
         refused(lambda kind=kind: kind.from_pretrained(flow.source.parents[1]), words)
     saved = flow.save_pretrained(tmp_path / "shared")

@@ -88,8 +88,9 @@ def random_encoder_weights(enc_type: str, resolution: int, folder: Path) -> str:
 @torch.no_grad()
 def randomise(model: torch.nn.Module) -> None:
     """Draw adaLN and final weights from N(0, 0.02), always the same; zeros have few gradients."""
-    parameters = dict(model.named_parameters())
-    generator = torch.Generator(next(iter(parameters.values())).device).manual_seed(1)
-    for name, parameter in parameters.items():
+    weights = model.state_dict()
+    generator = torch.Generator(next(iter(weights.values())).device).manual_seed(1)
+    for name, weight in weights.items():
         if "adaLN" in name or "final_layer" in name:
-            parameter.normal_(std=0.02, generator=generator)
+            weight.normal_(std=0.02, generator=generator)
+    model.load_state_dict(weights)  # bf16 leaves too

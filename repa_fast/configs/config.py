@@ -39,18 +39,16 @@ class TrainConfig(
     def __post_init__(self) -> None:
         super().__post_init__()
         objective.resolve(self)
-        if self.parallel != "ddp" and self.compute_copy == "optimizer":
-            raise ValueError(
-                f"compute_copy is 'optimizer' with parallel {self.parallel!r}, expected autocast: "
-                "sharded weights are gathered in the dtype of the compute"
-            )
 
     def to_dict(self) -> dict:
         """Return a plain dictionary, enough to rerun."""
         return dataclasses.asdict(self)
 
 
-FOR_SPEED_ALONE = ("gemm_epilogues", "encoder_stream", "compile_mode")
+FOR_SPEED_ALONE = (
+    *("gemm_epilogues", "encoder_stream", "compile_mode"),
+    *("compute_copy", "joint_adaln"),
+)
 RETIRED: dict[str, Callable[[object], dict]] = {
     **dict.fromkeys(FOR_SPEED_ALONE, lambda _: {}),
     "vae_path": lambda path: {"vae": path},

@@ -14,10 +14,6 @@ class PrecisionConfig(Part):
     """auto is bf16 on CUDA and fp32 (no) on CPU."""
     allow_tf32: bool = False
     """TF32 matmuls for fp32 tensors on CUDA."""
-    compute_copy: Literal["autocast", "optimizer"] = "autocast"
-    """Who makes the bf16 copies of weights: autocast at every forward pass, or the optimizer."""
-    joint_adaln: bool = False
-    """One matmul for the adaLN layers of all blocks, with COMPUTE_COPY optimizer."""
     residual_dtype: Literal["fp32", "bf16"] = "fp32"
     """Of the residual stream while training; bf16 halves its traffic and rounds every addition."""
     compile: bool = False
@@ -32,11 +28,8 @@ class PrecisionConfig(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value in (("compute_copy", "optimizer"), ("residual_dtype", "bf16")):
-            if getattr(self, name) == value and self.mixed_precision not in ("auto", "bf16"):
-                raise ValueError(
-                    f"{name} is {value!r} with mixed_precision {self.mixed_precision!r}, expected "
-                    "bf16"
-                )
-        if self.joint_adaln and self.compute_copy != "optimizer":
-            raise ValueError("joint_adaln is set, which needs --compute-copy optimizer")
+        if self.residual_dtype == "bf16" and self.mixed_precision not in ("auto", "bf16"):
+            raise ValueError(
+                f"residual_dtype is 'bf16' with mixed_precision {self.mixed_precision!r}, expected "
+                "bf16"
+            )

@@ -157,9 +157,9 @@ class SiT(nn.Module):
 
     Attributes:
         residual_dtype: of the residual stream; None is fp32 (fp64 for fp64 models).
-        joint_adaln: None, or what computes the modulations of all blocks at once under autocast:
-            c (B, D) -> (B, 6D) of each block. Training sets it where it has its layers' copies in
-            one tensor (repa_fast.train.compute_copy).
+        joint_adaln: None, or what computes the modulations of all blocks at once: c (B, D) ->
+            (B, 6D) of each block. Training sets it where the layers' weights are one tensor
+            (repa_fast.train.leaves).
 
     Raises:
         ValueError: sizes that do not divide, or an encoder_depth outside 1..depth.
@@ -297,9 +297,9 @@ class SiT(nn.Module):
     def modulations(self, c: Tensor) -> Iterable[Tensor]:
         """Yield (B, 6D) of each block, from the condition c (B, D), each when its block is next.
 
-        Where `joint_adaln` is set, all of them are computed at once under autocast.
+        Where `joint_adaln` is set, all of them are computed at once.
         """
-        if self.joint_adaln is not None and torch.is_autocast_enabled(c.device.type):
+        if self.joint_adaln is not None:
             return self.joint_adaln(c)
         return (block.adaLN_modulation(c) for block in self.blocks)
 

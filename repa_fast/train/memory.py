@@ -140,7 +140,7 @@ def stand_in(state: TrainState) -> TrainState:
     parallelize(model, [model], config, None, state.autocast_dtype)
     alignment = state.alignment.hollow() if config.shard_encoder else state.alignment
     world = World(0, 1, state.world.device)
-    return replace(state, model=model, wrapped=model, ema=model, alignment=alignment, world=world)
+    return replace(state, model=model, ema=model, alignment=alignment, world=world)
 
 
 def describe(config: TrainConfig) -> str:

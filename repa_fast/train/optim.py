@@ -1,51 +1,74 @@
-"""AdamW with moving averages of the weights, and gradient clipping, without waiting for the device.
+"""AdamW with EMAs of the weights, and gradient clipping, without waiting for the device.
 
 A step can be a no-op, decided on the device: where its flag is set, neither weights, moments, step
-counts nor averages change.
+counts nor EMAs change.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from repa_fast import ops
 from repa_fast.backend.dispatch import choose, runs
 from repa_fast.configs.optim import OptimConfig
+from repa_fast.train.gradients import grouped
 from repa_fast.train.torch_private import fused_adamw
+
+CAST_NUMBERS = 2**26
+"""At which a group of gradients ends that are cast at once for torch's AdamW."""
+
+Tensors = list[Tensor]
+
+
+class Plan(NamedTuple):
+    """What a step does with a group's parameters: this process's tensors, in one order."""
+
+    parameters: Tensors  # the optimizer's own
+    weights: Tensors
+    leaves: list[Tensor | None]
+    exp_avgs: Tensors
+    exp_avg_sqs: Tensors
+    steps: Tensors
+    emas: list[Tensors]  # of these weights, by EMA
+    resting: tuple[Tensors, list[Tensors]]  # weights without a gradient, and their EMAs
 
 
 class AdamWEMA(torch.optim.AdamW):
-    """torch.optim.AdamW that also moves averages, `ema += (1 - decay) (parameter - ema)`.
+    """torch.optim.AdamW that also moves EMAs, `ema += (1 - decay) (parameter - ema)`.
 
     Its state_dict is torch AdamW's own, so each loads the other's. Learning rates are 0-d tensors
     on the parameters' device (`set_lr`), so that a schedule recompiles nothing; so is 1 - decay
-    of each average (`set_ema_rates`).
+    of each EMA (`set_ema_rates`).
 
     Args:
         params: parameters or groups, as for torch.optim.AdamW; frozen ones may be among them.
-        averages: for each average its tensors, one per parameter in the order of `params`.
-        ema_decays: for each average its decay.
+        averages: for each EMA its tensors, one per parameter in the order of `params`.
+        ema_decays: for each EMA its decay.
+        leaves: by parameter, the bf16 parameter that gets its gradient and is kept equal to it.
         ema_warmup: whether `set_ema_rates` may change 1 - decay. It is fp32 then; where it stays,
-            torch's fused averages take it in fp64 on a GPU.
-        copies: bf16 tensors that are kept equal to their parameters, by parameter.
+            torch's fused EMAs take it in fp64 on a GPU.
         lr, betas, eps, weight_decay: AdamW's.
         implementation: "cuda" does a step in one pass over memory (csrc/adamw_ema; parameters in
-            fp32), "torch" is torch's fused AdamW and fused averages, on any device; "auto" takes
+            fp32), "torch" is torch's fused AdamW and fused EMAs, on any device; "auto" takes
             "cuda" where it can run.
 
+    Attributes:
+        held: gradients that are not at their parameter or leaf, by that.
+
     Raises:
-        ValueError: averages that do not fit, or "cuda" where it cannot run, with the reason.
+        ValueError: EMAs that do not fit, or "cuda" where it cannot run, with the reason.
     """
 
     def __init__(
         self,
         params: Iterable,
-        averages: Sequence[Iterable[torch.Tensor]] = (),
+        averages: Sequence[Iterable[Tensor]] = (),
         ema_decays: Sequence[float] = (),
-        copies: Mapping[torch.Tensor, torch.Tensor] | None = None,
+        leaves: Mapping[Tensor, nn.Parameter] | None = None,
         *,
         ema_warmup: bool = False,
         lr: float = 1e-3,
@@ -65,18 +88,19 @@ class AdamWEMA(torch.optim.AdamW):
             torch.as_tensor(rate, dtype=torch.float32, device=self.device) for rate in self._rates
         ]
         self._step_supports_amp_scaling = False  # a GradScaler unscales, and skips steps, itself
-        self._averages_of = {
-            p: [average[i] for average in self.averages] for i, p in enumerate(own)
-        }
-        self.copies = dict(copies or {})
+        self._own = own
+        self._averages = [dict(zip(own, average)) for average in self.averages]
+        self.leaves = dict(leaves or {})
+        self.held: Mapping[Tensor, Tensor] = {}
         self.implementation, self.reason = choose_implementation(implementation, own)
+        self._one = torch.ones((), dtype=torch.float32, device=self.device)
         self.begin_states()
-        self._to_device()
-        self.register_load_state_dict_post_hook(lambda optimizer: optimizer._to_device())
+        self._settle()
+        self.register_load_state_dict_post_hook(lambda optimizer: optimizer._settle())
         self.register_state_dict_post_hook(_lr_to_host)
 
     def add_param_group(self, param_group: dict) -> None:
-        """Add a group as torch does, at construction; later it would have no averages."""
+        """Add a group as torch does, at construction; later it would have no EMAs."""
         if hasattr(self, "averages"):
             raise ValueError("AdamWEMA: groups are fixed at construction, as their averages are")
         super().add_param_group(param_group)
@@ -84,14 +108,14 @@ class AdamWEMA(torch.optim.AdamW):
     def __getstate__(self) -> dict:
         raise TypeError("AdamWEMA cannot be copied or pickled: use state_dict()")
 
-    def begin_states(self, params: Iterable[torch.Tensor] | None = None) -> None:
+    def begin_states(self, params: Iterable[Tensor] | None = None) -> None:
         """Set moments and step counts of zero for trainable parameters (all) that have none yet."""
-        for p in self._averages_of if params is None else params:
-            if p.requires_grad and not self.state[p]:
+        for p in self._own if params is None else params:
+            if self.leaves.get(p, p).requires_grad and not self.state[p]:
                 self.state[p] = {
                     "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
+                    "exp_avg": torch.zeros_like(p, requires_grad=False),
+                    "exp_avg_sq": torch.zeros_like(p, requires_grad=False),
                 }
 
     def set_lr(self, lr: float) -> None:
@@ -100,7 +124,7 @@ class AdamWEMA(torch.optim.AdamW):
             group["lr"].fill_(lr)
 
     def set_ema_rates(self, rates: Sequence[float]) -> None:
-        """Set each average's 1 - decay; what does not change is not written.
+        """Set each EMA's 1 - decay; what does not change is not written.
 
         Raises:
             ValueError: they change without `ema_warmup`.
@@ -113,12 +137,22 @@ class AdamWEMA(torch.optim.AdamW):
                 tensor.fill_(new)
         self._rates = rates
 
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """Return the gradient that a step takes for one of the optimizer's parameters."""
+        owner = self.leaves.get(parameter, parameter)
+        return self.held.get(owner, owner.grad)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients that autograd has left, also at leaves."""
+        for p in self._own:
+            self.leaves.get(p, p).grad = None
+
     @torch.no_grad()
-    def gradient_norm(self) -> torch.Tensor:
+    def gradient_norm(self) -> Tensor:
         """Return the norm of all gradients together, over all shards; 0-d fp32 on the device."""
         by_layout: dict = {}
-        for p in self._averages_of:
-            grad = p.grad
+        for p in self._own:
+            grad = self.gradient(p)
             if grad is not None:
                 layout = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
                 by_layout.setdefault(layout, []).append(_local(grad))
@@ -127,7 +161,8 @@ class AdamWEMA(torch.optim.AdamW):
             if self.implementation == "cuda":
                 squares = ops.sum_of_squares(gradients, self.device, implementation="cuda")
             else:
-                squares = nn.utils.get_total_norm(gradients).double().square()
+                norms = torch._foreach_norm(gradients, 2.0, torch.float32)
+                squares = torch.stack(norms).norm().double().square()
             if layout is not None:
                 mesh, placements = layout
                 summed = [Partial() if p.is_shard() else Replicate() for p in placements]
@@ -140,107 +175,130 @@ class AdamWEMA(torch.optim.AdamW):
         self,
         closure: None = None,
         *,
-        grad_scale: torch.Tensor | None = None,
-        skip: torch.Tensor | None = None,
+        grad_scale: Tensor | None = None,
+        skip: Tensor | None = None,
     ) -> None:
-        """Take one step of parameters and averages; closures are not supported.
+        """Take one step of parameters, leaves and EMAs; closures are not supported.
 
         Args:
-            grad_scale: 0-d fp32, multiplies gradients; `.grad` is undefined afterwards.
+            grad_scale: 0-d fp32, multiplies gradients; they are undefined afterwards.
             skip: 0-d fp32; where it is 1, nothing changes.
         """
         if closure is not None:
             raise ValueError("AdamWEMA.step: got a closure, expected None")
-        one = torch.ones((), dtype=torch.float32, device=self.device)
-        grad_scale = one if grad_scale is None else grad_scale
-        skip = one - 1 if skip is None else skip
+        grad_scale = self._one if grad_scale is None else grad_scale
+        skip = self._one - 1 if skip is None else skip
         cuda = self.implementation == "cuda"
-        for group in self.param_groups:
-            stepped = [p for p in group["params"] if p.grad is not None]
-            self.begin_states(stepped)
-            resting = [p for p in group["params"] if p.grad is None]
-            parts = [stepped]
-            if cuda:  # the kernel takes a copy of all tensors or of none
-                copied = [p for p in stepped if p in self.copies]
-                parts = [copied, [p for p in stepped if p not in self.copies]]
-            for part in parts:
-                self._step_group(group, part, grad_scale, skip)
-            self._move_averages(stepped, skip, first=int(cuda))  # the kernel moves the first
-            self._move_averages(resting, skip)
-        if not cuda:
-            self.write_copies()
+        run = self._step_by_cuda if cuda else self._step_by_torch
+        for number, group in enumerate(self.param_groups):
+            gradients = {p: self.gradient(p) for p in group["params"]}
+            plan = self._plan(number, tuple(g is not None for g in gradients.values()))
+            taken = _locals(gradients[p] for p in plan.parameters)
+            options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+            run(plan, taken, grad_scale=grad_scale, skip=skip, **options)
+            self._move_averages(plan.weights, plan.emas, skip, first=int(cuda))
+            self._move_averages(*plan.resting, skip)
 
     @torch.no_grad()
-    def write_copies(self) -> None:
-        """Make every copy equal to its parameter; needed after something else changed those."""
-        if self.copies:
-            torch._foreach_copy_(list(self.copies.values()), list(self.copies))
+    def write_leaves(self) -> None:
+        """Make every leaf equal to its parameter; needed after something else changed those."""
+        if self.leaves:
+            torch._foreach_copy_([p.detach() for p in self.leaves.values()], list(self.leaves))
 
-    def _step_group(self, group: dict, params: list, grad_scale, skip) -> None:
-        """Step parameters of a group; with "cuda" also their first averages and copies."""
-        states = [self.state[p] for p in params]
-        tensors = (
-            [_local(p) for p in params],
-            [_local(p.grad) for p in params],
-            [_local(state["exp_avg"]) for state in states],
-            [_local(state["exp_avg_sq"]) for state in states],
+    def _plan(self, number: int, present: tuple[bool, ...]) -> Plan:
+        """Return what is done with group `number` where gradients are `present` at its parameters.
+
+        Built once for each: in most runs there is one.
+        """
+        if found := self._plans.get((number, present)):
+            return found
+        params = self.param_groups[number]["params"]
+        stepped, resting = ([p for p, g in zip(params, present) if g == is_] for is_ in (1, 0))
+        self.begin_states(stepped)
+        states = [self.state[p] for p in stepped]
+        moments = [_locals(state[key] for state in states) for key in ("exp_avg", "exp_avg_sq")]
+        leaves = [self.leaves[p].detach() if p in self.leaves else None for p in stepped]
+        plan = Plan(
+            stepped,
+            _locals(stepped),
+            leaves,
+            *moments,
             [state["step"] for state in states],
+            self._emas_of(stepped),
+            (_locals(resting), self._emas_of(resting)),
         )
-        options = {name: group[name] for name in ("lr", "eps", "weight_decay")} | {"skip": skip}
-        if self.implementation == "torch":
-            options |= dict(zip(("beta1", "beta2"), group["betas"]))
-            fused_adamw(*tensors, grad_scale=grad_scale.reciprocal(), **options)  # torch divides
-            return
-        averaged = bool(self.averages)
+        self._plans[number, present] = plan
+        return plan
+
+    def _emas_of(self, params: Tensors) -> list[Tensors]:
+        return [_locals(of[p] for p in params) for of in self._averages]
+
+    def _step_by_cuda(self, plan: Plan, gradients: Tensors, **options) -> None:
+        """Step weights, leaves and the first EMA in one pass over memory."""
         ops.adamw_ema(
-            *tensors,
-            grad_scale=grad_scale,
-            betas=group["betas"],
-            emas=[_local(self._averages_of[p][0]) for p in params] if averaged else (),
-            ema_rate=self.ema_rates[0] if averaged else None,
-            param_copies=[self.copies[p] for p in params if p in self.copies],
+            plan.weights,
+            gradients,
+            plan.exp_avgs,
+            plan.exp_avg_sqs,
+            plan.steps,
+            emas=plan.emas[0] if plan.emas else (),
+            ema_rate=self.ema_rates[0] if plan.emas else None,
+            param_copies=plan.leaves if self.leaves else (),
             implementation="cuda",
             **options,
         )
 
-    def _move_averages(self, params, skip: torch.Tensor, first: int = 0) -> None:
-        """Move averages number `first` and on, in a few launches that do nothing under skip.
+    def _step_by_torch(
+        self, plan: Plan, gradients: Tensors, *, grad_scale: Tensor, betas, **options
+    ) -> None:
+        """Step weights, then write leaves; torch's kernel divides by its scale."""
+        options |= {"beta1": betas[0], "beta2": betas[1], "grad_scale": grad_scale.reciprocal()}
+        rows = zip(plan.weights, gradients, plan.exp_avgs, plan.exp_avg_sqs, plan.steps)
+        for some in grouped(rows, CAST_NUMBERS, lambda row: row[0].numel()):
+            weights, grads, *moments = map(list, zip(*some))
+            grads = [g.to(w.dtype) for g, w in zip(grads, weights)]
+            fused_adamw(weights, grads, *moments, **options)
+        self.write_leaves()
+
+    def _move_averages(
+        self, weights: Tensors, emas: list[Tensors], skip: Tensor, first: int = 0
+    ) -> None:
+        """Move EMAs number `first` and on, in a few launches that do nothing under skip.
 
         The step of a fused SGD: with the weight p as the gradient, to be maximised, and a decay of
-        1, it takes the average a to a - (1 - decay) (a - p), reads and writes what it must, and has
+        1, it takes the EMA a to a - (1 - decay) (a - p), reads and writes what it must, and has
         a flag on the device. torch's lerp has none: with weights on the device it would be a launch
         for each tensor, and a sum of foreach operations moves 32 bytes an element in place of 12.
         """
-        weights = [_local(p) for p in params]
         sgd = {"weight_decay": 1.0, "momentum": 0.0, "dampening": 0.0, "nesterov": False}
         sgd |= {"maximize": True, "is_first_step": False, "found_inf": skip}
         rates = self.ema_rates if self.ema_warmup else self._rates
-        for number, rate in enumerate(rates[first:], start=first):
-            averages = [_local(self._averages_of[p][number]) for p in params]
-            if averages:
-                torch._fused_sgd_(averages, weights, [], lr=rate, **sgd)
+        for ema, rate in list(zip(emas, rates, strict=True))[first:]:
+            if ema:
+                torch._fused_sgd_(ema, weights, [], lr=rate, **sgd)
 
-    def _to_device(self) -> None:
+    def _settle(self) -> None:
         """Move learning rates and step counts, which torch's own state may have on the host."""
         for group in self.param_groups:
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self.device)
             group["fused"] = True
         for state in self.state.values():
             state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=self.device)
+        self._plans: dict[tuple[int, tuple[bool, ...]], Plan] = {}  # tensors are others now
 
 
 def build_optimizer(
     model: nn.Module,
     emas: Sequence[nn.Module],
     config: OptimConfig,
-    copies: Mapping[torch.Tensor, torch.Tensor],
+    leaves: Mapping[Tensor, nn.Parameter],
 ) -> AdamWEMA:
-    """Build AdamW over all parameters in order, frozen ones included (pos_embed is index 0)."""
+    """Build AdamW over all fp32 weights in order, frozen ones included (pos_embed is index 0)."""
     return AdamWEMA(
-        model.parameters(),
+        model.state_dict(keep_vars=True).values(),
         [ema.parameters() for ema in emas],
         config.ema_decays,
-        copies,
+        leaves,
         ema_warmup=config.ema_warmup,
         lr=learning_rate(config, 0),
         betas=(config.adam_beta1, config.adam_beta2),
@@ -278,12 +336,12 @@ def ema_warnings(config: OptimConfig, total: int) -> list[str]:
     ]
 
 
-def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     """Return what clips a gradient of this norm to `max_norm`, as clip_grad_norm_ of torch does."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
-def choose_implementation(implementation: str, params: Sequence[torch.Tensor]) -> tuple[str, str]:
+def choose_implementation(implementation: str, params: Sequence[Tensor]) -> tuple[str, str]:
     """Return who steps these parameters, "cuda" or "torch", and why, as `choose` does."""
 
     def against_cuda() -> str:
@@ -316,5 +374,9 @@ def _lr_to_host(optimizer: torch.optim.Optimizer, state: dict) -> dict:
     return {**state, "param_groups": groups}
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _locals(tensors: Iterable[Tensor]) -> Tensors:
+    return [_local(tensor) for tensor in tensors]

@@ -1,4 +1,4 @@
-"""How a model is spread over processes: DDP, or FSDP2 on a mesh of one or two axes.
+"""How a model is spread over processes: a copy on each, or FSDP2 on a mesh of one or two axes.
 
 The order is torchtitan's: activation checkpointing, torch.compile of each block, fully_shard of
 each block, the root last. None of them changes a parameter's name.
@@ -7,12 +7,10 @@ each block, the root last. None of them changes a parameter's name.
 import os
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -20,7 +18,6 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from repa_fast.configs.config import TrainConfig
@@ -132,8 +129,13 @@ def policy(config: TrainConfig, dtype: torch.dtype | None) -> MixedPrecisionPoli
 
     FSDP's default would cast what enters a unit: the residual stream, and t at the root.
     """
-    reduce = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.reduce_dtype]
+    reduce = reduce_dtype(config)
     return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce, cast_forward_inputs=False)
+
+
+def reduce_dtype(config: TrainConfig) -> torch.dtype:
+    """Return the dtype in which gradients are averaged over processes."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.reduce_dtype]
 
 
 def shard_encoder(encoder: nn.Module, mesh: DeviceMesh, *, compiled: bool) -> None:
@@ -152,30 +154,14 @@ def shard_encoder(encoder: nn.Module, mesh: DeviceMesh, *, compiled: bool) -> No
     fully_shard(encoder, **options)
 
 
-def wrap(model: SiT, config: TrainConfig, world: World) -> nn.Module:
-    """Return what a step calls: the model under DDP, or itself where it is sharded or alone.
+def expect_pass(model: nn.Module, config: TrainConfig, *, last: bool) -> None:
+    """Let a sharded model reduce gradients in the `last` micro-batch's backward pass alone.
 
-    Both average the gradients of the processes' mean losses.
+    Between micro-batches weights stay gathered, unless RESHARD_AFTER_FORWARD saves memory.
     """
-    if world.size == 1 or isinstance(model, FSDPModule):
-        return model
-    wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    if config.reduce_dtype == "bf16":
-        wrapped.register_comm_hook(None, bf16_compress_hook)
-    return wrapped
-
-
-def accumulation(wrapped: nn.Module, config: TrainConfig, *, last: bool) -> AbstractContextManager:
-    """Return a micro-batch's context, in which gradients are reduced if it is the `last` alone.
-
-    Between micro-batches sharded weights stay gathered, unless RESHARD_AFTER_FORWARD saves memory.
-    """
-    if isinstance(wrapped, FSDPModule):
-        wrapped.set_requires_gradient_sync(last)
-        wrapped.set_reshard_after_backward(last or config.reshard_after_forward)
-    if isinstance(wrapped, DistributedDataParallel) and not last:
-        return wrapped.no_sync()
-    return nullcontext()
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last or config.reshard_after_forward)
 
 
 def checkpoint_activations(blocks: Sequence[nn.Module], kind: str) -> None:

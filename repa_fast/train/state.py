@@ -21,10 +21,17 @@ from repa_fast.data.latents import VAE, can_decode
 from repa_fast.distributed import World
 from repa_fast.models.sit import SiT
 from repa_fast.objective import Alignment, Objective, build_alignment, build_objective
-from repa_fast.train.compute_copy import add_copies, join_adaln
+from repa_fast.train.gradients import Gradients
+from repa_fast.train.leaves import add_leaves
 from repa_fast.train.metrics import Accumulator
 from repa_fast.train.optim import AdamWEMA, build_optimizer
-from repa_fast.train.parallel import device_mesh, heads_of, parallelize, shard_encoder, wrap
+from repa_fast.train.parallel import (
+    device_mesh,
+    heads_of,
+    parallelize,
+    reduce_dtype,
+    shard_encoder,
+)
 from repa_fast.train.spikes import History
 
 
@@ -35,8 +42,8 @@ class TrainState:
     Attributes:
         objective: what the model learns; alignment: what its hidden states are aligned with.
         mesh: what model, EMAs and optimizer state are sharded on; None where they are whole.
-        model: fp32 master weights; `wrapped` is the same model, under DDP with several processes
-            that do not shard it.
+        model: with fp32 weights, or bf16 leaves of them (repa_fast/train/leaves.py).
+        gradients: sums of them over micro-batches and processes, unless FSDP does that.
         ema: moving average of the weights, in eval mode; more_emas: those of other decays.
         scaler: active for fp16 only.
         vae: for sample grids, not loaded yet; None where the latents are pixels.
@@ -54,7 +61,7 @@ class TrainState:
     alignment: Alignment
     mesh: DeviceMesh | None
     model: SiT
-    wrapped: nn.Module
+    gradients: Gradients
     ema: SiT
     more_emas: list[SiT]
     optimizer: AdamWEMA
@@ -102,11 +109,11 @@ class TrainState:
                 encoder.compile()
 
     def end_alignment(self) -> None:
-        """Drop the encoders; heads get no gradients from here on, and DDP expects none."""
+        """Drop the encoders; heads get no gradients from here on."""
         self.alignment.end()
         for head in heads_of(self.model):
             head.requires_grad_(False)
-        self.wrapped = wrap(self.model, self.config, self.world)
+        self.gradients.forget()
 
     @torch.no_grad()
     def whole_average(self, *, everywhere: bool) -> SiT | None:
@@ -166,11 +173,13 @@ def build_state(
     others = [*objective.others, *(f"align/{name}" for name in alignment.heads)]
     if config.residual_dtype == "bf16":
         model.residual_dtype = torch.bfloat16
-    copies = add_copies(model) if config.compute_copy == "optimizer" else {}
-    if config.joint_adaln:
-        join_adaln(model, copies)
+    whole = mesh is None  # else FSDP gathers weights in the dtype of the compute
+    leaves = add_leaves(model) if whole and dtype == torch.bfloat16 else {}
     parallelize(model, emas, config, mesh, dtype, alignment.teacher_depth)
-    optimizer = build_optimizer(model, emas, config, copies)
+    optimizer = build_optimizer(model, emas, config, leaves)
+    summed = (model.parameters(), world) if whole else ([], World(0, 1, world.device))
+    gradients = Gradients(*summed, reduce_dtype(config))
+    optimizer.held = gradients.held
     notes.append(f"optimizer: {optimizer.implementation}, {optimizer.reason}")
     state = TrainState(
         config=config,
@@ -180,7 +189,7 @@ def build_state(
         alignment=alignment,
         mesh=mesh,
         model=model,
-        wrapped=wrap(model, config, world),
+        gradients=gradients,
         ema=emas[0],
         more_emas=emas[1:],
         optimizer=optimizer,
@@ -199,14 +208,13 @@ def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | N
     """Return the dtype of forward passes; None is fp32.
 
     Raises:
-        ValueError: copies or residual stream shall be bf16, and that is not what is computed in.
+        ValueError: the residual stream shall be bf16, and that is not what is computed in.
     """
     precision = config.mixed_precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "no"
-    for name, value in (("compute_copy", "optimizer"), ("residual_dtype", "bf16")):
-        if getattr(config, name) == value and precision != "bf16":
-            raise ValueError(f"{name} is {value!r}, which needs --mixed-precision bf16")
+    if config.residual_dtype == "bf16" and precision != "bf16":
+        raise ValueError("residual_dtype is 'bf16', which needs --mixed-precision bf16")
     return {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
 
 

@@ -8,7 +8,7 @@ from repa_fast.data.loader import Batch
 from repa_fast.diffusion.draws import Draws, draw
 from repa_fast.train.metrics import StepValues
 from repa_fast.train.optim import clip_factor, ema_rates, learning_rate
-from repa_fast.train.parallel import accumulation
+from repa_fast.train.parallel import expect_pass
 from repa_fast.train.state import TrainState
 from repa_fast.train.torch_private import record_overflow, scale_of
 
@@ -73,17 +73,19 @@ def losses(
 def accumulate(state: TrainState, batch: Batch, draws: Draws) -> StepValues:
     """Leave gradients of the mean loss over this process's batch, micro-batch by micro-batch."""
     size = len(draws.t)
+    images = size * state.gradients.world.size
     weights = other_weights(state)
     each, others = [], []
     for start in range(0, size, state.micro_batch):
         stop = min(start + state.micro_batch, size)
         micro = {name: tensor[start:stop] for name, tensor in batch.items()}
-        with accumulation(state.wrapped, state.config, last=stop == size):
-            denoise, parts = losses(state, state.wrapped, micro, draws.part(start, stop))
-            loss, sums = denoise.sum(), [part.sum() for part in parts]
-            for weight, part in zip(weights, sums):  # fewer parts once alignment has ended
-                loss = loss + weight * part
-            state.scaler.scale(loss / size).backward()
+        expect_pass(state.model, state.config, last=stop == size)
+        denoise, parts = losses(state, state.model, micro, draws.part(start, stop))
+        loss, sums = denoise.sum(), [part.sum() for part in parts]
+        for weight, part in zip(weights, sums):  # fewer parts once alignment has ended
+            loss = loss + weight * part
+        with state.gradients.of_pass(first=start == 0, last=stop == size):
+            state.scaler.scale(loss / images).backward()
         each.append(denoise.detach())
         sums += [denoise.new_zeros(())] * (len(weights) - len(sums))
         others.append(torch.stack(sums).detach() if sums else denoise.new_zeros(0))

@@ -61,10 +61,11 @@ def make_state(tiny_digits):
         state = build_state(config, digits_metadata(), World(0, 1, torch.device("cpu")))
         state.micro_batch = state.local_batch
         generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in state.model.parameters():
-                if not parameter.any():
-                    parameter.normal_(std=0.1, generator=generator)
+        weights = state.model.state_dict()
+        for weight in weights.values():
+            if not weight.any():
+                weight.normal_(std=0.1, generator=generator)
+        state.model.load_state_dict(weights)
         state.ema.load_state_dict(state.model.state_dict())
         return state
 

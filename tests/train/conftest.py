@@ -102,6 +102,13 @@ def randomise(state: TrainState) -> None:
     state.ema.load_state_dict(state.model.state_dict())
 
 
+def gradients_of(state: TrainState) -> dict[str, torch.Tensor]:
+    """What the next step takes, by the names of the weights."""
+    weights = state.model.state_dict(keep_vars=True)
+    found = {name: state.optimizer.gradient(weight) for name, weight in weights.items()}
+    return {name: gradient for name, gradient in found.items() if gradient is not None}
+
+
 def assert_same(found: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> None:
     """Two lists of tensors are as long and equal to the bit."""
     differ = [i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if not a.equal(b)]

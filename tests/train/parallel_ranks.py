@@ -15,10 +15,11 @@ from repa_fast.configs.config import TrainConfig
 from repa_fast.data.digits import digits_metadata
 from repa_fast.distributed import World
 from repa_fast.train import checkpoint, memory, parallel
+from repa_fast.train import gradients as summing
 from repa_fast.train.evaluate import sample_grid
 from repa_fast.train.state import TrainState, build_state
 from repa_fast.train.step import accumulate, draw_local, synthetic_batch, train_step
-from tests.train.conftest import randomise, tiny_config
+from tests.train.conftest import gradients_of, randomise, tiny_config
 
 STEPS = 3
 ALONE = World(0, 1, torch.device("cpu"))
@@ -92,6 +93,12 @@ def steps(world: World, overrides: dict) -> dict:
     return found | {"end": everything(state), "breaks": dict(counters["graph_break"])}
 
 
+def steps_in_buckets(world: World, overrides: dict, numbers: int) -> dict:
+    """The same with gradients in buckets of so many numbers."""
+    with mock.patch.object(summing, "BUCKET_NUMBERS", numbers):
+        return steps(world, overrides)
+
+
 def traced_steps(world: World, overrides: dict) -> dict:
     """Compiled as ever, but the graphs run as they are."""
     compile = nn.Module.compile
@@ -116,7 +123,7 @@ def first_gradients(world: World, overrides: dict, micro_batches: int = 1) -> Te
     state = build(world, tiny_config(**overrides))
     state.micro_batch = state.local_batch // micro_batches
     accumulate(state, local_batch(state, 0), draw_local(state))
-    return gradients(state.model)
+    return {name: whole(gradient) for name, gradient in gradients_of(state).items()}
 
 
 def gradients_at_fractional_times(world: World, overrides: dict, cast: bool = False) -> Tensors:
@@ -157,7 +164,7 @@ def dtypes_inside(world: World, overrides: dict) -> dict[str, list]:
         state.model.get_submodule(name).register_forward_pre_hook(note(name))
     accumulate(state, local_batch(state, 0), draw_local(state))
     stored = {p.dtype for p in state.model.parameters()}
-    reduced = {p.grad.dtype for p in state.model.parameters() if p.grad is not None}
+    reduced = {gradient.dtype for gradient in gradients_of(state).values()}
     return seen | {"stored": [*stored], "gradients": [*reduced]}
 
 

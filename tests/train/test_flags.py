@@ -113,16 +113,13 @@ def test_the_explicit_softmax_leaves_the_backend_alone(make_state):
     assert len(state.notes) == 2 and current_backend() == "sdpa"
 
 
-COPIES, BF16 = {"compute_copy": "optimizer"}, {"residual_dtype": "bf16"}
+BF16 = {"residual_dtype": "bf16"}
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
         ({"patch_size": 2}, "digits-vit gives 16 tokens, expected 64"),
-        *((COPIES | {"mixed_precision": dtype}, "compute_copy is 'optimizer'")
-          for dtype in ("no", "fp16", "auto")),
-        ({"joint_adaln": True}, "joint_adaln is set, which needs --compute-copy"),
         (BF16, "residual_dtype is 'bf16', which needs --mixed-precision"),
         (BF16 | {"mixed_precision": "fp16"}, "with mixed_precision 'fp16', expected bf16"),
         ({"kernels": "triton"}, "'triton', but the tensors are on the CPU"),

@@ -24,13 +24,13 @@ from repa_fast.models.sit import SiT, SiTBlock
 from repa_fast.train.step import losses, synthetic_batch, train_step
 
 BATCH = 4
-COPIES = {"mixed_precision": "bf16", "compute_copy": "optimizer"}
+HALF = {"mixed_precision": "bf16"}
 KINDS = {
     "repa": {},
     "micro-batches": {"micro_batch": 2},
-    "bf16": COPIES,
-    "bf16-residual": COPIES | {"residual_dtype": "bf16"},
-    "sra": COPIES | {"align": "sra", "enc_type": "none", "block_out_s": 1, "block_out_t": 2},
+    "bf16": HALF,
+    "bf16-residual": HALF | {"residual_dtype": "bf16"},
+    "sra": HALF | {"align": "sra", "enc_type": "none", "block_out_s": 1, "block_out_t": 2},
     "ddpm": {"objective": "ddpm", "model": "DiT-S/4"},
 }
 HEAVY = [pytest.param(kind, marks=pytest.mark.heavy) for kind in KINDS if kind != "sra"]

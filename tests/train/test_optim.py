@@ -13,7 +13,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from repa_fast import ops
-from repa_fast.testing import assert_within_budget
+from repa_fast.testing import assert_within_budget, seeded
+from repa_fast.train import optim
 from repa_fast.train.optim import AdamWEMA, clip_factor
 from tests.refusals import refused
 from tests.train import adamw
@@ -194,17 +195,51 @@ def test_rates_of_averages_are_followed_and_written_only_where_they_change():
     )
 
 
-def test_bf16_copies_equal_their_parameters_after_every_step_and_on_demand():
-    params = make_parameters()
-    kept = {p: p.detach().bfloat16() for p in params[1:4]}
-    ours = our_adamw(params, (0.9,), copies=kept)
+@pytest.mark.parametrize("numbers", (2**26, 100), ids=("at once", "in groups"))
+@pytest.mark.parametrize("held", (False, True))
+def test_leaves_give_the_gradients_and_equal_their_parameters_after_every_step(
+    monkeypatch, numbers, held
+):
+    """Which are stepped as by the same gradients in fp32, whether bf16 or summed elsewhere."""
+    monkeypatch.setattr(optim, "CAST_NUMBERS", numbers)
+    params, plain = make_parameters(), make_parameters()
+    leaves = {p.detach(): nn.Parameter(p.detach().bfloat16()) for p in params[1:4]}
+    masters = [*params[:1], *leaves, *params[4:]]
+    ours = our_adamw(masters, (0.9,), leaves=leaves)
+    theirs = our_adamw(plain, (0.9,))
     for step in range(4):
-        clipped_steps(ours, params, 1, math.inf, first=step, skipped=(2,))
-        assert_same(kept.values(), [p.bfloat16() for p in kept])
-    with torch.no_grad():
-        params[1].zero_()
-    ours.write_copies()
-    assert not kept[params[1]].any()
+        skip = torch.tensor(float(step == 2))
+        give_gradients(params, step)
+        for own, p, other in zip(masters, params, plain, strict=True):
+            other.grad = None if p.grad is None else p.grad.bfloat16().float()
+            if own in leaves:
+                leaves[own].grad = None if held else p.grad.bfloat16()
+        pairs = [(m, p) for m, p in zip(masters, plain) if held and m in leaves]
+        ours.held = {leaves[m]: p.grad.clone() for m, p in pairs}
+        for p in (params[4], params[5]):
+            p.grad = None if p.grad is None else p.grad.bfloat16().float()
+        norms = [each.gradient_norm() for each in (ours, theirs)]
+        assert norms[0].item() == pytest.approx(norms[1].item(), rel=1e-6)
+        for each in (ours, theirs):
+            each.step(grad_scale=clip_factor(norms[1], 1.0), skip=skip)
+        assert_same(leaves.values(), [m.bfloat16() for m in leaves])
+        assert_same(adamw.everything(masters, ours), adamw.everything(plain, theirs))
+        ours.zero_grad()
+        assert all(leaf.grad is None for leaf in leaves.values())
+    masters[1].zero_()
+    ours.write_leaves()
+    assert not leaves[masters[1]].any()
+
+
+def test_the_norm_of_bf16_gradients_is_summed_in_fp32():
+    p = nn.Parameter(torch.zeros(300, 300))
+    leaf = nn.Parameter(p.detach().bfloat16())
+    ours = AdamWEMA([p.detach()], leaves={}, implementation="torch")
+    master = ours.param_groups[0]["params"][0]
+    ours.leaves = {master: leaf}
+    leaf.grad = seeded((300, 300), seed=0, dtype=torch.bfloat16)
+    exact = leaf.grad.double().norm().item()
+    assert ours.gradient_norm().item() == pytest.approx(exact, rel=1e-6)
 
 
 def test_implementations_are_chosen_and_say_why(monkeypatch):

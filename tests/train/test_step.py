@@ -17,7 +17,7 @@ from repa_fast.train.state import build_state
 from repa_fast.train.step import accumulate, draw_local, synthetic_batch, train_step
 from tests.refusals import refused
 from tests.train.adamw import follow
-from tests.train.conftest import assert_same
+from tests.train.conftest import assert_same, gradients_of
 
 
 def parameters(module: nn.Module) -> list[torch.Tensor]:
@@ -28,7 +28,7 @@ def gradients(state, batch) -> torch.Tensor:
     state.optimizer.zero_grad()
     values = accumulate(state, batch, draw_local(state))
     assert values.denoise.item() == pytest.approx(values.each.mean().item(), abs=1e-6)
-    return torch.cat([p.grad.flatten() for p in state.model.parameters() if p.grad is not None])
+    return torch.cat([gradient.flatten() for gradient in gradients_of(state).values()])
 
 
 @pytest.mark.parametrize("micro_batch", [1, 5, 6])
@@ -151,7 +151,7 @@ def test_half_precision_keeps_fp32_masters_and_comes_close_to_fp32(make_state, p
         batch["image"].random_(0, 256, generator=torch.Generator().manual_seed(0))
         train_step(state, batch)
         readings[name] = state.metrics.read(state.world)
-        assert {p.dtype for p in state.model.parameters()} == {torch.float32}
+        assert {p.dtype for p in state.model.state_dict().values()} == {torch.float32}
     assert readings[precision]["denoise"] == pytest.approx(readings["no"]["denoise"], rel=2e-2)
 
 

@@ -1,0 +1,138 @@
+"""Gradients of whole weights, summed in fp32 over micro-batches and over processes.
+
+As DDP does it, they are moved to flat buffers as they come, and a buffer that is complete is summed
+over the processes while the backward pass goes on. DDP itself would sum those of bf16 weights in
+bf16, over micro-batches too.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from repa_fast.distributed import World
+
+T = TypeVar("T")
+BUCKET_NUMBERS = 2**24
+"""The least in a bucket, but for the last one: 64 MiB in fp32."""
+
+
+class Bucket:
+    """A flat fp32 buffer with a place for the gradient of each of its parameters."""
+
+    def __init__(self, parameters: list[nn.Parameter], wire: torch.dtype) -> None:
+        sizes = [p.numel() for p in parameters]
+        self.sums = torch.zeros(sum(sizes), device=parameters[0].device)
+        self.wire = self.sums if wire == torch.float32 else self.sums.to(wire)
+        self.places, self.results = (
+            {p: part.view_as(p) for p, part in zip(parameters, flat.split(sizes))}
+            for flat in (self.sums, self.wire)
+        )
+        self.waiting: list[nn.Parameter] = []  # whose gradient has come
+
+    def take(self, held: dict[nn.Parameter, Tensor]) -> None:
+        """Take the gradients that have come, in addition to those of parameters in `held`."""
+        for known, move in ((False, torch._foreach_copy_), (True, torch._foreach_add_)):
+            if moved := [p for p in self.waiting if (p in held) == known]:
+                move([self.places[p] for p in moved], [p.grad for p in moved])
+        for p in self.waiting:
+            p.grad, held[p] = None, self.results[p]
+        self.waiting = []
+
+
+class Gradients:
+    """Sums the gradients of trained parameters, fp32 or bf16; a step finds the sums in `held`.
+
+    Alone and with a single micro-batch it has none: they are where autograd leaves them. Buckets
+    are in the order in which gradients come in the first pass, on the first process.
+
+    Args:
+        parameters: of which those that are frozen later have no gradients from there on.
+        world: the processes whose gradients are summed: of means, as many times too large.
+        wire: fp32 or bf16, in which they are.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], world: World, wire: torch.dtype) -> None:
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.world = world
+        self.wire = wire if world.size > 1 else torch.float32
+        self.held: dict[nn.Parameter, Tensor] = {}
+        self._moves = self._last = False
+        self._hooked = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Form the buckets anew: other parameters get gradients from here on."""
+        self._buckets: list[Bucket] = []
+        self._bucket_of: dict[nn.Parameter, Bucket] = {}
+        self._come: list[nn.Parameter] = []
+
+    @contextmanager
+    def of_pass(self, *, first: bool, last: bool) -> Iterator[None]:
+        """Sum what comes in the backward pass of a micro-batch, of a step's `first` or `last`."""
+        self._moves, self._last = self.world.size > 1 or not (first and last), last
+        self._closed, self._works = 0, []
+        if first:
+            self.held.clear()
+        if self._moves and not self._hooked:
+            self._hooked = True
+            for p in self.parameters:
+                p.register_post_accumulate_grad_hook(self._arrive)
+        yield
+        if self._moves and not self._buckets:
+            self._form()
+        if self._moves:
+            while self._closed < len(self._buckets):
+                self._close(self._buckets[self._closed])
+        for work in self._works:
+            work.wait()
+
+    def _arrive(self, parameter: nn.Parameter) -> None:
+        if not self._moves:
+            return
+        if not self._buckets:
+            self._come.append(parameter)
+            return
+        self._bucket_of[parameter].waiting.append(parameter)
+        for bucket in self._buckets[self._closed :]:  # in one order on all processes
+            if len(bucket.waiting) < len(bucket.places):
+                break
+            self._close(bucket)
+
+    def _close(self, bucket: Bucket) -> None:
+        bucket.take(self.held)
+        self._closed += 1
+        if self._last and self.world.size > 1:
+            if bucket.wire is not bucket.sums:
+                bucket.wire.copy_(bucket.sums)
+            self._works.append(dist.all_reduce(bucket.wire, async_op=True))
+
+    def _form(self) -> None:
+        """Form the buckets by what has come; what has not, and is trained, is last."""
+        numbers = {p: n for n, p in enumerate(self.parameters)}
+        order = self.world.on_first(lambda: [numbers[p] for p in self._come])
+        rest = [n for n, p in enumerate(self.parameters) if p.requires_grad and n not in order]
+        ordered = [self.parameters[n] for n in order + rest]
+        self._buckets = [
+            Bucket(some, self.wire) for some in grouped(ordered, BUCKET_NUMBERS, nn.Parameter.numel)
+        ]
+        self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.places}
+        for p in self._come:
+            self._bucket_of[p].waiting.append(p)
+
+
+def grouped(rows: Iterable[T], numbers: int, size: Callable[[T], int]) -> Iterator[list[T]]:
+    """Yield rows in groups that end where their sizes reach `numbers`."""
+    group: list[T] = []
+    total = 0
+    for row in rows:
+        group.append(row)
+        total += size(row)
+        if total >= numbers:
+            yield group
+            group, total = [], 0
+    if group:
+        yield group

@@ -118,7 +118,6 @@ def prepare(rung: Rung, arguments: argparse.Namespace, folder: Path) -> TrainSta
     state = step.build(arguments, folder, **changes)
     randomise(state.model)
     state.ema.load_state_dict(state.model.state_dict())
-    state.optimizer.write_leaves()
     return state
 
 

@@ -223,6 +223,7 @@ def load(source: Path, state: TrainState) -> None:
             "such flags out, or start a new run from its weights with --init-from"
         )
     reader.load(tensors(state), source, no_dist=state.world.size == 1)
+    state.optimizer.write_leaves()
     try:
         _take_counters(stored.counters, state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -70,6 +70,14 @@ class Gradients:
         self._bucket_of: dict[nn.Parameter, Bucket] = {}
         self._come: list[nn.Parameter] = []
 
+    def room(self, passes: int) -> Tensor | None:
+        """Return memory as large as the buffers, if a step of so many passes has them."""
+        if passes == 1 and self.world.size == 1:
+            return None
+        each = 4 if self.wire == torch.float32 else 4 + self.wire.itemsize
+        size = each * sum(p.numel() for p in self.parameters)
+        return torch.empty(size, dtype=torch.uint8, device=self.world.device)
+
     @contextmanager
     def of_pass(self, *, first: bool, last: bool) -> Iterator[None]:
         """Sum what comes in the backward pass of a micro-batch, of a step's `first` or `last`."""

@@ -3,7 +3,8 @@
 Such a weight, a leaf, has the gradient that the matmul leaves, in bf16: a step casts neither
 weights nor their gradients. Its fp32 value is its master. The optimizer takes the leaf's gradient,
 steps the master, and writes the leaf while it holds that. Masters are what a state_dict has, under
-the layers' own names, and what EMA and moments are made from.
+the layers' own names, and what EMA and moments are made from. Biases are parameters in fp32, with
+bf16 copies that the optimizer writes too.
 """
 
 from collections.abc import Sequence
@@ -15,10 +16,22 @@ from torch import nn
 from repa_fast.models.sit import SiT
 
 
-class LeafLinear(nn.Linear):
-    """A linear layer under bf16 autocast: its parameter `weight` is bf16, its fp32 value `master`.
+class ReadCopy(torch.autograd.Function):
+    """The bf16 copy in the place of an fp32 bias, which receives the gradient."""
 
-    The bias stays fp32. Both weights receive what a state_dict is loaded with.
+    @staticmethod
+    def forward(ctx, bias: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient.float(), None
+
+
+class LeafLinear(nn.Linear):
+    """A linear layer in bf16: its parameter `weight` is bf16, its fp32 value `master`.
+
+    A state_dict is loaded into all: master, leaf, bias and the bias's copy.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -26,6 +39,12 @@ class LeafLinear(nn.Linear):
         self.register_buffer("master", layer.weight.detach(), persistent=False)
         self.weight = nn.Parameter(self.master.bfloat16())
         self.bias = layer.bias
+        self.register_buffer("bias_copy", self.bias.detach().bfloat16(), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(
+            x.to(self.weight.dtype), self.weight, ReadCopy.apply(self.bias, self.bias_copy)
+        )
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -36,34 +55,34 @@ class LeafLinear(nn.Linear):
         value = state.get(f"{prefix}weight")
         if value is not None and value.shape == self.master.shape:
             self.master.copy_(value.detach())
+        self.bias_copy.copy_(self.bias.detach())
 
 
 class JointLinear(torch.autograd.Function):
-    """x (B, D) -> (B, L O): L linear layers (O, D) in one matmul, with their weights as (L O, D).
+    """x (B, D) -> (B, L O): L linear layers in one matmul, weights (L O, D) and biases (L O).
 
     The layers' own weights, then their biases, are arguments for the sake of their gradients.
     """
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, joint: torch.Tensor, *parameters: torch.Tensor):
-        ctx.save_for_backward(x, joint)
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *parameters):
+        ctx.save_for_backward(x, weight)
         ctx.layers = len(parameters) // 2
-        bias = torch.cat(parameters[ctx.layers :]).to(joint.dtype)
-        return torch.addmm(bias, x, joint.t())
+        return torch.addmm(bias, x, weight.t())
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        x, joint = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         of_weights = (gradient.t() @ x).chunk(ctx.layers)
         of_biases = gradient.sum(0, dtype=torch.float32).chunk(ctx.layers)
-        return gradient @ joint, None, *of_weights, *of_biases
+        return gradient @ weight, None, None, *of_weights, *of_biases
 
 
-def add_leaves(model: SiT) -> dict[torch.Tensor, nn.Parameter]:
-    """Put a LeafLinear in the place of every linear layer of `model`; return {master: leaf}.
+def add_leaves(model: SiT) -> dict[torch.Tensor, torch.Tensor]:
+    """Put a LeafLinear in the place of every linear layer of `model`.
 
-    The adaLN layers of all blocks become one matmul. Leaves are as the masters are now; who changes
-    a master writes its leaf.
+    The adaLN layers of all blocks become one matmul. Returns {master: leaf} and {bias: its copy},
+    which are as the fp32 values are now; who changes those writes them.
     """
     leaves = {}
     for parent in list(model.modules()):
@@ -73,24 +92,25 @@ def add_leaves(model: SiT) -> dict[torch.Tensor, nn.Parameter]:
     join_adaln(model)
     for layer in model.modules():
         if isinstance(layer, LeafLinear):
-            leaves[layer.master] = layer.weight
+            leaves |= {layer.master: layer.weight, layer.bias: layer.bias_copy}
     return leaves
 
 
 def join_adaln(model: SiT) -> None:
     """Let `model.joint_adaln` compute the adaLN layers of all blocks, LeafLinear, as one matmul.
 
-    Their weights become parts of one tensor. From the condition c (B, D) it computes (B, 6D) of
-    each block, in bf16.
+    Their bf16 weights and biases become parts of one tensor each. From the condition c (B, D) it
+    computes (B, 6D) of each block, in bf16.
     """
     layers = [block.adaLN_modulation[1] for block in model.blocks]
-    joint = torch.cat([layer.weight.detach() for layer in layers])
-    for layer, part in zip(layers, joint.chunk(len(layers))):
-        layer.weight = nn.Parameter(part)
+    weight = torch.cat([layer.weight.detach() for layer in layers])
+    bias = torch.cat([layer.bias_copy for layer in layers])
+    for layer, *parts in zip(layers, weight.chunk(len(layers)), bias.chunk(len(layers))):
+        layer.weight, layer.bias_copy = nn.Parameter(parts[0]), parts[1]
     parameters = [layer.weight for layer in layers] + [layer.bias for layer in layers]
 
     def compute(c: torch.Tensor) -> Sequence[torch.Tensor]:
-        x = F.silu(c).to(joint.dtype)
-        return JointLinear.apply(x, joint, *parameters).chunk(len(layers), dim=1)
+        x = F.silu(c).to(weight.dtype)
+        return JointLinear.apply(x, weight, bias, *parameters).chunk(len(layers), dim=1)
 
     model.joint_adaln = compute

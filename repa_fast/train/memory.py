@@ -110,14 +110,17 @@ def _fits_cpu(state: TrainState, size: int) -> bool:
 
 def _fits_cuda(state: TrainState, size: int) -> bool:
     """Return whether a forward and backward pass of `size` images runs, the moments being there."""
+    room = None
     try:
+        room = state.gradients.room(passes=-(-state.local_batch // size))
         try_pass(state if state.mesh is None else stand_in(state), size)
-        fits = True
+        return True
     except torch.OutOfMemoryError:
-        fits = False
-    state.optimizer.zero_grad(set_to_none=True)
-    torch.cuda.empty_cache()
-    return fits
+        return False
+    finally:
+        del room
+        state.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
 
 
 def try_pass(state: TrainState, size: int) -> None:

@@ -48,9 +48,8 @@ class AdamWEMA(torch.optim.AdamW):
         params: parameters or groups, as for torch.optim.AdamW; frozen ones may be among them.
         averages: for each EMA its tensors, one per parameter in the order of `params`.
         ema_decays: for each EMA its decay.
-        leaves: by parameter, the bf16 parameter that gets its gradient and is kept equal to it.
-        ema_warmup: whether `set_ema_rates` may change 1 - decay. It is fp32 then; where it stays,
-            torch's fused EMAs take it in fp64 on a GPU.
+        leaves: by parameter, the bf16 tensor that is kept equal to it, and gets its gradient if it
+            is a parameter itself.
         lr, betas, eps, weight_decay: AdamW's.
         implementation: "cuda" does a step in one pass over memory (csrc/adamw_ema; parameters in
             fp32), "torch" is torch's fused AdamW and fused EMAs, on any device; "auto" takes
@@ -68,9 +67,8 @@ class AdamWEMA(torch.optim.AdamW):
         params: Iterable,
         averages: Sequence[Iterable[Tensor]] = (),
         ema_decays: Sequence[float] = (),
-        leaves: Mapping[Tensor, nn.Parameter] | None = None,
+        leaves: Mapping[Tensor, Tensor] | None = None,
         *,
-        ema_warmup: bool = False,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -82,7 +80,6 @@ class AdamWEMA(torch.optim.AdamW):
         self.device = own[0].device
         self.averages = [list(average) for average in averages]
         _check_averages(own, self.averages, tuple(ema_decays))
-        self.ema_warmup = ema_warmup
         self._rates = tuple(1 - decay for decay in ema_decays)
         self.ema_rates = [
             torch.as_tensor(rate, dtype=torch.float32, device=self.device) for rate in self._rates
@@ -111,11 +108,11 @@ class AdamWEMA(torch.optim.AdamW):
     def begin_states(self, params: Iterable[Tensor] | None = None) -> None:
         """Set moments and step counts of zero for trainable parameters (all) that have none yet."""
         for p in self._own if params is None else params:
-            if self.leaves.get(p, p).requires_grad and not self.state[p]:
+            if self._owner(p).requires_grad and not self.state[p]:
                 self.state[p] = {
                     "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                    "exp_avg": torch.zeros_like(p, requires_grad=False),
-                    "exp_avg_sq": torch.zeros_like(p, requires_grad=False),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
                 }
 
     def set_lr(self, lr: float) -> None:
@@ -124,28 +121,26 @@ class AdamWEMA(torch.optim.AdamW):
             group["lr"].fill_(lr)
 
     def set_ema_rates(self, rates: Sequence[float]) -> None:
-        """Set each EMA's 1 - decay; what does not change is not written.
-
-        Raises:
-            ValueError: they change without `ema_warmup`.
-        """
-        rates = tuple(rates)
-        if rates != self._rates and not self.ema_warmup:
-            raise ValueError(f"ema_rates are {rates}, expected {self._rates} without ema_warmup")
+        """Set each EMA's 1 - decay; what does not change is not written."""
         for tensor, old, new in zip(self.ema_rates, self._rates, rates, strict=True):
             if new != old:
                 tensor.fill_(new)
-        self._rates = rates
+        self._rates = tuple(rates)
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
         """Return the gradient that a step takes for one of the optimizer's parameters."""
-        owner = self.leaves.get(parameter, parameter)
+        owner = self._owner(parameter)
         return self.held.get(owner, owner.grad)
+
+    def _owner(self, parameter: Tensor) -> Tensor:
+        """Return whose gradient autograd leaves: a leaf has it, or else the parameter."""
+        leaf = self.leaves.get(parameter, parameter)
+        return leaf if leaf.requires_grad else parameter
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients that autograd has left, also at leaves."""
         for p in self._own:
-            self.leaves.get(p, p).grad = None
+            self._owner(p).grad = None
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
@@ -272,8 +267,7 @@ class AdamWEMA(torch.optim.AdamW):
         """
         sgd = {"weight_decay": 1.0, "momentum": 0.0, "dampening": 0.0, "nesterov": False}
         sgd |= {"maximize": True, "is_first_step": False, "found_inf": skip}
-        rates = self.ema_rates if self.ema_warmup else self._rates
-        for ema, rate in list(zip(emas, rates, strict=True))[first:]:
+        for ema, rate in list(zip(emas, self.ema_rates, strict=True))[first:]:
             if ema:
                 torch._fused_sgd_(ema, weights, [], lr=rate, **sgd)
 
@@ -291,7 +285,7 @@ def build_optimizer(
     model: nn.Module,
     emas: Sequence[nn.Module],
     config: OptimConfig,
-    leaves: Mapping[Tensor, nn.Parameter],
+    leaves: Mapping[Tensor, Tensor],
 ) -> AdamWEMA:
     """Build AdamW over all fp32 weights in order, frozen ones included (pos_embed is index 0)."""
     return AdamWEMA(
@@ -299,7 +293,6 @@ def build_optimizer(
         [ema.parameters() for ema in emas],
         config.ema_decays,
         leaves,
-        ema_warmup=config.ema_warmup,
         lr=learning_rate(config, 0),
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,

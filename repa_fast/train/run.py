@@ -104,7 +104,6 @@ def restore(
         state.load_encoders()
     elif config.align_until:
         state.end_alignment()
-    state.optimizer.write_leaves()
     if not state.micro_batch or config.micro_batch != "auto":
         state.micro_batch = choose_micro_batch(state)
     return state

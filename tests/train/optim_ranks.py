@@ -39,7 +39,7 @@ def steps(world: World, ema_warmup: bool = False, count: int = 6) -> dict[str, t
             fully_shard(module)
     optimizer = AdamWEMA(
         model.parameters(), [a.parameters() for a in averages], DECAYS,
-        lr=0.05, weight_decay=0.1, implementation="torch", ema_warmup=ema_warmup,
+        lr=0.05, weight_decay=0.1, implementation="torch",
     )  # fmt: skip
     empty = [p for p in model.parameters() if world.size > 1 and not p.to_local().numel()]
     norms, local = [], 4 // world.size

@@ -5,10 +5,13 @@ import copy
 import pytest
 import torch
 
+from repa_fast.checkpoint.export import export
 from repa_fast.train import checkpoint
 from repa_fast.train.leaves import JointLinear, LeafLinear
+from repa_fast.train.resume import start_from
 from repa_fast.train.step import accumulate, draw_local, losses, synthetic_batch, train_step
-from tests.train.conftest import assert_same, gradients_of
+from tests.train.conftest import assert_same, gradients_of, resumed
+from tests.train.runs import assert_same_weights
 
 BF16 = {"mixed_precision": "bf16"}
 
@@ -41,7 +44,7 @@ def test_linear_layers_have_bf16_weights_and_gradients_and_all_else_is_fp32(make
     accumulate(state, batch_of(state), draw_local(state))
     layers = leaf_layers(state.model)
     kinds = {type(m) for m in state.model.modules() if isinstance(m, torch.nn.Linear)}
-    assert kinds == {LeafLinear} and len(state.optimizer.leaves) == len(layers) > 10
+    assert kinds == {LeafLinear} and len(state.optimizer.leaves) == 2 * len(layers) > 20
     leaves = {f"{name}.weight" for name in layers}
     for name, parameter in state.model.named_parameters():
         expected = torch.bfloat16 if name in leaves else torch.float32
@@ -57,12 +60,14 @@ def test_leaves_are_the_rounded_masters_after_every_step_and_after_a_state_dict(
     state = trained(make_state)
     for layer in leaf_layers(state.model).values():
         assert torch.equal(layer.weight, layer.master.bfloat16())
+        assert torch.equal(layer.bias_copy, layer.bias.bfloat16())
         assert not torch.equal(layer.weight.float(), layer.master)  # it keeps bits below bf16
     start = make_state(**BF16).model.state_dict()
     state.model.load_state_dict(start)
     assert_same(state.model.state_dict().values(), start.values())
     for layer in leaf_layers(state.model).values():
         assert torch.equal(layer.weight, layer.master.bfloat16())
+        assert torch.equal(layer.bias_copy, layer.bias.bfloat16())
     wrong = start | {"blocks.0.mlp.fc1.weight": torch.ones(3, 3)}
     with pytest.raises(RuntimeError, match="size mismatch"):
         state.model.load_state_dict(wrong)
@@ -106,15 +111,33 @@ def test_micro_batches_are_summed_in_fp32(make_state):
         assert (gradient - exact[n]).norm() <= 2e-6 * exact[n].norm() + 1e-9, n
 
 
-def test_a_resumed_run_has_the_same_bits(make_state, tmp_path):
+@pytest.mark.parametrize("official", (False, True), ids=("native", "official"))
+def test_a_resumed_run_has_the_same_bits_also_below_those_of_bf16(make_state, tmp_path, official):
     state = trained(make_state)
-    folder = checkpoint.save(tmp_path, state)
-    other = make_state(**BF16)
-    checkpoint.load(folder, other)
-    other.optimizer.write_leaves()
+    source = checkpoint.save(tmp_path / "run", state)
+    if official:
+        export(source, "official", tmp_path / "0000003.pt")
+        source = tmp_path / "0000003.pt"
+    other = make_state(**BF16, resume=str(source))
+    assert resumed(tmp_path / "none", other) == source
+    for each in (other, state):
+        fc1 = each.model.blocks[0].mlp.fc1
+        assert torch.equal(fc1.weight, fc1.master.bfloat16())
+    assert_same_weights(other, state)
     for each in (state, other):
         train_step(each, batch_of(each))
-    assert_same(checkpoint.tensors(other).values(), checkpoint.tensors(state).values())
+    assert_same_weights(other, state)
+
+
+def test_a_run_begins_from_fp32_weights(make_state, tmp_path):
+    weights = make_state(seed=5).model.state_dict()
+    torch.save(weights, tmp_path / "weights.pt")
+    state = make_state(**BF16)
+    assert start_from(tmp_path / "weights.pt", "repa", state) == []
+    for model in (state.model, state.ema):
+        assert_same(model.state_dict().values(), weights.values())
+    fc1 = state.model.blocks[0].mlp.fc1
+    assert torch.equal(fc1.weight, weights["blocks.0.mlp.fc1.weight"].bfloat16())
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.heavy)])
@@ -141,7 +164,7 @@ def test_one_product_for_all_adaln_layers_is_their_own():
     joint = torch.randn(layers * 6 * width, width).bfloat16()
     weights = [part.clone().requires_grad_() for part in joint.chunk(layers)]
     biases = [torch.randn(6 * width, requires_grad=True) for _ in range(layers)]
-    y = JointLinear.apply(x, joint, *weights, *biases)
+    y = JointLinear.apply(x, joint, torch.cat(biases).bfloat16(), *weights, *biases)
     upstream = torch.randn_like(y)
     gradients = torch.autograd.grad(y, [x, *weights, *biases], upstream)
 
@@ -161,7 +184,8 @@ def test_the_adaln_weights_of_all_blocks_are_one_tensor_that_the_optimizer_write
     state = trained(make_state)
     layers = [block.adaLN_modulation[1] for block in state.model.blocks]
     for layer in layers:
-        assert layer.weight.untyped_storage().nbytes() == 2 * len(layers) * layer.weight.numel()
+        for part in (layer.weight, layer.bias_copy):
+            assert part.untyped_storage().nbytes() == 2 * len(layers) * part.numel()
     c = torch.randn(4, 32)
     with state.autocast():
         for block, found in zip(state.model.blocks, state.model.modulations(c), strict=True):

@@ -111,3 +111,10 @@ def test_what_was_compiled_for_a_size_that_did_not_fit_is_dropped(monkeypatch):
         set_memory(monkeypatch, needed(state.config, room) + 1)
         choose_micro_batch(state)
         assert reset.call_count == resets
+
+
+def test_sums_of_several_micro_batches_have_room_before_a_size_is_tried():
+    state = tiny_state(mixed_precision="bf16")
+    trained = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
+    assert state.gradients.room(passes=1) is None
+    assert state.gradients.room(passes=2).nbytes == 4 * trained

@@ -30,7 +30,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml setup.py
 	@touch $@
 
 # The CUDA library of csrc/; where it cannot be built, setup.py says why in one line.
-$(VENV)/.csrc: $(VENV)/.installed setup.py $(wildcard csrc/*/*.cu)
+$(VENV)/.csrc: $(VENV)/.installed setup.py $(wildcard csrc/*/*.cu*)
 	@$(VENV)/bin/python -W ignore setup.py -q build_ext --inplace
 	@touch $@
 

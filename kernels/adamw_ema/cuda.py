@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 
 CHUNK = 8192
-"""Elements per block of the kernels; kChunk in csrc/adamw_ema/adamw_ema.cu."""
+"""Elements per block of the kernels; kChunk in csrc/adamw_ema/kernels.cuh."""
 
 Tensors = Sequence[torch.Tensor]
+Copies = Sequence[torch.Tensor | None]
 
 
 def adamw_ema_cuda(
@@ -17,8 +18,8 @@ def adamw_ema_cuda(
     exp_avg_sqs: Tensors,
     steps: Tensors,
     emas: Tensors,
-    param_copies: Tensors,
-    ema_copies: Tensors,
+    param_copies: Copies,
+    ema_copies: Copies,
     *,
     lr: torch.Tensor,
     grad_scale: torch.Tensor,
@@ -30,7 +31,7 @@ def adamw_ema_cuda(
 ) -> None:
     """Do what `adamw_ema_reference` does, to contiguous tensors: fp32, gradients fp32 or bf16.
 
-    Copies are bf16.
+    Copies are bf16, or None.
 
     Raises:
         RuntimeError: a tensor of another device, dtype, size or layout, by list and position.
@@ -44,7 +45,7 @@ def adamw_ema_cuda(
         lr, grad_scale, skip, ema_rate, factors, *betas, eps, weight_decay,
     )  # fmt: skip
     # An operator of the stable ABI does not note that it wrote; autograd would use stale values.
-    torch.autograd.graph.increment_version([tensor for group in written for tensor in group])
+    torch.autograd.graph.increment_version([t for group in written for t in group if t is not None])
 
 
 def sum_of_squares_cuda(tensors: Tensors, device: torch.device) -> torch.Tensor:

@@ -13,6 +13,7 @@ from .cuda import adamw_ema_cuda, sum_of_squares_cuda
 from .reference import adamw_ema_reference, sum_of_squares_reference
 
 Tensors = Sequence[torch.Tensor]
+Copies = Sequence[torch.Tensor | None]
 
 
 @torch.no_grad()
@@ -31,8 +32,8 @@ def adamw_ema(
     weight_decay: float,
     emas: Tensors = (),
     ema_rate: torch.Tensor | None = None,
-    param_copies: Tensors = (),
-    ema_copies: Tensors = (),
+    param_copies: Copies = (),
+    ema_copies: Copies = (),
     implementation: str = "auto",
 ) -> None:
     """Do AdamW (arXiv 1711.05101) and ema += ema_rate (param - ema), in place.
@@ -48,8 +49,8 @@ def adamw_ema(
         betas: AdamW's, as eps and weight_decay, which is decoupled.
         emas: EMAs, like params; empty for none.
         ema_rate: 0-d fp32, 1 - decay of the EMA; needed with emas.
-        param_copies: bf16 tensors that receive params; empty for none.
-        ema_copies: bf16 tensors that receive emas; empty for none.
+        param_copies: bf16 tensors that receive params, None for those without; empty for none.
+        ema_copies: the same of emas.
         implementation: "auto", "cuda" or "reference".
 
     Raises:
@@ -69,7 +70,8 @@ def adamw_ema(
         run = adamw_ema_reference
         for name, tensors in lists.items():
             for param, tensor in zip(params, tensors):
-                expect_shape("adamw_ema", name, tensor, param.shape)
+                if tensor is not None:
+                    expect_shape("adamw_ema", name, tensor, param.shape)
     run(
         params, grads, exp_avgs, exp_avg_sqs, steps, emas, param_copies, ema_copies,
         lr=lr, grad_scale=grad_scale, skip=skip, ema_rate=ema_rate, betas=betas, eps=eps,
@@ -77,7 +79,7 @@ def adamw_ema(
     )  # fmt: skip
 
 
-def _check_lengths(expected: int, **lists: Tensors) -> None:
+def _check_lengths(expected: int, **lists: Copies) -> None:
     for name, tensors in lists.items():
         optional = name in ("emas", "param_copies", "ema_copies")
         if len(tensors) != expected and not (optional and not tensors):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 Tensors = Sequence[torch.Tensor]
+Copies = Sequence[torch.Tensor | None]
 
 
 def adamw_ema_reference(
@@ -14,8 +15,8 @@ def adamw_ema_reference(
     exp_avg_sqs: Tensors,
     steps: Tensors,
     emas: Tensors,
-    param_copies: Tensors,
-    ema_copies: Tensors,
+    param_copies: Copies,
+    ema_copies: Copies,
     *,
     lr: torch.Tensor,
     grad_scale: torch.Tensor,
@@ -27,8 +28,8 @@ def adamw_ema_reference(
 ) -> None:
     """Take one step of every tensor, in place, in its own dtype; none where `skip` is not 0.
 
-    Lists of equal length, those that are not wanted empty; lr, grad_scale, skip and ema_rate (with
-    emas) are 0-d.
+    Lists of equal length, those that are not wanted empty, and None for a copy that is not; lr,
+    grad_scale, skip and ema_rate (with emas) are 0-d.
     """
     keep = skip != 0
     beta1, beta2 = betas
@@ -51,9 +52,9 @@ def adamw_ema_reference(
         if emas:
             average = emas[i] + ema_rate.to(param.dtype) * (new - emas[i])
             write(emas[i], average)
-            if ema_copies:
+            if ema_copies and ema_copies[i] is not None:
                 write(ema_copies[i], average)
-        if param_copies:
+        if param_copies and param_copies[i] is not None:
             write(param_copies[i], new)
         for target, value in ((param, new), (m, first), (v, second), (step, count)):
             write(target, value)

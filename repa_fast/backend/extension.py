@@ -7,8 +7,8 @@ import torch
 
 LIBRARY = Path(__file__).parents[1] / "lib" / "csrc.so"
 
-OPERATORS = {"adamw_ema": "ema_rate", "sum_of_squares": "out"}
-"""Each with its newest argument. They write into their arguments and return nothing."""
+OPERATORS = {"adamw_ema": "Tensor?(f!)[] param_copies", "sum_of_squares": "out"}
+"""Each with what is newest in its schema. They write into their arguments and return nothing."""
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import torch
 
 from repa_fast import ops
 from repa_fast.testing import assert_within_budget, seeded
-from tests.kernels.table import F32
+from tests.kernels.table import BF16, F32
 
 DEFAULTS = {"lr": 1e-2, "grad_scale": 1.0, "skip": 0.0, "ema_rate": 1.0}
 DEFAULTS |= {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
@@ -16,6 +16,25 @@ COPIES = {"param_copies": "params", "ema_copies": "emas"}
 SHAPES = ((3, 5), (7,), (), (2, 0, 3), (1, 1))
 # A block of the kernels takes 8192 elements, a launch 320 tensors.
 ODD_SHAPES = ((8191,), (8192,), (8193,), (0,), (1,), (3, 5, 7), (), (40_001,))
+
+OPTIONS = (
+    {},
+    {"weight_decay": 0.1},
+    {"betas": (0.5, 0.9), "eps": 1e-3},
+    {"betas": (0.3, 0.95), "weight_decay": 0.5, "lr": 0.3},
+    {"grad_scale": 0.125},
+    {"ema_rate": 0.1},
+    {"ema_rate": 1e-4, "weight_decay": 0.01, "grad_scale": 3.0, "lr": 1e-4},
+)
+KINDS = {
+    "plain": {},
+    "no average": {"averaged": False, "copies": True},
+    "copies": {"copies": True},
+    "bf16": {"dtypes": (BF16,)},
+    "mixed": {"dtypes": (F32, BF16), "copies": True},
+    "unaligned": {"offset": 1, "dtypes": (F32, BF16), "copies": True},
+    "half aligned": {"offset": 2, "dtypes": (BF16, F32)},
+}
 
 
 def device(how):
@@ -113,3 +132,18 @@ def assert_follows_formula(how, shapes, steps, *, dtypes=(F32,), offset=0, **opt
     for copies in COPIES.keys() & actual.keys():
         for a, b in zip(actual[copies], actual[COPIES[copies]], strict=True):
             assert torch.equal(a, b.bfloat16())
+
+
+def assert_some_have_copies(how):
+    """Steps of tensors of which every other has a copy, against those of all with copies."""
+    some = make(ODD_SHAPES, how, copies=True)
+    every, untouched = deepcopy(some), deepcopy(some)
+    for copies in COPIES:
+        some[copies] = [c if i % 2 else None for i, c in enumerate(some[copies])]
+    for step in (1, 2):
+        for lists in (some, every):
+            advance(lists, make_gradients(ODD_SHAPES, step, how, dtypes=(F32, BF16)), how)
+    for name, tensors in some.items():
+        for a, b, c in zip(tensors, every[name], untouched[name], strict=True):
+            assert a is None or torch.equal(a, b)
+            assert a is None or not a.numel() or not torch.equal(a, c)

@@ -11,12 +11,15 @@ from repa_fast.kernels.adamw_ema.cuda import adamw_ema_cuda
 from repa_fast.testing import assert_within_budget, seeded
 from tests.kernels.adamw import (
     COPIES,
+    KINDS,
     MOVED,
     ODD_SHAPES,
+    OPTIONS,
     SHAPES,
     advance,
     assert_equal,
     assert_follows_formula,
+    assert_some_have_copies,
     device,
     doubled,
     formula,
@@ -27,24 +30,6 @@ from tests.kernels.table import BF16, F32, F64
 from tests.refusals import refused
 
 CPU = torch.device("cpu")
-OPTIONS = (
-    {},
-    {"weight_decay": 0.1},
-    {"betas": (0.5, 0.9), "eps": 1e-3},
-    {"betas": (0.3, 0.95), "weight_decay": 0.5, "lr": 0.3},
-    {"grad_scale": 0.125},
-    {"ema_rate": 0.1},
-    {"ema_rate": 1e-4, "weight_decay": 0.01, "grad_scale": 3.0, "lr": 1e-4},
-)
-KINDS = {
-    "plain": {},
-    "no average": {"averaged": False, "copies": True},
-    "copies": {"copies": True},
-    "bf16": {"dtypes": (BF16,)},
-    "mixed": {"dtypes": (F32, BF16), "copies": True},
-    "unaligned": {"offset": 1, "dtypes": (F32, BF16), "copies": True},
-    "half aligned": {"offset": 2, "dtypes": (BF16, F32)},
-}
 
 
 @pytest.fixture(params=["reference", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -83,6 +68,10 @@ def test_every_kind_of_tensor_follows_the_formula_for_long(how, kind):
     options = {"weight_decay": 0.1, "ema_rate": 0.01, "grad_scale": 0.3}
     steps = 100 if how == "cuda" else 5
     assert_follows_formula(how, ODD_SHAPES, steps, **KINDS[kind], **options)
+
+
+def test_tensors_with_a_copy_and_without_are_stepped_together(how):
+    assert_some_have_copies(how)
 
 
 def test_first_update_of_a_weight_at_zero_is_as_exact_as_fp32(how):

@@ -35,7 +35,7 @@ def library(real: Path) -> Path:
 def key() -> str:
     """Return a hash of the sources and what they are built with."""
     digest = hashlib.sha256(build.versions().encode())
-    for file in sorted([*(build.ROOT / "csrc").glob("*/*.cu"), build.ROOT / "setup.py"]):
+    for file in sorted([*(build.ROOT / "csrc").glob("*/*.cu*"), build.ROOT / "setup.py"]):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -305,10 +305,8 @@ def cuda_graph() -> Iterator[str]:
     from repa_fast.configs.config import TrainConfig
     from repa_fast.distributed import World
     from repa_fast.train.graph import why_not
-    from repa_fast.train.state import autocast_dtype
 
-    config, device = TrainConfig(), this_device()
-    reason = why_not(config, World(0, 1, device), autocast_dtype(config, device))
+    reason = why_not(TrainConfig(), World(0, 1, this_device()))
     yield row("cuda_graph", f"off, since {reason}" if reason else "on, in one process")
 
 

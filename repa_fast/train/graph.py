@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from traceback import format_exception_only
 
 import torch
 
@@ -15,6 +16,8 @@ from repa_fast.train.step import draw_local, set_rates, train_step, update
 
 FIRST_STEPS = 3
 """Steps before the capture: they compile, choose algorithms and make the optimizer's state."""
+FIRST_STEPS_OF_SEVERAL = 11
+"""The same with several processes, as many as torch asks for under DDP."""
 
 Work = Callable[[], None]
 
@@ -22,29 +25,37 @@ Work = Callable[[], None]
 class GraphedStep:
     """Takes the place of `train_step`, with the same results.
 
-    Batch and draws are copied to where the graph reads them; the rates of learning and of the EMAs
-    lie on the device. All else is recorded once, so that nothing may change between steps but the
-    values of tensors.
-    Where cuda_graph is auto, a capture that fails is one line, and steps are taken without it.
+    Batch and draws are copied to where the graph reads them; what changes from step to step by
+    itself lies on the device (`set_rates`). All else is recorded once, so that nothing may change
+    between steps but the values of tensors.
+    A capture that fails is one line, and steps are taken without it, on all processes: NCCL wants
+    a collective replayed by all or by none. RuntimeError where one process was asked for a graph.
 
     Args:
         state: of a run that `why_not` has nothing against.
-        record: takes what to do, and returns what does it again, on the memory it was recorded
-            with; by default a CUDA graph.
+        settle: waits for what may wait for the device meanwhile, on all processes alike.
+        record: takes what to do, and returns what does it again (`replay`), on the memory it was
+            recorded with, and lets go of that (`reset`); by default a CUDA graph.
     """
 
-    def __init__(self, state: TrainState, record: Callable[[Work], Work] | None = None) -> None:
-        self._state = state
+    def __init__(
+        self,
+        state: TrainState,
+        settle: Work = lambda: None,
+        record: Callable[[Work], torch.cuda.CUDAGraph] | None = None,
+    ) -> None:
+        self._state, self._settle = state, settle
         on_cuda = state.world.device.type == "cuda"
         self._stream = torch.cuda.Stream(state.world.device) if on_cuda else None
         self._record = record or partial(capture, stream=self._stream)
-        self._left: float = FIRST_STEPS  # steps to take without a graph
-        self._inputs: tuple[Batch, Draws] | None = None
+        # steps to take without a graph
+        self._left: float = FIRST_STEPS if state.world.size == 1 else FIRST_STEPS_OF_SEVERAL
+        self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, batch: Batch) -> None:
         """Take one optimizer step; count it in state.step."""
         state = self._state
-        if not self._left and self._inputs is None:
+        if not self._left and self._graph is None:
             self._capture(batch)
         if self._left:
             self._left -= 1
@@ -52,72 +63,79 @@ class GraphedStep:
             return
         set_rates(state)
         draws = draw_local(state)
-        held, own = self._inputs
-        for name, tensor in held.items():
+        for name, tensor in self._batch.items():
             tensor.copy_(batch[name], non_blocking=True)
-        torch._foreach_copy_(list(own), list(draws))
-        self._replay()
+        torch._foreach_copy_(list(self._draws), list(draws))
+        self._graph.replay()
         state.step += 1
+
+    def close(self) -> None:
+        """Free the graph and its memory; NCCL's communicators wait for that when they end."""
+        if self._graph is not None:
+            self._graph.reset()
 
     def _capture(self, batch: Batch) -> None:
         """Record the step, or take every step as the first ones."""
-        state, device = self._state, self._state.world.device
-        held = {n: torch.empty_like(tensor, device=device) for n, tensor in batch.items()}
-        own = Draws(*(field.clone() for field in draw_local(state)))
+        state, failure = self._state, ""
+        self._batch = {n: torch.empty_like(t, device=state.world.device) for n, t in batch.items()}
+        self._draws = Draws(*(field.clone() for field in draw_local(state)))
+        self._settle()
         try:
-            self._replay = self._record(lambda: update(state, held, own))
-            self._inputs = held, own
+            self._graph = self._record(lambda: update(state, self._batch, self._draws))
         except Exception as error:  # CUDA's, the allocator's, or of what is not allowed inside
-            if state.config.cuda_graph != "auto":
+            if state.config.cuda_graph == "on" and state.world.size == 1:
                 raise
-            print(f"cuda_graph: not captured, {type(error).__name__}: {error}".splitlines()[0])
+            # the first error where there are two: a broken capture cannot be ended either
+            failure = format_exception_only(error.__context__ or error)[0].splitlines()[0]
+            print(f"cuda_graph: not captured, {failure}")
+        if state.world.any(bool(failure)):
+            self.close()
             self._left = math.inf
 
 
-def why_not(config: TrainConfig, world: World, autocast_dtype: torch.dtype | None) -> str:
-    """Return why the step of a run cannot be one CUDA graph, or ""."""
+def why_not(config: TrainConfig, world: World) -> str:
+    """Return why the step of a run is not one CUDA graph, or ""."""
+    if config.cuda_graph == "off":
+        return "asked for"
     if world.device.type != "cuda":
         return f"the device is {world.device.type}, expected cuda"
-    if world.size > 1:
-        return f"there are {world.size} processes, expected one"
-    if autocast_dtype == torch.float16:  # its scaler's state is replaced in every step
-        return "mixed_precision is fp16, expected bf16 or no"
-    if config.align_decay != "constant":
-        return f"align_decay is {config.align_decay!r}, expected constant: a graph keeps numbers"
+    if world.size > 1 and config.parallel != "ddp":
+        return f"parallel is {config.parallel!r}, expected ddp"
+    if world.size > 1 and config.cuda_graph == "auto":
+        return f"of {world.size} processes no gain was measured yet (--cuda-graph on tries it)"
     return ""
 
 
 def describe(state: TrainState) -> str:
     """Return a line for the log: whether the step is one CUDA graph, or why not."""
-    asked = state.config.cuda_graph
-    reason = why_not(state.config, state.world, state.autocast_dtype)
-    against = "asked for" if asked == "off" else reason and f"since {reason}"
-    return f"cuda_graph: off, {against}" if against else f"cuda_graph: on ({asked})"
+    asked, reason = state.config.cuda_graph, why_not(state.config, state.world)
+    since = "" if asked == "off" else "since "
+    return f"cuda_graph: off, {since}{reason}" if reason else f"cuda_graph: on ({asked})"
 
 
-def stepper(state: TrainState) -> Callable[[Batch], None]:
+def stepper(state: TrainState, settle: Work = lambda: None) -> Callable[[Batch], None]:
     """Return what takes a batch and does an optimizer step, as the config asks for it.
 
     Raises:
         ValueError: cuda_graph is on where the step cannot be one, with the reason.
     """
-    asked = state.config.cuda_graph
-    reason = why_not(state.config, state.world, state.autocast_dtype)
-    if asked == "on" and reason:
+    reason = why_not(state.config, state.world)
+    if state.config.cuda_graph == "on" and reason:
         raise ValueError(f"cuda_graph is on, but {reason}")
-    return partial(train_step, state) if asked == "off" or reason else GraphedStep(state)
+    return partial(train_step, state) if reason else GraphedStep(state, settle)
 
 
-def capture(work: Work, stream: torch.cuda.Stream) -> Work:
+def capture(work: Work, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
     """Record `work` on `stream`, without doing it.
 
-    Other threads, a loader's that pins memory or one that writes a checkpoint, may meanwhile ask
-    CUDA for what would end the capture if this thread did.
+    Other threads, a loader's that pins memory or NCCL's watchdog, may meanwhile ask CUDA for what
+    would end the capture if this thread did. Collectives are recorded with the rest (torch >= 2.2,
+    NCCL >= 2.9.6), once their communicator has been used; no timeout watches them when replayed.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         work()
-    return graph.replay
+    return graph
 
 
 def on_stream(stream: torch.cuda.Stream | None, work: Work) -> None:

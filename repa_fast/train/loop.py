@@ -59,10 +59,16 @@ class Run:
 
     def open(self) -> None:
         """Open the batches that follow; the steps on them compile first."""
+        self.take_step = graph.stepper(self.state, self.saves.settle)
         self.loader = self.open_loader()
         self.batches: Iterator[Batch] = iter(self.loader)
-        self.take_step = graph.stepper(self.state)
         self.opened = self.state.step
+
+    def close(self) -> None:
+        """Close the batches, and free the graph that their steps became."""
+        self.loader.close()
+        if isinstance(self.take_step, graph.GraphedStep):
+            self.take_step.close()
 
     @property
     def done(self) -> bool:
@@ -120,7 +126,7 @@ def loop(run: Run) -> None:
             run.reporter.line(f"stopped by a signal at step {state.step}; go on with --resume auto")
             return
         if state.step > run.opened and state.step == config.align_until:
-            run.loader.close()
+            run.close()
             state.end_alignment()
             run.open()
         take_step(run)

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from repa_fast.configs.config import TrainConfig
@@ -134,7 +135,7 @@ def open_run(
             folder=folder,
             state=state,
             total=total,
-            open_loader=lambda: stack.enter_context(open_loader(state, dataset, order, total)),
+            open_loader=partial(open_loader, state, dataset, order, total),
             saves=saves,
             reporter=reporter,
             evaluator=evaluator,
@@ -143,6 +144,7 @@ def open_run(
             stopping=stopping,
             begins=begins,
         )
+        stack.callback(run.close)
         yield run
 
 

@@ -75,6 +75,15 @@ class TrainState:
     step: int = 0
     history: History = field(default_factory=History)
 
+    def __post_init__(self) -> None:
+        self.head_weight = torch.empty((), dtype=torch.float32, device=self.world.device)
+        self.set_head_weight()
+
+    def set_head_weight(self) -> None:
+        """Set `head_weight`, the loss weight of each aligned head, for the next step."""
+        weight = self.alignment.weight(self.step) / max(len(self.alignment.heads), 1)
+        self.head_weight.fill_(weight)
+
     def autocast(self) -> torch.autocast:
         """Return the context of forward passes, in their precision."""
         kind, dtype = self.world.device.type, self.autocast_dtype

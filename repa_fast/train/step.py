@@ -95,11 +95,9 @@ def accumulate(state: TrainState, batch: Batch, draws: Draws) -> StepValues:
     return StepValues(loss, denoise, others, each)
 
 
-def other_weights(state: TrainState) -> list[float]:
-    """Return the loss weights of the others: the objective's, then those of alignment."""
-    aligned = len(state.alignment.heads)
-    weight = state.alignment.weight(state.step) / max(aligned, 1)
-    return [1.0] * len(state.objective.others) + [weight] * aligned
+def other_weights(state: TrainState) -> list[float | torch.Tensor]:
+    """Return the loss weights of the others: the objective's, then those of alignment (0-d)."""
+    return [1.0] * len(state.objective.others) + [state.head_weight] * len(state.alignment.heads)
 
 
 def train_step(state: TrainState, batch: Batch) -> None:
@@ -116,9 +114,10 @@ def train_step(state: TrainState, batch: Batch) -> None:
 
 
 def set_rates(state: TrainState) -> None:
-    """Set what of the optimizer depends on the step: learning rate, and 1 - decay of the EMAs."""
+    """Set what depends on the step: learning rate, 1 - decay of the EMAs, weight of alignment."""
     state.optimizer.set_lr(learning_rate(state.config, state.step))
     state.optimizer.set_ema_rates(ema_rates(state.config, state.step))
+    state.set_head_weight()
 
 
 def update(state: TrainState, batch: Batch, draws: Draws) -> None:

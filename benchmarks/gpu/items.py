@@ -63,29 +63,34 @@ def kernels(*ops: str, dtype: str = "fp32", batches: tuple[str, ...] = ("32",)) 
     return ("benchmarks.kernels.run", "--quick", "--batch", *batches, *flags)
 
 
+def parity(*rungs: str) -> tuple[str, ...]:
+    """Return the command that compares configurations with plain fp32."""
+    return ("benchmarks.step.parity", "--train", "100", "--rung", *rungs)
+
+
 NO_SANITIZER = "compute-sanitizer looks into a real card's driver"
 STREAM_OPS = ("gate_residual_adaln", "adaln", "gate_residual")
 
 ITEMS = (
     Item("card", 10, ("benchmarks.gpu.card",)),
-    Item("step", 70, ladder("e", "g")),
+    Item("step", 70, ladder("one-pass", "graph")),
     Item("tests", 90, tests("--full", "-m", "gpu and not heavy", *TESTS)),
-    Item("recipe", 45, ladder("a", "o"), needs="REPA_OFFICIAL"),
+    Item("recipe", 45, ladder("recipe", "released"), needs="REPA_OFFICIAL"),
     Item("kernels", 60, kernels(*STREAM_OPS, batches=("32", "256"))),
     Item("optimizer", 20, ("benchmarks.step.optim", "--provider", "cuda", "stock", "official")),
-    Item("step-256", 55, ladder("g", batch=256, steps=10)),
-    Item("experiments", 60, ladder("f", "i")),
+    Item("step-256", 60, ladder("graph", batch=256, steps=10)),
+    Item("experiments", 35, ladder("bf16-residual")),
     Item("attention", 40, kernels("attention", dtype="bf16")),
-    Item("compiled", 50, ladder("c", "d")),
-    Item("experiments-256", 80, ladder("f", "i", batch=256, steps=10)),
-    Item("sampling", 60, ("benchmarks.sample.sample", "--rounds", "1")),
-    Item("sra", 80, ("benchmarks.step.sra", "--compile")),
+    Item("compiled", 50, ladder("compiled", "kernels")),
+    Item("experiments-256", 50, ladder("bf16-residual", batch=256, steps=10)),
+    Item("sampling", 85, ("benchmarks.sample.sample", "--rounds", "1")),
+    Item("sra", 70, ("benchmarks.step.sra", "--compile")),
     Item("align-loss", 20, kernels("align_loss", dtype="bf16")),
     Item("sampler-step", 20, kernels("euler_maruyama_step", batches=("64",))),
     Item("sanitizer", 60, ("benchmarks.gpu.sanitize",), unpretended=NO_SANITIZER),
-    Item("features", 30, ladder("h")),
-    Item("tuned", 30, ladder("b")),
-    Item("parity", 90, ("benchmarks.step.parity", "--train", "100", "--rung", "e", "i")),
+    Item("features", 30, ladder("features")),
+    Item("tuned", 30, ladder("tuned")),
+    Item("parity", 90, parity("one-pass", "bf16-residual")),
     Item("all-tests", 120, tests("--full", "-m", "gpu", "tests")),
 )
 

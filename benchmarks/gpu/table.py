@@ -8,7 +8,7 @@ from pathlib import Path
 MOST = 6000
 """Characters."""
 
-RIVALS = ("o", "a", "e")
+RIVALS = ("released", "recipe", "one-pass")
 
 
 def read(results: Path) -> list[dict]:
@@ -55,7 +55,7 @@ def figures(rows: Sequence[dict]) -> list[str]:
             )
         elif "least_cosine" in row:
             lines.append(
-                f"parity ({row['rung']}): gradients {row['least_cosine']:.5f}, norm "
+                f"parity {row['rung']}: gradients {row['least_cosine']:.5f}, norm "
                 f"{row['norm_ratio']:.4f}, losses {row['loss_distance'] or 0:.2e} apart"
             )
         elif row.get("rung"):
@@ -73,11 +73,11 @@ def figures(rows: Sequence[dict]) -> list[str]:
 
 def step(row: dict, rows: Sequence[dict]) -> str:
     """Return a configuration of the training step, beside the rivals measured at its batch."""
-    head = f"({row['rung']}) {row['batch']}"
+    head = f"{row['rung']} {row['batch']}"
     if row["status"] != "ok":
         return f"{head}: {row['message'][:200]}"
     ratios = [
-        f"x{name} {other['ms_p50'] / row['ms_p50']:.2f}"
+        f"x{other['ms_p50'] / row['ms_p50']:.2f} {name}"
         for name in RIVALS
         if name != row["rung"]
         for other in latest(rows, rung=name, batch=row["batch"], status="ok")

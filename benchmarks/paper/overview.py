@@ -17,11 +17,11 @@ DIGITS = ROOT / "benchmarks/results/cpu/2026-11-21_digits-convergence/scores.jso
 PICTURE = ROOT / "docs/images/overview.png"
 SESSION, BATCH = "fc77fe5", 32
 SHOWN = {
-    "o": "REPA's released code",
-    "a": "the paper's recipe, plain PyTorch",
-    "e": "repa-fast, no CUDA graph",
-    "g": "repa-fast, step in one CUDA graph",
-    "f": "the same, --joint-adaln",
+    "released": "REPA's released code",
+    "recipe": "the paper's recipe, plain PyTorch",
+    "one-pass": "repa-fast, no CUDA graph",
+    "graph": "repa-fast, step in one CUDA graph",
+    "joint-adaln": "the same, one adaLN matmul",
 }
 """Configurations of the ladder, all of one session on one card, by their names here."""
 

@@ -21,7 +21,7 @@ from repa_fast.configs import presets
 PAGE = ROOT / "docs" / "performance.md"
 PRESET, BATCHES = "sit-xl2-repa", (32, 256)
 CAST_BYTES = 6  # per parameter: its gradient is a matmul's in bf16, read and written as fp32
-PARTS_RUNG, STEP_RUNGS = "e", ("g", "e", "")
+PARTS_RUNG, STEP_RUNGS = "one-pass", ("graph", "one-pass", "")
 """Of the ladder: the step whose kernels the profiler tells apart, and the step itself, one CUDA
 graph where it was measured so."""
 

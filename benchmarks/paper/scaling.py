@@ -28,10 +28,11 @@ PAYS = 1.5  # strong scaling ends where twice the GPUs are less than this many t
 def measured(preset: str, results: Path) -> list[dict]:
     """Return a preset's rows of the step from GPUs; `batch` is of all `gpus`, one if not said.
 
-    Of benchmarks.step.ladder only configuration g, the project's own step.
+    Of benchmarks.step.ladder only configuration graph, the project's own step.
     """
     rows = [row for row in from_gpus(results) if "stall_ms" in row and row["preset"] == preset]
-    return [{"gpus": 1, "parallel": "ddp", **r} for r in rows if r.get("rung", "") in ("", "g")]
+    ours = (row for row in rows if row.get("rung", "") in ("", "graph"))
+    return [{"gpus": 1, "parallel": "ddp", **row} for row in ours]
 
 
 def ms(seconds: float) -> str:

@@ -296,7 +296,7 @@ class Baseline:
 
 
 class Official(Baseline):
-    """A training step with the model and loss of a folder with REPA's code: o of the ladder.
+    """A training step with the model and loss of a folder with REPA's code.
 
     The folder's own models/sit.py and loss.py, which this project does not contain; the step around
     them, its optimizer and its encoders are `Baseline`'s. Shows whether Baseline is fair to them.

@@ -1,20 +1,22 @@
 """The training step, one change at a time: `python -m benchmarks.step.ladder`.
 
-    a  the paper's recipe in plain PyTorch (benchmarks/step/baseline.py): fp16, eager, foreach AdamW
-    b  + bf16, loss of whole batches, fused AdamW, foreach EMA, nothing read by the host
-    c  + torch.compile of each block and of the encoder
-    d  + our kernels: the project's own step, with torch's optimizer
-    e  + optimizer in one pass over memory, which also writes the bf16 compute copy
-    g  + the step as one CUDA graph; on a GPU only. What a run on one GPU does
-    f  rung g with one matmul for the adaLN layers of all blocks
-    i  rung g with the residual stream in bf16
-    h  rung g with features from the dataset instead of the encoder
-    o  the released code's own model and loss, from `--official FOLDER`: what rung a stands for
+    recipe         the paper's recipe in plain PyTorch (benchmarks/step/baseline.py): fp16, eager,
+                   foreach AdamW
+    tuned          + bf16, loss of whole batches, fused AdamW, foreach EMA, no host reads
+    compiled       + torch.compile of each block and of the encoder
+    kernels        + our kernels and bf16 leaves (repa_fast/train/leaves.py): the project's own
+                   step, with torch's optimizer, which casts gradients and writes leaves apart
+    one-pass       + csrc's optimizer: gradients, weights, first EMA and leaves in one pass
+    graph          + the step as one CUDA graph; on a GPU only. What a run on one GPU does
+    bf16-residual  graph with the residual stream in bf16
+    features       graph with features from the dataset instead of the encoder
+    released       the released code's own model and loss, from `--official FOLDER`: what the recipe
+                   stands for
 
 Configurations run one after another in one process, each with its own warm-up, on the same weights
-and batch; one whose loss differs from that of plain fp32 gets no figure (h has features of its own,
-its loss is not compared). Rows are appended as they come, so that several commands can share
-one report. On a CPU rung a computes in fp32, and bf16 may be slower than that.
+and batch; one whose loss differs from that of plain fp32 gets no figure (that of `features` is not
+compared: its features are made up). Rows are appended as they come, so that several commands can
+share one report. On a CPU the recipe computes in fp32, and bf16 may be slower than that.
 """
 
 import argparse
@@ -65,24 +67,25 @@ class Rung:
     config: Mapping[str, Any] = field(default_factory=dict)  # of the run
 
 
-STOCK = {"optimizer_impl": "torch", "compute_copy": "autocast", "cuda_graph": "off"}
-ONE_PASS = {"optimizer_impl": "cuda", "compute_copy": "optimizer", "cuda_graph": "off"}
-ON_CPU = {"optimizer_impl": "torch", "cuda_graph": "off"}
+STOCK = {"optimizer_impl": "torch", "cuda_graph": "off"}
+ONE_PASS = {"optimizer_impl": "cuda", "cuda_graph": "off"}
+GRAPH = {"optimizer_impl": "cuda", "cuda_graph": "on"}
+RESIDUAL = GRAPH | {"residual_dtype": "bf16"}
 """What a CPU lacks is replaced there; on a GPU a configuration has what it names, or fails."""
 MOST_IMAGES = 128
 """Of one forward pass, unless --micro-batch says otherwise: 256 need more than 80 GB."""
-GRAPH = ONE_PASS | {"cuda_graph": "on"}
 RUNGS = {
-    "a": Rung("the paper's recipe", plain="recipe", compiled=False),
-    "b": Rung("+ bf16, one loss, fused AdamW, no host reads", "a", plain="tuned", compiled=False),
-    "c": Rung("+ torch.compile", "b", plain="tuned"),
-    "d": Rung("+ our kernels", "c", config=STOCK),
-    "e": Rung("+ one-pass optimizer, bf16 copy", "d", config=ONE_PASS),
-    "g": Rung("+ one CUDA graph", "e", config=GRAPH, cuda=True),
-    "f": Rung("(g) + one matmul for all adaLN layers", "g", config=GRAPH | {"joint_adaln": True}),
-    "i": Rung("(g) + bf16 residual stream", "g", config=GRAPH | {"residual_dtype": "bf16"}),
-    "h": Rung("(g) + cached features", "g", config=GRAPH, cached=True),
-    "o": Rung("the released code", "a", plain="official", compiled=False),
+    "recipe": Rung("the paper's recipe", plain="recipe", compiled=False),
+    "tuned": Rung(
+        "+ bf16, one loss, fused AdamW, no host reads", "recipe", "tuned", compiled=False
+    ),
+    "compiled": Rung("+ torch.compile", "tuned", "tuned"),
+    "kernels": Rung("+ our kernels, bf16 leaves", "compiled", config=STOCK),
+    "one-pass": Rung("+ optimizer in one pass", "kernels", config=ONE_PASS),
+    "graph": Rung("+ one CUDA graph", "one-pass", config=GRAPH, cuda=True),
+    "bf16-residual": Rung("graph + bf16 residual stream", "graph", config=RESIDUAL),
+    "features": Rung("graph + cached features", "graph", config=GRAPH, cached=True),
+    "released": Rung("the released code", "recipe", "official", compiled=False),
 }
 
 
@@ -108,7 +111,7 @@ def prepare(rung: Rung, arguments: argparse.Namespace, folder: Path) -> TrainSta
         **rung.config,
     }
     if arguments.device == "cpu":
-        changes |= ON_CPU
+        changes |= STOCK
     elif not rung.plain:
         changes["kernels"] = "triton"
     if rung.cached:
@@ -177,12 +180,12 @@ def climb(arguments: argparse.Namespace, folder: Path) -> list[dict]:
     for name in arguments.rung:
         rung, before = RUNGS[name], time.monotonic()
         if before > end:
-            print(f"time limit: rung {name} left out", flush=True)
+            print(f"time limit: {name} left out", flush=True)
             continue
         if rung.cuda and arguments.device == "cpu":
             continue
         if rung.plain == "official" and not arguments.official:
-            print(f"rung {name} left out: --official names no folder", flush=True)
+            print(f"{name} left out: --official names no folder", flush=True)
             continue
         skipped = " (not compiled)" if rung.compiled and arguments.eager else ""
         row = {"rung": name, "bases": bases(rung), "what": rung.what + skipped, **stamp()}
@@ -213,11 +216,10 @@ def bases(rung: Rung) -> list[str]:
 
 def line(row: dict) -> str:
     """Return a row as it passes."""
-    head = f"({row['rung']}) {row['what']}"
     if row["status"] != "ok":
-        return f"{head}: no figure, {row['message']}"
+        return f"{row['rung']}: no figure, {row['message']}"
     rate = f"{row['images_per_second']:,.1f} images/s"
-    return f"{head}: {row['ms_p50']:.2f} ms, {rate}, after {row['seconds']:.0f} s"
+    return f"{row['rung']}: {row['ms_p50']:.2f} ms, {rate}, after {row['seconds']:.0f} s"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -227,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument("--eager", action="store_true", help="compile nothing, for a quick look")
     text = "images of a forward pass of ours; 128 at most by default"
     flags.add_argument("--micro-batch", type=int, default=0, help=text)
-    text = "folder of the released code, for rung o; else that of REPA_OFFICIAL"
+    text = "folder of the released code; else that of REPA_OFFICIAL"
     released = os.environ.get("REPA_OFFICIAL")  # argparse makes a Path of it
     flags.add_argument("--official", type=Path, default=released, help=text)
     flags.add_argument("--limit", type=float, default=1e9, help="seconds; begins nothing later")

@@ -122,7 +122,7 @@ def line(row: dict) -> str:
     losses = row["loss_distance"]
     apart = "" if losses is None else f", losses {losses:.2e} from fp32"
     figures = f"least cosine {row['least_cosine']:.6f}, norm ratio {row['norm_ratio']:.4f}"
-    return f"({row['rung']}) {row['what']}: {figures}{apart}"
+    return f"{row['rung']}: {figures}{apart}"
 
 
 def misses(row: dict, usual: dict) -> list[str]:
@@ -145,8 +145,8 @@ def markdown(rows: list[dict]) -> str:
         cosine = f"{row['least_cosine']:.6f}", row["least_cosine_of"]
         norm = f"{row['norm_ratio']:.4f}", row["norm_ratio_of"]
         holds = "; ".join(misses(row, first)) or "yes"
-        body.append((f"({row['rung']}) {row['what']}", *cosine, *norm, loss, holds))
-    heads = ("rung", "least cosine", "of", "norm ratio furthest from 1", "of", "losses", "holds")
+        body.append((row["rung"], row["what"], *cosine, *norm, loss, holds))
+    heads = ("configuration", "what it is", "least cosine", "of", "norm ratio furthest from 1")
     lines = [
         f"# Parity: {first['preset']}, batch {first['batch']}",
         "",
@@ -155,9 +155,9 @@ def markdown(rows: list[dict]) -> str:
         f"Against plain eager fp32: {first['gradients']} gradients of the first step, and the "
         f"losses of {first['steps']} steps (mean difference over mean size).",
         "",
-        *grid(heads, body)[:-1],
+        *grid((*heads, "of", "losses", "holds"), body)[:-1],
     ]
-    lines += [f"- ({row['rung']}): {'; '.join(row['notes'])}" for row in rows if row["notes"]]
+    lines += [f"- {row['rung']}: {'; '.join(row['notes'])}" for row in rows if row["notes"]]
     return "\n".join([*lines, "", *(["![losses](losses.png)", ""] if first["steps"] else [])])
 
 
@@ -172,7 +172,7 @@ def draw(rows: list[dict], path: Path) -> None:
     whole.set(title="loss in plain fp32", xlabel="step")
     for row in rows:
         differences = [abs(a - b) for a, b in zip(row["losses"], exact)]
-        apart.plot(differences, linewidth=0.8, label=f"({row['rung']}) {row['what']}")
+        apart.plot(differences, linewidth=0.8, label=row["rung"])
     apart.set(title="difference from it", xlabel="step", yscale="log")
     apart.legend(frameon=False, fontsize=8)
     for axis in (whole, apart):
@@ -183,7 +183,8 @@ def draw(rows: list[dict], path: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Compare; return 1 if a configuration does not hold what is asked of it."""
     flags = parser(__doc__.splitlines()[0], "sit-s2-repa")
-    flags.add_argument("--rung", nargs="+", choices=OURS, default=["e"], help="of the ladder")
+    text = "configurations of the ladder"
+    flags.add_argument("--rung", nargs="+", choices=OURS, default=["one-pass"], help=text)
     flags.add_argument("--train", type=int, default=300, help="steps whose losses are compared")
     flags.add_argument("--eager", action="store_true", help="compile nothing")
     flags.set_defaults(micro_batch=0)

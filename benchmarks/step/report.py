@@ -7,10 +7,10 @@ from benchmarks.harness import rows as files
 from benchmarks.harness.rows import facts, percent
 from benchmarks.step.profile import CATEGORIES
 
-RIVAL = "a"
+RIVAL = "recipe"
 FLOOR = {"preset": "sit-xl2-repa", "batch": 32, "rung": RIVAL}
 FLOOR_MS = 71.3
-"""What rung (a) cannot be faster than on an H200 at 790 TFLOP/s and 4.3 TB/s, from its FLOPs and
+"""What the recipe cannot be faster than on an H200 at 790 TFLOP/s and 4.3 TB/s, from its FLOPs and
 bytes: SiT-XL/2 at 256 pixels, 32 images."""
 
 SHADES = ("#1f5fa8", "#e08214", "#2a9d5c", "#9ecae1", "#8856a7", "#c2a35a", "#d9d9d9")
@@ -20,9 +20,10 @@ HOW = ("micro_batch", "compile", "precision", "data")
 
 
 def read(path: Path) -> list[dict]:
-    """Return the last row of each configuration and of each way to run a single step, in order.
+    """Return the last row of each configuration and of each way to run a single step.
 
-    Those of another commit were measured on other days and other cards: they stay, apart.
+    What changes least of the rival comes first. Those of another commit were measured on other days
+    and other cards: they stay, apart.
     """
     rows = files.read(path)
     commits = list(dict.fromkeys(row["commit"] for row in rows))
@@ -30,7 +31,8 @@ def read(path: Path) -> list[dict]:
     for row in rows:
         how = () if row["rung"] else tuple(row[name] for name in HOW)
         preset, batch, commit = group(row)
-        latest[preset, batch, commits.index(commit), row["rung"], *how] = row
+        changes = len(row.get("bases", ()))
+        latest[preset, batch, commits.index(commit), changes, row["rung"], *how] = row
     return [latest[key] for key in sorted(latest)]
 
 
@@ -70,7 +72,7 @@ def section(rows: list[dict]) -> list[str]:
     for row in ok:
         lines += kernels(row)
     lines += [f"- {label(row)}: {'; '.join(row['notes'])}" for row in ok if row["notes"]]
-    lines += [f"- ({row['rung']}) no figure: {row['message']}" for row in rows if row not in ok]
+    lines += [f"- {row['rung']} has no figure: {row['message']}" for row in rows if row not in ok]
     commands = dict.fromkeys(row["command"] for row in rows)
     return [*lines, "", *(f"`{command}`" for command in commands), ""]
 
@@ -129,12 +131,13 @@ def ladder(rows: list[dict]) -> list[str]:
             "" if other is None else f"{other['ms_p50'] / row['ms_p50']:.2f}"
             for other in (rungs.get(RIVAL), base)
         )
-        body.append((f"({row['rung']}) {row['what']}", f"{row['ms_p50']:.2f}", *ratios))
-    lines = grid(("rung", "ms p50", f"times ({RIVAL})", "times the one it changes"), body)
+        body.append((row["rung"], row["what"], f"{row['ms_p50']:.2f}", *ratios))
+    heads = ("configuration", "what it is", "ms p50", f"times the {RIVAL}", "times what it changes")
+    lines = grid(heads, body)
     for row in rungs.values():
         on_gpu = row["launches"] is not None
         if on_gpu and all(row[name] == value for name, value in FLOOR.items()):
-            text = f"Rung ({RIVAL}): {row['launches']:,.0f} launches, {row['ms_p50']:.1f} ms. Its "
+            text = f"The {RIVAL}: {row['launches']:,.0f} launches, {row['ms_p50']:.1f} ms. Its "
             text += "floor, counted from FLOPs and bytes at an H200's measured rates, is "
             lines += [f"{text}{FLOOR_MS} ms.", ""]
     return lines
@@ -144,7 +147,7 @@ def kernels(row: dict) -> list[str]:
     """Return the kernels that take most of a step, and the longest gaps; none on a CPU."""
     if not row.get("kernels"):
         return []
-    heads = (f"{label(row)}: kernels", "category", "calls", "ms of a step", "us a call")
+    heads = (f"{label(row)} by kernel", "category", "calls", "ms of a step", "us a call")
     body = []
     for kernel in row["kernels"]:
         calls, ms = kernel["calls"], kernel["ms"]
@@ -157,7 +160,7 @@ def kernels(row: dict) -> list[str]:
 def label(row: dict) -> str:
     """Return a row's name in tables and pictures."""
     if row["rung"]:
-        return f"({row['rung']}) {row['what']}"
+        return row["rung"]
     parts = ["compiled" if row["compile"] else "eager"]
     if row["data"] != "made up":
         parts.append(f"data {row['data']}")

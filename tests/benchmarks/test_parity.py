@@ -9,10 +9,12 @@ DIGITS = ["--preset", "digits", "--device", "cpu", "--batch", "8", "--eager"]
 
 
 @pytest.mark.usefixtures("tiny_digits", "coarse_pictures")
-def test_a_rung_is_compared_with_fp32_and_with_plain_bf16(tmp_path, capsys):
-    assert parity.main([*DIGITS, "--train", "3", "--rung", "i", "--out", str(tmp_path)]) == 0
+def test_a_configuration_is_compared_with_fp32_and_with_plain_bf16(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(parity, "LOSS_RATIO", 10.0)  # three losses say little
+    flags = ["--train", "3", "--rung", "bf16-residual", "--out", str(tmp_path)]
+    assert parity.main([*DIGITS, *flags]) == 0
     rows = read(tmp_path / "rows.jsonl")
-    assert [row["rung"] for row in rows] == ["bf16", "i"]
+    assert [row["rung"] for row in rows] == ["bf16", "bf16-residual"]
     usual, residual = rows
     text = (tmp_path / "report.md").read_text()
     for row in rows:
@@ -22,7 +24,7 @@ def test_a_rung_is_compared_with_fp32_and_with_plain_bf16(tmp_path, capsys):
         assert f"{row['least_cosine']:.6f} | {row['least_cosine_of']} |" in text
     assert residual["least_cosine"] < usual["least_cosine"]  # its stream is rounded as well
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
-    assert "(i) (g) + bf16 residual stream" in capsys.readouterr().out
+    assert "| bf16-residual | graph + bf16 residual stream |" in capsys.readouterr().out
 
 
 def test_the_worst_gradients_are_named():
@@ -53,12 +55,12 @@ def test_losses_are_apart_by_their_mean_difference_over_their_mean_size():
         ({"steps": 0, "loss_distance": None}, []),
     ],
 )
-def test_what_a_rung_does_not_hold_is_said_and_the_command_fails(
+def test_what_a_configuration_does_not_hold_is_said_and_the_command_fails(
     tmp_path, monkeypatch, change, missed
 ):
     usual = {"least_cosine": 0.9995, "least_cosine_of": "x", "norm_ratio": 1.009, "rung": "bf16"}
     usual |= {"norm_ratio_of": "y", "steps": 300, "loss_distance": 1e-3}
-    row = {**usual, "rung": "i", "loss_distance": 1.9e-3, **change}
+    row = {**usual, "rung": "bf16-residual", "loss_distance": 1.9e-3, **change}
     assert parity.misses(row, usual) == missed
     monkeypatch.setattr(parity, "parity", lambda arguments: [usual, row])
     monkeypatch.setattr(parity, "markdown", lambda rows: "")

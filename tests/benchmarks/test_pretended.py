@@ -167,7 +167,7 @@ def test_all_gpu_tests_are_collected():
 def test_a_step_is_rehearsed_and_so_is_its_graph(tmp_path):
     report, results = tmp_path / "report.jsonl", tmp_path / "results"
     flags = ("--report", report, "-m", "benchmarks.step.ladder", "--preset", "sit-s2-repa")
-    flags += ("--batch", 4, "--rung", "e", "g", "--steps", 2, "--warmup", 1)
+    flags += ("--batch", 4, "--rung", "one-pass", "graph", "--steps", 2, "--warmup", 1)
     done = run(*flags, seconds=500, REPA_FAST_RESULTS=results)
     assert done.returncode == 0, done.stdout + done.stderr
     (rows,) = results.glob("*/*/rows.jsonl")
@@ -176,7 +176,7 @@ def test_a_step_is_rehearsed_and_so_is_its_graph(tmp_path):
         assert measured["command"].startswith("python -m benchmarks.step.ladder --preset")
     plain, graphed = rows = pretended_report.read(report)
     assert pretended_report.verdicts(rows) == []
-    for row, rung, warm_steps in ((plain, "e", 2), (graphed, "g", 4)):
+    for row, rung, warm_steps in ((plain, "one-pass", 2), (graphed, "graph", 4)):
         assert (row["rung"], row["batch"], row["micro_batch"]) == (rung, 4, 4)
         assert row["warm_steps"] == warm_steps
         assert row["synchronisations"] == 0, row["places"]
@@ -188,7 +188,7 @@ def test_a_step_is_rehearsed_and_so_is_its_graph(tmp_path):
     assert graphed["graph_launches"] == 1 and graphed["replayed"] > 500
 
 
-HEAD = {"kind": "step", "rung": "g", "preset": "sit-xl2-repa", "batch": 256, "micro_batch": 128}
+HEAD = {"kind": "step", "rung": "graph", "preset": "sit-xl2-repa", "batch": 256, "micro_batch": 128}
 FAILED = HEAD | {"error": "OutOfMemoryError: CUDA out of memory"}
 STEP = HEAD | {
     "warm_steps": 4, "synchronisations": 1 / 3,
@@ -216,11 +216,11 @@ def test_verdicts_are_about_the_last_row_of_each_step():
     verdicts = pretended_report.verdicts
     right = STEP | {"synchronisations": 0.0, "recompilations": {}}
     assert verdicts([STEP, right]) == []
-    assert verdicts([STEP | {"rung": rung} for rung in ("", "a", "h")]) == []
-    assert verdicts([right | {"rung": "e", "graph_launches": 0.0}, {"kind": "tests"}]) == []
+    assert verdicts([STEP | {"rung": rung} for rung in ("", "recipe", "features")]) == []
+    assert verdicts([right | {"rung": "one-pass", "graph_launches": 0.0}, {"kind": "tests"}]) == []
     wrong = {"block_graphs": 4, "card_gib": 79.5, "graph_launches": 0.0}
     assert verdicts([STEP | wrong]) == [
-        f"(g) sit-xl2-repa, 256: {text}"
+        f"graph, sit-xl2-repa, 256: {text}"
         for text in (
             "waits for the device 0.333333 times a step",
             "compiles after step 4: 1 x sit.py:forward",
@@ -229,7 +229,7 @@ def test_verdicts_are_about_the_last_row_of_each_step():
             "no CUDA graph is replayed",
         )
     ]
-    assert verdicts([right, FAILED]) == ["(g) sit-xl2-repa, 256: " + FAILED["error"]]
+    assert verdicts([right, FAILED]) == ["graph, sit-xl2-repa, 256: " + FAILED["error"]]
 
 
 def not_a_gpu_machine():

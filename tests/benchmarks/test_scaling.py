@@ -187,7 +187,7 @@ def test_only_the_step_s_rows_from_gpus_are_measured_points(tmp_path, work, step
     append(tmp_path / "nvidia-h200/2026-11-22_optim/rows.jsonl", other)
     *found, graphed = scaling.measured("sit-xl2-repa", tmp_path)
     assert [(each["gpus"], each["batch"]) for each in found] == [(1, 32), (8, 256)]
-    assert graphed["rung"] == "g"
+    assert graphed["rung"] == "graph"
     page = scaling.Page("sit-xl2-repa", H200, (32,), 256, work, found)
     table = "\n".join(scaling.measurements(page))
     assert table.count("| NVIDIA H200 |") == 2 and "| 62.00 |" in table

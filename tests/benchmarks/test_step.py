@@ -84,20 +84,20 @@ class SILoss:
 """
 
 
-def test_the_ladder_has_every_rung_and_its_ratios(options, report, tmp_path, monkeypatch, capsys):
+def test_the_ladder_has_what_is_asked_for(options, report, tmp_path, monkeypatch, capsys):
     """The released code is one of them where its folder is named."""
-    monkeypatch.setattr(step_report, "draw", lambda rows, path: None)  # after every rung
+    monkeypatch.setattr(step_report, "draw", lambda rows, path: None)  # after every one
     monkeypatch.setattr(step, "matmul_rate", lambda dtype, device: 1e12)
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "sit.py").write_text(RELEASED)
     (tmp_path / "loss.py").write_text(LOSS)
-    rungs = ["a", "b", "d", "e", "h", "o"]
+    rungs = ["recipe", "tuned", "kernels", "one-pass", "features", "released"]
     flags = options("--steps", "1", "--warmup", "0", "--eager", "--official", str(tmp_path))
     assert ladder.main([*flags, "--rung", *rungs]) == 0, capsys.readouterr().out
     rows, text = report()
-    assert [row["rung"] for row in rows] == rungs
-    *rows, released = rows
-    assert released["status"] == "ok" and released["bases"] == ["a"]
+    released = rows.pop(1)  # as near to the recipe as tuned is
+    assert [row["rung"] for row in (*rows, released)] == rungs
+    assert released["status"] == "ok" and released["bases"] == ["recipe"]
     first, *others = rows
     assert first["precision"] == "float32" and {r["precision"] for r in others} == {"bfloat16"}
     for row in others[:-1]:
@@ -109,8 +109,8 @@ def test_the_ladder_has_every_rung_and_its_ratios(options, report, tmp_path, mon
     for before, row in zip(rows, others):
         ratios = first["ms_p50"] / row["ms_p50"], before["ms_p50"] / row["ms_p50"]
         cells = f"{row['ms_p50']:.2f} | {ratios[0]:.2f} | {ratios[1]:.2f} |"
-        assert f"| ({row['rung']}) {row['what']} | {cells}" in text
-    assert f"- (d) {others[1]['what']}: kernels: reference, since" in text
+        assert f"| {row['rung']} | {row['what']} | {cells}" in text
+    assert "- kernels: kernels: reference, since" in text
     assert "(not compiled)" in others[1]["what"] and "(not compiled)" not in others[0]["what"]
     assert "floor" not in text
 
@@ -120,16 +120,17 @@ def test_the_released_code_has_to_be_in_the_folder(make_state, tmp_path):
     refused(lambda: baseline.Official(make_state(), tmp_path), words)
 
 
-def test_every_rung_changes_one_that_there_is():
-    assert ladder.bases(ladder.RUNGS["f"]) == ["g", "e", "d", "c", "b", "a"]
-    assert [name for name, rung in ladder.RUNGS.items() if not ladder.bases(rung)] == ["a"]
+def test_every_configuration_changes_one_that_there_is():
+    way = ["graph", "one-pass", "kernels", "compiled", "tuned", "recipe"]
+    assert ladder.bases(ladder.RUNGS["bf16-residual"]) == way
+    assert [name for name, rung in ladder.RUNGS.items() if not ladder.bases(rung)] == ["recipe"]
 
 
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (["--limit", "-1"], "time limit: rung a left out"),
-        (["--rung", "o"], "rung o left out: --official names no folder"),
+        (["--limit", "-1"], "time limit: recipe left out"),
+        (["--rung", "released"], "released left out: --official names no folder"),
     ],
 )
 def test_what_begins_after_the_limit_or_has_no_folder_is_left_out(
@@ -151,21 +152,21 @@ def test_while_the_rival_is_timed_the_projects_model_is_gone(options, monkeypatc
 
     seen, old = {}, models()
     monkeypatch.setattr(step, "figures", figures)
-    assert ladder.main(options("--eager", "--rung", "b", "d")) == 1
+    assert ladder.main(options("--eager", "--rung", "tuned", "kernels")) == 1
     assert seen == {"Baseline": old, "Ours": old + 2}  # the model and its average
 
 
-def test_a_wrong_loss_or_an_impossible_rung_gets_no_figure_and_the_next_one_runs(
+def test_a_wrong_loss_or_an_impossible_configuration_gets_no_figure_and_the_next_one_runs(
     options, report, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(ladder, "expected_loss", lambda state, size: 123.0)
     monkeypatch.setattr(step, "figures", lambda *arguments: pytest.fail("was measured"))
-    assert ladder.main(options("--eager", "--rung", "a", "d")) == 1
+    assert ladder.main(options("--eager", "--rung", "recipe", "kernels")) == 1
     rows, text = report()
-    assert [row["rung"] for row in rows] == ["a", "d"]
+    assert [row["rung"] for row in rows] == ["recipe", "kernels"]
     for row in rows:
         assert row["status"] == "failed" and "where plain fp32 has 123" in row["message"]
-    assert "- (a) no figure: RuntimeError: loss" in text
+    assert "- recipe has no figure: RuntimeError: loss" in text
     assert not (tmp_path / "out" / "shares.png").exists()
 
 
@@ -193,7 +194,7 @@ def test_bench_is_a_command_in_a_checkout(monkeypatch, capsys):
 def row_of(**changes):
     ones = "ms_p20 ms_p80 images_per_second gflop_per_image first_step_seconds mfu_of_matmul"
     row = dict.fromkeys(f"{ones} matmul_tflop_per_s peak_memory_gib".split(), 1.0)
-    row |= {"preset": "sit-xl2-repa", "batch": 32, "micro_batch": 32, "rung": "a", "what": "x"}
+    row |= {"preset": "sit-xl2-repa", "batch": 32, "micro_batch": 32, "rung": "recipe", "what": "x"}
     row |= {"status": "ok", "ms_p50": 90.0, "mfu": 0.1, "launches": 9876.0, "stall_ms": 0.0}
     row |= {"host_ms": 80.0, "profiled_ms": 95.0, "steps": 50, "warmup": 10, "compile": False}
     row |= {"precision": "float16", "data": "made up", "command": "c", "notes": [], "bases": []}
@@ -203,25 +204,28 @@ def row_of(**changes):
 
 @pytest.mark.parametrize(
     "changes, shown",
-    [({}, True), ({"batch": 256}, False), ({"launches": None}, False), ({"rung": "b"}, False)],
+    [({}, True), ({"batch": 256}, False), ({"launches": None}, False), ({"rung": "tuned"}, False)],
 )
-def test_the_floor_stands_beside_rung_a_on_a_gpu_at_the_shape_it_was_counted_for(changes, shown):
+def test_the_recipe_has_its_floor_on_a_gpu_at_the_shape_it_was_counted_for(changes, shown):
     text = step_report.markdown([row_of(**changes)])
     assert ("9,876 launches, 90.0 ms" in text and "71.3 ms" in text) == shown
 
 
-def test_a_report_has_the_last_row_of_each_rung_in_their_order(report, tmp_path):
+def test_a_report_has_the_last_row_of_each_configuration_the_least_changed_first(report, tmp_path):
     """And of each way to run a single step."""
-    failed = {"rung": "c", "what": "x", "status": "failed", "message": "boom", "command": "c"}
+    failed = {"rung": "compiled", "what": "x", "bases": ["tuned", "recipe"], "status": "failed"}
+    failed |= {"message": "boom", "command": "c"}
     failed |= {"preset": "sit-xl2-repa", "batch": 32, **dict.fromkeys(files.STAMP, "?")}
-    wrong, large = {**failed, "rung": "d"}, row_of(batch=256, rung="e")
+    wrong = {**failed, "rung": "kernels", "bases": ["compiled", "tuned", "recipe"]}
+    large = row_of(batch=256, rung="one-pass")
     eager, compiled = row_of(rung=""), row_of(rung="", compile=True, ms_p50=1.0)
     text = step_report.markdown([eager, compiled])
-    assert "| eager |" in text and "| compiled |" in text and "times (a)" not in text
-    rows = [large, row_of(rung="d"), row_of(ms_p50=1.0), {**failed, "rung": "a"}, failed, wrong]
+    assert "| eager |" in text and "| compiled |" in text and "times the recipe" not in text
+    early = [row_of(rung="kernels", bases=wrong["bases"]), row_of(ms_p50=1.0)]
+    rows = [large, *early, {**failed, "rung": "recipe", "bases": []}, wrong, failed]
     files.append(tmp_path / "out" / "rows.jsonl", *rows, row_of(), eager, compiled, eager)
     step_report.write(tmp_path / "out")
     found, text = report()
     assert found == [eager, compiled, row_of(), failed, wrong, large]
     assert is_png(tmp_path / "out" / "shares.png")
-    assert "- (c) no figure: boom" in text and "- (d) no figure: boom" in text
+    assert "- compiled has no figure: boom" in text and "- kernels has no figure: boom" in text

@@ -156,7 +156,7 @@ def forgive_labels(guidance: ModuleType) -> None:
 
 
 def forgive_parity(parity: ModuleType) -> None:
-    """Losses are as far apart as one likes, and every rung holds what is asked of it."""
+    """Losses are as far apart as one likes, and every configuration holds what is asked of it."""
     parity.distance = lambda found, exact: 0.0
     parity.misses = lambda row, usual: []
 
@@ -176,7 +176,7 @@ def patch_step(step: ModuleType) -> None:
 
 
 def patch_ladder(ladder: ModuleType) -> None:
-    """No loss is wrong, and the report knows the rung."""
+    """No loss is wrong, and the report knows the configuration."""
     from benchmarks.gpu.pretended import report
 
     ladder.LOSS_TOLERANCE = float("inf")

@@ -26,8 +26,9 @@ FIGURES = {"steps": 3, "warmup": 1}
 GIB = 2**30
 BLOCKS = ("sit.py", "baseline.py")
 """Files whose compiled `forward` is a block's."""
-JUDGED, GRAPHED = "defgi", "fgi"
-"""Rungs of the ladder that `verdicts` speaks of, and those whose step is one CUDA graph."""
+GRAPHED = ("graph", "bf16-residual")
+JUDGED = ("kernels", "one-pass", *GRAPHED)
+"""Configurations of the ladder whose steps `verdicts` judges, and those that are one CUDA graph."""
 MOST_BLOCK_GRAPHS, MOST_GIB = 3, 79.1
 
 _current: dict = {}
@@ -101,7 +102,7 @@ def reported(figures: Callable) -> Callable:
 
 
 def named(measure: Callable, rungs: Mapping) -> Callable:
-    """`measure` of the ladder, whose rung the report names; a failure is reported too."""
+    """`measure` of the ladder, whose configuration the report names; a failure is reported too."""
 
     def measured(rung, arguments: argparse.Namespace) -> dict:
         begin(next((name for name, one in rungs.items() if one is rung), "?"))
@@ -235,10 +236,10 @@ def verdicts(rows: Iterable[Mapping]) -> list[str]:
     last = {
         (row["rung"], row["preset"], row["batch"]): row
         for row in rows
-        if row["kind"] == "step" and row["rung"] and row["rung"] in JUDGED
+        if row["kind"] == "step" and row["rung"] in JUDGED
     }
     return [
-        f"({rung}) {preset}, {batch}: {wrong}"
+        f"{rung}, {preset}, {batch}: {wrong}"
         for (rung, preset, batch), row in last.items()
         for wrong in faults(row)
     ]
@@ -271,7 +272,7 @@ def read(file: Path) -> list[dict]:
 
 
 def table(file: Path) -> str:
-    """Return a table of the report's rows, at most 100 columns wide."""
+    """Return a table of the report's rows, at most 100 columns wide; times in ms."""
     rows, lines = read(file), []
     steps = [row for row in rows if row["kind"] == "step"]
     if steps:
@@ -286,8 +287,8 @@ def table(file: Path) -> str:
 
 
 HEADER = (
-    "rung preset         batch micro syncs graphs blocks late brk launch graph in it "
-    "host ms wall ms  GiB"
+    "configuration preset         batch syncs graphs block late brk "
+    "launch graph in it   host   wall  GiB"
 )
 
 
@@ -298,15 +299,15 @@ def folded(text: str) -> list[str]:
 
 def line(row: dict) -> str:
     """Return a step in one line."""
-    what = f"{row['rung'] or '-':<4} {row['preset'][:14]:<14} {row['batch']:>5} "
-    what += f"{row['micro_batch']:>5}"
+    batch = f"{row['batch']}/{row['micro_batch']}"
+    what = f"{row['rung'] or '-':<13} {row['preset'][:12]:<12} {batch:>7}"
     if "error" in row:
         return f"{what} {row['error']} ({row['card_gib']:.1f} of {row['card_of_gib']:.1f} GiB)"
     return (
         f"{what} {row['synchronisations']:>5.1f} {sum(row['graphs'].values()):>6} "
-        f"{row['block_graphs']:>6} {sum(row['recompilations'].values()):>4} "
+        f"{row['block_graphs']:>5} {sum(row['recompilations'].values()):>4} "
         f"{row['graph_breaks']:>3} {row['launches']:>6.0f} {row['graph_launches']:>5.0f} "
-        f"{row['replayed']:>5.0f} {row['host_ms']:>7.1f} {row['wall_ms']:>7.1f} "
+        f"{row['replayed']:>5.0f} {row['host_ms']:>6.1f} {row['wall_ms']:>6.1f} "
         f"{row['card_gib']:>4.1f}"
     )
 
@@ -315,7 +316,8 @@ def details(row: dict) -> list[str]:
     """Return where a step waits and compiles, and what takes most of its host time."""
     if "error" in row:
         return []
-    lines = ["", f"({row['rung'] or '-'}) {row['preset']}, {row['micro_batch']} of {row['batch']}"]
+    name = row["rung"] or "a step"
+    lines = ["", f"{name}, {row['preset']}, {row['micro_batch']} of {row['batch']}"]
     lines.append(
         f"  peak GiB: {row['allocated_gib']:.1f} of tensors, {row['reserved_gib']:.1f} reserved, "
         f"{row['card_gib']:.1f} of {row['card_of_gib']:.1f} on the card since the process began"

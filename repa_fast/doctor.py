@@ -32,7 +32,7 @@ PACKAGES = {
     "nvidia-dali": ("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
     "flash-attn 2": ("flash-attn",),
     "flash-attn 3": ("flash-attn-3", "flashattn-hopper"),
-    "flash-attn 4": ("flash-attn-4",),
+    "cudnn-frontend": ("nvidia-cudnn-frontend",),
     "xformers": ("xformers",),
     "apex": ("apex",),
     "torchdiffeq": ("torchdiffeq",),

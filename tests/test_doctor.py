@@ -49,7 +49,7 @@ def test_what_it_says_is_chosen_is_what_a_run_would_choose(on_cpu):
     assert said.startswith(f"kernels {dispatch.describe('cpu')}")
     said = plain(doctor.attention())
     assert said.startswith("attention sdpa, auto: on cpu torch chooses the kernel")
-    assert "fa3, fa4, xformers: it runs on cuda, got tensors on cpu" in said
+    assert "cudnn, fa2, fa3, xformers: it runs on cuda, got tensors on cpu" in said
     assert "sdpa-flash, math, reference: can be asked for" in said
     assert plain(doctor.optimizer()) == "optimizer torch, since the tensors are on cpu"
     said = plain(doctor.decode())

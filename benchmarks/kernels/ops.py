@@ -89,10 +89,6 @@ class Problem:
             batch, width = specs[vectors[0]].shape
             chunks = (0.5 * normal((batch, 6 * width), BRANCH)).chunk(6, dim=-1)
             tensors.update(zip(vectors, chunks))
-        if "q" in specs:
-            batch, heads, tokens, head_dim = self.shape
-            qkv = normal((batch, tokens, 3, heads, head_dim), self.dtype)
-            tensors.update(zip("qkv", qkv.permute(2, 0, 3, 1, 4).unbind(0)))
         for name, spec in specs.items():
             if name == "index":
                 tensors[name] = torch.arange(len(spec), device=device)
@@ -156,6 +152,12 @@ def _step_plain(x, v_cond, v_uncond, index) -> tuple[torch.Tensor, torch.Tensor]
         noise=standard_normal(x.shape, STEP["seed"], 0, index),
     )
     return out, out.to(v_cond.dtype)
+
+
+def _tokens(shape: Shape, dtype: torch.dtype, name: str, *axes: int) -> Tensors:
+    """Return a tensor (B, N, *axes, H, K), by name, of attention at `shape` (B, H, N, K)."""
+    batch, heads, tokens, head_dim = shape
+    return {name: meta((batch, tokens, *axes, heads, head_dim), dtype)}
 
 
 def _attention_flops(shape: Shape, mode: str) -> int:
@@ -223,11 +225,11 @@ _TABLE = (
     ),
     Case(
         op="attention",
-        call=ops.attention,
-        inputs=lambda shape, dtype: {name: meta(shape, dtype) for name in "qkv"},
-        outputs=lambda shape, dtype: {"out": meta(shape, dtype)},
-        saved=("q", "k", "v", "out"),
-        gradients=("q", "k", "v"),
+        call=ops.attention_packed,
+        inputs=lambda shape, dtype: _tokens(shape, dtype, "qkv", 3),
+        outputs=lambda shape, dtype: _tokens(shape, dtype, "out"),
+        saved=("qkv", "out"),
+        gradients=("qkv",),  # packed: where a backend gives three, with the stack of them
         shapes=((32, 16, 256, 72), (256, 16, 256, 72), (32, 12, 257, 64)),  # XL/2, DINOv2-B
         small=(2, 4, 64, 72),
         tiny=(1, 1, 1, 8),

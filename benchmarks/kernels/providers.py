@@ -45,6 +45,7 @@ def _backend(backend: Backend) -> Provider:
         backend.name,
         lambda case: partial(case.call, backend=backend.name),
         lambda device: why_not_backend(backend, device, BRANCH) or backend.probe(),
+        note="" if backend.packs else "its gradients stacked by torch",
     )
 
 

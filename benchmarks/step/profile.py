@@ -28,7 +28,9 @@ DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 HOST = ("cuda_runtime", "cuda_driver")
 
 GENERATED = re.compile(r"^triton_(?!tem)")  # Inductor's, named after whatever they were made from
-OURS = re.compile(r"^(adaln|gate_residual|align_loss|sum_chunks|euler_maruyama)\w*|^repa_fast::")
+OURS = re.compile(
+    r"^(adaln|gate_residual|align_loss|sum_chunks|euler_maruyama)\w*|^repa_fast::(?!attention)"
+)
 OPTIMIZER = re.compile(r"adamw_ema_kernel|squares_kernel|advance_kernel|multi_tensor_apply")
 ATTENTION = re.compile(
     r"attention|flash|fmha|sdpa|cudnn_generated_fort_native|compute_dot_do_o|convert_dq",

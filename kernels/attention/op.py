@@ -8,7 +8,7 @@ import torch
 from repa_fast.backend.dispatch import constant_when_compiled
 from repa_fast.contracts import expect_choice, expect_floating, expect_shape
 
-from .backends import BACKENDS, apply, expect_runnable
+from .backends import BACKENDS, Backend, apply, apply_packed, expect_runnable
 
 _backend = "sdpa"
 
@@ -74,11 +74,42 @@ def attention(
             back to another backend.
     """
     _expect_arguments(q, k, v)
+    chosen = _runnable(backend, q)
+    with _without_autocast(q.device.type):
+        return apply(chosen, q, k, v)
+
+
+def attention_packed(qkv: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+    """Compute `attention` of q, k and v in one tensor, as one linear layer gives them.
+
+    A backend that packs returns the gradient in one tensor as well; of others autograd stacks it.
+
+    Args:
+        qkv: (B, N, 3, H, K) with K at least 1, any floating dtype its backend takes, any strides.
+        backend: as for `attention`.
+
+    Returns:
+        (B, N, H, K) in the dtype of qkv; its strides are the backend's.
+
+    Raises:
+        ValueError, RuntimeError: as for `attention`.
+    """
+    if qkv.ndim != 5 or qkv.shape[2] != 3 or not qkv.shape[-1]:
+        shape = tuple(qkv.shape)
+        raise ValueError(
+            f"attention: qkv has shape {shape}, expected (B, N, 3, H, K) with K at least 1"
+        )
+    expect_floating("attention", "qkv", qkv)
+    chosen = _runnable(backend, qkv)
+    with _without_autocast(qkv.device.type):
+        return apply_packed(chosen, qkv)
+
+
+def _runnable(backend: str | None, tensor: torch.Tensor) -> Backend:
     name = _backend if backend is None else backend
     expect_choice("attention: backend", name, tuple(BACKENDS))
-    expect_runnable(name, q.device.type, q.dtype)
-    with _without_autocast(q.device.type):
-        return apply(BACKENDS[name], q, k, v)
+    expect_runnable(name, tensor.device.type, tensor.dtype)
+    return BACKENDS[name]
 
 
 def _expect_arguments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from repa_fast.contracts import expect_choice
 
-from .backends import BACKENDS, Backend, apply, describe, why_not
+from .backends import BACKENDS, Backend, apply_packed, describe, why_not
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # fp64 is the oracle's
 _TENSORS = ("out", "dq", "dk", "dv")
@@ -17,8 +17,8 @@ _TRIAL_BATCH = 2
 _WARM_UP, _ROUNDS, _CALLS = 3, 5, 5
 _HEAD_START = 10_000_000  # clock cycles, about 5 ms
 
-Clock = Callable[[Backend, "Tensors"], float]
-Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v, dout
+Tensors = tuple[torch.Tensor, torch.Tensor]  # qkv (B, N, 3, H, K), dout (B, N, H, K)
+Clock = Callable[[Backend, Tensors], float]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Row:
 
     worst: which of out, dq, dk, dv came closest to the bound of its error, or went beyond.
     error, bound: root mean square of that error and its bound, None where it did not run.
-    ms: forward and backward in milliseconds, None where it was not timed.
+    ms: forward and backward, to the gradient of a packed qkv, in milliseconds, None where it was
+        not timed.
     left_out: why it is not eligible, "" where it is.
     """
 
@@ -62,8 +63,8 @@ def select(
     """Choose the backend of a model; `set_backend(selection.backend)` then makes it the default.
 
     A backend that is asked for by name is self-tested and taken, or raises. "auto" on CUDA
-    self-tests every backend that can run, times those that pass, forward and backward at the real
-    batch, and takes the fastest; elsewhere it takes "sdpa" as it is. Timings differ between
+    self-tests every proven backend that can run, times those that pass, forward and backward at the
+    real batch, and takes the fastest; elsewhere it takes "sdpa" as it is. Timings differ between
     processes: in a distributed run one process selects and tells the others.
 
     Args:
@@ -96,8 +97,10 @@ def select(
         return Selection(asked, reason, (row,))
     if device.type != "cuda":
         return Selection("sdpa", f"auto: on {device.type} torch chooses the kernel", ())
-    rows = survey(list(backends.values()), shape, dtype, device, clock=milliseconds)
-    return fastest(rows, f"{shape} {dtype}")
+    proven = [backend for backend in backends.values() if not backend.unproven]
+    rows = survey(proven, shape, dtype, device, clock=milliseconds)
+    unproven = (Row(b.name, left_out=b.unproven) for b in backends.values() if b.unproven)
+    return fastest((*rows, *unproven), f"{shape} {dtype}")
 
 
 def survey(
@@ -113,10 +116,12 @@ def survey(
         raise ValueError(f"attention: the self-test got dtype {dtype}, expected one of {expected}")
     _, *rest = shape
     trial = _as_in_the_model((_TRIAL_BATCH, *rest), dtype, device)
-    oracle = closed_form(*trial, work=torch.float64, stored=torch.float64)
-    working = closed_form(*trial, work=torch.promote_types(dtype, torch.float32), stored=dtype)
+    qkv, dout = trial
+    unpacked = (*_unpacked(qkv), dout.transpose(1, 2))
+    oracle = closed_form(*unpacked, work=torch.float64, stored=torch.float64)
+    working = closed_form(*unpacked, work=torch.promote_types(dtype, torch.float32), stored=dtype)
     rows = [_self_test(backend, trial, oracle, working) for backend in backends]
-    del trial, oracle, working
+    del trial, qkv, dout, unpacked, oracle, working
     if clock is None:
         return tuple(rows)
     inputs = _as_in_the_model(shape, dtype, device)
@@ -224,7 +229,8 @@ def _self_test(
     if reason:
         return Row(backend.name, left_out=reason)
     try:
-        got = _forward_and_backward(backend, *trial)
+        out, dqkv = _forward_and_backward(backend, *trial)
+        got = (out.transpose(1, 2), *_unpacked(dqkv))
     except Exception as error:  # kernels of other packages raise anything
         return Row(backend.name, left_out=describe(error))
     for name, g, w in zip(_TENSORS, got, working):
@@ -251,19 +257,19 @@ def _timed(row: Row, backend: Backend, inputs: Tensors, clock: Clock) -> Row:
 
 
 def _forward_and_backward(
-    backend: Backend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    """Return output, dq, dk and dv of `backend`, whatever autocast and grad mode are around."""
-    with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = apply(backend, *leaves)
-        return out.detach(), *torch.autograd.grad(out, leaves, dout)
+    backend: Backend, qkv: torch.Tensor, dout: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return output and dqkv of `backend`, whatever autocast and grad mode are around."""
+    with torch.enable_grad(), torch.autocast(qkv.device.type, enabled=False):
+        leaf = qkv.detach().requires_grad_()
+        out = apply_packed(backend, leaf)
+        return out.detach(), *torch.autograd.grad(out, leaf, dout)
 
 
 def _as_in_the_model(
     shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
 ) -> Tensors:
-    """Draw seeded q, k, v and dout (B, H, N, K), strided like views of one (B, N, 3, H, K)."""
+    """Draw a seeded qkv and dout for `shape` (B, H, N, K)."""
     batch, heads, tokens, head_dim = shape
     generator = torch.Generator(device).manual_seed(0)
 
@@ -271,8 +277,12 @@ def _as_in_the_model(
         size = (batch, tokens, *axes, heads, head_dim)
         return torch.randn(size, generator=generator, device=device).to(dtype)
 
-    q, k, v = normal(3).permute(2, 0, 3, 1, 4).unbind(0)
-    return q, k, v, normal().transpose(1, 2)
+    return normal(3), normal()
+
+
+def _unpacked(qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return views (B, H, N, K) of q, k and v, or of their gradients."""
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def _excess(entry: tuple[str, float, float]) -> float:

@@ -54,6 +54,7 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.fused_attn = fused_attn
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.qk_norm = qk_norm
         self.q_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
         self.proj = nn.Linear(hidden_size, hidden_size)
@@ -61,10 +62,14 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, K) each
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        out = ops.attention(q, k, v, backend=None if self.fused_attn else "reference")
-        return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
+        backend = None if self.fused_attn else "reference"
+        if self.qk_norm:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, K) each
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+            out = ops.attention(q, k, v, backend=backend).transpose(1, 2)
+        else:
+            out = ops.attention_packed(qkv, backend=backend)
+        return self.proj(out.reshape(batch, tokens, width))
 
 
 class Mlp(nn.Module):

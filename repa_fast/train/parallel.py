@@ -32,8 +32,10 @@ KEPT = [
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.repa_fast.attention_packed.default,
 ]
-"""What selective checkpointing does not compute again: linear layers and torch's own attention."""
+"""What selective checkpointing does not compute again: linear layers and attention, but for that of
+FlashAttention and xformers."""
 
 
 def shard_count(config: TrainConfig, processes: int) -> int:

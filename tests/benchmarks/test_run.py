@@ -37,6 +37,7 @@ def rows_of(bench, op, provider, *modes):
 def test_every_public_op_is_measured():
     others = {"select_attention", "set_attention_backend", "use_attention_backend", "why_not_cuda"}
     others |= {"adamw_ema", "sum_of_squares"}  # benchmarks/step/optim.py
+    others |= {"attention_packed"}  # which measures attention
     others |= {"ATTENTION_BACKENDS", "standard_normal"}  # once per image, in plain torch
     assert set(CASES) == set(ops.__all__) - others
 

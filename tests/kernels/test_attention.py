@@ -1,3 +1,4 @@
+import re
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -10,6 +11,7 @@ from repa_fast.kernels.attention import (
     BACKENDS,
     Backend,
     attention,
+    attention_packed,
     current_backend,
     set_backend,
     use_backend,
@@ -44,6 +46,16 @@ def assert_close(actual, expected, tolerance=0.0):
 def test_result_and_gradients_are_within_budget(shape, dtype, op):
     args = inputs(shape, dtype)
     expect_budget(measured(op, *args), args)
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_packed_is_the_same_attention_bit_for_bit(backend):
+    q, k, v, dout = inputs(SHAPES[0])
+    qkv = torch.stack([x.transpose(1, 2) for x in (q, k, v)], dim=2).requires_grad_()
+    out = attention_packed(qkv, backend=backend)
+    (dqkv,) = torch.autograd.grad(out, qkv, dout.transpose(1, 2))
+    got = [x.transpose(1, 2) for x in (out.detach(), *dqkv.unbind(2))]
+    assert_close(got, measured(partial(attention, backend=backend), q, k, v, dout))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -95,9 +107,13 @@ def test_padding_changes_nothing_but_roundings(head_dim, multiple, seen):
         assert q.shape[-1] == seen
         return BACKENDS["math"].run(q, k, v, scale)
 
+    def packed(qkv, scale):
+        return run(*(x.transpose(1, 2) for x in qkv.unbind(2)), scale).transpose(1, 2)
+
     args = inputs((2, 2, 17, head_dim), F64)
-    padded = partial(apply, Backend("padded", run, multiple=multiple))
-    assert_close(measured(padded, *args), oracle(*args), 1e-12)
+    for backend in (Backend("padded", run), Backend("packed", packed, packs=True)):
+        padded = partial(apply, replace(backend, multiple=multiple))
+        assert_close(measured(padded, *args), oracle(*args), 1e-12)
 
 
 def compiles(op, compiler):
@@ -170,6 +186,13 @@ ONES = torch.ones(2, 2, 4, 8)
 def test_wrong_arguments_are_named_with_expected_and_got(argument, wrong, words):
     args = dict.fromkeys("qkv", ONES) | {argument: wrong}
     refused(lambda: attention(**args), f"^attention: {argument}", *words)
+
+
+@pytest.mark.parametrize("shape", ((2, 4, 2, 3, 8), (2, 4, 3, 8), (2, 4, 3, 2, 0)))
+def test_a_wrong_qkv_is_named_with_expected_and_got(shape):
+    words = (f"^attention: qkv has shape {re.escape(str(shape))}", re.escape("(B, N, 3, H, K)"))
+    refused(lambda: attention_packed(torch.ones(shape)), *words)
+    refused(lambda: attention_packed(torch.ones(2, 4, 3, 2, 8).long()), "^attention: qkv", "int64")
 
 
 @pytest.mark.usefixtures("half_only")

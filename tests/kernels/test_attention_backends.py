@@ -1,71 +1,37 @@
 import contextlib
 import sys
+from collections import Counter
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from repa_fast.kernels.attention import BACKENDS, Backend, attention, select, set_backend
-from repa_fast.kernels.attention.selection import fastest, survey
+from repa_fast.kernels.attention import (
+    BACKENDS,
+    Backend,
+    attention,
+    cudnn_graph,
+    packed,
+    select,
+    set_backend,
+)
+from repa_fast.kernels.attention import selection as selection_module
+from repa_fast.kernels.attention.selection import Row, fastest, survey
+from repa_fast.models.sit import Attention
+from repa_fast.testing import seeded
+from repa_fast.train.parallel import KEPT
 from tests.kernels.attention import NAMES, ON_CPU, SHAPES, expect_budget, inputs, measured
+from tests.kernels.attention_packages import ROOTS, STAND_INS, efficient, efficient_backward
 from tests.kernels.table import BF16, DTYPES, F32, F64
 from tests.refusals import refused
 
-OPTIONAL = ("fa2", "fa3", "fa4", "xformers")
-
-# Stand-ins with the packages' signatures, on (B, N, H, K).
-MATHS = """
-import torch
-
-def swap(*tensors):
-    return tuple(x.transpose(1, 2) for x in tensors)
-
-def forward(q, k, v, scale, padding=0):
-    q, k, v = swap(q, k, v)
-    scores = scale * (q @ k.mT)
-    lse = torch.nn.functional.pad(scores.logsumexp(-1), (0, padding))
-    return (scores.softmax(-1) @ v).transpose(1, 2), lse
-
-def backward(grad, out, lse, q, k, v, scale, wrong=1.0):
-    q, k, v, out, grad = swap(q, k, v, out, grad)
-    p = (scale * (q @ k.mT) - lse[..., None]).exp()
-    ds = p * (grad @ v.mT - (grad * out).sum(-1, keepdim=True)) * scale
-    return swap(wrong * (ds @ k), ds.mT @ q, p.mT @ grad)
-"""
-FA4 = """
-WRONG = 1.0
-HEAD_DIMS = set()
-
-def _flash_attn_fwd(q, k, v, *, softmax_scale, return_lse):
-    HEAD_DIMS.add(q.shape[-1])
-    return *forward(q, k, v, softmax_scale), None, None, None
-
-def _flash_attn_bwd(q, k, v, out, dout, lse, *, softmax_scale, deterministic):
-    return backward(dout, out, lse, q, k, v, softmax_scale, WRONG)
-"""
-XFORMERS = """
-def memory_efficient_attention_forward_requires_grad(q, k, v, *, scale):
-    return forward(q, k, v, scale, padding=5)
-
-def memory_efficient_attention_backward(grad, out, lse, q, k, v, *, scale):
-    return backward(grad, out, lse, q, k, v, scale)
-"""
-FLASH = "def flash_attn_func(q, k, v, *, softmax_scale, deterministic):\n    return "
-STAND_INS = {
-    "fa2": {
-        "flash_attn/__init__.py": "",
-        "flash_attn/flash_attn_interface.py": f"{MATHS}{FLASH}forward(q, k, v, softmax_scale)[0]",
-    },
-    "fa3": {"flash_attn_interface.py": f"{MATHS}{FLASH}forward(q, k, v, softmax_scale)"},
-    # no flash_attn/__init__.py: the wheel makes a namespace package
-    "fa4": {"flash_attn/cute/interface.py": MATHS + FA4},
-    "xformers": {
-        "xformers/_cpp_lib.py": "_cpp_library_load_exception = None",
-        "xformers/ops/fmha.py": MATHS + XFORMERS,
-    },
-}
-ROOTS = ("flash_attn", "flash_attn_interface", "xformers")
+OPTIONAL = ("cudnn", "fa2", "fa3", "xformers")
+PACKED = ("efficient", "cudnn")
 
 
 def imported():
@@ -92,13 +58,22 @@ def install(tmp_path, monkeypatch):
 @pytest.fixture
 def stand_in(install, monkeypatch):
     """A function that installs a stand-in and lets its backend run on the CPU."""
+    stream = SimpleNamespace(cuda_stream=7)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    aten = torch.library.Library("aten", "IMPL")
+    aten.impl("_efficient_attention_forward", efficient, "CPU")
+    aten.impl("_efficient_attention_backward", efficient_backward, "CPU")
 
     def use(name):
-        install(STAND_INS[name])
+        install(STAND_INS.get(name, {}))
         monkeypatch.setitem(BACKENDS, name, replace(BACKENDS[name], takes=None))
         return BACKENDS[name]
 
-    return use
+    yield use
+    aten._destroy()
+    for cached in (cudnn_graph._handle, cudnn_graph._graph):
+        cached.cache_clear()
 
 
 @pytest.mark.parametrize("name", OPTIONAL)
@@ -119,7 +94,7 @@ def test_absent_packages_are_not_installed(name, monkeypatch):
         ("import no_such_binary", "ModuleNotFoundError: No module named 'no_such_binary'"),
         ("from torch import no_such_name", "ImportError: cannot import name 'no_such_name'"),
         ("raise RuntimeError('needs cutlass 4.6\\nor newer')", "RuntimeError: needs cutlass 4.6"),
-        ("flash_attn = None", "has no flash_attn_func"),
+        ("flash_attn = None", "has no flash_attn_qkvpacked_func"),
     ),
 )
 def test_broken_packages_say_why(install, source, reason):
@@ -129,52 +104,100 @@ def test_broken_packages_say_why(install, source, reason):
     refused(lambda: set_backend("fa3"), words, error=RuntimeError)
 
 
-def test_xformers_without_its_binary_says_why(install):
-    failure = "class Failure:\n    def __str__(self):\n        return 'built for\\n  torch 2.10'\n"
-    lib = {"xformers/_cpp_lib.py": failure + "_cpp_library_load_exception = Failure()"}
-    install(STAND_INS["xformers"] | lib)
-    assert BACKENDS["xformers"].probe() == "its binary does not load: built for torch 2.10"
-
-
 def expect_budget_with(name, args, attention=attention):
     expect_budget(measured(partial(attention, backend=name), *args), args)
 
 
-@pytest.mark.parametrize("name", OPTIONAL)
+@pytest.mark.parametrize("name", ("efficient", *OPTIONAL))
 def test_adapters_pass_layout_scale_and_gradients(stand_in, name):
     stand_in(name)
     for shape in SHAPES[:3]:
         expect_budget_with(name, inputs(shape))
 
 
-@pytest.mark.parametrize("name", ("fa4", "xformers"))
-def test_what_cannot_be_traced_compiles_as_one_op(stand_in, name):
+@pytest.fixture
+def compiled():
+    """A function that compiles a layer whole; it also returns the names in its two graphs."""
+
+    def whole(layer):
+        names = []
+
+        def keep(graph, _):
+            called = (node for node in graph.graph.nodes if node.op == "call_function")
+            names.append(Counter(str(node.target) for node in called))
+            return make_boxed_func(graph.forward)
+
+        backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+        return torch.compile(layer, fullgraph=True, backend=backend), names
+
     torch.compiler.reset()
+    yield whole
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", ("sdpa", *PACKED))
+def test_a_backend_that_packs_leaves_nothing_to_stack(stand_in, compiled, name):
     stand_in(name)
-    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    expect_budget_with(name, inputs((2, 2, 8, 72)), compiled)
+    set_backend(name)
+    layer = Attention(48, 2, qk_norm=False, fused_attn=True)
+    x, dout = seeded((2, 9, 48), seed=3), seeded((2, 9, 48), seed=4)
+    leaves = [x.requires_grad_(), *layer.parameters()]
+    call, graphs = compiled(layer)
+    got, expected = (torch.autograd.grad(run(x), leaves, dout) for run in (call, layer))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+    copies = ("stack", "cat", "clone", "copy", "select_backward", "index_put", "slice_scatter")
+    (_, backward) = graphs
+    stacked = sum(n for one, n in backward.items() if any(copy in one for copy in copies))
+    assert bool(stacked) == (name == "sdpa")
+    assert backward["repa_fast.attention_packed_backward.default"] == (name != "sdpa")
 
 
-def chosen(asked, dtype=F32):
-    return select(asked, heads=2, tokens=64, head_dim=72, batch=4, dtype=dtype, device="cpu")
+@pytest.mark.parametrize("name", PACKED)
+def test_selective_checkpointing_does_not_run_it_again(stand_in, monkeypatch, name):
+    stand_in(name)
+    forward, *rest = packed.KERNELS[name]
+    calls = []
+    counted = lambda *arguments: calls.append(0) or forward(*arguments)  # noqa: E731
+    monkeypatch.setitem(packed.KERNELS, name, (counted, *rest))
+    call = partial(attention, backend=name)
+    kept = partial(create_selective_checkpoint_contexts, KEPT)
+    recomputed = partial(checkpoint, call, use_reentrant=False, context_fn=kept)
+    expect_budget(measured(recomputed, *inputs(SHAPES[0])), inputs(SHAPES[0]))
+    assert len(calls) == 1
 
 
-def test_fa4_sees_padded_head_dims_and_the_true_scale_and_is_no_fa2(stand_in):
-    stand_in("fa4")
-    assert BACKENDS["fa2"].probe() == "not installed"  # not a broken one
-    assert BACKENDS["fa4"].multiple == 32  # its dq is wrong at 72 and 80 on Hopper
-    selection = chosen("fa4")
-    assert selection.backend == "fa4" and "asked for" in selection.reason
-    (seen,) = sys.modules["flash_attn.cute.interface"].HEAD_DIMS
-    assert seen == 96
+def test_cudnn_builds_a_graph_once_per_layout(stand_in):
+    stand_in("cudnn")
+    for batch in (2, 2, 3):
+        measured(partial(attention, backend="cudnn"), *inputs((batch, 2, 8, 16)))
+    assert len(sys.modules["cudnn"].GRAPHS) == 2 * 2
+
+
+def chosen(asked, dtype=F32, device="cpu"):
+    return select(asked, heads=2, tokens=64, head_dim=72, batch=4, dtype=dtype, device=device)
+
+
+def test_what_no_gpu_has_measured_is_taken_by_name_alone(stand_in, monkeypatch):
+    stand_in("cudnn")
+    selection = chosen("cudnn")
+    assert selection.backend == "cudnn" and "asked for" in selection.reason
+
+    def timed(backends, *arguments, clock):
+        return tuple(Row(backend.name, ms=1.0) for backend in backends)
+
+    monkeypatch.setattr(selection_module, "survey", timed)
+    selection = chosen("auto", BF16, "cuda")
+    left_out = {row.backend: row.left_out for row in selection.rows}
+    assert left_out == dict.fromkeys(BACKENDS, "") | {"cudnn": BACKENDS["cudnn"].unproven}
+    assert left_out["cudnn"] and selection.backend == "sdpa"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_wrong_gradients_are_refused_with_the_numbers(stand_in, dtype):
-    stand_in("fa4").probe()
-    sys.modules["flash_attn.cute.interface"].WRONG = 1.05
-    numbers = r"'fa4' cannot run: error of dq is \d\.\d+e-\d+, expected at most \d\.\d+e-\d+"
-    refused(lambda: chosen("fa4", dtype), numbers, error=RuntimeError)
+    stand_in("cudnn").probe()
+    sys.modules["cudnn"].WRONG = 1.05
+    numbers = r"'cudnn' cannot run: error of dq is \d\.\d+e-\d+, expected at most \d\.\d+e-\d+"
+    refused(lambda: chosen("cudnn", dtype), numbers, error=RuntimeError)
 
 
 def scaled_gradient(which, factor):
@@ -220,7 +243,7 @@ def test_self_test_reports_what_a_backend_does_or_lacks(backend, reason):
 
 def test_fastest_of_those_that_pass_is_chosen():
     def clock(backend, args):
-        assert args[0].shape == (4, 2, 16, 8)
+        assert args[0].shape == (4, 16, 3, 2, 8)
         if backend.name == "math":
             raise torch.OutOfMemoryError
         return {"sdpa": 2.0, "reference": 1.0}[backend.name]
@@ -232,7 +255,7 @@ def test_fastest_of_those_that_pass_is_chosen():
     assert selection.backend == "reference" and selection.rows == rows
     assert "1.000 ms" in selection.reason and "fastest of 2" in selection.reason
     left_out = {row.backend: row.left_out for row in rows}
-    assert left_out["math"] == "out of memory at (4, 2, 16, 8)" and "dq" in left_out["wrong"]
+    assert left_out["math"] == "out of memory at (4, 16, 3, 2, 8)" and "dq" in left_out["wrong"]
     words = "no backend can run at here: math: out of memory"
     refused(lambda: fastest((rows[1],), "here"), words, error=RuntimeError)
 
@@ -253,7 +276,7 @@ def test_auto_on_the_cpu_is_sdpa_and_what_cannot_be_is_refused():
     selection = chosen("auto")
     assert selection.backend == "sdpa" and "cpu" in selection.reason and not selection.rows
     refused(lambda: chosen("flash"), "expected one of auto, sdpa")
-    refused(lambda: chosen("fa4", BF16), "'fa4' cannot run: it runs on cuda")
+    refused(lambda: chosen("fa3", BF16), "'fa3' cannot run: it runs on cuda")
     refused(lambda: chosen("math", F64), "expected one of torch.float32")
 
 

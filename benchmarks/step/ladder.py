@@ -21,10 +21,12 @@ share one report. On a CPU the recipe computes in fp32, and bf16 may be slower t
 
 import argparse
 import gc
+import itertools
 import os
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,9 +106,10 @@ def feature_columns(preset: str) -> dict[str, FeatureColumn]:
 def prepare(rung: Rung, arguments: argparse.Namespace, folder: Path) -> TrainState:
     """Return a configuration's state: the same weights for all, none of them zero."""
     released = "no" if arguments.device == "cpu" else "fp16"
+    own = arguments.precision
     changes = {
         "compile": rung.compiled and not arguments.eager,
-        "mixed_precision": released if rung.plain in ("recipe", "official") else "bf16",
+        "mixed_precision": released if rung.plain in ("recipe", "official") else own,
         "attention": "sdpa" if rung.plain else "auto",
         **rung.config,
     }
@@ -174,10 +177,10 @@ def free() -> None:
 
 
 def climb(arguments: argparse.Namespace, folder: Path) -> list[dict]:
-    """Return a row for each configuration that was asked for."""
+    """Return a row for each configuration that was asked for, of the middle one of its rounds."""
     end = time.monotonic() + arguments.limit
-    rows = []
-    for name in arguments.rung:
+    rows, rounds = [], defaultdict(list)
+    for number, name in itertools.product(range(arguments.rounds), arguments.rung):
         rung, before = RUNGS[name], time.monotonic()
         if before > end:
             print(f"time limit: {name} left out", flush=True)
@@ -195,14 +198,24 @@ def climb(arguments: argparse.Namespace, folder: Path) -> list[dict]:
             row |= {"preset": arguments.preset, "batch": arguments.batch}
             row |= {"status": "failed", "message": describe(error)}
         row["seconds"] = time.monotonic() - before
-        step.append(folder, row)
         print(line(row), flush=True)
-        rows.append(row)
+        rounds[name].append(row)
+        if number == arguments.rounds - 1:
+            rows.append(middle(rounds[name]))
+            step.append(folder, rows[-1])
         torch.compiler.reset()
         free()
     dispatch.use_kernels(None)
     ops.set_attention_backend("sdpa")
     return rows
+
+
+def middle(rounds: list[dict]) -> dict:
+    """Return the row with the median time, and the times of all; a failed one if none has any."""
+    ok = sorted((row for row in rounds if row["status"] == "ok"), key=lambda row: row["ms_p50"])
+    if len(rounds) == 1 or not ok:
+        return rounds[-1]
+    return ok[len(ok) // 2] | {"ms_of_rounds": [row.get("ms_p50") for row in rounds]}
 
 
 def bases(rung: Rung) -> list[str]:
@@ -229,6 +242,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument("--eager", action="store_true", help="compile nothing, for a quick look")
     text = "images of a forward pass of ours; 128 at most by default"
     flags.add_argument("--micro-batch", type=int, default=0, help=text)
+    text = "of all but the recipe and the released code"
+    flags.add_argument("--precision", default="bf16", choices=("bf16", "no"), help=text)
+    text = "measure all so many times in turn; the middle one counts"
+    flags.add_argument("--rounds", type=int, default=1, help=text)
     text = "folder of the released code; else that of REPA_OFFICIAL"
     released = os.environ.get("REPA_OFFICIAL")  # argparse makes a Path of it
     flags.add_argument("--official", type=Path, default=released, help=text)

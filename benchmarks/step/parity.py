@@ -38,7 +38,7 @@ times as far from fp32's as plain bf16's the losses may be."""
 
 PLAIN = {"kernels": "reference", "attention": "sdpa", "optimizer_impl": "torch"}
 EXACT = Rung("plain fp32", compiled=False, config=PLAIN | {"mixed_precision": "no"})
-USUAL = Rung("plain bf16", compiled=False, config=PLAIN | {"mixed_precision": "bf16"})
+USUAL = Rung("plain bf16", compiled=False, config=EXACT.config)
 OURS = [name for name, rung in RUNGS.items() if not rung.plain and not rung.cached]
 BATCHES = 8  # that the steps take in turn: few enough for the loss to fall
 
@@ -46,8 +46,9 @@ BATCHES = 8  # that the steps take in turn: few enough for the loss to fall
 def gradients(state: TrainState, batch: Batch) -> dict[str, torch.Tensor]:
     """Return every parameter's gradient at the first step, on the host in fp64."""
     accumulate(state, batch, draw_local(state))
-    named = state.model.named_parameters()
-    found = {name: p.grad.double().cpu() for name, p in named if p.grad is not None}
+    weights = state.model.state_dict(keep_vars=True)
+    found = {name: state.optimizer.gradient(weight) for name, weight in weights.items()}
+    found = {name: g.double().cpu() for name, g in found.items() if g is not None}
     state.optimizer.zero_grad(set_to_none=True)
     return found
 
@@ -94,6 +95,8 @@ def measure(rung: Rung, arguments: argparse.Namespace) -> tuple[dict, list[float
         torch.compiler.reset()
         ladder.free()  # what the configuration before left
         state = ladder.prepare(rung, arguments, Path(folder))
+        if rung is USUAL:  # fp32 weights, cast by autocast in every pass
+            state.autocast_dtype = torch.bfloat16
         torch.manual_seed(3)  # the same batches for all
         given = [synthetic_batch(state, state.local_batch)[0] for _ in range(BATCHES)]
         first = gradients(state, given[0])
@@ -187,7 +190,9 @@ def main(argv: list[str] | None = None) -> int:
     flags.add_argument("--rung", nargs="+", choices=OURS, default=["one-pass"], help=text)
     flags.add_argument("--train", type=int, default=300, help="steps whose losses are compared")
     flags.add_argument("--eager", action="store_true", help="compile nothing")
-    flags.set_defaults(micro_batch=0)
+    text = "images of a forward pass; the whole batch by default"
+    flags.add_argument("--micro-batch", type=int, default=0, help=text)
+    flags.set_defaults(precision="bf16")
     arguments = flags.parse_args(argv)
     folder = arguments.out or results_folder("parity", arguments.device)
     rows = []

@@ -115,6 +115,17 @@ def test_the_ladder_has_what_is_asked_for(options, report, tmp_path, monkeypatch
     assert "floor" not in text
 
 
+def test_the_middle_of_several_rounds_counts():
+    times = (3.0, 1.0, 2.0)
+    rounds = [{"status": "ok", "ms_p50": ms} for ms in times]
+    assert ladder.middle(rounds[:1]) == rounds[0]
+    assert ladder.middle(rounds) == {"status": "ok", "ms_p50": 2.0, "ms_of_rounds": [*times]}
+    failed = {"status": "failed"}
+    assert ladder.middle([failed, rounds[1]])["ms_of_rounds"] == [None, 1.0]
+    assert ladder.middle([rounds[0], failed])["ms_p50"] == 3.0
+    assert ladder.middle([failed, failed]) == failed
+
+
 def test_the_released_code_has_to_be_in_the_folder(make_state, tmp_path):
     words = f"{tmp_path} has no loss.py, expected a folder"
     refused(lambda: baseline.Official(make_state(), tmp_path), words)

@@ -12,15 +12,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.harness.environment import RESULTS, ROOT
-from benchmarks.harness.rows import filled, from_gpus, grid, is_current
+from benchmarks.harness.rows import filled, from_gpus, grid, is_current, read
 from benchmarks.kernels.ops import CASES, Problem, short
 from benchmarks.paper.scaling_model import Machine, Work, work
+from benchmarks.step import traffic
 from benchmarks.step.optim import BYTES as OPTIMIZER_BYTES
 from repa_fast.configs import presets
+from repa_fast.models.sit import size
 
 PAGE = ROOT / "docs" / "performance.md"
 PRESET, BATCHES = "sit-xl2-repa", (32, 256)
-CAST_BYTES = 6  # per parameter: its gradient is a matmul's in bf16, read and written as fp32
+DEPTH, ENCODER_DEPTH = size(presets.get(PRESET).model)["depth"], 12
+MICRO_BATCH = 128  # images of a forward pass, at most
+H100 = Machine(matmul=798e12, memory=3.0e12)  # as reported
 PARTS_RUNG, STEP_RUNGS = "one-pass", ("graph", "one-pass", "")
 """Of the ladder: the step whose kernels the profiler tells apart, and the step itself, one CUDA
 graph where it was measured so."""
@@ -92,14 +96,78 @@ def step_parts(found: Work, batch: int) -> dict[str, tuple[float, float]]:
     """Return FLOPs and bytes of each part of a step with `batch` images."""
     attention = tuple(batch * each for each in found.attention)
     flops = batch * (found.forward.flops + found.backward.flops) - attention[0]
-    nbytes = batch * (found.forward.nbytes + found.backward.nbytes)
     return {
         "matmuls": (flops, 0.0),
         "attention": attention,
-        "elementwise": (0.0, nbytes + CAST_BYTES * found.parameters),
+        "elementwise": (0.0, elementwise_bytes(batch)),
         "optimizer and EMA": (0.0, sum(OPTIMIZER_BYTES.values()) * found.parameters),
         "encoder": (batch * found.frozen.flops, batch * found.frozen.nbytes),
     }
+
+
+def elementwise_bytes(batch: int, residual: str = "fp32") -> float:
+    """Return the bytes of a step's blocks, all taken as those in the middle, and of the rest."""
+    size = min(batch, MICRO_BATCH)
+    of_block, outside = (traffic.moved(piece, size, residual) for piece in ("block", "outside"))
+    return batch // size * (DEPTH * of_block + outside)
+
+
+def expected(card: str, machine: Machine, residual: str, rows: Sequence[dict]) -> dict[str, float]:
+    """Return expected milliseconds of the parts of a step with 32 images.
+
+    Matmuls as they are estimated, attention as it was measured (or by its bytes), the rest by bytes.
+    """
+    batch, encoder = BATCHES[0], ("encoder", BATCHES[0])
+
+    def matmuls(*piece) -> float:
+        return sum(row["matmul_ms"][card] for row in traffic.committed(*piece))
+
+    def bytes_of(*piece, kinds=traffic.HELD) -> float:
+        return 1e3 * traffic.moved(*piece, kinds=kinds) / machine.memory
+
+    def attention(piece: tuple, shape: tuple[int, ...], modes: Sequence[str]) -> float:
+        wanted = {"op": "attention", "shape": [batch, *shape], "dtype": "bf16"}
+        found = [best(rows, **wanted, mode=mode) for mode in modes]
+        if None in found:
+            return bytes_of(*piece, kinds=("attention",))
+        return sum(row["ms_p50"] for row in found)
+
+    block, outside = (("block", batch, residual), ("outside", batch, residual))
+    of_blocks = attention(block, (16, 256, 72), traffic.PASSES)
+    moved = sum(OPTIMIZER_BYTES.values()) * work(presets.get(PRESET)).parameters
+    frozen = matmuls(*encoder) + bytes_of(*encoder)
+    return {
+        "matmuls": DEPTH * matmuls(*block) + matmuls(*outside),
+        "attention": DEPTH * of_blocks,
+        "elementwise": 1e3 * elementwise_bytes(batch, residual) / machine.memory,
+        "optimizer and EMA": 1e3 * moved / machine.memory,
+        "encoder": frozen + ENCODER_DEPTH * attention(encoder, (12, 257, 64), ("forward",)),
+    }
+
+
+def launches(batch: int, residual: str) -> int:
+    """Return the launch sites of a step without its optimizer."""
+    counts = (
+        sum(row["launches"] for row in traffic.committed(*piece))
+        for piece in (("block", batch, residual), ("outside", batch, residual), ("encoder", batch))
+    )
+    of_block, outside, encoder = counts
+    return DEPTH * of_block + outside + encoder
+
+
+def expected_table(machine: Machine, rows: Sequence[dict]) -> list[str]:
+    """Return what a step is expected to take on an H100 and an H200."""
+    batch, cards = BATCHES[0], {"H100": H100, "H200": machine}
+    of = {
+        (card, residual): expected(card, rates, residual, rows)
+        for card, rates in cards.items()
+        for residual in ("fp32", "bf16")
+    }
+    lines = [(part, *(f"{one[part]:.1f}" for one in of.values())) for part in CATEGORIES]
+    lines.append(("sum", *(f"{sum(one.values()):.1f}" for one in of.values())))
+    lines.append(("launch sites", *(f"{launches(batch, residual):,}" for _, residual in of)))
+    names = (f"{card}, {residual} residual" for card, residual in of)
+    return grid((f"{batch} images, expected ms", *names), lines)
 
 
 def step_table(batch: int, machine: Machine, rows: Sequence[dict]) -> list[str]:
@@ -151,6 +219,8 @@ def tables(results: Path) -> str:
     lines = [f"Rates: {where}.", "", *ops_table(machine, rows)]
     for batch in BATCHES:
         lines += step_table(batch, machine, rows)
+    counts = [row for row in read(traffic.FILE) if row["batch"] == BATCHES[0]]
+    lines += [*traffic.table(counts), *expected_table(machine, rows)]
     return "\n".join(lines).rstrip()
 
 

@@ -7,12 +7,12 @@ nothing here is measured. Seconds, bytes and FLOPs throughout.
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
-from benchmarks.kernels.ops import CASES, Problem
+from benchmarks.step import traffic
 from benchmarks.step.optim import BYTES as OPTIMIZER_BYTES
 from repa_fast import encoders
 from repa_fast.configs.build import expected_metadata, fit_to_data, model_arguments
@@ -22,6 +22,8 @@ from repa_fast.objective import build_alignment
 from repa_fast.train.memory import budget
 
 BUCKET_BYTES = 25 * 2**20  # DistributedDataParallel's default
+BLOCK, ENCODER = 32 * 256 * 1152, 32 * 257 * 768 * 12
+"""Images, tokens, columns (and blocks) of what benchmarks.step.traffic counts: SiT-XL/2, DINOv2-B."""
 JPEG_BYTES_PER_PIXEL = 0.25  # 16 kB at 256 x 256, benchmarks/results/cpu/2026-11-21_data
 
 
@@ -114,28 +116,22 @@ class Work:
         return self.state_bytes - 4 * self.parameters
 
 
-def block_bytes(tokens: int, width: int, mlp_ratio: float, dtype: torch.dtype) -> tuple[float, ...]:
-    """Return necessary bytes of a block's elementwise kernels, forward and backward, per image.
+def block_bytes(tokens: int, width: int, passes: Sequence[str] = traffic.PASSES) -> float:
+    """Return bytes per image of a block's elementwise kernels, as counted of SiT-XL/2's.
 
-    Two gate_residual_adaln with a residual stream of `dtype`; in bf16 GELU, its backward pass with
-    the sum for the gradient of fc1's bias, and the sums for the gradients of three more biases: qkv
-    (3 widths), the attention's output and the MLP's (1 each). Backward, dq, dk and dv are stacked:
-    3 widths read and written.
+    They are in proportion to tokens and width.
     """
-    norm = Problem(CASES["gate_residual_adaln"], (1, tokens, width), dtype)
-    unit = 2 * tokens * width
-    forward = 2 * norm.necessary_bytes("forward") + 2 * mlp_ratio * unit
-    backward = 2 * norm.necessary_bytes("backward") + (3 * mlp_ratio + 5 + 6) * unit
-    return forward, backward
+    kinds = ("elementwise", "stack")
+    return tokens * width * traffic.moved("block", 32, kinds=kinds, passes=passes) / BLOCK
 
 
 def attention_work(tokens: int, width: int) -> tuple[float, float]:
-    """Return FLOPs and necessary bytes of a block's attention, both passes, per image, in bf16.
+    """Return FLOPs and bytes of a block's attention, both passes, per image, in bf16.
 
-    2 matmuls of N x N x D forward and 5 backward; q, k, v, their gradients, the output (written,
-    then read) and its gradient.
+    2 matmuls of N x N x D forward and 5 backward; bytes in proportion to those of SiT-XL/2.
     """
-    return 7 * 2 * tokens**2 * width, 12 * 2 * tokens * width
+    nbytes = traffic.moved("block", 32, kinds=("attention",))
+    return 7 * 2 * tokens**2 * width, tokens * width * nbytes / BLOCK
 
 
 def work(config: TrainConfig) -> Work:
@@ -148,19 +144,20 @@ def work(config: TrainConfig) -> Work:
     tokens = (arguments["input_size"] // arguments["patch_size"]) ** 2
     resolution = config.resolution
     specs = encoders.specs("none" if config.features else config.enc_type)
-    frozen = [(s.depth, s.num_tokens(resolution) + s.prefix, s.width, s.mlp_ratio) for s in specs]
+    layers = [(s.depth, s.num_tokens(resolution) + s.prefix, s.width) for s in specs]
+    frozen_bytes = sum(map(math.prod, layers)) / ENCODER * traffic.moved("encoder", 32)
     if teacher_depth := build_alignment(config).teacher_depth:
-        frozen = [(teacher_depth, tokens, width, 4.0)]
+        layers = [(teacher_depth, tokens, width)]
+        frozen_bytes = teacher_depth * block_bytes(tokens, width, ("forward",))
     scores = 2 * tokens**2 * width * depth
     forward_flops = (counted.train_flops - counted.encoder_flops) / 3
-    forward, backward = block_bytes(tokens, width, 4.0, torch.float32)
-    frozen_bytes = sum(n * block_bytes(*shape, torch.bfloat16)[0] for n, *shape in frozen)
+    forward, backward = (depth * block_bytes(tokens, width, (name,)) for name in traffic.PASSES)
     return Work(
         parameters=counted.parameters_with_projectors,
         groups=depth + 1,
-        frozen=Pass(counted.encoder_flops, frozen_bytes, sum(n for n, *_ in frozen)),
-        forward=Pass(forward_flops, depth * forward, depth),
-        backward=Pass(2 * forward_flops + scores, depth * backward, 2 * depth),
+        frozen=Pass(counted.encoder_flops, frozen_bytes, sum(n for n, *_ in layers)),
+        forward=Pass(forward_flops, forward, depth),
+        backward=Pass(2 * forward_flops + scores, backward, 2 * depth),
         activation_bytes=counted.activation_bytes,
         state_bytes=counted.state_bytes,
         checkpoint_steps=config.checkpointing_steps,

@@ -19,9 +19,12 @@ from torch.utils._pytree import tree_leaves
 KINDS = ("elementwise", "stack", "casts", "attention", "matmuls")
 """Elementwise kernels, ours and Inductor's; copies of what attention returns; changes of dtype
 alone; attention and matmuls, whose bytes are those of their operands."""
-CALL = re.compile(r"^\s*(?:\w+ = )?(\w+(?=\.run\()|(?:extern_kernels|torch\.ops)[\w.]+(?=\())", re.M)
+CALL = re.compile(
+    r"^\s*(?:\w+ = )?(\w+(?=\.run\()|(?:extern_kernels|torch\.ops)[\w.]+(?=\())", re.M
+)
 CAST = re.compile(r"triton_poi_fused(_(_to_copy|t|view|_unsafe_view|permute|transpose))+_\d+")
-MATMULS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
+DENSE = ("mm", "addmm")
+MATMULS = (*DENSE, "bmm", "baddbmm", "convolution", "convolution_backward")
 ALLOCATE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
 
@@ -62,6 +65,7 @@ def compiled(module: nn.Module, *inputs: Tensor) -> dict[str, list[Launch]]:
         module.__file__, module.key, module.call = "", "", _run_nothing
         return module
 
+    torch.compiler.reset()  # or a second batch would be compiled as any batch
     module.compile(fullgraph=True)
     with (
         mock.patch.object(graph.GraphLowering, "compile_to_module", stop),
@@ -92,8 +96,8 @@ def _site(name: str, node) -> Launch:
         return Launch(name, "elementwise", node.get_read_buffer_sizes())
     nbytes = node.get_read_write_buffers_sizes()
     if name.startswith("extern_kernels."):
-        a, b = node.node.inputs[-2:]
-        return Launch(name, "matmuls", nbytes, _matmul(a.get_size(), b.get_size(), a, b))
+        a, b = ((t.get_size(), t.get_stride()) for t in node.node.inputs[-2:])
+        return Launch(name, "matmuls", nbytes, _matmul(a, b))
     if "attention" in name:
         return Launch(name, "attention", nbytes)
     if CAST.fullmatch(name):
@@ -104,11 +108,12 @@ def _site(name: str, node) -> Launch:
     return Launch(name, "stack" if moves else "elementwise", nbytes)
 
 
-def _matmul(a_size: Sequence, b_size: Sequence, a, b) -> tuple[int, int, int, str] | None:
-    if len(a_size) != 2:
-        return None  # a convolution
-    layout = "".join("N" if int(t.get_stride()[1]) == 1 else "T" for t in (a, b))
-    return int(a_size[0]), int(b_size[1]), int(a_size[1]), layout
+def _matmul(a: tuple, b: tuple) -> tuple[int, int, int, str] | None:
+    """Return Launch.matmul of two operands, (size, strides) each; None for a convolution's."""
+    if len(a[0]) != 2 or len(b[0]) != 2:
+        return None
+    layout = "".join("N" if int(strides[1]) == 1 else "T" for _, strides in (a, b))
+    return int(a[0][0]), int(b[0][1]), int(a[0][1]), layout
 
 
 class Eager(TorchDispatchMode):
@@ -129,7 +134,9 @@ class Eager(TorchDispatchMode):
         runs = (new and name not in ALLOCATE) or function._schema.is_mutable
         tensors = [*read.values(), *new.values()]
         if runs and any(tensor.is_cuda for tensor in tensors):
-            self.launches.append(Launch(name, _kind(name), sum(map(_accessed, tensors))))
+            operands = [(t.shape, t.stride()) for t in arguments[-2:]] if name in DENSE else []
+            nbytes, matmul = sum(map(_accessed, tensors)), _matmul(*operands) if operands else None
+            self.launches.append(Launch(name, _kind(name), nbytes, matmul))
         return out
 
 
@@ -145,13 +152,3 @@ def _accessed(tensor: Tensor) -> int:
     """Return the bytes of a tensor's elements; of those that a broadcast repeats once."""
     sizes = (size for size, stride in zip(tensor.shape, tensor.stride()) if stride)
     return torch.Size(sizes).numel() * tensor.element_size()
-
-
-def totals(launches: Sequence[Launch]) -> dict[str, float]:
-    """Return the number of launches, and the megabytes of each of KINDS."""
-    of_kinds = {
-        kind: round(sum(one.nbytes for one in launches if one.kind == kind) / 1e6, 2)
-        for kind in KINDS
-    }
-    return {"launches": len(launches), **of_kinds}
-

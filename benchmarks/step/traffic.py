@@ -1,12 +1,13 @@
-"""Launch sites of a training step and the bytes they move, on an H100 that is not there.
+"""Launch sites of a training step and the bytes they move, counted without a GPU.
 
 `python -m benchmarks.step.traffic` counts a block of the model (forward and backward), what runs
-outside of the blocks, and the encoder, and prints them; `--write` commits the counts, which a test
-then holds. `--list` shows every launch site.
+outside of the blocks, and the encoder, as for an H100, and prints them. `--write` replaces the
+committed counts, with the times that nvidia-matmul-heuristics estimates for the matmuls; `--check`,
+which a test runs, fails where a part launches more than these or moves over 2 % more.
 """
 
 import argparse
-import json
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -20,8 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.gpu.pretended import build
 from benchmarks.harness.environment import RESULTS
-from benchmarks.harness.rows import grid
-from benchmarks.step.launches import KINDS, Eager, Launch, compiled, totals
+from benchmarks.harness.rows import append, grid, read
+from benchmarks.step import matmuls
+from benchmarks.step.launches import KINDS, Eager, Launch, compiled
 from repa_fast import encoders, ops
 from repa_fast.backend import dispatch
 from repa_fast.configs import presets
@@ -31,12 +33,20 @@ from repa_fast.data.dataset import Metadata
 from repa_fast.distributed import World
 from repa_fast.models.sit import SiT
 from repa_fast.objective import build_alignment, build_objective
-from repa_fast.train.compute_copy import add_copies
+from repa_fast.train.leaves import add_leaves
 from repa_fast.train.step import losses, synthetic_batch
 
 PRESET, BACKEND = "sit-xl2-repa", "sdpa-cudnn"
-FILE = RESULTS / "offline" / "traffic.json"
-Counted = dict[str, list[Launch]]  # by pass
+FILE = RESULTS / "offline" / "traffic.jsonl"
+COMMITTED = tuple((batch, residual) for batch in (32, 128) for residual in ("fp32", "bf16"))
+"""Images of a forward pass, and dtype of the residual stream."""
+KEY = ("piece", "batch", "residual", "pass")
+PASSES = ("forward", "backward")
+HELD = ("elementwise", "stack", "casts")
+MORE, LESS, SMALL = 1.02, 0.9, 0.5
+"""A count above MORE of the committed one fails, and one below LESS of it, as that is stale; but
+for SMALL megabytes."""
+Counted = dict[str, list[Launch]]  # by pass, "forward" and "backward"
 
 
 class Hole(torch.autograd.Function):
@@ -61,7 +71,7 @@ def prepared(config: TrainConfig, metadata: Metadata) -> SiT:
         model = build_model(config, metadata)
     if config.residual_dtype == "bf16":
         model.residual_dtype = torch.bfloat16
-    add_copies(model)
+    add_leaves(model)
     return model
 
 
@@ -123,15 +133,18 @@ def encoder(config: TrainConfig, metadata: Metadata, batch: int) -> Counted:
 PIECES = {"block": block, "outside": outside, "encoder": encoder}
 
 
-def count(preset: str, batch: int, residual: str, backend: str, pieces: Sequence[str]) -> dict:
-    """Return {piece: launches by pass}, on the pretended card."""
-    config, residual = presets.get(preset), {"fp32": "fp32", "bf16": "bf16"}[residual]
-    metadata = expected_metadata(config)
-    config = fit_to_data(config, metadata)
-    config.residual_dtype = residual
+def count(
+    preset: str, batch: int, residual: str, pieces: Sequence[str], backend: str = BACKEND
+) -> dict[str, Counted]:
+    """Return the launches of each piece, on the pretended card.
+
+    The batch is that of a forward pass; attention runs on `backend`.
+    """
     torch.backends.cuda.enable_cudnn_sdp(True)  # which pretending switches off, as it cannot run
     ops.set_attention_backend(backend)
     dispatch.use_kernels("triton")
+    config, metadata = presets.get(preset), expected_metadata(presets.get(preset))
+    config = dataclasses.replace(fit_to_data(config, metadata), residual_dtype=residual)
     found = {}
     for name in pieces:
         with nullcontext() if name == "encoder" else FakeTensorMode():  # timm reads values
@@ -139,28 +152,109 @@ def count(preset: str, batch: int, residual: str, backend: str, pieces: Sequence
     return found
 
 
+def row_of(launches: Sequence[Launch], *key) -> dict:
+    """Return the row of a pass, whose key has the values of KEY: launch sites, and MB by kind."""
+    row = {**dict(zip(KEY, key)), "launches": len(launches)}
+    for kind in KINDS:
+        nbytes = sum(one.nbytes for one in launches if one.kind == kind)
+        row[kind] = round(nbytes / 1e6, 2)
+    return row
+
+
+def committed(piece: str, batch: int, residual: str = "fp32") -> list[dict]:
+    """Return the committed rows of a piece's passes; ValueError where there are none."""
+    key = [piece, batch, residual]
+    rows = [row for row in read(FILE) if [row[name] for name in KEY[:-1]] == key]
+    if not rows:
+        raise ValueError(f"{FILE.name} has no counts of {' '.join(map(str, key))}")
+    return rows
+
+
+def moved(
+    piece: str, batch: int, residual: str = "fp32", kinds: Sequence[str] = HELD, passes=PASSES
+) -> float:
+    """Return the bytes that are committed for some passes of a piece."""
+    rows = [row for row in committed(piece, batch, residual) if row["pass"] in passes]
+    return 1e6 * sum(row[kind] for row in rows for kind in kinds)
+
+
+def misses(row: dict, before: dict) -> list[str]:
+    """Return a line for each count that has grown, or shrunk so far that `before` is stale."""
+    found = []
+    for name in ("launches", *HELD):
+        new, old = row[name], before[name]
+        most, slack = (old, 0) if name == "launches" else (MORE * old + SMALL, SMALL)
+        if not LESS * old - slack <= new <= most:
+            place = " ".join(str(row[key]) for key in KEY)
+            found.append(f"{place}: {name} {new}, expected {old}; to commit it: --write")
+    return found
+
+
+def table(rows: Sequence[dict]) -> list[str]:
+    """Return rows for people, and the sum of both passes of each piece."""
+    columns, lines = ("launches", *KINDS), []
+    for key in dict.fromkeys(tuple(row[name] for name in KEY[:-1]) for row in rows):
+        passes = [row for row in rows if key == tuple(row[name] for name in KEY[:-1])]
+        if len(passes) > 1:
+            both = {name: sum(row[name] for row in passes) for name in columns}
+            passes.append({**passes[0], **both, "pass": "both"})
+        for row in passes:
+            counts = (sum(row[kind] for kind in HELD), *(row[kind] for kind in KINDS))
+            named = (*(row[name] for name in KEY), row["launches"])
+            lines.append((*named, *(f"{count:,.1f}" for count in counts)))
+    heads = (*KEY, "launch sites", "MB of the first three", *KINDS)
+    return grid(heads, lines)
+
+
+def write() -> None:
+    """Replace the committed rows."""
+    FILE.parent.mkdir(parents=True, exist_ok=True)
+    FILE.unlink(missing_ok=True)
+    for batch, residual in COMMITTED:
+        pieces = [name for name in PIECES if residual == "fp32" or name != "encoder"]
+        for piece, passes in count(PRESET, batch, residual, pieces).items():
+            for name, launches in passes.items():
+                row = row_of(launches, piece, batch, residual, name)
+                row["matmul_ms"] = {
+                    card: round(matmuls.milliseconds(launches, card), 3) for card in matmuls.CARDS
+                }
+                stamp = {"preset": PRESET, "backend": BACKEND, "torch": torch.__version__}
+                append(FILE, row | stamp)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Count and print, on the pretended card."""
+    """Count and print, on the pretended card; 1 where a count is not as committed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default=PRESET, choices=presets.PRESETS)
     parser.add_argument("--batch", type=int, default=32, help="images of a forward pass")
     parser.add_argument("--residual-dtype", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--backend", default=BACKEND, choices=ops.ATTENTION_BACKENDS)
     parser.add_argument("--pieces", nargs="+", default=PIECES, choices=PIECES)
-    parser.add_argument("--list", action="store_true", help="every launch site")
+    parser.add_argument("--list", action="store_true", help="show every launch site")
+    parser.add_argument("--check", action="store_true", help="compare with the committed counts")
+    parser.add_argument("--write", action="store_true", help="replace the committed counts")
+    argv = sys.argv[1:] if argv is None else argv
     given = parser.parse_args(argv)
     if not build.is_here():
-        program = [sys.executable, "-m", "benchmarks.gpu.pretended", "-m", "benchmarks.step.traffic"]
-        sys.stdout.flush()
-        os.execv(sys.executable, [*program, *(sys.argv[1:] if argv is None else argv)])
-    found = count(given.preset, given.batch, given.residual_dtype, given.backend, given.pieces)
-    for piece, passes in found.items():
+        program = ("-m", "benchmarks.gpu.pretended", "-m", "benchmarks.step.traffic", *argv)
+        os.execv(sys.executable, [sys.executable, *program])
+    if given.write:
+        write()
+        return 0
+    arguments = (given.preset, given.batch, given.residual_dtype, given.pieces, given.backend)
+    rows, wrong = [], []
+    for piece, passes in count(*arguments).items():
         for name, launches in passes.items():
-            print(piece, name, totals(launches))
+            rows.append(row_of(launches, piece, given.batch, given.residual_dtype, name))
             if given.list:
-                for one in launches:
-                    print(f"  {one.kind:12s} {one.nbytes / 1e6:9.2f} {one.name} {one.matmul or ''}")
-    return 0
+                lines = [(one.kind, f"{one.nbytes / 1e6:.2f}", one.name) for one in launches]
+                print("\n".join(grid((f"{piece} {name}", "MB", "launch site"), lines)))
+    if given.check:
+        for row in rows:
+            before = committed(row["piece"], row["batch"], row["residual"])
+            wrong += misses(row, next(one for one in before if one["pass"] == row["pass"]))
+    print("\n".join([*table(rows), *wrong]))
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

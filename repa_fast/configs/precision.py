@@ -19,8 +19,8 @@ class PrecisionConfig(Part):
     compile: bool = False
     """torch.compile each block (fullgraph)."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """Replay the training step as one CUDA graph; auto where it can: on CUDA, in one process, not
-    in fp16 and not with a weight of alignment that changes."""
+    """Replay the training step as one CUDA graph. auto: on CUDA, in one process; on: also in
+    several, with ddp."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """Triton kernels or plain torch; auto asks REPA_FAST_KERNELS, then takes Triton on CUDA."""
     attention: str = "auto"

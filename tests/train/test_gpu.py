@@ -56,10 +56,17 @@ def test_step_does_not_synchronise_with_the_host(options, compiled):
     assert state.metrics.read(state.world)["loss"] is not None
 
 
-@pytest.mark.parametrize("micro_batch", ["auto", 16])
-def test_a_graph_does_what_its_steps_do(micro_batch):
-    options = {"mixed_precision": "bf16", "micro_batch": micro_batch}
-    options |= {"lr_schedule": "cosine", "max_train_steps": 20}
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mixed_precision": "bf16"},
+        {"mixed_precision": "bf16", "micro_batch": 16},
+        {"mixed_precision": "fp16", "align_decay": "linear", "align_until": 16},
+    ],
+    ids=["bf16", "micro-batches", "fp16"],
+)
+def test_a_graph_does_what_its_steps_do(options):
+    options = options | {"lr_schedule": "cosine", "max_train_steps": 20}
     results = []
     for graphed in ("off", "on"):
         state = cuda_state(cuda_graph=graphed, **options)

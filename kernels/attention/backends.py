@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,9 @@ from .reference import attention_reference
 _HALF = (torch.bfloat16, torch.float16)
 _ALL = (torch.float32, torch.float64, *_HALF)
 _CUDA, _CUDA_HALF = {"cuda": (torch.float32, *_HALF)}, {"cuda": _HALF}
-_PACKED = "flash_attn_qkvpacked_func"
+_PACKS_HALF: dict[str, Any] = {"takes": _CUDA_HALF, "multiple": 8, "packs": True}
+_FA2 = ("flash_attn.flash_attn_interface", "flash_attn_qkvpacked_func")
+_FA3 = ("flash_attn_interface", "flash_attn_qkvpacked_func")
 
 
 @dataclass(frozen=True)
@@ -190,27 +193,11 @@ _TABLE = (
         "cudnn",
         partial(packed.run, "cudnn"),
         partial(_probe_package, "cudnn", "pygraph"),
-        _CUDA_HALF,
-        multiple=8,
-        packs=True,
+        **_PACKS_HALF,
         unproven="no GPU has measured it yet",
     ),
-    Backend(
-        "fa2",
-        _fa2,
-        partial(_probe_package, "flash_attn.flash_attn_interface", _PACKED),
-        _CUDA_HALF,
-        multiple=8,
-        packs=True,
-    ),
-    Backend(
-        "fa3",
-        _fa3,
-        partial(_probe_package, "flash_attn_interface", _PACKED),
-        _CUDA_HALF,
-        multiple=8,
-        packs=True,
-    ),
+    Backend("fa2", _fa2, partial(_probe_package, *_FA2), **_PACKS_HALF),
+    Backend("fa3", _fa3, partial(_probe_package, *_FA3), **_PACKS_HALF),
     Backend(
         "xformers",
         _xformers,

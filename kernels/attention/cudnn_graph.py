@@ -8,9 +8,10 @@ import functools
 import threading
 
 import torch
+from torch import Tensor
 
 
-def forward(qkv: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Return out and lse."""
     batch, tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty((batch, tokens, heads, head_dim))
@@ -19,16 +20,14 @@ def forward(qkv: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor
     return out, lse
 
 
-def backward(
-    dout: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, scale: float
-) -> torch.Tensor:
+def backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
     """Return dqkv."""
     dqkv = qkv.new_empty(qkv.shape)
     _run("sdpa_backward", scale, *qkv.unbind(2), out, dout, lse, *dqkv.unbind(2))
     return dqkv
 
 
-def _run(operation: str, scale: float, *tensors: torch.Tensor) -> None:
+def _run(operation: str, scale: float, *tensors: Tensor) -> None:
     """Run a graph on its inputs and outputs, on the current stream, without waiting for it."""
     import cudnn
 

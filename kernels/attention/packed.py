@@ -5,11 +5,12 @@ its gradient (B, N, 3, H, K), out and its gradient (B, N, H, K), the log-sum-exp
 """
 
 import torch
+from torch import Tensor
 
 from . import cudnn_graph
 
 
-def _efficient(qkv: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _efficient(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     no_bias_nor_sequences = (None,) * 5
     out, lse, *_ = torch.ops.aten._efficient_attention_forward(
         *(*qkv.unbind(2), *no_bias_nor_sequences, 0.0, 0), compute_log_sumexp=True, scale=scale
@@ -18,8 +19,8 @@ def _efficient(qkv: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Ten
 
 
 def _efficient_backward(
-    dout: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, scale: float
-) -> torch.Tensor:
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> Tensor:
     length, no_dropout, no_mask = (qkv.shape[1],) * 2, (0.0, lse, lse), (0, False)
     arguments = (dout, *qkv.unbind(2), None, out, None, None, *length, lse, *no_dropout, *no_mask)
     dq, dk, *_ = torch.ops.aten._efficient_attention_backward(
@@ -38,7 +39,7 @@ KERNELS = {
 
 
 @torch.library.custom_op("repa_fast::attention_packed", mutates_args=())
-def _forward(qkv: torch.Tensor, scale: float, kernel: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(qkv: Tensor, scale: float, kernel: str) -> tuple[Tensor, Tensor]:
     return KERNELS[kernel][0](qkv, scale)
 
 
@@ -52,13 +53,8 @@ def _(qkv, scale, kernel):
 
 @torch.library.custom_op("repa_fast::attention_packed_backward", mutates_args=())
 def _backward(
-    dout: torch.Tensor,
-    qkv: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    scale: float,
-    kernel: str,
-) -> torch.Tensor:
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float, kernel: str
+) -> Tensor:
     return KERNELS[kernel][1](dout.contiguous(), qkv, out, lse, scale)
 
 
@@ -80,6 +76,6 @@ def _differentiate(ctx, dout, _dlse):
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def run(kernel: str, qkv: torch.Tensor, scale: float) -> torch.Tensor:
-    """Compute attention of qkv (B, N, 3, H, K), last axis contiguous -> (B, N, H, K)."""
-    return _forward(qkv, scale, kernel)[0]
+def run(kernel: str, qkv: Tensor, scale: float) -> Tensor:
+    """Compute attention of qkv (B, N, 3, H, K) -> (B, N, H, K), both contiguous."""
+    return _forward(qkv.contiguous(), scale, kernel)[0]

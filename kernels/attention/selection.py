@@ -27,8 +27,7 @@ class Row:
 
     worst: which of out, dq, dk, dv came closest to the bound of its error, or went beyond.
     error, bound: root mean square of that error and its bound, None where it did not run.
-    ms: forward and backward, to the gradient of a packed qkv, in milliseconds, None where it was
-        not timed.
+    ms: forward and backward to the gradient of qkv, in milliseconds, None where it was not timed.
     left_out: why it is not eligible, "" where it is.
     """
 

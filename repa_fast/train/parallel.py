@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from repa_fast.configs.config import TrainConfig
 from repa_fast.distributed import World
 from repa_fast.models.sit import SiT
+from repa_fast.train.gradients import Gradients
 from repa_fast.train.torch_private import set_group_timeout
 
 KEPT = [
@@ -36,6 +37,8 @@ KEPT = [
 ]
 """What selective checkpointing does not compute again: linear layers and attention, but for that of
 FlashAttention and xformers."""
+
+REDUCE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def shard_count(config: TrainConfig, processes: int) -> int:
@@ -131,13 +134,8 @@ def policy(config: TrainConfig, dtype: torch.dtype | None) -> MixedPrecisionPoli
 
     FSDP's default would cast what enters a unit: the residual stream, and t at the root.
     """
-    reduce = reduce_dtype(config)
+    reduce = REDUCE[config.reduce_dtype]
     return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce, cast_forward_inputs=False)
-
-
-def reduce_dtype(config: TrainConfig) -> torch.dtype:
-    """Return the dtype in which gradients are averaged over processes."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.reduce_dtype]
 
 
 def shard_encoder(encoder: nn.Module, mesh: DeviceMesh, *, compiled: bool) -> None:
@@ -154,6 +152,13 @@ def shard_encoder(encoder: nn.Module, mesh: DeviceMesh, *, compiled: bool) -> No
                     block.compile()
                 fully_shard(block, **options)
     fully_shard(encoder, **options)
+
+
+def sum_gradients(model: SiT, config: TrainConfig, world: World) -> Gradients:
+    """Return what sums a model's gradients; FSDP does so itself where it shards the model."""
+    if isinstance(model, FSDPModule):
+        return Gradients([], World(0, 1, world.device), torch.float32)
+    return Gradients(model.parameters(), world, REDUCE[config.reduce_dtype])
 
 
 def expect_pass(model: nn.Module, config: TrainConfig, *, last: bool) -> None:

@@ -29,8 +29,8 @@ from repa_fast.train.parallel import (
     device_mesh,
     heads_of,
     parallelize,
-    reduce_dtype,
     shard_encoder,
+    sum_gradients,
 )
 from repa_fast.train.spikes import History
 
@@ -182,12 +182,11 @@ def build_state(
     others = [*objective.others, *(f"align/{name}" for name in alignment.heads)]
     if config.residual_dtype == "bf16":
         model.residual_dtype = torch.bfloat16
-    whole = mesh is None  # else FSDP gathers weights in the dtype of the compute
-    leaves = add_leaves(model) if whole and dtype == torch.bfloat16 else {}
+    # FSDP gathers weights in the dtype of the compute
+    leaves = add_leaves(model) if mesh is None and dtype == torch.bfloat16 else {}
     parallelize(model, emas, config, mesh, dtype, alignment.teacher_depth)
     optimizer = build_optimizer(model, emas, config, leaves)
-    summed = (model.parameters(), world) if whole else ([], World(0, 1, world.device))
-    gradients = Gradients(*summed, reduce_dtype(config))
+    gradients = sum_gradients(model, config, world)
     optimizer.held = gradients.held
     notes.append(f"optimizer: {optimizer.implementation}, {optimizer.reason}")
     state = TrainState(

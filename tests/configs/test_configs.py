@@ -69,7 +69,7 @@ def test_alignment_is_what_sets_repa_apart(size, depth):
 def test_a_config_of_an_earlier_version_loads_and_one_of_a_later_is_refused_by_what_it_adds():
     saved = TrainConfig(seed=3).to_dict() | {"cuda_graph": True, "gemm_epilogues": True}
     saved |= {"encoder_stream": False, "compile_mode": "max-autotune", "rollback": 2}
-    saved |= {"vae_path": "a/b"}
+    saved |= {"vae_path": "a/b", "compute_copy": "optimizer", "joint_adaln": True}
     del saved["vae"]
     assert set(RETIRED) < saved.keys()
     expected = TrainConfig(seed=3, cuda_graph="on", stop_on_spike=True, vae="a/b")

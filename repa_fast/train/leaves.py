@@ -4,7 +4,7 @@ Such a weight, a leaf, has the gradient that the matmul leaves, in bf16: a step 
 weights nor their gradients. Its fp32 value is its master. The optimizer takes the leaf's gradient,
 steps the master, and writes the leaf while it holds that. Masters are what a state_dict has, under
 the layers' own names, and what EMA and moments are made from. Biases are parameters in fp32, with
-bf16 copies that the optimizer writes too.
+bf16 copies that the optimizer writes too. FSDP, which gathers weights in bf16, needs none of this.
 """
 
 from collections.abc import Sequence

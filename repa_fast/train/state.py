@@ -182,7 +182,6 @@ def build_state(
     others = [*objective.others, *(f"align/{name}" for name in alignment.heads)]
     if config.residual_dtype == "bf16":
         model.residual_dtype = torch.bfloat16
-    # FSDP gathers weights in the dtype of the compute
     leaves = add_leaves(model) if mesh is None and dtype == torch.bfloat16 else {}
     parallelize(model, emas, config, mesh, dtype, alignment.teacher_depth)
     optimizer = build_optimizer(model, emas, config, leaves)

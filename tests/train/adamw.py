@@ -95,6 +95,22 @@ def everything(params, optimizer):
     return copies(tensors)
 
 
+def assert_implementations_agree(device, steps):
+    """Steps of "cuda" against "torch", some parameters with bf16 copies; the second is skipped."""
+    runs = []
+    for implementation in ("cuda", "torch"):
+        params = make_parameters(device=device)
+        kept = {p: p.detach().bfloat16() for p in params[1:4]}
+        options = {"weight_decay": 0.1, "implementation": implementation, "copies": kept}
+        ours = our_adamw(params, (0.9, 0.5), **options)
+        clipped_steps(ours, params, steps, skipped=(1,))
+        runs.append(everything(params, ours))
+        assert all(torch.equal(copy, p.bfloat16()) for p, copy in kept.items())
+    torchs = 2**-24 * 0.999 / 0.001  # torch takes 1 - beta2 in fp32, of a rounded beta2
+    for a, b in zip(*runs, strict=True):
+        assert (a - b).norm() <= (torchs + 1e-6) * b.norm()
+
+
 def as_model(params):
     """A module with the parameters, as torch.distributed.checkpoint wants them."""
     model = nn.Module()

@@ -115,7 +115,7 @@ def elementwise_bytes(batch: int, residual: str = "fp32") -> float:
 def expected(card: str, machine: Machine, residual: str, rows: Sequence[dict]) -> dict[str, float]:
     """Return expected milliseconds of the parts of a step with 32 images.
 
-    Matmuls as they are estimated, attention as it was measured (or by its bytes), the rest by bytes.
+    Matmuls as estimated, attention as measured on an H200 (else by its bytes), the rest by bytes.
     """
     batch, encoder = BATCHES[0], ("encoder", BATCHES[0])
 

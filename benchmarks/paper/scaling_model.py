@@ -23,7 +23,7 @@ from repa_fast.train.memory import budget
 
 BUCKET_BYTES = 25 * 2**20  # DistributedDataParallel's default
 BLOCK, ENCODER = 32 * 256 * 1152, 32 * 257 * 768 * 12
-"""Images, tokens, columns (and blocks) of what benchmarks.step.traffic counts: SiT-XL/2, DINOv2-B."""
+"""Images x tokens x width (x blocks) of what is counted: a block of SiT-XL/2, and DINOv2-B."""
 JPEG_BYTES_PER_PIXEL = 0.25  # 16 kB at 256 x 256, benchmarks/results/cpu/2026-11-21_data
 
 

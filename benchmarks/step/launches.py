@@ -5,7 +5,6 @@ fuses and writes its code for sm_90; no kernel of it is compiled and nothing run
 """
 
 import re
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType

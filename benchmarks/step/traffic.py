@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from repa_fast.configs.build import build_model, expected_metadata, fit_to_data
 from repa_fast.configs.config import TrainConfig
 from repa_fast.data.dataset import Metadata
 from repa_fast.distributed import World
+from repa_fast.kernels.attention.backends import BACKENDS
 from repa_fast.models.sit import SiT
 from repa_fast.objective import build_alignment, build_objective
 from repa_fast.train.leaves import add_leaves
@@ -141,14 +143,15 @@ def count(
     The batch is that of a forward pass; attention runs on `backend`.
     """
     torch.backends.cuda.enable_cudnn_sdp(True)  # which pretending switches off, as it cannot run
-    ops.set_attention_backend(backend)
+    anyway = dataclasses.replace(BACKENDS[backend], probe=lambda: None)  # its package may be absent
     dispatch.use_kernels("triton")
     config, metadata = presets.get(preset), expected_metadata(presets.get(preset))
     config = dataclasses.replace(fit_to_data(config, metadata), residual_dtype=residual)
     found = {}
-    for name in pieces:
-        with nullcontext() if name == "encoder" else FakeTensorMode():  # timm reads values
-            found[name] = PIECES[name](config, metadata, batch)
+    with mock.patch.dict(BACKENDS, {backend: anyway}), ops.use_attention_backend(backend):
+        for name in pieces:
+            with nullcontext() if name == "encoder" else FakeTensorMode():  # timm reads values
+                found[name] = PIECES[name](config, metadata, batch)
     return found
 
 
@@ -208,18 +211,18 @@ def table(rows: Sequence[dict]) -> list[str]:
 
 def write() -> None:
     """Replace the committed rows."""
-    FILE.parent.mkdir(parents=True, exist_ok=True)
-    FILE.unlink(missing_ok=True)
+    rows = []
     for batch, residual in COMMITTED:
         pieces = [name for name in PIECES if residual == "fp32" or name != "encoder"]
         for piece, passes in count(PRESET, batch, residual, pieces).items():
             for name, launches in passes.items():
+                of_cards = {c: matmuls.milliseconds(launches, c) for c in matmuls.CARDS}
                 row = row_of(launches, piece, batch, residual, name)
-                row["matmul_ms"] = {
-                    card: round(matmuls.milliseconds(launches, card), 3) for card in matmuls.CARDS
-                }
-                stamp = {"preset": PRESET, "backend": BACKEND, "torch": torch.__version__}
-                append(FILE, row | stamp)
+                row["matmul_ms"] = {card: round(ms, 3) for card, ms in of_cards.items()}
+                row |= {"preset": PRESET, "backend": BACKEND, "torch": torch.__version__}
+                rows.append(row)
+    FILE.unlink(missing_ok=True)
+    append(FILE, *rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -105,6 +105,7 @@ def test_on_a_cpu_a_moment_is_the_innermost_operators():
         ("void at::native::vectorized_elementwise_kernel<4, GeluCUDAKernelImpl>", OTHER),
         ("void flash_fwd_kernel<Flash_fwd_kernel_traits<96, 128, 64, 4>>", "attention"),
         ("fmha_cutlassB_bf16_aligned_64x64_k96_sm80", "attention"),
+        ("repa_fast::attention_packed", "attention"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_32x", "attention"),
         ("void cutlass::device_kernel<flash::enable_sm90<FlashAttnFwdSm90>>", "attention"),
         ("Memset (Device)", OTHER),

@@ -308,6 +308,20 @@ def test_every_backend_that_loads_compiles_into_one_graph_on_cuda(inductor, back
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", PACKED)
+def test_a_backend_that_packs_is_captured_in_a_cuda_graph(name):
+    row = survey_on_cuda(name, BF16)  # which is the warm-up as well
+    if row.left_out:
+        pytest.skip(row.left_out)
+    args = [x.cuda() for x in inputs((2, 16, 256, 72), BF16)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = measured(partial(attention, backend=name), *args)
+    graph.replay()
+    expect_budget(got, args)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", (F32, BF16))
 def test_auto_on_cuda_takes_the_fastest_row(dtype):
     shape = {"heads": 16, "tokens": 256, "head_dim": 72, "batch": 8}

@@ -69,6 +69,7 @@ def parity(*rungs: str) -> tuple[str, ...]:
 
 
 NO_SANITIZER = "compute-sanitizer looks into a real card's driver"
+OPTIMIZERS = ("leaves", "cuda", "stock", "official")
 STREAM_OPS = ("gate_residual_adaln", "adaln", "gate_residual")
 
 ITEMS = (
@@ -77,7 +78,7 @@ ITEMS = (
     Item("tests", 90, tests("--full", "-m", "gpu and not heavy", *TESTS)),
     Item("recipe", 45, ladder("recipe", "released"), needs="REPA_OFFICIAL"),
     Item("kernels", 60, kernels(*STREAM_OPS, batches=("32", "256"))),
-    Item("optimizer", 20, ("benchmarks.step.optim", "--provider", "cuda", "stock", "official")),
+    Item("optimizer", 25, ("benchmarks.step.optim", "--provider", *OPTIMIZERS)),
     Item("step-256", 60, ladder("graph", batch=256, steps=10)),
     Item("experiments", 35, ladder("bf16-residual")),
     Item("attention", 40, kernels("attention", dtype="bf16")),

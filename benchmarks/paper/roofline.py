@@ -16,7 +16,7 @@ from benchmarks.harness.rows import filled, from_gpus, grid, is_current, read
 from benchmarks.kernels.ops import CASES, Problem, short
 from benchmarks.paper.scaling_model import Machine, Work, work
 from benchmarks.step import traffic
-from benchmarks.step.optim import BYTES as OPTIMIZER_BYTES
+from benchmarks.step.optim import BYTES, LEAF_BYTES
 from repa_fast.configs import presets
 from repa_fast.models.sit import size
 
@@ -78,7 +78,7 @@ def ops_table(machine: Machine, rows: Sequence[dict]) -> list[str]:
     parameters = work(presets.get(PRESET)).parameters
     row = latest((row for row in rows if "tensors" in row), provider="cuda")
     named = ("adamw_ema", f"{parameters:,}", "fp32", "step")
-    add(named, 0, sum(OPTIMIZER_BYTES.values()) * parameters, row)
+    add(named, 0, sum(BYTES.values()) * parameters, row)
     heads = ("op", "shape", "dtype", "pass", "GFLOP", "MB", "floor, ms", "measured, ms", "ratio")
     return grid((*heads, "of"), lines)
 
@@ -100,7 +100,7 @@ def step_parts(found: Work, batch: int) -> dict[str, tuple[float, float]]:
         "matmuls": (flops, 0.0),
         "attention": attention,
         "elementwise": (0.0, elementwise_bytes(batch)),
-        "optimizer and EMA": (0.0, sum(OPTIMIZER_BYTES.values()) * found.parameters),
+        "optimizer and EMA": (0.0, sum(LEAF_BYTES.values()) * found.parameters),
         "encoder": (batch * found.frozen.flops, batch * found.frozen.nbytes),
     }
 
@@ -134,7 +134,7 @@ def expected(card: str, machine: Machine, residual: str, rows: Sequence[dict]) -
 
     block, outside = (("block", batch, residual), ("outside", batch, residual))
     of_blocks = attention(block, (16, 256, 72), traffic.PASSES)
-    moved = sum(OPTIMIZER_BYTES.values()) * work(presets.get(PRESET)).parameters
+    moved = sum(LEAF_BYTES.values()) * work(presets.get(PRESET)).parameters
     frozen = matmuls(*encoder) + bytes_of(*encoder)
     return {
         "matmuls": DEPTH * matmuls(*block) + matmuls(*outside),

@@ -19,9 +19,10 @@ from repa_fast.configs.build import expected_metadata, fit_to_data, model_argume
 from repa_fast.configs.config import TrainConfig
 from repa_fast.data.dataset import Metadata
 from repa_fast.objective import build_alignment
+from repa_fast.train.gradients import BUCKET_NUMBERS
 from repa_fast.train.memory import budget
 
-BUCKET_BYTES = 25 * 2**20  # DistributedDataParallel's default
+BUCKET_BYTES = 4 * BUCKET_NUMBERS
 BLOCK, ENCODER = 32 * 256 * 1152, 32 * 257 * 768 * 12
 """Images x tokens x width (x blocks) of what is counted: a block of SiT-XL/2, and DINOv2-B."""
 JPEG_BYTES_PER_PIXEL = 0.25  # 16 kB at 256 x 256, benchmarks/results/cpu/2026-11-21_data
@@ -286,11 +287,14 @@ class Step:
 def copies(mode: Mode, shards: int, gpus: int) -> tuple[float, float]:
     """Return bytes per parameter of casting and copying weights and gradients: forward, backward.
 
-    Autocast reads fp32 and writes bf16, and the other way round for gradients. FSDP2 casts a shard,
-    copies weights out of the gathered buffer and gradients, cast, into the one to be reduced.
+    Under ddp, bf16 gradients are added up in fp32, and rounded again where they are sent in bf16.
+    FSDP2 casts a shard, copies weights out of the gathered buffer and gradients, cast, into the one
+    to be reduced.
     """
-    if gpus == 1 or mode.sharded == "no":
-        return 6, 6
+    if gpus == 1:
+        return 0, 0
+    if mode.sharded == "no":
+        return 0, 6 if mode.reduce_bytes == 4 else 12
     return 6 / shards + 4, 2 + mode.reduce_bytes
 
 

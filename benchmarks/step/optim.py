@@ -28,6 +28,7 @@ BYTES = {  # per parameter in fp32: what one pass and a reading for the norm hav
     "read": 4 + 5 * 4,  # norm: gradient; then gradient, parameter, two moments, EMA
     "written": 4 * 4,  # parameter, two moments, EMA
 }
+LEAF_BYTES = {"read": 2 + 2 + 4 * 4, "written": 4 * 4 + 2}  # gradients and leaves in bf16
 GATE_STEPS = 3
 GATED = ("cuda",)  # the others are torch's and apex's code, rounded in their own way
 
@@ -70,6 +71,21 @@ def ours(params: list[nn.Parameter], implementation: str) -> Trained:
     return Trained(step, lambda p: optimizer.state[p], average)
 
 
+def with_leaves(params: list[nn.Parameter]) -> Trained:
+    """Take steps of AdamWEMA as a bf16 run does, with gradients at bf16 leaves."""
+    masters = [p.detach() for p in params]
+    average = [master.clone() for master in masters]
+    leaves = {master: nn.Parameter(master.bfloat16()) for master in masters}
+    for p, leaf in zip(params, leaves.values()):
+        leaf.grad, p.grad = p.grad.bfloat16(), None
+    optimizer = AdamWEMA(masters, [average], [EMA], leaves, **ADAMW, implementation="cuda")
+
+    def step() -> None:
+        optimizer.step(grad_scale=clip_factor(optimizer.gradient_norm(), MAX_NORM))
+
+    return Trained(step, lambda p: {}, average)
+
+
 def others(
     params: list[nn.Parameter], optimizer: torch.optim.Optimizer, one_by_one: bool = False
 ) -> Trained:
@@ -107,7 +123,7 @@ def apex(params: list[nn.Parameter]) -> Trained:
 
 
 PROVIDERS = {name: partial(ours, implementation=name) for name in ("cuda", "torch")}
-PROVIDERS |= {"stock": stock, "official": official, "apex": apex}
+PROVIDERS |= {"leaves": with_leaves, "stock": stock, "official": official, "apex": apex}
 
 
 def plain(params: Sequence[torch.Tensor], dtype: torch.dtype) -> list[list[torch.Tensor]]:
@@ -166,7 +182,7 @@ def measure(name: str, sizes: Sequence[tuple[int, ...]], device: torch.device) -
         del trained
     except Exception as error:  # packages that are absent, or that raise anything
         return {**row, "status": "failed", "message": f"{type(error).__name__}: {error}"}
-    nbytes = count * sum(BYTES.values())
+    nbytes = count * sum((LEAF_BYTES if name == "leaves" else BYTES).values())
     yardstick = timing.copy_time(nbytes, device, timing.QUICK)
     row |= {"status": "ok", **time.figures, "bytes": nbytes}
     row |= {"gb_per_s": nbytes / time.p50 / 1e6, "copy_ms_p50": yardstick.p50}

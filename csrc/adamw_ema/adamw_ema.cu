@@ -57,7 +57,7 @@ struct Checked {
   T* like(const Tensor& param, const char* name, const List& list, size_t i, bool optional = false) const {
     const Tensor* tensor = at(name, list, i, optional);
     T* found = data<T>(name, i, tensor, param.numel());
-    STD_TORCH_CHECK(!tensor || tensor->sizes() == param.sizes(), op, ": ", name, "[", i,
+    STD_TORCH_CHECK(!tensor || tensor->sizes().equals(param.sizes()), op, ": ", name, "[", i,
                     "] has another shape than params[", i, "]");
     return found;
   }

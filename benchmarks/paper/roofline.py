@@ -113,61 +113,45 @@ def elementwise_bytes(batch: int, residual: str = "fp32") -> float:
 
 
 def expected(card: str, machine: Machine, residual: str, rows: Sequence[dict]) -> dict[str, float]:
-    """Return expected milliseconds of the parts of a step with 32 images.
+    """Return expected milliseconds of the parts of a step with 32 images, and its launch sites.
 
-    Matmuls as estimated, attention as measured on an H200 (else by its bytes), the rest by bytes.
+    Matmuls as estimated, attention as measured on an H200 (else by its bytes), the rest by bytes;
+    launch sites without the optimizer's.
     """
-    batch, encoder = BATCHES[0], ("encoder", BATCHES[0])
+    batch, milliseconds = BATCHES[0], 1e3 / machine.memory
+    pieces = {name: traffic.committed(name, batch, residual) for name in traffic.PIECES}
+    matmuls = {name: sum(row["matmul_ms"][card] for row in of) for name, of in pieces.items()}
+    sites = {name: sum(row["launches"] for row in of) for name, of in pieces.items()}
 
-    def matmuls(*piece) -> float:
-        return sum(row["matmul_ms"][card] for row in traffic.committed(*piece))
-
-    def bytes_of(*piece, kinds=traffic.HELD) -> float:
-        return 1e3 * traffic.moved(*piece, kinds=kinds) / machine.memory
-
-    def attention(piece: tuple, shape: tuple[int, ...], modes: Sequence[str]) -> float:
+    def attention(piece: str, *shape: int) -> float:
         wanted = {"op": "attention", "shape": [batch, *shape], "dtype": "bf16"}
-        found = [best(rows, **wanted, mode=mode) for mode in modes]
+        found = [best(rows, **wanted, mode=row["pass"]) for row in pieces[piece]]
         if None in found:
-            return bytes_of(*piece, kinds=("attention",))
+            return milliseconds * traffic.moved(piece, batch, residual, ("attention",))
         return sum(row["ms_p50"] for row in found)
 
-    block, outside = (("block", batch, residual), ("outside", batch, residual))
-    of_blocks = attention(block, (16, 256, 72), traffic.PASSES)
-    moved = sum(LEAF_BYTES.values()) * work(presets.get(PRESET)).parameters
-    frozen = matmuls(*encoder) + bytes_of(*encoder)
+    parts = step_parts(work(presets.get(PRESET)), batch)
+    frozen = matmuls["encoder"] + milliseconds * traffic.moved("encoder", batch)
     return {
-        "matmuls": DEPTH * matmuls(*block) + matmuls(*outside),
-        "attention": DEPTH * of_blocks,
-        "elementwise": 1e3 * elementwise_bytes(batch, residual) / machine.memory,
-        "optimizer and EMA": 1e3 * moved / machine.memory,
-        "encoder": frozen + ENCODER_DEPTH * attention(encoder, (12, 257, 64), ("forward",)),
+        "matmuls": DEPTH * matmuls["block"] + matmuls["outside"],
+        "attention": DEPTH * attention("block", 16, 256, 72),
+        "elementwise": milliseconds * elementwise_bytes(batch, residual),
+        "optimizer and EMA": milliseconds * parts["optimizer and EMA"][1],
+        "encoder": frozen + ENCODER_DEPTH * attention("encoder", 12, 257, 64),
+        "launch sites": DEPTH * sites["block"] + sites["outside"] + sites["encoder"],
     }
-
-
-def launches(batch: int, residual: str) -> int:
-    """Return the launch sites of a step without its optimizer."""
-    counts = (
-        sum(row["launches"] for row in traffic.committed(*piece))
-        for piece in (("block", batch, residual), ("outside", batch, residual), ("encoder", batch))
-    )
-    of_block, outside, encoder = counts
-    return DEPTH * of_block + outside + encoder
 
 
 def expected_table(machine: Machine, rows: Sequence[dict]) -> list[str]:
     """Return what a step is expected to take on an H100 and an H200."""
-    batch, cards = BATCHES[0], {"H100": H100, "H200": machine}
-    of = {
-        (card, residual): expected(card, rates, residual, rows)
-        for card, rates in cards.items()
-        for residual in ("fp32", "bf16")
-    }
-    lines = [(part, *(f"{one[part]:.1f}" for one in of.values())) for part in CATEGORIES]
-    lines.append(("sum", *(f"{sum(one.values()):.1f}" for one in of.values())))
-    lines.append(("launch sites", *(f"{launches(batch, residual):,}" for _, residual in of)))
-    names = (f"{card}, {residual} residual" for card, residual in of)
-    return grid((f"{batch} images, expected ms", *names), lines)
+    cards = {"H100": H100, "H200": machine}
+    cases = [(card, residual) for card in cards for residual in ("fp32", "bf16")]
+    columns = [expected(card, cards[card], residual, rows) for card, residual in cases]
+    lines = [(part, *(f"{one[part]:.1f}" for one in columns)) for part in CATEGORIES]
+    lines.append(("sum", *(f"{sum(one[part] for part in CATEGORIES):.1f}" for one in columns)))
+    lines.append(("launch sites", *(f"{one['launch sites']:,}" for one in columns)))
+    names = (f"{card}, {residual} residual" for card, residual in cases)
+    return grid((f"{BATCHES[0]} images, expected ms", *names), lines)
 
 
 def step_table(batch: int, machine: Machine, rows: Sequence[dict]) -> list[str]:

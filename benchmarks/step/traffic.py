@@ -43,7 +43,7 @@ FILE = RESULTS / "offline" / "traffic.jsonl"
 COMMITTED = tuple((batch, residual) for batch in (32, 128) for residual in ("fp32", "bf16"))
 """Images of a forward pass, and dtype of the residual stream."""
 KEY = ("piece", "batch", "residual", "pass")
-PASSES = ("forward", "backward")
+PASSES, ANY = ("forward", "backward"), "any"
 HELD = ("elementwise", "stack", "casts")
 MORE, LESS, SMALL = 1.02, 0.9, 0.5
 """A count above MORE of the committed one fails, and one below LESS of it, as that is stale; but
@@ -137,8 +137,8 @@ PIECES = {"block": block, "outside": outside, "encoder": encoder}
 
 def count(
     preset: str, batch: int, residual: str, pieces: Sequence[str], backend: str = BACKEND
-) -> dict[str, Counted]:
-    """Return the launches of each piece, on the pretended card.
+) -> dict[tuple, list[Launch]]:
+    """Return the launches of each pass of each piece, by the values of KEY, on the pretended card.
 
     The batch is that of a forward pass; attention runs on `backend`.
     """
@@ -149,15 +149,18 @@ def count(
     config = dataclasses.replace(fit_to_data(config, metadata), residual_dtype=residual)
     found = {}
     with mock.patch.dict(BACKENDS, {backend: anyway}), ops.use_attention_backend(backend):
-        for name in pieces:
-            with nullcontext() if name == "encoder" else FakeTensorMode():  # timm reads values
-                found[name] = PIECES[name](config, metadata, batch)
+        for piece in pieces:
+            with nullcontext() if piece == "encoder" else FakeTensorMode():  # timm reads values
+                for name, launches in PIECES[piece](config, metadata, batch).items():
+                    found[piece, batch, residual, name] = launches
     return found
 
 
 def row_of(launches: Sequence[Launch], *key) -> dict:
     """Return the row of a pass, whose key has the values of KEY: launch sites, and MB by kind."""
     row = {**dict(zip(KEY, key)), "launches": len(launches)}
+    if row["piece"] == "encoder":
+        row["residual"] = ANY
     for kind in KINDS:
         nbytes = sum(one.nbytes for one in launches if one.kind == kind)
         row[kind] = round(nbytes / 1e6, 2)
@@ -166,17 +169,15 @@ def row_of(launches: Sequence[Launch], *key) -> dict:
 
 def committed(piece: str, batch: int, residual: str = "fp32") -> list[dict]:
     """Return the committed rows of a piece's passes; ValueError where there are none."""
-    key = [piece, batch, residual]
-    rows = [row for row in read(FILE) if [row[name] for name in KEY[:-1]] == key]
+    wanted = {"piece": piece, "batch": batch, "residual": ANY if piece == "encoder" else residual}
+    rows = [row for row in read(FILE) if wanted.items() <= row.items()]
     if not rows:
-        raise ValueError(f"{FILE.name} has no counts of {' '.join(map(str, key))}")
+        raise ValueError(f"{FILE.name} has no counts of {' '.join(map(str, wanted.values()))}")
     return rows
 
 
-def moved(
-    piece: str, batch: int, residual: str = "fp32", kinds: Sequence[str] = HELD, passes=PASSES
-) -> float:
-    """Return the bytes that are committed for some passes of a piece."""
+def moved(piece: str, batch: int, residual: str = "fp32", kinds=HELD, passes=PASSES) -> float:
+    """Return the bytes of some kinds that are committed for some passes of a piece."""
     rows = [row for row in committed(piece, batch, residual) if row["pass"] in passes]
     return 1e6 * sum(row[kind] for row in rows for kind in kinds)
 
@@ -195,18 +196,21 @@ def misses(row: dict, before: dict) -> list[str]:
 
 def table(rows: Sequence[dict]) -> list[str]:
     """Return rows for people, and the sum of both passes of each piece."""
-    columns, lines = ("launches", *KINDS), []
-    for key in dict.fromkeys(tuple(row[name] for name in KEY[:-1]) for row in rows):
-        passes = [row for row in rows if key == tuple(row[name] for name in KEY[:-1])]
-        if len(passes) > 1:
-            both = {name: sum(row[name] for row in passes) for name in columns}
-            passes.append({**passes[0], **both, "pass": "both"})
-        for row in passes:
-            counts = (sum(row[kind] for kind in HELD), *(row[kind] for kind in KINDS))
-            named = (*(row[name] for name in KEY), row["launches"])
-            lines.append((*named, *(f"{count:,.1f}" for count in counts)))
+    lines = []
+    for row in rows:
+        lines.append(row)
+        if row["pass"] == "backward":  # after the same piece's forward
+            both = {name: lines[-2][name] + row[name] for name in ("launches", *KINDS)}
+            lines.append(row | both | {"pass": "both"})
     heads = (*KEY, "launch sites", "MB of the first three", *KINDS)
-    return grid(heads, lines)
+    return grid(
+        heads,
+        (
+            (*(row[key] for key in KEY), row["launches"], f"{sum(row[k] for k in HELD):,.1f}")
+            + tuple(f"{row[kind]:,.1f}" for kind in KINDS)
+            for row in lines
+        ),
+    )
 
 
 def write() -> None:
@@ -214,13 +218,10 @@ def write() -> None:
     rows = []
     for batch, residual in COMMITTED:
         pieces = [name for name in PIECES if residual == "fp32" or name != "encoder"]
-        for piece, passes in count(PRESET, batch, residual, pieces).items():
-            for name, launches in passes.items():
-                of_cards = {c: matmuls.milliseconds(launches, c) for c in matmuls.CARDS}
-                row = row_of(launches, piece, batch, residual, name)
-                row["matmul_ms"] = {card: round(ms, 3) for card, ms in of_cards.items()}
-                row |= {"preset": PRESET, "backend": BACKEND, "torch": torch.__version__}
-                rows.append(row)
+        for key, launches in count(PRESET, batch, residual, pieces).items():
+            of_cards = {c: round(matmuls.milliseconds(launches, c), 3) for c in matmuls.CARDS}
+            stamp = {"preset": PRESET, "backend": BACKEND, "torch": torch.__version__}
+            rows.append(row_of(launches, *key) | {"matmul_ms": of_cards} | stamp)
     FILE.unlink(missing_ok=True)
     append(FILE, *rows)
 
@@ -238,24 +239,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="replace the committed counts")
     argv = sys.argv[1:] if argv is None else argv
     given = parser.parse_args(argv)
+    held = {(PRESET, BACKEND, *case) for case in COMMITTED}
+    if given.check and (given.preset, given.backend, given.batch, given.residual_dtype) not in held:
+        parser.error(f"--check: only {PRESET} on {BACKEND} is committed, as {COMMITTED}")
     if not build.is_here():
         program = ("-m", "benchmarks.gpu.pretended", "-m", "benchmarks.step.traffic", *argv)
         os.execv(sys.executable, [sys.executable, *program])
     if given.write:
         write()
         return 0
-    arguments = (given.preset, given.batch, given.residual_dtype, given.pieces, given.backend)
     rows, wrong = [], []
-    for piece, passes in count(*arguments).items():
-        for name, launches in passes.items():
-            rows.append(row_of(launches, piece, given.batch, given.residual_dtype, name))
-            if given.list:
-                lines = [(one.kind, f"{one.nbytes / 1e6:.2f}", one.name) for one in launches]
-                print("\n".join(grid((f"{piece} {name}", "MB", "launch site"), lines)))
-    if given.check:
-        for row in rows:
-            before = committed(row["piece"], row["batch"], row["residual"])
-            wrong += misses(row, next(one for one in before if one["pass"] == row["pass"]))
+    arguments = (given.preset, given.batch, given.residual_dtype, given.pieces, given.backend)
+    for key, launches in count(*arguments).items():
+        rows.append(row_of(launches, *key))
+        if given.list:
+            lines = [(one.kind, f"{one.nbytes / 1e6:.2f}", one.name) for one in launches]
+            print("\n".join(grid((" ".join(map(str, key)), "MB", "launch site"), lines)))
+        if given.check:
+            before = {row["pass"]: row for row in committed(*key[:-1])}
+            wrong += misses(rows[-1], before[key[-1]])
     print("\n".join([*table(rows), *wrong]))
     return int(bool(wrong))
 

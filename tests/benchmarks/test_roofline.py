@@ -117,8 +117,8 @@ def test_what_is_expected_adds_up_and_attention_is_as_measured(tables):
     sums = [float(cell) for cell in cells(text, "sum")[1:]]
     assert [sum(each) for each in zip(*columns)] == pytest.approx(sums, abs=0.3)
     assert sums[1] < sums[0] > sums[2]
-    sites = int(cells(text, "launch sites")[1].replace(",", ""))
-    assert sites == roofline.launches(32, "fp32") > 28 * 2
+    block = sum(row["launches"] for row in traffic.committed("block", 32))
+    assert 28 * block < int(cells(text, "launch sites")[1].replace(",", "")) < 28 * block + 300
 
 
 def test_an_op_is_held_by_what_takes_longer():

@@ -4,6 +4,7 @@ torch runs the same kernels, but takes dq, dk and dv as three tensors. Read in n
 1.22 and 1.32; shapes as in packed.py. Strides have to be multiples of 16 bytes.
 """
 
+import atexit
 import functools
 import threading
 
@@ -79,3 +80,6 @@ def _graph(operation: str, scale: float, deterministic: bool, handle, layouts: t
         result.set_output(True).set_dim(shape).set_stride(stride).set_data_type(names[dtype])
     graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
     return graph, (*given.values(), *results)
+
+
+atexit.register(_graph.cache_clear)  # what is left then, the package reports as leaked

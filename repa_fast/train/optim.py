@@ -4,6 +4,7 @@ A step can be a no-op, decided on the device: where its flag is set, neither wei
 counts nor EMAs change.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -27,7 +28,6 @@ Tensors = list[Tensor]
 class Plan(NamedTuple):
     """What a step does with a group's parameters: this process's tensors, in one order."""
 
-    parameters: Tensors  # the optimizer's own
     weights: Tensors
     leaves: list[Tensor | None]
     exp_avgs: Tensors
@@ -85,9 +85,9 @@ class AdamWEMA(torch.optim.AdamW):
             torch.as_tensor(rate, dtype=torch.float32, device=self.device) for rate in self._rates
         ]
         self._step_supports_amp_scaling = False  # a GradScaler unscales, and skips steps, itself
-        self._own = own
-        self._averages = [dict(zip(own, average)) for average in self.averages]
         self.leaves = dict(leaves or {})
+        self._averages = [dict(zip(own, average)) for average in self.averages]
+        self._owners = [[self._owner(p) for p in group["params"]] for group in self.param_groups]
         self.held: Mapping[Tensor, Tensor] = {}
         self.implementation, self.reason = choose_implementation(implementation, own)
         self._one = torch.ones((), dtype=torch.float32, device=self.device)
@@ -107,7 +107,8 @@ class AdamWEMA(torch.optim.AdamW):
 
     def begin_states(self, params: Iterable[Tensor] | None = None) -> None:
         """Set moments and step counts of zero for trainable parameters (all) that have none yet."""
-        for p in self._own if params is None else params:
+        own = (p for group in self.param_groups for p in group["params"])
+        for p in own if params is None else params:
             if self._owner(p).requires_grad and not self.state[p]:
                 self.state[p] = {
                     "step": torch.zeros((), dtype=torch.float32, device=p.device),
@@ -133,24 +134,30 @@ class AdamWEMA(torch.optim.AdamW):
         return self.held.get(owner, owner.grad)
 
     def _owner(self, parameter: Tensor) -> Tensor:
-        """Return whose gradient autograd leaves: a leaf has it, or else the parameter."""
+        """Return at what autograd leaves the gradient: the leaf, or else the parameter."""
         leaf = self.leaves.get(parameter, parameter)
         return leaf if leaf.requires_grad else parameter
 
+    def _gradients(self) -> list[list[Tensor | None]]:
+        """Return the gradient of every parameter, or None, group by group."""
+        if not self.held:
+            return [[owner.grad for owner in owners] for owners in self._owners]
+        return [[self.held.get(owner, owner.grad) for owner in owners] for owners in self._owners]
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients that autograd has left, also at leaves."""
-        for p in self._own:
-            self._owner(p).grad = None
+        for owner in itertools.chain(*self._owners):
+            owner.grad = None
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
         """Return the norm of all gradients together, over all shards; 0-d fp32 on the device."""
         by_layout: dict = {}
-        for p in self._own:
-            grad = self.gradient(p)
-            if grad is not None:
-                layout = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
-                by_layout.setdefault(layout, []).append(_local(grad))
+        for gradient in itertools.chain(*self._gradients()):
+            if gradient is not None:
+                sharded = isinstance(gradient, DTensor)
+                layout = (gradient.device_mesh, gradient.placements) if sharded else None
+                by_layout.setdefault(layout, []).append(_local(gradient))
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for layout, gradients in by_layout.items():
             if self.implementation == "cuda":
@@ -185,10 +192,9 @@ class AdamWEMA(torch.optim.AdamW):
         skip = self._one - 1 if skip is None else skip
         cuda = self.implementation == "cuda"
         run = self._step_by_cuda if cuda else self._step_by_torch
-        for number, group in enumerate(self.param_groups):
-            gradients = {p: self.gradient(p) for p in group["params"]}
-            plan = self._plan(number, tuple(g is not None for g in gradients.values()))
-            taken = _locals(gradients[p] for p in plan.parameters)
+        for number, (group, gradients) in enumerate(zip(self.param_groups, self._gradients())):
+            plan = self._plan(number, tuple(g is not None for g in gradients))
+            taken = _locals(g for g in gradients if g is not None)
             options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
             run(plan, taken, grad_scale=grad_scale, skip=skip, **options)
             self._move_averages(plan.weights, plan.emas, skip, first=int(cuda))
@@ -214,7 +220,6 @@ class AdamWEMA(torch.optim.AdamW):
         moments = [_locals(state[key] for state in states) for key in ("exp_avg", "exp_avg_sq")]
         leaves = [self.leaves[p].detach() if p in self.leaves else None for p in stepped]
         plan = Plan(
-            stepped,
             _locals(stepped),
             leaves,
             *moments,

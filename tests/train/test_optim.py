@@ -221,11 +221,9 @@ def test_leaves_give_the_gradients_and_equal_their_parameters_after_every_step(
 
 
 def test_the_norm_of_bf16_gradients_is_summed_in_fp32():
-    p = nn.Parameter(torch.zeros(300, 300))
-    leaf = nn.Parameter(p.detach().bfloat16())
-    ours = AdamWEMA([p.detach()], leaves={}, implementation="torch")
-    master = ours.param_groups[0]["params"][0]
-    ours.leaves = {master: leaf}
+    master = torch.zeros(300, 300)
+    leaf = nn.Parameter(master.bfloat16())
+    ours = AdamWEMA([master], leaves={master: leaf}, implementation="torch")
     leaf.grad = seeded((300, 300), seed=0, dtype=torch.bfloat16)
     exact = leaf.grad.double().norm().item()
     assert ours.gradient_norm().item() == pytest.approx(exact, rel=1e-6)

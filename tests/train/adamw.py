@@ -101,7 +101,7 @@ def assert_implementations_agree(device, steps):
     for implementation in ("cuda", "torch"):
         params = make_parameters(device=device)
         kept = {p: p.detach().bfloat16() for p in params[1:4]}
-        options = {"weight_decay": 0.1, "implementation": implementation, "copies": kept}
+        options = {"weight_decay": 0.1, "implementation": implementation, "leaves": kept}
         ours = our_adamw(params, (0.9, 0.5), **options)
         clipped_steps(ours, params, steps, skipped=(1,))
         runs.append(everything(params, ours))

@@ -13,6 +13,7 @@ from repa_fast.diffusion.draws import Draws
 from repa_fast.distributed import World
 from repa_fast.train.state import TrainState
 from repa_fast.train.step import draw_local, set_rates, train_step, update
+from repa_fast.train.torch_private import drop_capture
 
 FIRST_STEPS = 3
 """Steps before the capture: they compile, choose algorithms and make the optimizer's state."""
@@ -77,7 +78,7 @@ class GraphedStep:
     def _capture(self, batch: Batch) -> None:
         """Record the step, or take every step as the first ones."""
         state, failure = self._state, ""
-        self._batch = {n: torch.empty_like(t, device=state.world.device) for n, t in batch.items()}
+        self._batch = {n: t.to(state.world.device, copy=True) for n, t in batch.items()}
         self._draws = Draws(*(field.clone() for field in draw_local(state)))
         self._settle()
         try:
@@ -90,6 +91,7 @@ class GraphedStep:
             print(f"cuda_graph: not captured, {failure}")
         if state.world.any(bool(failure)):
             self.close()
+            state.gradients.forget()  # what has come of half a pass
             self._left = math.inf
 
 
@@ -132,9 +134,13 @@ def capture(work: Work, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
     would end the capture if this thread did. Collectives are recorded with the rest (torch >= 2.2,
     NCCL >= 2.9.6), once their communicator has been used; no timeout watches them when replayed.
     """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        work()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            work()
+    except Exception:
+        drop_capture(graph, pool, stream.device)
+        raise
     return graph
 
 

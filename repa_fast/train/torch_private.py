@@ -1,9 +1,11 @@
 """What training takes from inside torch, in one place; tests/train/test_torch_private.py holds it.
 
-None of these names is public. Each but the compiler's has a public twin that waits for the device,
-reads every gradient once more, or leaves a process group with another timeout.
+None of these names is public. Each but the compiler's and the allocator's has a public twin that
+waits for the device, reads every gradient once more, or leaves a process group with another
+timeout.
 """
 
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -34,6 +36,21 @@ def record_overflow(
     """Tell the scaler what its unscale_ would have found; it reads every gradient for that."""
     states = scaler._per_optimizer_states[id(optimizer)]
     states["found_inf_per_device"] = {bad.device: bad}
+
+
+def drop_capture(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], device: torch.device) -> None:
+    """End a capture into `pool` that failed; for torch 2.11 it would go on.
+
+    Its memory would never be free again, nor that of tensors which a second stream has used, and
+    torch.randn would raise.
+    """
+    graph.reset()
+    with suppress(RuntimeError):  # torch 2.15 has done it by now
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)
+    generator, like = torch.cuda.default_generators[device.index], torch.Generator(device)
+    like.manual_seed(generator.initial_seed())
+    generator.graphsafe_set_state(like.graphsafe_get_state())
 
 
 def cpp_compiler() -> str:

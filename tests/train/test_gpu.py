@@ -8,10 +8,11 @@ import torch
 from repa_fast.configs import presets
 from repa_fast.data.digits import digits_metadata
 from repa_fast.distributed import World
+from repa_fast.train import graph
 from repa_fast.train.graph import FIRST_STEPS, stepper
 from repa_fast.train.memory import choose_micro_batch
 from repa_fast.train.state import build_state
-from repa_fast.train.step import synthetic_batch, train_step
+from repa_fast.train.step import synthetic_batch, train_step, update
 
 pytestmark = pytest.mark.gpu
 
@@ -79,6 +80,23 @@ def test_a_graph_does_what_its_steps_do(options):
     assert graph["loss"] == pytest.approx(plain["loss"], rel=1e-3)
     for expected, found in zip(averages, graph_averages, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_capture_that_fails_leaves_memory_and_generator_as_they_were(monkeypatch, capsys):
+    def waits(*arguments):
+        update(*arguments)
+        torch.ones((), device="cuda").item()
+
+    monkeypatch.setattr(graph, "update", waits)
+    state, reserved = cuda_state(), []
+    step = stepper(state)
+    for number in range(FIRST_STEPS + 2):
+        step(seeded_batch(state, number))
+        state.optimizer.zero_grad()
+        torch.cuda.empty_cache()
+        reserved.append(torch.cuda.memory_reserved())
+    assert "operation not permitted" in capsys.readouterr().out
+    assert reserved[-1] == reserved[FIRST_STEPS - 1]
 
 
 def test_bf16_follows_fp32():

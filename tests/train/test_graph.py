@@ -152,7 +152,15 @@ def one_fails(world, failing):
     state = build_state(tiny_config(cuda_graph="on"), digits_metadata(), world)
     state.micro_batch = state.local_batch
     record = Recorder()
-    step = GraphedStep(state, record=fails if world.rank in failing else record)
+
+    def breaks_off(work):
+        first = state.model.blocks[0].attn.qkv.weight.register_hook(fails)
+        try:
+            work()
+        finally:
+            first.remove()
+
+    step = GraphedStep(state, record=breaks_off if world.rank in failing else record)
     for batch in batches(state, FIRST_STEPS_OF_SEVERAL + 2):
         step(batch)
     step.close()

@@ -16,16 +16,26 @@ from torch import nn
 from repa_fast.models.sit import SiT
 
 
-class ReadCopy(torch.autograd.Function):
-    """The bf16 copy in the place of an fp32 bias, which receives the gradient."""
+class Linear(torch.autograd.Function):
+    """x (..., D) -> (..., O), bf16, by a leaf (O, D) and the bf16 copy of a bias (O).
+
+    The bias receives its gradient in fp32, summed over tokens first and then over images: Inductor
+    fuses the first sum into the kernel that computes its terms, where one sum over all rows has to
+    read them again with more than 32 images.
+    """
 
     @staticmethod
-    def forward(ctx, bias: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
-        return copy.view_as(copy)
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, copy: torch.Tensor):
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, copy)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient.float(), None
+    def backward(ctx, gradient: torch.Tensor):
+        x, weight = ctx.saved_tensors
+        of_weight = gradient.flatten(0, -2).t() @ x.flatten(0, -2)
+        of_bias = gradient.sum(-2, dtype=torch.float32).view(-1, len(weight)).sum(0)
+        of_x = gradient @ weight if ctx.needs_input_grad[0] else None
+        return of_x, of_weight, of_bias, None
 
 
 class LeafLinear(nn.Linear):
@@ -42,9 +52,7 @@ class LeafLinear(nn.Linear):
         self.register_buffer("bias_copy", self.bias.detach().bfloat16(), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(
-            x.to(self.weight.dtype), self.weight, ReadCopy.apply(self.bias, self.bias_copy)
-        )
+        return Linear.apply(x.to(self.weight.dtype), self.weight, self.bias, self.bias_copy)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

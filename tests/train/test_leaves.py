@@ -74,7 +74,7 @@ def test_leaves_are_the_rounded_masters_after_every_step_and_after_a_state_dict(
 
 
 def test_gradients_are_those_of_autocast_on_fp32_weights(make_state):
-    """To the bit where the layers are the same; adaLN sums over blocks, and biases, in fp32."""
+    """To the bit where the layers are the same; sums of biases, and over blocks, are in fp32."""
     state = make_state(**BF16)
     batch, draws = batch_of(state), draw_local(state)
     plain = copy.deepcopy(state.ema).requires_grad_().train()
@@ -86,8 +86,9 @@ def test_gradients_are_those_of_autocast_on_fp32_weights(make_state):
     assert found.keys() == {name for name, p in expected.items() if p.grad is not None}
     for name, gradient in found.items():
         exact, above = expected[name].grad, name.startswith(("t_embedder", "y_embedder"))
-        if "adaLN" in name or above:
-            assert (gradient - exact).norm() <= 2**-6 * exact.norm(), name
+        if "adaLN" in name or above or name.endswith(".bias"):
+            rounding = 2**-6 * exact.norm() + 1e-6 * ("qkv" in name)  # a key's bias has no gradient
+            assert (gradient - exact).norm() <= rounding, name
         else:
             assert torch.equal(gradient.float(), exact), name
 

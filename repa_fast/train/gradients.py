@@ -75,7 +75,7 @@ class Gradients:
         if passes == 1 and self.world.size == 1:
             return None
         each = 4 if self.wire == torch.float32 else 4 + self.wire.itemsize
-        size = each * sum(p.numel() for p in self.parameters)
+        size = each * sum(p.numel() for p in self.parameters if p.requires_grad)
         return torch.empty(size, dtype=torch.uint8, device=self.world.device)
 
     @contextmanager
@@ -85,10 +85,14 @@ class Gradients:
         self._closed, self._works = 0, []
         if first:
             self.held.clear()
+            self._come = []
+            for bucket in self._buckets:
+                bucket.waiting = []  # where a pass broke off, as a CUDA graph's capture may
         if self._moves and not self._hooked:
             self._hooked = True
             for p in self.parameters:
-                p.register_post_accumulate_grad_hook(self._arrive)
+                if p.requires_grad:  # it is not frozen meanwhile
+                    p.register_post_accumulate_grad_hook(self._arrive)
         yield
         if self._moves and not self._buckets:
             self._form()
@@ -97,6 +101,7 @@ class Gradients:
                 self._close(self._buckets[self._closed])
         for work in self._works:
             work.wait()
+        self._moves = False  # what others leave at parameters is theirs
 
     def _arrive(self, parameter: nn.Parameter) -> None:
         if not self._moves:

@@ -131,8 +131,16 @@ def fails(work):
 
 
 def test_a_capture_that_fails_is_one_line_and_the_steps_go_on(make_state, capsys):
+    """Also where a backward pass breaks off, with gradients of a part of the weights."""
     plain, graphed = make_state(), make_state()
-    step = GraphedStep(graphed, record=fails)
+    plain.micro_batch = graphed.micro_batch = 5
+
+    def breaks_off(work):
+        step._batch["label"].zero_()
+        with graphed.model.blocks[1].attn.proj.weight.register_hook(fails):
+            work()
+
+    step = GraphedStep(graphed, record=breaks_off)
     for batch in batches(plain, FIRST_STEPS + 3):
         train_step(plain, batch)
         step(batch)

@@ -7,7 +7,7 @@ the layers' own names, and what EMA and moments are made from. Biases are parame
 bf16 copies that the optimizer writes too. FSDP, which gathers weights in bf16, needs none of this.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,8 @@ class Linear(torch.autograd.Function):
 class LeafLinear(nn.Linear):
     """A linear layer in bf16: its parameter `weight` is bf16, its fp32 value `master`.
 
-    A state_dict is loaded into all: master, leaf, bias and the bias's copy.
+    A state_dict is loaded into all: master, leaf, bias and the bias's copy. The optimizer and a
+    joint matmul have these very tensors: TypeError where others would take their places.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -58,12 +59,23 @@ class LeafLinear(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"] = self.master if keep_vars else self.master.detach()
 
-    def _load_from_state_dict(self, state: dict, prefix: str, *rest) -> None:
-        super()._load_from_state_dict(state, prefix, *rest)  # which reports what does not fit
+    def _load_from_state_dict(self, state: dict, prefix: str, metadata: dict, *rest) -> None:
+        if metadata.get("assign_to_params_buffers"):
+            raise TypeError(f"{prefix}weight has a bf16 leaf: load_state_dict without assign")
+        # reports what does not fit
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
         value = state.get(f"{prefix}weight")
         if value is not None and value.shape == self.master.shape:
             self.master.copy_(value.detach())
         self.bias_copy.copy_(self.bias.detach())
+
+    def _apply(self, function: Callable, recurse: bool = True) -> nn.Module:
+        if any(function(tensor) is not tensor for tensor in (self.master, self.weight)):
+            raise TypeError("a model with bf16 leaves stays where it is, in its dtypes")
+        return super()._apply(function, recurse)
+
+    def __getstate__(self) -> dict:
+        raise TypeError("a model with bf16 leaves cannot be copied or pickled: use state_dict()")
 
 
 class JointLinear(torch.autograd.Function):

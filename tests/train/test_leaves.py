@@ -1,6 +1,7 @@
 """bf16 leaves of fp32 weights, adaLN layers in one product, and a residual stream in bf16."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -71,6 +72,20 @@ def test_leaves_are_the_rounded_masters_after_every_step_and_after_a_state_dict(
     wrong = start | {"blocks.0.mlp.fc1.weight": torch.ones(3, 3)}
     with pytest.raises(RuntimeError, match="size mismatch"):
         state.model.load_state_dict(wrong)
+
+
+def test_no_other_tensors_take_the_places_of_those_that_the_optimizer_has(make_state):
+    """One line refuses what would leave it, or the joint adaLN matmul, with tensors of no model."""
+    model = make_state(**BF16).model
+    assert model.to("cpu") is model
+    for attempt in (copy.deepcopy, lambda model: torch.save(model, io.BytesIO())):
+        with pytest.raises(TypeError, match=r"copied or pickled: use state_dict\(\)"):
+            attempt(model)
+    for attempt in (torch.nn.Module.float, torch.nn.Module.bfloat16, lambda m: m.to("meta")):
+        with pytest.raises(TypeError, match="stays where it is, in its dtypes"):
+            attempt(model)
+    with pytest.raises(TypeError, match="weight has a bf16 leaf: load_state_dict without assign"):
+        model.load_state_dict(model.state_dict(), assign=True)
 
 
 def test_gradients_are_those_of_autocast_on_fp32_weights(make_state):

@@ -47,7 +47,7 @@ def test_bash_completes_commands_of_one_and_two_words_flags_and_choices(capsys, 
         "repa-fast prepare images --resol": {"--resolution"},
         "repa-fast train --preset dig": {name for name in PRESETS if name.startswith("dig")},
         "repa-fast train --preset digits --align _": {"repa", "sra"},
-        "repa-fast train --preset=digits --joint": {"--joint-adaln"},
+        "repa-fast train --preset=digits --residual": {"--residual-dtype"},
         "repa-fast bench --h": {"--help"},
     }
     assert {"--ckpt", "--cfg-scale", "--classes"} <= asked["repa-fast sample --c"]

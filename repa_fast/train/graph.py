@@ -16,9 +16,8 @@ from repa_fast.train.step import draw_local, set_rates, train_step, update
 from repa_fast.train.torch_private import drop_capture
 
 FIRST_STEPS = 3
-"""Steps before the capture: they compile, choose algorithms and make the optimizer's state."""
-FIRST_STEPS_OF_SEVERAL = 11
-"""The same with several processes, as many as torch asks for under DDP."""
+"""Steps before the capture: they compile, choose algorithms, make the optimizer's state, and with
+several processes form the buckets of gradients and open NCCL's communicator."""
 
 Work = Callable[[], None]
 
@@ -49,8 +48,7 @@ class GraphedStep:
         on_cuda = state.world.device.type == "cuda"
         self._stream = torch.cuda.Stream(state.world.device) if on_cuda else None
         self._record = record or partial(capture, stream=self._stream)
-        # steps to take without a graph
-        self._left: float = FIRST_STEPS if state.world.size == 1 else FIRST_STEPS_OF_SEVERAL
+        self._left: float = FIRST_STEPS  # to take without a graph
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, batch: Batch) -> None:
@@ -118,8 +116,7 @@ def describe(state: TrainState) -> str:
 def stepper(state: TrainState, settle: Work = lambda: None) -> Callable[[Batch], None]:
     """Return what takes a batch and does an optimizer step, as the config asks for it.
 
-    Raises:
-        ValueError: cuda_graph is on where the step cannot be one, with the reason.
+    ValueError, with the reason, if cuda_graph is on where the step cannot be one.
     """
     reason = why_not(state.config, state.world)
     if state.config.cuda_graph == "on" and reason:

@@ -14,7 +14,6 @@ from repa_fast.objective.base import Alignment
 from repa_fast.train import graph
 from repa_fast.train.graph import (
     FIRST_STEPS,
-    FIRST_STEPS_OF_SEVERAL,
     GraphedStep,
     describe,
     stepper,
@@ -169,7 +168,7 @@ def one_fails(world, failing):
             first.remove()
 
     step = GraphedStep(state, record=breaks_off if world.rank in failing else record)
-    for batch in batches(state, FIRST_STEPS_OF_SEVERAL + 2):
+    for batch in batches(state, FIRST_STEPS + 2):
         step(batch)
     step.close()
     return record.seen, state.step, [p.detach().numpy() for p in state.model.parameters()]
@@ -179,7 +178,7 @@ def test_all_processes_replay_or_none_does(ranks):
     both, (first, second) = ranks(one_fails, ()), ranks(one_fails, (1,))
     assert [seen for seen, *_ in both] == [["recorded", "freed"]] * 2
     assert first[0][:2] == ["recorded", "freed"] and second[0] == []
-    assert {step for _, step, _ in (*both, first, second)} == {FIRST_STEPS_OF_SEVERAL + 2}
+    assert {step for _, step, _ in (*both, first, second)} == {FIRST_STEPS + 2}
     for tensors in zip(*(weights for *_, weights in (*both, first, second)), strict=True):
         assert all((tensor == tensors[0]).all() for tensor in tensors)
 
@@ -202,7 +201,7 @@ def test_when_the_alignment_ends_the_step_is_recorded_anew(train, monkeypatch):
 
 
 def test_warm_up_and_capture_are_on_one_stream(make_state, monkeypatch):
-    """Each stream has its own memory. CUDA is made up here; tests/train/test_gpu.py has it."""
+    """Each stream has its own memory. CUDA is simulated here; tests/train/test_gpu.py has it."""
     state, cuda = make_state(), MagicMock()
     state.world = GPU
     monkeypatch.setattr(torch, "cuda", cuda)

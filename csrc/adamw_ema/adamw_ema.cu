@@ -1,5 +1,5 @@
-// AdamW, the moving average of the weights and their bf16 copies in one pass over memory, for many
-// tensors at once; and the sum of squares of many tensors, for the global gradient norm.
+// AdamW, the EMA of the weights and their bf16 copies in one pass over memory, for many tensors at
+// once; and the sum of squares of many tensors, for the global gradient norm.
 
 #include "kernels.cuh"
 

@@ -1,7 +1,7 @@
 // The kernels of adamw_ema.cu and their launches, free of torch, so that tests/csrc/ can run them on a CPU.
 //
-// Per element 36 bytes with fp32 gradients and an average: gradient, parameter, both moments and the
-// average are read, all but the gradient are written. Nothing is read back to the host.
+// Per element 36 bytes with fp32 gradients and an EMA: gradient, parameter, both moments and the EMA
+// are read, all but the gradient are written. Nothing is read back to the host.
 
 #include <cuda_bf16.h>
 

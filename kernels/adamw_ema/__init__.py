@@ -1,4 +1,4 @@
-"""AdamW, the moving average of the weights and their bf16 copies in one pass over memory."""
+"""AdamW, the EMA of the weights and their bf16 copies in one pass over memory."""
 
 from .op import adamw_ema, sum_of_squares, why_not_cuda
 

@@ -98,9 +98,8 @@ def after_restart(config: TrainConfig, folder: Path, world: World) -> TrainConfi
 def begin(source: Path | None, folder: Path, state: TrainState) -> None:
     """Resume from the checkpoint `source`, or start anew, from weights that the config may name.
 
-    Raises:
-        ValueError: as for `resume`, or resuming from an older step than the run's newest: two
-            continuations would share a folder.
+    ValueError as for `resume`, or if an older step than the run's newest is resumed: two
+    continuations would share a folder.
     """
     config, saved = state.config, folder / "checkpoints"
     resume(source, saved, state)

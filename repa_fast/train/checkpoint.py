@@ -187,9 +187,9 @@ def save(folder: Path, state: TrainState) -> Path:
 
 
 def share(tensors: dict[str, torch.Tensor], world: World) -> dict[str, dict[str, torch.Tensor]]:
-    """Return what this process writes: all its shards, and its share of what all have alike.
+    """Return what this process writes, by the first part of its name, on which torch logs a line.
 
-    By the first part of the name, since torch spends a log line on every key at the top.
+    That is all its shards, and its share of what all processes have alike.
     """
     writers, loads = {}, [0] * world.size
     alike = {name: t.nbytes for name, t in tensors.items() if not isinstance(t, DTensor)}
@@ -207,9 +207,8 @@ def share(tensors: dict[str, torch.Tensor], world: World) -> dict[str, dict[str,
 def load(source: Path, state: TrainState) -> None:
     """Read a checkpoint directory into `state`, in place; hyperparameters stay the config's.
 
-    Raises:
-        ValueError: it is not complete or damaged, or is of another model (lists what differs),
-            another task or another dataset's latents.
+    ValueError if it is not complete or damaged, or is of another model (lists what differs),
+    another task or another dataset's latents.
     """
     _expect_same_model(source, state)
     stored = read_settings(source)

@@ -60,8 +60,7 @@ class Gradients:
         self.world = world
         self.wire = wire if world.size > 1 else torch.float32
         self.held: dict[nn.Parameter, Tensor] = {}
-        self._moves = self._last = False
-        self._hooked = False
+        self._moves = self._last = self._hooked = False
         self.forget()
 
     def forget(self) -> None:
@@ -94,11 +93,11 @@ class Gradients:
                 if p.requires_grad:  # it is not frozen meanwhile
                     p.register_post_accumulate_grad_hook(self._arrive)
         yield
-        if self._moves and not self._buckets:
-            self._form()
         if self._moves:
-            while self._closed < len(self._buckets):
-                self._close(self._buckets[self._closed])
+            if not self._buckets:
+                self._form()
+            for bucket in self._buckets[self._closed :]:
+                self._close(bucket)
         for work in self._works:
             work.wait()
         self._moves = False  # what others leave at parameters is theirs

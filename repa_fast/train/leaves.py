@@ -104,12 +104,12 @@ def add_leaves(model: SiT) -> dict[torch.Tensor, torch.Tensor]:
     The adaLN layers of all blocks become one matmul. Returns {master: leaf} and {bias: its copy},
     which are as the fp32 values are now; who changes those writes them.
     """
-    leaves = {}
     for parent in list(model.modules()):
         for name, layer in parent.named_children():
             if type(layer) is nn.Linear:
                 setattr(parent, name, LeafLinear(layer))
     join_adaln(model)
+    leaves = {}
     for layer in model.modules():
         if isinstance(layer, LeafLinear):
             leaves |= {layer.master: layer.weight, layer.bias: layer.bias_copy}

@@ -35,8 +35,8 @@ class Run:
         open_loader: opens the batches from the state's step to the last one.
         reporter: of the first process; the others' say nothing.
         evaluator: None where nothing is evaluated.
-        seen: the last steps with a sample grid and with an evaluation: one that was cut off after
-            its step was saved is made up for.
+        seen: the last steps with a sample grid and with an evaluation: a run that was stopped after
+            it saved such a step does it first.
         stopping: signals received so far that ask to stop.
         begins: tells the watchdog that something begins, and how many limits it may take.
     """
@@ -101,9 +101,8 @@ class Run:
 def loop(run: Run) -> None:
     """Log, save, sample, evaluate, stop: what is due after the steps so far; and then take a step.
 
-    Raises:
-        TrainingDiverged: as for `stop_if_diverged`.
-        CheckpointFailed, LockLost, DataTimeout: as for `Checkpointer.save` and `Loader`.
+    TrainingDiverged as for `stop_if_diverged`; CheckpointFailed, LockLost and DataTimeout as for
+    `Checkpointer.save` and `Loader`.
     """
     state, config = run.state, run.state.config
     while True:
@@ -145,8 +144,7 @@ def take_step(run: Run) -> None:
 def log(run: Run) -> None:
     """Read and report the metrics since the last time, over all processes; wait for the device.
 
-    Raises:
-        TrainingDiverged: as for `stop_if_diverged`.
+    TrainingDiverged as for `stop_if_diverged`.
     """
     state = run.state
     values = state.metrics.read(state.world)

@@ -58,8 +58,7 @@ class AdamWEMA(torch.optim.AdamW):
     Attributes:
         held: gradients that are not at their parameter or leaf, by that.
 
-    Raises:
-        ValueError: EMAs that do not fit, or "cuda" where it cannot run, with the reason.
+    ValueError, with the reason, if EMAs do not fit, or "cuda" cannot run.
     """
 
     def __init__(
@@ -152,33 +151,24 @@ class AdamWEMA(torch.optim.AdamW):
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
         """Return the norm of all gradients together, over all shards; 0-d fp32 on the device."""
-        by_layout: dict = {}
-        for gradient in itertools.chain(*self._gradients()):
-            if gradient is not None:
-                sharded = isinstance(gradient, DTensor)
-                layout = (gradient.device_mesh, gradient.placements) if sharded else None
-                by_layout.setdefault(layout, []).append(_local(gradient))
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for layout, gradients in by_layout.items():
-            if self.implementation == "cuda":
-                squares = ops.sum_of_squares(gradients, self.device, implementation="cuda")
-            else:
-                norms = torch._foreach_norm(gradients, 2.0, torch.float32)
-                squares = torch.stack(norms).norm().double().square()
-            if layout is not None:
-                mesh, placements = layout
-                summed = [Partial() if p.is_shard() else Replicate() for p in placements]
-                squares = DTensor.from_local(squares, mesh, summed, run_check=False).full_tensor()
-            total = total + squares
-        return total.sqrt().float()
+        gradients = [g for g in itertools.chain(*self._gradients()) if g is not None]
+        if not gradients:
+            return torch.zeros((), device=self.device)
+        parts, one = _locals(gradients), gradients[0]  # FSDP shards all of them alike
+        if self.implementation == "cuda":
+            squares = ops.sum_of_squares(parts, self.device, implementation="cuda")
+        else:
+            squares = torch.stack(torch._foreach_norm(parts, 2.0, torch.float32)).norm()
+            squares = squares.double().square()
+        if isinstance(one, DTensor):
+            summed = [Partial() if p.is_shard() else Replicate() for p in one.placements]
+            squares = DTensor.from_local(squares, one.device_mesh, summed, run_check=False)
+            squares = squares.full_tensor()
+        return squares.sqrt().float()
 
     @torch.no_grad()
     def step(
-        self,
-        closure: None = None,
-        *,
-        grad_scale: Tensor | None = None,
-        skip: Tensor | None = None,
+        self, closure: None = None, *, grad_scale: Tensor | None = None, skip: Tensor | None = None
     ) -> None:
         """Take one step of parameters, leaves and EMAs; closures are not supported.
 
@@ -356,14 +346,11 @@ def _check_averages(params, averages, decays) -> None:
     if not all(0 <= decay < 1 for decay in decays):
         raise ValueError(f"ema_decays are {decays}, expected values in [0, 1)")
     for average in averages:
-        if [p.shape for p in params] != [a.shape for a in average]:
+        if [(p.shape, p.dtype) for p in params] != [(a.shape, a.dtype) for a in average]:
             raise ValueError(
                 f"an average has {len(average)} tensors that do not fit the {len(params)} "
-                "parameters, expected the same shapes in the same order"
+                "parameters, expected the same shapes and dtypes in the same order"
             )
-        for p, a in zip(params, average):
-            if a.dtype != p.dtype:
-                raise ValueError(f"an average is {a.dtype}, expected {p.dtype} as its parameter")
 
 
 def _lr_to_host(optimizer: torch.optim.Optimizer, state: dict) -> dict:
@@ -372,9 +359,5 @@ def _lr_to_host(optimizer: torch.optim.Optimizer, state: dict) -> dict:
     return {**state, "param_groups": groups}
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _locals(tensors: Iterable[Tensor]) -> Tensors:
-    return [_local(tensor) for tensor in tensors]
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]

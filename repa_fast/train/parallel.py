@@ -44,8 +44,7 @@ REDUCE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def shard_count(config: TrainConfig, processes: int) -> int:
     """Return how many processes share a copy of weights and optimizer state; 1 is no sharding.
 
-    Raises:
-        ValueError: the processes do not divide into groups of that size.
+    ValueError if the processes do not divide into groups of that size.
     """
     if config.parallel != "hsdp":
         return 1 if config.parallel == "ddp" else processes

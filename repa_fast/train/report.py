@@ -68,10 +68,7 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run of the project REPA, its id kept in the run's folder for when it is resumed.
 
-    WANDB_MODE=offline keeps everything in that folder.
-
-    Raises:
-        ValueError: the package wandb is not installed.
+    WANDB_MODE=offline keeps everything in that folder. ValueError if wandb is not installed.
     """
 
     def __init__(self, config: RunConfig, run: Path) -> None:

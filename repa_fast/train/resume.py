@@ -41,9 +41,8 @@ def find(folder: Path, config: RunConfig, world: World) -> Path | None:
     `folder` holds the run's own. `--resume auto` takes the newest that is whole; a damaged one is
     passed over with a warning, and moved aside. Anything else is asked for by name.
 
-    Raises:
-        ValueError: the run has checkpoints and the config does not ask to resume; or what it asks
-            for is not there, or damaged.
+    ValueError if the run has checkpoints and the config does not ask to resume; or if what it asks
+    for is not there, or damaged.
     """
     own = candidates(folder)
     wanted = str(config.resume_step) if config.resume_step else config.resume
@@ -57,7 +56,9 @@ def find(folder: Path, config: RunConfig, world: World) -> Path | None:
         source = newest_whole(own, config, world)
         if own and source is None:
             raise ValueError(f"all checkpoints in {folder} are damaged")
-        world.on_first(lambda: set_aside_those_before(own, source))
+        passed = itertools.takewhile(lambda path: path != source, own)
+        # --keep-last shall not count them
+        world.on_first(lambda: [writer.set_aside(path) for path in passed if path.is_dir()])
     elif wanted != "never":
         source = named(folder, wanted)
         if damaged := world.on_first(lambda: damage(source, config)):
@@ -111,24 +112,13 @@ def newest_whole(found: list[Path], config: RunConfig, world: World) -> Path | N
     return Path(whole) if whole else None
 
 
-def set_aside_those_before(found: list[Path], whole: Path | None) -> None:
-    """Move the native checkpoints that were passed over aside: --keep-last shall not count them."""
-    for path in itertools.takewhile(lambda path: path != whole, found):
-        if path.is_dir():
-            writer.set_aside(path)
-
-
 def damage(path: Path, config: RunConfig) -> str:
     """Return what is wrong with a native checkpoint's files; "" if nothing, or if it is a file."""
     return marker.damage(path) if path.is_dir() and config.verify else ""
 
 
 def named(folder: Path, wanted: str) -> Path:
-    """Find the checkpoint of a step, a directory, or a file.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Find the checkpoint of a step, a directory, or a file; ValueError if there is none."""
     if wanted.isdecimal():
         for path in (path_of(folder, int(wanted)), folder / f"{int(wanted):07d}.pt"):
             if path in candidates(folder):
@@ -147,10 +137,8 @@ def named(folder: Path, wanted: str) -> Path:
 def load_official(source: Path, state: TrainState) -> None:
     """Resume from an official {model, ema, opt, args, steps} file, mid-run.
 
-    Nothing is loaded unless all of it can be.
-
-    Raises:
-        ValueError: it is not such a file, or of another model, or holds what no training leaves.
+    Nothing is loaded unless all of it can be: ValueError if it is not such a file, or of another
+    model, or holds what no training leaves.
     """
     contents = formats.read_file(source)
     missing = [key for key in ("model", "ema", "opt", "steps") if key not in contents]
@@ -168,10 +156,8 @@ def load_official(source: Path, state: TrainState) -> None:
         optimizer = optimizer_state(state.model, [*weights["ema"]], contents["opt"], began)
     except ValueError as error:
         raise ValueError(f"{source} [{key}]: {error}") from error
-    for model, key in (
-        (state.model, "model"),
-        *((e, "ema") for e in (state.ema, *state.more_emas)),
-    ):
+    emas = dict.fromkeys((state.ema, *state.more_emas), "ema")
+    for model, key in ({state.model: "model"} | emas).items():
         formats.load_exactly(model, weights[key], f"{source} [{key}]")
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": optimizer, "param_groups": groups})
@@ -198,8 +184,7 @@ def optimizer_state(
         saved: the optimizer's state_dict; hyperparameters stay the config's.
         began: whether the run has just begun, when the optimizer has no state yet.
 
-    Raises:
-        ValueError: it is none, or of other parameters, or a value is not what AdamW leaves.
+    ValueError if it is none, or of other parameters, or a value is not what AdamW leaves.
     """
     given, expected = _numbered(saved), len(saved_names)
     if given != [*range(expected)]:
@@ -214,8 +199,7 @@ def optimizer_state(
         if not parameter.requires_grad:
             continue
         if number[name] in saved["state"]:
-            values = _moments(name, saved["state"][number[name]], parameter)
-            state[own_number] = values
+            state[own_number] = _moments(name, saved["state"][number[name]], parameter)
         elif not began:
             raise ValueError(f"it has no state of {name}, expected one of all that is trained")
     return state
@@ -254,20 +238,16 @@ def _moments(name: str, values: object, like: torch.Tensor) -> dict[str, torch.T
         raise ValueError(f"exp_avg_sq of {name} is negative, expected squares")
     if count.is_complex() or not 0 <= count.item() <= MOST:
         raise ValueError(f"step of {name} is {count.item()}, expected 0 to 2**40")
-    copied = {key: shard_like(_copy(value, like), like) for key, value in found.items()}
+    # copies, as AdamW writes in place and values may share or repeat memory, also the file's
+    own = {"device": like.device, "copy": True, "memory_format": torch.contiguous_format}
+    copied = {key: shard_like(value.to(**own), like) for key, value in found.items()}
     return copied | {"step": count.float().clone()}
 
 
-def _copy(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Copy: AdamW writes in place, and values may share or repeat memory, also the file's."""
-    return value.to(like.device, copy=True, memory_format=torch.contiguous_format)
-
-
 def start_from(source: Path, origin: str, state: TrainState) -> list[str]:
-    """Begin a new run with the weights of `source` in model and average; says what was not taken.
+    """Begin a new run with the weights of `source` in model and EMA; return what was not taken.
 
-    Raises:
-        ValueError: unreadable, or of a model that does not fit.
+    ValueError if they are unreadable, or of a model that does not fit.
     """
     kept = {"prediction": state.config.prediction, **_kept(state.model)}
     with trusted(not state.config.verify):
@@ -284,9 +264,8 @@ def stop_if_diverged(saves: Checkpointer, state: TrainState, values: dict) -> No
     A spike is only looked for with `--stop-on-spike`. After non-finite steps, which leave weights
     and optimizer as they were, a checkpoint is written.
 
-    Raises:
-        TrainingDiverged: with the command that resumes from the last good checkpoint in a new run,
-            past the data that this one has seen since.
+    TrainingDiverged has the command that resumes from the last good checkpoint in a new run, past
+    the data that this one has seen since.
     """
     config, history, step = state.config, state.history, state.step
     bad_run, loss = int(state.metrics.bad_run), values["denoise"]

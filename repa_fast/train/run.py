@@ -27,14 +27,7 @@ from repa_fast.train.loop import SAMPLES, Run, loop
 from repa_fast.train.memory import budget, choose_micro_batch, describe
 from repa_fast.train.optim import ema_warnings
 from repa_fast.train.outputs import say
-from repa_fast.train.report import (
-    Clock,
-    Mute,
-    Reporter,
-    open_tracker,
-    plot_losses,
-    read_metrics,
-)
+from repa_fast.train.report import Clock, Mute, Reporter, open_tracker, plot_losses, read_metrics
 from repa_fast.train.state import TrainState, build_state, device_name
 from repa_fast.train.watch import error_file, watchdog
 from repa_fast.whole import write_whole
@@ -95,8 +88,7 @@ def restore(
 ) -> TrainState:
     """Build the run's state, as it is in the checkpoint `source` if there is one, ready to step.
 
-    Raises:
-        ValueError: as for `build_state` and `begin`.
+    ValueError as for `build_state` and `begin`.
     """
     state = build_state(config, dataset.metadata, world, dataset.features, encoders_later=True)
     state.rows = len(dataset)
@@ -178,13 +170,9 @@ def hints(config: TrainConfig, dataset: Dataset) -> list[str]:
 
 def run_dataset(path: str, world: World) -> Dataset:
     """Open the run's dataset; the first process goes ahead and writes what is made on first use."""
-    if not world.is_main:
-        world.barrier()
-    try:
-        return open_dataset(path)
-    finally:
-        if world.is_main:
-            world.barrier()
+    first: list[Dataset] = []
+    world.on_first(lambda: first.append(open_dataset(path)))
+    return first[0] if first else open_dataset(path)
 
 
 def open_reporter(folder: Path, state: TrainState, total: int) -> Reporter:

@@ -4,6 +4,7 @@ import copy
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -44,7 +45,7 @@ class TrainState:
         mesh: what model, EMAs and optimizer state are sharded on; None where they are whole.
         model: with fp32 weights, or bf16 leaves of them (repa_fast/train/leaves.py).
         gradients: sums of them over micro-batches and processes, unless FSDP does that.
-        ema: moving average of the weights, in eval mode; more_emas: those of other decays.
+        ema: EMA of the weights, in eval mode; more_emas: those of other decays.
         scaler: active for fp16 only.
         vae: for sample grids, not loaded yet; None where the latents are pixels.
         notes: lines about how the run computes, for the log.
@@ -162,9 +163,8 @@ def build_state(
     `columns` are the dataset's columns of features. With `encoders_later` the state's
     `load_encoders` is left to the caller, who may have to find out first whether any are needed.
 
-    Raises:
-        ValueError: the batch does not divide among the processes, or what is asked for does not
-            fit the dataset, the processes or the device.
+    ValueError if the batch does not divide among the processes, or what is asked for does not fit
+    the dataset, the processes or the device.
     """
     config = fit_to_data(config, metadata)
     if config.images_per_step % world.size:
@@ -214,8 +214,7 @@ def build_state(
 def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
     """Return the dtype of forward passes; None is fp32.
 
-    Raises:
-        ValueError: the residual stream shall be bf16, and that is not what is computed in.
+    ValueError if the residual stream shall be bf16, and that is not what is computed in.
     """
     precision = config.mixed_precision
     if precision == "auto":
@@ -240,22 +239,19 @@ def choose_kernels(config: TrainConfig, model: SiT, dtype: torch.dtype, world: W
     if not config.fused_attn:
         return lines
     heads = model.blocks[0].attn.num_heads
-
-    def choose() -> tuple[str, str]:
-        selection = ops.select_attention(
-            config.attention,
-            heads=heads,
-            tokens=model.num_tokens,
-            head_dim=model.pos_embed.shape[-1] // heads,
-            batch=min(config.images_per_step // world.size, 64),
-            dtype=dtype,
-            device=world.device,
-        )
-        return selection.backend, selection.reason
-
-    backend, reason = world.on_first(choose)
-    ops.set_attention_backend(backend)
-    return [*lines, f"attention: {backend} ({reason})"]
+    select = partial(
+        ops.select_attention,
+        config.attention,
+        heads=heads,
+        tokens=model.num_tokens,
+        head_dim=model.pos_embed.shape[-1] // heads,
+        batch=min(config.images_per_step // world.size, 64),
+        dtype=dtype,
+        device=world.device,
+    )
+    selection = world.on_first(select)
+    ops.set_attention_backend(selection.backend)
+    return [*lines, f"attention: {selection.backend} ({selection.reason})"]
 
 
 def configure_backends(config: TrainConfig) -> None:

@@ -1,4 +1,4 @@
-"""bf16 leaves of fp32 weights, adaLN layers in one product, and a residual stream in bf16."""
+"""bf16 leaves of fp32 weights, adaLN layers in one matmul, and a residual stream in bf16."""
 
 import copy
 import io
@@ -172,7 +172,7 @@ def test_blocks_with_leaves_compile_into_one_graph(make_state, backend):
         assert a.dtype == torch.bfloat16 and torch.equal(a, b)
 
 
-def test_one_product_for_all_adaln_layers_is_their_own():
+def test_one_matmul_for_all_adaln_layers_is_their_own():
     """To the rounding of bf16, against fp64 on the same numbers."""
     torch.manual_seed(0)
     layers, width, rows = 3, 32, 5

@@ -247,8 +247,11 @@ def test_implementations_are_chosen_and_say_why(monkeypatch):
         (lambda ps: AdamWEMA(ps, [copies(ps)]), "1 averages for 0 ema_decays"),
         (lambda ps: AdamWEMA(ps, [copies(ps)], (0.9, 0.5)), "1 averages for 2 ema_decays"),
         (lambda ps: AdamWEMA(ps, [copies(ps)[:5]], (0.9,)), "5 tensors that do not fit the 6 par"),
-        (lambda ps: AdamWEMA(ps, [copies(ps), copies(ps)[::-1]], (0.9, 0)), "in the same order"),
-        (lambda ps: AdamWEMA(ps, [copies(ps, torch.bfloat16)], (0.9,)), "bfloat16"),
+        (
+            lambda ps: AdamWEMA(ps, [copies(ps), copies(ps)[::-1]], (0.9, 0)),
+            "dtypes in the same order",
+        ),
+        (lambda ps: AdamWEMA(ps, [copies(ps, torch.bfloat16)], (0.9,)), "shapes and dtypes in the"),
         (lambda ps: our_adamw(ps, (-0.1,)), r"ema_decays are \(-0.1,\), expected .* in \[0, 1\)"),
         (lambda ps: our_adamw(ps, (1.0,)), r"ema_decays are \(1.0,\), expected values in \[0, 1\)"),
         (lambda ps: our_adamw(ps, implementation="cuda"), "'cuda', but the tensors are on cpu"),

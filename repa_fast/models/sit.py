@@ -9,6 +9,7 @@ Time t lies in [0, 1], 0 is data and 1 is noise; it enters the embedder unscaled
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -126,6 +127,19 @@ class FinalLayer(nn.Module):
         return self.linear(normed)
 
 
+def run_blocks(
+    blocks: Sequence[SiTBlock],
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    modulations: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run consecutive blocks, each with its own modulation; arguments and results are a block's."""
+    for block, modulation in zip(blocks, modulations):
+        x, branch, gate = block(x, branch, gate, modulation)
+    return x, branch, gate
+
+
 def add_and_norm(
     x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -165,10 +179,15 @@ class SiT(nn.Module):
         joint_adaln: None, or what computes the modulations of all blocks at once: c (B, D) ->
             (B, 6D) of each block. Training sets it where the layers' weights are one tensor
             (repa_fast.train.leaves).
+        region: how many consecutive blocks `forward` runs as one; divides depth and encoder_depth.
+        run_region: what runs them, as `run_blocks` does; training compiles it.
 
     Raises:
         ValueError: sizes that do not divide, or an encoder_depth outside 1..depth.
     """
+
+    region = 1
+    run_region = staticmethod(run_blocks)
 
     def __init__(
         self,
@@ -278,9 +297,12 @@ class SiT(nn.Module):
         residual, c = self._embed(x, t, y, drop)
         projections: list[Tensor] = []
         branch = gate = None
-        for index, (block, modulation) in enumerate(zip(self.blocks, self.modulations(c)), start=1):
-            residual, branch, gate = block(residual, branch, gate, modulation)
-            if project and heads and index == self.encoder_depth:
+        blocks, modulations = list(self.blocks), iter(self.modulations(c))
+        for start in range(0, len(blocks), self.region):
+            region = blocks[start : start + self.region]
+            given = tuple(islice(modulations, len(region)))
+            residual, branch, gate = self.run_region(region, residual, branch, gate, given)
+            if project and heads and start + len(region) == self.encoder_depth:
                 residual, branch, gate = ops.gate_residual(residual, branch, gate), None, None
                 projections = [head(residual) for head in heads]
         patches = self.final_layer(residual, branch, gate, c)

@@ -1,9 +1,10 @@
 """How a model is spread over processes: a copy on each, or FSDP2 on a mesh of one or two axes.
 
-The order is torchtitan's: activation checkpointing, torch.compile of each block, fully_shard of
-each block, the root last. None of them changes a parameter's name.
+The order is torchtitan's: activation checkpointing, torch.compile of blocks, fully_shard of each
+block, the root last. None of them changes a parameter's name.
 """
 
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from repa_fast.configs.config import TrainConfig
 from repa_fast.distributed import World
-from repa_fast.models.sit import SiT
+from repa_fast.models.sit import SiT, run_blocks
 from repa_fast.train.gradients import Gradients
 from repa_fast.train.torch_private import set_group_timeout
 
@@ -39,6 +40,10 @@ KEPT = [
 FlashAttention and xformers."""
 
 REDUCE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+MOST_BLOCKS = 4
+"""Blocks that are compiled as one: what surrounds a call of compiled code costs the host as much as
+a block in it, and each further block takes seconds to compile."""
 
 
 def shard_count(config: TrainConfig, processes: int) -> int:
@@ -93,7 +98,13 @@ def parallelize(
     """
     checkpoint_activations(model.blocks, config.activation_checkpointing)
     if config.compile:
-        for block in (*model.blocks, *averages[0].blocks[:teacher_depth]):
+        alone = list(averages[0].blocks[:teacher_depth])
+        if mesh is None and config.activation_checkpointing == "none":
+            model.region = region_size(len(model.blocks), model.encoder_depth)
+            model.run_region = torch.compile(run_blocks, fullgraph=True)
+        else:  # they are sharded, and computed again, one by one
+            alone += model.blocks
+        for block in alone:
             block.compile(fullgraph=True)
     if mesh is None:
         return
@@ -105,6 +116,12 @@ def parallelize(
         # Without a backward pass nothing else would drop weights gathered before the next update.
         shard(average, options, reshard=True, reshard_last=True)
         register_fsdp_forward_method(average, "hidden")
+
+
+def region_size(depth: int, encoder_depth: int) -> int:
+    """Return how many blocks are compiled as one: a divisor of both, so that regions are alike."""
+    common = math.gcd(depth, encoder_depth)
+    return max(size for size in range(1, MOST_BLOCKS + 1) if common % size == 0)
 
 
 def shard(model: SiT, options: dict, *, reshard: bool, reshard_last: bool) -> None:

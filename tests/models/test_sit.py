@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from repa_fast import ops
-from repa_fast.models.sit import SiT, SiTBlock
+from repa_fast.models.sit import SiT, SiTBlock, run_blocks
 from repa_fast.testing import assert_within_budget, randomise, seeded
 from tests.models.plain import SMALL, adaln, attention, functional_sit, mlp, project
 from tests.refusals import refused
@@ -120,6 +120,23 @@ def test_autocast_keeps_the_stream_in_fp32_and_the_branches_in_bf16():
     assert [branch is None for (_, branch, *_), _ in seen] == [True, False, True]
     assert velocity.dtype == torch.float32
     assert [p.dtype for p in projections] == [torch.bfloat16] * 2
+
+
+def test_blocks_that_run_as_one_do_what_they_do_one_by_one():
+    sizes = {"depth": 4, "encoder_depth": 2}
+    alone, joined = small(**sizes), small(**sizes)
+    joined.region = 2
+    calls = []
+
+    def run(blocks, x, branch, *rest):
+        calls.append((len(blocks), branch is None))
+        return run_blocks(blocks, x, branch, *rest)
+
+    joined.run_region = run
+    for found, expected in zip(joined(*batch())[1], alone(*batch())[1], strict=True):
+        assert torch.equal(found, expected)
+    assert torch.equal(joined(*batch())[0], alone(*batch())[0])
+    assert calls == [(2, True), (2, True)] * 2  # nothing is pending after the hidden state
 
 
 @pytest.mark.usefixtures("heavy")

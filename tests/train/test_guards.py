@@ -1,6 +1,5 @@
 """What makes a step slow on a GPU and can be counted without one."""
 
-import functools
 import itertools
 import math
 import re
@@ -10,7 +9,6 @@ from operator import methodcaller
 
 import pytest
 import torch
-from torch import nn
 from torch._dynamo.exc import RecompileError
 from torch._dynamo.utils import counters
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -53,9 +51,13 @@ def state_of(make_state):
 
 @pytest.fixture
 def traced_only(monkeypatch):
-    """Modules compile with the arguments they are given, but run their graphs as they are."""
-    traced = functools.partialmethod(nn.Module.compile, backend="aot_eager")
-    monkeypatch.setattr(nn.Module, "compile", traced)
+    """What is compiled is traced as it would be, but its graphs run as they are."""
+    compiled = torch.compile
+
+    def traced(function, *, options=None, **given):
+        return compiled(function, backend="aot_eager", **given)
+
+    monkeypatch.setattr(torch, "compile", traced)
     torch.compiler.reset()
     counters.clear()
     yield

@@ -14,7 +14,7 @@ pytest.importorskip("timm")
 from repa_fast.configs import presets
 from repa_fast.configs.build import expected_metadata
 from repa_fast.train.memory import budget, describe
-from repa_fast.train.parallel import checkpoint_activations, shard_count
+from repa_fast.train.parallel import checkpoint_activations, region_size, shard_count
 from tests.refusals import refused
 from tests.train import parallel_ranks as cases
 from tests.train.conftest import tiny_config
@@ -292,6 +292,15 @@ def test_compiled_equals_eager_in_one_process(name):
     found = cases.steps(ALONE, ALL_CASES[name] | {"compile": True})
     assert found["graphs"][-1] >= 2
     assert_same_run(found, expected(ALL_CASES[name]), COMPILED_ROUNDING)
+
+
+@pytest.mark.parametrize(
+    "depth, encoder_depth, size", [(28, 8, 4), (12, 6, 3), (24, 10, 2), (28, 7, 1), (2, 2, 2)]
+)
+def test_regions_of_blocks_are_alike_and_end_where_hidden_states_are_read(
+    depth, encoder_depth, size
+):
+    assert region_size(depth, encoder_depth) == size
 
 
 # Activation checkpointing, in one process.

@@ -9,6 +9,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -66,6 +67,17 @@ def parser(
     if device:
         found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return found
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return the type of a flag: a whole number from `least` on, or argparse's one line."""
+
+    def number(text: str) -> int:
+        if not text.removeprefix("-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number from {least} on")
+        return int(text)
+
+    return number
 
 
 def command() -> str:

@@ -197,6 +197,8 @@ def main() -> None:
     flags.add_argument("--gate-only", action="store_true", help=text)
     arguments = flags.parse_args()
     device = torch.device(arguments.device)
+    if arguments.gate_only and "leaves" in arguments.provider:
+        flags.error("--gate-only: leaves round gradients, expected --provider with the others")
     if arguments.gate_only:
         wrong = {name: why_wrong(PROVIDERS[name], SMALL, device) for name in arguments.provider}
         print(wrong)

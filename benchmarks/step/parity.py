@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness.environment import results_folder, stamp
+from benchmarks.harness.environment import at_least, results_folder, stamp
 from benchmarks.harness.rows import WITH_COMMAND, append, facts, grid
 from benchmarks.step import ladder
 from benchmarks.step.ladder import RUNGS, Rung
@@ -188,10 +188,11 @@ def main(argv: list[str] | None = None) -> int:
     flags = parser(__doc__.splitlines()[0], "sit-s2-repa")
     text = "configurations of the ladder"
     flags.add_argument("--rung", nargs="+", choices=OURS, default=["one-pass"], help=text)
-    flags.add_argument("--train", type=int, default=300, help="steps whose losses are compared")
+    text = "steps whose losses are compared"
+    flags.add_argument("--train", type=at_least(0), default=300, help=text)
     flags.add_argument("--eager", action="store_true", help="compile nothing")
     text = "images of a forward pass; the whole batch by default"
-    flags.add_argument("--micro-batch", type=int, default=0, help=text)
+    flags.add_argument("--micro-batch", type=at_least(0), default=0, help=text)
     flags.set_defaults(precision="bf16")
     arguments = flags.parse_args(argv)
     folder = arguments.out or results_folder("parity", arguments.device)

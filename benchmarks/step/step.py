@@ -24,7 +24,7 @@ import torch
 from benchmarks.data.data import METADATA as PHOTOGRAPHS
 from benchmarks.data.data import photographs
 from benchmarks.harness import environment, rows
-from benchmarks.harness.environment import results_folder, stamp
+from benchmarks.harness.environment import at_least, results_folder, stamp
 from benchmarks.harness.timing import Marks, matmul_rate, spread, synchronise
 from benchmarks.step import profile as step_profile
 from benchmarks.step import report as step_report
@@ -257,17 +257,17 @@ def parser(description: str, preset: str) -> argparse.ArgumentParser:
     """Return the flags that a single step and the ladder have in common."""
     found = environment.parser(description)
     found.add_argument("--preset", default=preset, choices=presets.PRESETS)
-    found.add_argument("--batch", type=int, default=32, help="images per step")
-    found.add_argument("--steps", type=int, default=50, help="steps that are measured")
+    found.add_argument("--batch", type=at_least(1), default=32, help="images per step")
+    found.add_argument("--steps", type=at_least(1), default=50, help="steps that are measured")
     warmup = 10 if torch.cuda.is_available() else 2
-    found.add_argument("--warmup", type=int, default=warmup, help="steps before them")
+    found.add_argument("--warmup", type=at_least(0), default=warmup, help="steps before them")
     return found
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure one configuration."""
     flags = parser(__doc__.splitlines()[0], "sit-xl2-repa")
-    flags.add_argument("--micro-batch", type=int, default=0, help="0: the whole batch")
+    flags.add_argument("--micro-batch", type=at_least(0), default=0, help="0: the whole batch")
     flags.add_argument("--precision", default="auto", choices=("auto", "no", "bf16", "fp16"))
     flags.add_argument("--compile", action="store_true")
     flags.add_argument("--data", default="", help="photographs, or a dataset's folder")

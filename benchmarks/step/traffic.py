@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.gpu.pretended import build
-from benchmarks.harness.environment import RESULTS
+from benchmarks.harness.environment import RESULTS, at_least
 from benchmarks.harness.rows import append, grid, read
 from benchmarks.step import matmuls
 from benchmarks.step.launches import KINDS, Eager, Launch, compiled
@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Count and print, on the pretended card; 1 where a count is not as committed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default=PRESET, choices=presets.PRESETS)
-    parser.add_argument("--batch", type=int, default=32, help="images of a forward pass")
+    parser.add_argument("--batch", type=at_least(1), default=32, help="images of a forward pass")
     parser.add_argument("--residual-dtype", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--backend", default=BACKEND, choices=ops.ATTENTION_BACKENDS)
     parser.add_argument("--pieces", nargs="+", default=PIECES, choices=PIECES)

@@ -3,12 +3,13 @@
 import gc
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.harness import rows as files
 from benchmarks.harness import timing
-from benchmarks.step import baseline, ladder, step
+from benchmarks.step import baseline, ladder, parity, step
 from benchmarks.step import report as step_report
 from benchmarks.step.profile import CATEGORIES, WINDOW
 from repa_fast import cli
@@ -124,6 +125,28 @@ def test_the_middle_of_several_rounds_counts():
     assert ladder.middle([failed, rounds[1]])["ms_of_rounds"] == [None, 1.0]
     assert ladder.middle([rounds[0], failed])["ms_p50"] == 3.0
     assert ladder.middle([failed, failed]) == failed
+
+
+def test_what_was_measured_before_the_limit_is_kept(monkeypatch, tmp_path):
+    now = [0.0]
+
+    def measure(*_):
+        now[0] += 10
+        return {"ms_p50": now[0], "images_per_second": 1.0}
+
+    monkeypatch.setattr(ladder, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(ladder, "measure", measure)
+    monkeypatch.setattr(step, "append", lambda folder, row: None)
+    limits = {"rounds": 3, "limit": 25, "rung": ["tuned", "kernels"]}
+    rows = ladder.climb(SimpleNamespace(**limits, eager=True, device="cpu"), tmp_path)
+    assert [(row["rung"], row["ms_p50"]) for row in rows] == [("tuned", 30.0), ("kernels", 20.0)]
+
+
+@pytest.mark.parametrize("module, flag", ((ladder, "--rounds"), (parity, "--batch")))
+def test_a_number_of_none_is_refused(module, flag, capsys):
+    with pytest.raises(SystemExit):
+        module.main([flag, "0"])
+    assert f"{flag}: '0', expected a whole number from 1 on" in capsys.readouterr().err
 
 
 def test_the_released_code_has_to_be_in_the_folder(make_state, tmp_path):

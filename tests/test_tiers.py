@@ -23,7 +23,6 @@ THROUGH = {
     "kernels.__init__": "ops",
     "kernels.adaln": "ops",
     "kernels.gate_residual_adaln": "ops",
-    "objective.base": "objective.__init__",
     "objective.ddpm": "objective.__init__",
     "objective.flow": "objective.__init__",
     "prepare.sources.base": "prepare.sources.__init__",

@@ -8,6 +8,7 @@ bf16, over micro-batches too.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
+from weakref import WeakMethod
 
 import torch
 import torch.distributed as dist
@@ -89,9 +90,10 @@ class Gradients:
                 bucket.waiting = []  # where a pass broke off, as a CUDA graph's capture may
         if self._moves and not self._hooked:
             self._hooked = True
+            arrive = weakly(self._arrive)
             for p in self.parameters:
                 if p.requires_grad:  # it is not frozen meanwhile
-                    p.register_post_accumulate_grad_hook(self._arrive)
+                    p.register_post_accumulate_grad_hook(arrive)
         yield
         if self._moves:
             if not self._buckets:
@@ -134,6 +136,21 @@ class Gradients:
         self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.places}
         for p in self._come:
             self._bucket_of[p].waiting.append(p)
+
+
+def weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """Return what calls a method while its object lives.
+
+    Python does not see through a tensor's hooks: one that held what holds the tensor would keep
+    both, and buffers as large as the model, for ever.
+    """
+    found = WeakMethod(method)
+
+    def call(tensor: Tensor) -> None:
+        if (alive := found()) is not None:
+            alive(tensor)
+
+    return call
 
 
 def grouped(rows: Iterable[T], numbers: int, size: Callable[[T], int]) -> Iterator[list[T]]:

@@ -1,7 +1,9 @@
 """bf16 leaves of fp32 weights, adaLN layers in one matmul, and a residual stream in bf16."""
 
 import copy
+import gc
 import io
+import weakref
 
 import pytest
 import torch
@@ -125,6 +127,16 @@ def test_micro_batches_are_summed_in_fp32(make_state):
     in_fp32 = gradients(make_state, 3, mixed_precision="no")
     for n, gradient in in_fp32.items():
         assert (gradient - exact[n]).norm() <= 2e-6 * exact[n].norm() + 1e-9, n
+
+
+def test_buffers_of_gradients_go_with_their_state(make_state):
+    state = make_state(**BF16)
+    state.micro_batch = 6
+    train_step(state, batch_of(state))
+    left = [weakref.ref(one) for one in (state.gradients, *state.model.parameters())]
+    del state
+    gc.collect()
+    assert len(left) > 40 and not [one for one in left if one() is not None]
 
 
 @pytest.mark.parametrize("official", (False, True), ids=("native", "official"))

@@ -48,10 +48,11 @@ class Budget:
     activation_bytes: float
 
 
-def budget(config: TrainConfig, metadata: Metadata, shards: int = 1) -> Budget:
+def budget(config: TrainConfig, metadata: Metadata, shards: int = 1, processes: int = 1) -> Budget:
     """Count from the config alone; no weights are allocated.
 
-    `shards` processes share one copy of weights, gradients, optimizer and EMAs.
+    `shards` processes share one copy of weights, gradients, optimizer and EMAs. Gradients of a step
+    in one pass are counted; where several processes have a copy each, also their sums in fp32.
     """
     config = fit_to_data(config, metadata)
     model = empty_model(config, metadata, "meta")
@@ -61,9 +62,9 @@ def budget(config: TrainConfig, metadata: Metadata, shards: int = 1) -> Budget:
     of_heads, frozen = build_alignment(config).flops(tokens, width)
     sizes = {"patch_values": model.patch_size**2 * model.in_channels, "mlp_ratio": 4.0}
     forward = of_heads + sit_flops(tokens=tokens, width=width, depth=depth, **sizes)
-    # in fp32: weights, gradients, two AdamW moments, and every EMA
+    # weights and gradients in fp32, or with bf16 leaves and in bf16; two AdamW moments, every EMA
     state_bytes = total * (4 + 4 + 8 + 4 * len(config.ema_decays))
-    gathered = 0
+    gathered = 4 * total if processes > 1 and config.parallel == "ddp" else 0
     if shards > 1 and not config.reshard_after_forward:
         gathered = total * (4 if config.mixed_precision == "no" else 2)
     return Budget(
@@ -148,9 +149,10 @@ def stand_in(state: TrainState) -> TrainState:
 
 def describe(config: TrainConfig) -> str:
     """Return the resolved config, parameters, FLOPs per image, estimated memory and warnings."""
-    shards, metadata = shard_count(config, rank_and_size()[1]), expected_metadata(config)
+    processes, metadata = rank_and_size()[1], expected_metadata(config)
+    shards = shard_count(config, processes)
     config = fit_to_data(config, metadata)
-    found, batch = budget(config, metadata, shards), config.batch_size
+    found, batch = budget(config, metadata, shards, processes), config.batch_size
     shared = f" in each of {shards} processes" if shards > 1 else ""
     mebibytes = found.activation_bytes * (2 if config.mixed_precision == "no" else 1) / 2**20
     lines = (

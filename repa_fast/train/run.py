@@ -93,6 +93,7 @@ def restore(
     state = build_state(config, dataset.metadata, world, dataset.features, encoders_later=True)
     state.rows = len(dataset)
     begin(source, folder, state)
+    state.expect_same_weights()
     if state.aligns:
         state.load_encoders()
     elif config.align_until:

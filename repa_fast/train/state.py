@@ -126,6 +126,19 @@ class TrainState:
         self.gradients.forget()
 
     @torch.no_grad()
+    def expect_same_weights(self) -> None:
+        """Raise ValueError unless all processes with whole weights have the same, bit for bit."""
+        if self.mesh is not None:
+            return
+        weights = (weight.view(torch.int32) for weight in self.model.state_dict().values())
+        sums = self.world.gather(sum(weight.sum(dtype=torch.int64) for weight in weights))
+        if (sums != sums[0]).any():
+            raise ValueError(
+                "processes begin with other weights than the first one: expected the same files "
+                "and flags on all"
+            )
+
+    @torch.no_grad()
     def whole_average(self, *, everywhere: bool) -> SiT | None:
         """Return the EMA with whole weights in fp32, in eval mode: itself if it is not sharded.
 

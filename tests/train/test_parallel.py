@@ -166,6 +166,10 @@ def test_bf16_leaves_on_two_processes_are_stepped_as_on_one_in_any_buckets(ranks
     assert distance(weights(first["end"]), weights(wanted["end"])) < 0.1 * moved
 
 
+def test_processes_that_begin_with_other_weights_are_refused(ranks):
+    assert all("begin with other weights" in said for said in ranks(cases.refused_weights))
+
+
 def test_negatives_of_a_process_are_fewer_than_those_of_all(ranks):
     """The same weights and images: a smaller pool of keys has a smaller sum in every loss."""
     found = ranks(cases.steps, NT_XENT | {"nt_xent_negatives": "batch"})
@@ -391,4 +395,7 @@ def test_a_dry_run_says_what_each_process_takes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     config = replace(presets.get("sit-xl2"), data_dir="/nowhere", **FSDP)
     assert "in each of 8 processes" in describe(config)
-    assert "in each of" not in describe(replace(config, parallel="ddp"))
+    copies, metadata = replace(config, parallel="ddp"), expected_metadata(config)
+    one, eight = (budget(copies, metadata, processes=processes) for processes in (1, 8))
+    assert eight.state_bytes - one.state_bytes == 4 * one.parameters_with_projectors
+    assert "in each of" not in describe(copies)

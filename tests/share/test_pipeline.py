@@ -159,7 +159,8 @@ def test_latents_are_decoded_by_the_pipelines_autoencoder(tmp_path):
     ours_alone = [path for path in written if path.parent.name != "vae"]
     assert not [path for path in ours_alone if str(saved) in path.read_text()]
     again = quiet(SiTPipeline.from_pretrained(tmp_path / "with-vae"))
-    assert torch.equal(again(names, output_type="pt", **given).images, images)
+    images_again = again(names, output_type="pt", **given).images
+    assert (images_again - images).abs().max() < 1e-5  # a convolution's bits depend on addresses
 
 
 def test_it_runs_in_half_precision(flow, tmp_path):

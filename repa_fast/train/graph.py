@@ -89,7 +89,6 @@ class GraphedStep:
             print(f"cuda_graph: not captured, {failure}")
         if state.world.any(bool(failure)):
             self.close()
-            state.gradients.forget()  # what has come of half a pass
             self._left = math.inf
 
 

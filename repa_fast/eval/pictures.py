@@ -19,6 +19,8 @@ SHOWN_PIXELS = 48
 GAP = 4
 GAP_GREY = 64
 TITLE_PIXELS = 14
+MOST_PANELS = 8
+"""Of a plot of losses."""
 
 
 def arrange(
@@ -152,3 +154,21 @@ def layer_table(results: dict, values: Sequence[Sequence[float]], form: str) -> 
     head = ["layer", *(f"t = {t:g}" for t in results["times"])]
     rows = zip(results["layers"], *values, strict=True)
     return markdown(head, ([str(layer), *(format(v, form) for v in of)] for layer, *of in rows))
+
+
+def plot_losses(readings: Sequence[Mapping], out: Path) -> None:
+    """Plot velocity loss and alignment losses, if any, of a run's `readings` against the step."""
+    from matplotlib.figure import Figure
+
+    aligned = sorted({name for line in readings for name in line if name.startswith("align/")})
+    aligned = aligned[:MOST_PANELS]
+    panels = [("denoise", "velocity loss"), *((n, f"alignment loss, {n[6:]}") for n in aligned)]
+    figure = Figure(figsize=(5.5 * len(panels), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (name, title) in zip(axes, panels, strict=True):
+        found = [(line["step"], line.get(name)) for line in readings]
+        points = [point for point in found if isinstance(point[1], (int, float))]
+        axis.plot(*zip(*points, strict=True) if points else ([], []), color="#1f5fa8")
+        axis.set(title=title.replace("$", "\\$"), xlabel="step")
+        axis.grid(alpha=0.3)
+    save_figure(figure, out)

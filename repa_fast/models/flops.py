@@ -3,6 +3,9 @@
 Only matmuls count; norms, activations and softmax are below one percent.
 """
 
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense bf16 FLOP/s by a part of the device's name, from the vendor's datasheets."""
+
 
 def transformer_flops(*, tokens: int, width: int, depth: int, mlp_ratio: float = 4.0) -> float:
     """Count forward FLOPs of pre-norm blocks (qkv, attention, projection, MLP) for one image."""
@@ -32,3 +35,8 @@ def vit_flops(
     embed = 2 * 3 * patch_size**2 * width * patches
     tokens = patches + prefix
     return embed + transformer_flops(tokens=tokens, width=width, depth=depth, mlp_ratio=mlp_ratio)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Return the peak dense bf16 FLOP/s of a device, None where it is not known."""
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in device_name), None)

@@ -22,8 +22,6 @@ from repa_fast.train.step import losses, synthetic_batch
 # output 2, two branches 4, MLP 16; selective: a residual state 4, qkv 6, attention output 2, two
 # branches 4, fc1's output 8; full: a residual state 4, the pending branch 2
 ACTIVATION_BYTES = {"none": 40, "selective": 24, "full": 6}
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-"""Dense bf16 FLOP/s by a part of the device's name, from the vendor's datasheets."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +73,6 @@ def budget(config: TrainConfig, metadata: Metadata, shards: int = 1, processes: 
         state_bytes=state_bytes / shards + gathered,
         activation_bytes=ACTIVATION_BYTES[config.activation_checkpointing] * tokens * width * depth,
     )
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Return the peak dense bf16 FLOP/s of a device, None where it is not known."""
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in device_name), None)
 
 
 def choose_micro_batch(state: TrainState) -> int:

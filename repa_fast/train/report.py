@@ -1,4 +1,4 @@
-"""What people see of a run: a progress bar or plain lines, metrics.jsonl, TensorBoard, a plot."""
+"""What people see of a run: a progress bar or plain lines, metrics.jsonl, TensorBoard."""
 
 import json
 import re
@@ -13,15 +13,12 @@ from typing import Any
 import numpy as np
 
 from repa_fast.configs.run import RunConfig
-from repa_fast.eval.pictures import save_figure, save_png
+from repa_fast.eval.pictures import save_png
 from repa_fast.failure import Failure
-from repa_fast.train.memory import peak_flops
+from repa_fast.models.flops import peak_flops
 from repa_fast.train.outputs import SAID_EVERY, Attempts, Lines
 from repa_fast.whole import parse_json, read_regular, write_whole
 from repa_fast.words import one_line, rate
-
-MOST_PANELS = 8
-"""Of the plot of losses."""
 
 
 class TensorBoard:
@@ -292,25 +289,6 @@ def read_metrics(path: Path) -> list[dict]:
             if number < len(lines):
                 raise ValueError(f"{path}, line {number}: {error}; remove the line") from error
     return readings
-
-
-def plot_losses(metrics_path: Path, out: Path) -> None:
-    """Plot velocity loss and, if there is one, alignment loss against the step, as a PNG."""
-    from matplotlib.figure import Figure
-
-    readings = read_metrics(metrics_path)
-    aligned = sorted({name for line in readings for name in line if name.startswith("align/")})
-    aligned = aligned[:MOST_PANELS]
-    panels = [("denoise", "velocity loss"), *((n, f"alignment loss, {n[6:]}") for n in aligned)]
-    figure = Figure(figsize=(5.5 * len(panels), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (name, title) in zip(axes, panels, strict=True):
-        found = [(line["step"], line.get(name)) for line in readings]
-        points = [point for point in found if isinstance(point[1], (int, float))]
-        axis.plot(*zip(*points, strict=True) if points else ([], []), color="#1f5fa8")
-        axis.set(title=title.replace("$", "\\$"), xlabel="step")
-        axis.grid(alpha=0.3)
-    save_figure(figure, out)
 
 
 def _bar(total_steps: int, start_step: int):

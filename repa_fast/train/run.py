@@ -18,6 +18,7 @@ from repa_fast.data.loader import DataTimeout, Loader
 from repa_fast.data.open import Dataset, open_dataset
 from repa_fast.data.order import SampleOrder
 from repa_fast.distributed import World, session
+from repa_fast.eval.pictures import plot_losses
 from repa_fast.lock import Lock
 from repa_fast.train import graph
 from repa_fast.train.begin import begin, hold_together, settle
@@ -27,7 +28,7 @@ from repa_fast.train.loop import SAMPLES, Run, loop
 from repa_fast.train.memory import budget, choose_micro_batch, describe
 from repa_fast.train.optim import ema_warnings
 from repa_fast.train.outputs import say
-from repa_fast.train.report import Clock, Mute, Reporter, open_tracker, plot_losses, read_metrics
+from repa_fast.train.report import Clock, Mute, Reporter, open_tracker, read_metrics
 from repa_fast.train.state import TrainState, build_state, device_name
 from repa_fast.train.watch import error_file, watchdog
 from repa_fast.whole import write_whole
@@ -199,7 +200,7 @@ def finish(run: Run) -> None:
     """Write samples.png and loss.png of a finished run and say where they are."""
     folder, attempts = run.folder, run.reporter.attempts
     with attempts.to_write(folder / "loss.png"):
-        plot_losses(folder / "metrics.jsonl", folder / "loss.png")
+        plot_losses(read_metrics(folder / "metrics.jsonl"), folder / "loss.png")
         say(f"loss curve: {folder / 'loss.png'}")
     grid = folder / SAMPLES / f"{run.state.step:07d}.png"
     if grid.exists():

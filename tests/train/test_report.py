@@ -9,13 +9,13 @@ from functools import partial
 import numpy as np
 import pytest
 
+from repa_fast.eval.pictures import plot_losses
 from repa_fast.train import report
 from repa_fast.train.report import (
     Clock,
     Reporter,
     TensorBoard,
     keep_until,
-    plot_losses,
     read_metrics,
     summary,
 )
@@ -134,9 +134,8 @@ def plot(folder, name, readings) -> np.ndarray:
     pytest.importorskip("matplotlib")
     from PIL import Image
 
-    metrics, out = folder / f"{name}.jsonl", folder / f"{name}.png"
-    metrics.write_text("".join(json.dumps(line) + "\n" for line in readings))
-    plot_losses(metrics, out)
+    out = folder / f"{name}.png"
+    plot_losses(readings, out)
     with Image.open(out) as image:
         assert image.format == "PNG"
         return np.asarray(image.convert("RGB")).copy()

@@ -1,4 +1,4 @@
-// AdamW, the EMA of the weights and their bf16 copies in one pass over memory, for many tensors at
+// AdamW, bf16 copies of the weights and their EMA in one pass over memory, for many tensors at
 // once; and the sum of squares of many tensors, for the global gradient norm.
 
 #include "kernels.cuh"
@@ -88,8 +88,8 @@ struct Launch {
 
 void adamw_ema(
     Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors steps, Tensors emas,
-    Copies param_copies, Copies ema_copies, Tensor lr, Tensor grad_scale, Tensor skip,
-    std::optional<Tensor> ema_rate, Tensor factors, double beta1, double beta2, double eps, double weight_decay) {
+    Copies param_copies, Tensor lr, Tensor grad_scale, Tensor skip, std::optional<Tensor> ema_rate, Tensor factors,
+    double beta1, double beta2, double eps, double weight_decay) {
   const size_t total = params.size();
   if (total == 0) return;
   const Checked checked = {"adamw_ema", params[0].get_device(), total};
@@ -104,10 +104,8 @@ void adamw_ema(
     e.exp_avg_sq = checked.like<float>(p, "exp_avg_sqs", exp_avg_sqs, i);
     e.ema = checked.like<float>(p, "emas", emas, i, true);
     e.param_copy = checked.like<__nv_bfloat16>(p, "param_copies", param_copies, i, true);
-    e.ema_copy = checked.like<__nv_bfloat16>(p, "ema_copies", ema_copies, i, true);
     counts[i] = checked.data<float>("steps", i, checked.at("steps", steps, i), 1);
   }
-  STD_TORCH_CHECK(ema_copies.empty() || !emas.empty(), "adamw_ema: ema_copies without emas");
   STD_TORCH_CHECK(emas.empty() || ema_rate.has_value(), "adamw_ema: emas without ema_rate");
   const Options options = {
       checked.data<float>("lr", 0, &lr, 1), checked.data<float>("grad_scale", 0, &grad_scale, 1),
@@ -135,8 +133,8 @@ void sum_of_squares(Tensors grads, Tensor partials, Tensor out) {
 STABLE_TORCH_LIBRARY_FRAGMENT(repa_fast, m) {
   m.def(
       "adamw_ema(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
-      " Tensor(d!)[] steps, Tensor(e!)[] emas, Tensor(f!)?[] param_copies, Tensor(g!)?[] ema_copies,"
-      " Tensor lr, Tensor grad_scale, Tensor skip, Tensor? ema_rate, Tensor(h!) factors,"
+      " Tensor(d!)[] steps, Tensor(e!)[] emas, Tensor(f!)?[] param_copies, Tensor lr,"
+      " Tensor grad_scale, Tensor skip, Tensor? ema_rate, Tensor(g!) factors,"
       " float beta1, float beta2, float eps, float weight_decay) -> ()");
   m.def("sum_of_squares(Tensor[] grads, Tensor(a!) partials, Tensor(b!) out) -> ()");
 }

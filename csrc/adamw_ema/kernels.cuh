@@ -25,7 +25,6 @@ struct Entry {
   float* exp_avg_sq;
   float* ema;                                   // or null
   __nv_bfloat16* param_copy;                    // or null
-  __nv_bfloat16* ema_copy;                      // or null
   int64_t numel;
   int first_block;                              // of its launch
   bool bf16_grad;
@@ -137,7 +136,6 @@ __device__ void update_chunk(const Entry& e, const Options& o, const Rates& r) {
       if constexpr (n == 1) load(a, e.ema + i);  // here it needs fewer registers
       for (int k = 0; k < n; ++k) a[k] += r.ema * (p[k] - a[k]);
       store(e.ema + i, a);
-      if (e.ema_copy) store(e.ema_copy + i, a);
     }
   });
 }
@@ -218,7 +216,7 @@ int64_t chunks(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
 bool is_aligned(const Entry& e) {
   const auto at = [](const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; };
   return at(e.grad, e.bf16_grad ? 8 : 16) && at(e.param, 16) && at(e.exp_avg, 16) && at(e.exp_avg_sq, 16) &&
-         at(e.ema, 16) && at(e.param_copy, 8) && at(e.ema_copy, 8);
+         at(e.ema, 16) && at(e.param_copy, 8);
 }
 
 // Calls each(table, start, blocks) with as many entries from `start` on as a launch takes.

@@ -19,7 +19,6 @@ def adamw_ema_cuda(
     steps: Tensors,
     emas: Tensors,
     param_copies: Copies,
-    ema_copies: Copies,
     *,
     lr: torch.Tensor,
     grad_scale: torch.Tensor,
@@ -39,9 +38,9 @@ def adamw_ema_cuda(
     if not params:
         return
     factors = torch.empty(2 * len(params), dtype=torch.float32, device=params[0].device)
-    written = (params, exp_avgs, exp_avg_sqs, steps, emas, param_copies, ema_copies)
+    written = (params, exp_avgs, exp_avg_sqs, steps, emas, param_copies)
     torch.ops.repa_fast.adamw_ema(
-        params, grads, exp_avgs, exp_avg_sqs, steps, emas, param_copies, ema_copies,
+        params, grads, exp_avgs, exp_avg_sqs, steps, emas, param_copies,
         lr, grad_scale, skip, ema_rate, factors, *betas, eps, weight_decay,
     )  # fmt: skip
     # An operator of the stable ABI does not note that it wrote; autograd would use stale values.

@@ -33,7 +33,6 @@ def adamw_ema(
     emas: Tensors = (),
     ema_rate: torch.Tensor | None = None,
     param_copies: Copies = (),
-    ema_copies: Copies = (),
     implementation: str = "auto",
 ) -> None:
     """Do AdamW (arXiv 1711.05101) and ema += ema_rate (param - ema), in place.
@@ -50,7 +49,6 @@ def adamw_ema(
         emas: EMAs, like params; empty for none.
         ema_rate: 0-d fp32, 1 - decay of the EMA; needed with emas.
         param_copies: bf16 tensors that receive params, None for those without; empty for none.
-        ema_copies: the same of emas.
         implementation: "auto", "cuda" or "reference".
 
     Raises:
@@ -59,7 +57,7 @@ def adamw_ema(
     """
     lists = {
         "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "emas": emas,
-        "param_copies": param_copies, "ema_copies": ema_copies,
+        "param_copies": param_copies,
     }  # fmt: skip
     _check_lengths(len(params), **lists, steps=steps)
     if emas and ema_rate is None:
@@ -73,7 +71,7 @@ def adamw_ema(
                 if tensor is not None:
                     expect_shape("adamw_ema", name, tensor, param.shape)
     run(
-        params, grads, exp_avgs, exp_avg_sqs, steps, emas, param_copies, ema_copies,
+        params, grads, exp_avgs, exp_avg_sqs, steps, emas, param_copies,
         lr=lr, grad_scale=grad_scale, skip=skip, ema_rate=ema_rate, betas=betas, eps=eps,
         weight_decay=weight_decay,
     )  # fmt: skip
@@ -81,13 +79,11 @@ def adamw_ema(
 
 def _check_lengths(expected: int, **lists: Copies) -> None:
     for name, tensors in lists.items():
-        optional = name in ("emas", "param_copies", "ema_copies")
+        optional = name in ("emas", "param_copies")
         if len(tensors) != expected and not (optional and not tensors):
             raise ValueError(
                 f"adamw_ema: {name} has {len(tensors)} tensors, expected {expected} as params"
             )
-    if lists["ema_copies"] and not lists["emas"]:
-        raise ValueError("adamw_ema: ema_copies are given without emas, expected both")
 
 
 @torch.no_grad()

@@ -16,7 +16,6 @@ def adamw_ema_reference(
     steps: Tensors,
     emas: Tensors,
     param_copies: Copies,
-    ema_copies: Copies,
     *,
     lr: torch.Tensor,
     grad_scale: torch.Tensor,
@@ -50,10 +49,7 @@ def adamw_ema_reference(
         new = param - rate * weight_decay * param
         new = new - rate / unbias1 * first / root
         if emas:
-            average = emas[i] + ema_rate.to(param.dtype) * (new - emas[i])
-            write(emas[i], average)
-            if ema_copies and ema_copies[i] is not None:
-                write(ema_copies[i], average)
+            write(emas[i], emas[i] + ema_rate.to(param.dtype) * (new - emas[i]))
         if param_copies and param_copies[i] is not None:
             write(param_copies[i], new)
         for target, value in ((param, new), (m, first), (v, second), (step, count)):

@@ -64,8 +64,8 @@ static Bytes run_step(Input input, cuda_on_cpu::Order order) {
     Entry& e = entries[i];
     e.numel = input.take<int64_t>();
     e.bf16_grad = input.take<int64_t>();
-    for (int k = 0; k < 8; ++k) tensors.push_back(Buffer::read(input));
-    const Buffer* of = &tensors[8 * i];
+    for (int k = 0; k < 7; ++k) tensors.push_back(Buffer::read(input));
+    const Buffer* of = &tensors[7 * i];
     e.param = of[0].data<float>();
     e.grad = of[1].data<void>();
     e.exp_avg = of[2].data<float>();
@@ -73,7 +73,6 @@ static Bytes run_step(Input input, cuda_on_cpu::Order order) {
     counts[i] = of[4].data<float>();
     e.ema = of[5].data<float>();
     e.param_copy = of[6].data<__nv_bfloat16>();
-    e.ema_copy = of[7].data<__nv_bfloat16>();
   }
   const Options options = {
       scalars[0].data<float>(), scalars[1].data<float>(), scalars[2].data<float>(), scalars[3].data<float>()};

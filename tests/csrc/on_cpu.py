@@ -68,13 +68,13 @@ class Operators:
         return memoryview(bytearray(done.stdout))
 
     def adamw_ema(
-        self, params, grads, exp_avgs, exp_avg_sqs, steps, emas, param_copies, ema_copies,
+        self, params, grads, exp_avgs, exp_avg_sqs, steps, emas, param_copies,
         lr, grad_scale, skip, ema_rate, factors, *numbers,
     ):  # fmt: skip
         count = len(params)
         scalars = [written(scalar) for scalar in (lr, grad_scale, skip, ema_rate)]
         parts = [struct.pack("4d", *numbers), *scalars, struct.pack("q", count)]
-        lists = (params, grads, exp_avgs, exp_avg_sqs, steps, emas, param_copies, ema_copies)
+        lists = (params, grads, exp_avgs, exp_avg_sqs, steps, emas, param_copies)
         rows = list(zip(*(tensors or [None] * count for tensors in lists), strict=True))
         for row in rows:
             parts += [head(row[1]), *map(written, row)]

@@ -12,7 +12,6 @@ from tests.kernels.table import BF16, F32
 DEFAULTS = {"lr": 1e-2, "grad_scale": 1.0, "skip": 0.0, "ema_rate": 1.0}
 DEFAULTS |= {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 MOVED = ("params", "exp_avgs", "exp_avg_sqs", "emas")
-COPIES = {"param_copies": "params", "ema_copies": "emas"}
 SHAPES = ((3, 5), (7,), (), (2, 0, 3), (1, 1))
 # A block of the kernels takes 8192 elements, a launch 320 tensors.
 ODD_SHAPES = ((8191,), (8192,), (8193,), (0,), (1,), (3, 5, 7), (), (40_001,))
@@ -54,9 +53,10 @@ def make(shapes, how="auto", *, dtype=F32, averaged=True, copies=False, offset=0
     averages = [seeded(shape, seed=500 + i, dtype=dtype) for i, shape in enumerate(shapes)]
     zeros = [torch.zeros_like(value) for value in values]
     lists = {"params": values, "exp_avgs": zeros, "exp_avg_sqs": zeros, "emas": averages}
-    lists |= {name: [zero.bfloat16() for zero in zeros] for name in COPIES if copies}
+    if copies:
+        lists["param_copies"] = [zero.bfloat16() for zero in zeros]
     if not averaged:
-        lists = {name: tensors for name, tensors in lists.items() if "ema" not in name}
+        del lists["emas"]
     lists = {name: [laid_out(v, how, offset) for v in lists[name]] for name in lists}
     return lists | {"steps": [torch.zeros((), device=device(how)) for _ in shapes]}
 
@@ -129,17 +129,16 @@ def assert_follows_formula(how, shapes, steps, *, dtypes=(F32,), offset=0, **opt
         for i, tensors in enumerate(zip(actual[name], exact[name], working[name], strict=True)):
             if tensors[0].numel() > 1000:  # errors of a few elements say little
                 assert_within_budget(f"{name}[{i}]", *tensors)
-    for copies in COPIES.keys() & actual.keys():
-        for a, b in zip(actual[copies], actual[COPIES[copies]], strict=True):
-            assert torch.equal(a, b.bfloat16())
+    for a, b in zip(actual.get("param_copies", ()), actual["params"]):
+        assert torch.equal(a, b.bfloat16())
 
 
 def assert_some_have_copies(how):
     """Steps of tensors of which every other has a copy, against those of all with copies."""
     some = make(ODD_SHAPES, how, copies=True)
     every, untouched = deepcopy(some), deepcopy(some)
-    for copies in COPIES:
-        some[copies] = [c if i % 2 else None for i, c in enumerate(some[copies])]
+    copies = some["param_copies"]
+    some["param_copies"] = [c if i % 2 else None for i, c in enumerate(copies)]
     for step in (1, 2):
         for lists in (some, every):
             advance(lists, make_gradients(ODD_SHAPES, step, how, dtypes=(F32, BF16)), how)

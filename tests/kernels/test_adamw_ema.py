@@ -10,7 +10,6 @@ from repa_fast.backend import extension
 from repa_fast.kernels.adamw_ema.cuda import adamw_ema_cuda
 from repa_fast.testing import assert_within_budget, seeded
 from tests.kernels.adamw import (
-    COPIES,
     KINDS,
     MOVED,
     ODD_SHAPES,
@@ -197,7 +196,7 @@ def test_sum_of_squares_of_non_finite_values_is_not_finite():
 @pytest.mark.parametrize(
     "name, wrong",
     [("steps", "length")]
-    + [(name, of) for name in ("grads", *MOVED[1:], *COPIES) for of in ("length", "shape")],
+    + [(name, of) for name in ("grads", *MOVED[1:], "param_copies") for of in ("length", "shape")],
 )
 def test_lists_that_do_not_fit_are_refused_by_name_and_nothing_changes(name, wrong):
     lists = make(SHAPES, copies=True) | {"grads": make_gradients(SHAPES, 1)}
@@ -210,12 +209,6 @@ def test_lists_that_do_not_fit_are_refused_by_name_and_nothing_changes(name, wro
     before, grads = deepcopy(lists), lists.pop("grads")
     refused(lambda: advance(lists, grads), words)
     assert_equal(lists | {"grads": grads}, before)
-
-
-def test_copies_of_the_averages_without_averages_are_refused():
-    lists = make(SHAPES, copies=True)
-    del lists["emas"]
-    refused(lambda: advance(lists, make_gradients(SHAPES, 1)), "ema_copies")
 
 
 def test_averages_without_their_rate_are_refused_and_none_needs_none():
@@ -261,9 +254,9 @@ def calls(monkeypatch):
     calls = []
 
     def operator(params, grads, *rest):
-        for tensor in itertools.chain(params, *rest[:6]):
+        for tensor in itertools.chain(params, *rest[:5]):
             tensor.data.add_(1)
-        calls.append(rest[6:])
+        calls.append(rest[5:])
 
     monkeypatch.setattr(torch.ops.repa_fast, "adamw_ema", operator, raising=False)
     return calls
@@ -275,7 +268,7 @@ def call_cuda(lists, grads):
     adamw_ema_cuda(**lists, grads=grads, lr=one, grad_scale=one, skip=0 * one, **options)
 
 
-@pytest.mark.parametrize("name", (*MOVED, *COPIES, "steps"))
+@pytest.mark.parametrize("name", (*MOVED, "param_copies", "steps"))
 def test_a_stale_use_of_what_the_operator_wrote_raises(calls, name):
     lists = make(((3,),), copies=True)
     used = lists[name][0].requires_grad_()

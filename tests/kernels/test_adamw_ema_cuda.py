@@ -35,7 +35,6 @@ def test_a_tensor_that_is_not_taken_is_named(cuda):
         "exp_avg_sqs": lambda t: t.double(),
         "emas": lambda t: t.t().contiguous().t(),
         "param_copies": lambda t: t.half(),
-        "ema_copies": lambda t: t.float(),
         "params": lambda t: t.bfloat16(),
         "steps": lambda t: t.long(),
     }

@@ -42,8 +42,7 @@ from benchmarks.sample.report import markdown
 from repa_fast.backend import dispatch
 from repa_fast.data.latents import DECODE_BATCH, VAE
 from repa_fast.kernels.attention.backends import describe
-from repa_fast.models.flops import sit_flops
-from repa_fast.train.memory import peak_flops
+from repa_fast.models.flops import peak_flops, sit_flops
 
 # diffusers' arguments of the Stable Diffusion autoencoder
 SD_VAE = {

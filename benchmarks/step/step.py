@@ -37,9 +37,10 @@ from repa_fast.data.open import open_dataset
 from repa_fast.data.order import SampleOrder
 from repa_fast.diffusion.draws import Draws
 from repa_fast.distributed import World
+from repa_fast.models.flops import peak_flops
 from repa_fast.testing import random_encoder_weights
 from repa_fast.train.graph import stepper
-from repa_fast.train.memory import budget, peak_flops
+from repa_fast.train.memory import budget
 from repa_fast.train.state import TrainState, build_state, device_name
 from repa_fast.train.step import losses, other_weights, synthetic_batch
 

@@ -8,7 +8,8 @@ import torch
 LIBRARY = Path(__file__).parents[1] / "lib" / "csrc.so"
 
 OPERATORS = {"adamw_ema": "Tensor?(f!)[] param_copies, Tensor lr", "sum_of_squares": "out"}
-"""Each with a part of its schema that earlier ones lack. They write into their arguments and return nothing."""
+"""Each with a part of its schema that earlier ones lack. They write into their arguments and return
+nothing."""
 
 
 @functools.cache

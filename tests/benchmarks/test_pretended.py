@@ -87,6 +87,10 @@ def test_number():
     assert torch.ones(8192, device="cuda").sum().item() == 8192
 
 @pytest.mark.gpu
+def test_no_number():
+    torch.testing.assert_close(torch.ones(0, device="cuda"), torch.ones(0, device="cuda"))
+
+@pytest.mark.gpu
 def test_launch():
     torch.ones(2, 3, device="cuda") @ torch.ones(2, 3, device="cuda")
 
@@ -94,7 +98,7 @@ def test_launch():
 def test_right():
     assert torch.ones(2, device="cuda").is_cuda
 """
-"""A wrong number, which is no failure, a wrong launch, which is one, and what passes."""
+"""Wrong numbers, which are no failures, a wrong launch, which is one, and what passes."""
 
 
 def run(*arguments, seconds=60, **values):
@@ -114,7 +118,7 @@ SHORT += ("-k", "test_planted or ours-gate_residual]")
 
 def assert_rehearsed(report, done):
     (row,) = read(report)
-    assert (row["passed"], row["numbers"]) == (2, 1), done.stdout
+    assert (row["passed"], row["numbers"]) == (2, 2), done.stdout
     (failed,) = row["failed"]
     assert failed.endswith("test_launch") and done.returncode == 1
 

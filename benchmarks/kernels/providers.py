@@ -27,8 +27,10 @@ class Provider:
 
 def compiled(case: Case) -> Callable[..., Any]:
     """Compile the reference, as one graph, for the shapes it is called with."""
+    import torch._functorch.config as functorch
+
     # A backward pass that reuses the memory of what was saved for it cannot run twice.
-    torch._functorch.config.donated_buffer = False
+    functorch.donated_buffer = False
     torch.compiler.reset()  # one function at many shapes: not to run out of recompilations
     plain = case.plain or (lambda **tensors: case.reference(**tensors))
     return torch.compile(plain, fullgraph=True, dynamic=False)

@@ -21,6 +21,7 @@ from repa_fast.data.dataset import Metadata
 from repa_fast.objective import build_alignment
 from repa_fast.train.gradients import BUCKET_NUMBERS
 from repa_fast.train.memory import budget
+from repa_fast.train.parallel import region_size
 
 BUCKET_BYTES = 4 * BUCKET_NUMBERS
 BLOCK, ENCODER = 32 * 256 * 1152, 32 * 257 * 768 * 12
@@ -103,6 +104,7 @@ class Work:
 
     parameters: int  # trained ones, projectors included
     groups: int  # of parameters gathered and reduced together: the blocks, and the rest
+    regions: int  # of blocks compiled as one, whose gradients come at once under ddp
     frozen: Pass  # of the encoder, or of SRA's teacher
     forward: Pass
     backward: Pass  # with attention's scores computed again
@@ -156,6 +158,7 @@ def work(config: TrainConfig) -> Work:
     return Work(
         parameters=counted.parameters_with_projectors,
         groups=depth + 1,
+        regions=depth // region_size(depth, arguments["encoder_depth"]),
         frozen=Pass(counted.encoder_flops, frozen_bytes, sum(n for n, *_ in layers)),
         forward=Pass(forward_flops, forward, depth),
         backward=Pass(2 * forward_flops + scores, backward, 2 * depth),
@@ -229,7 +232,7 @@ def communication(work: Work, machine: Machine, mode: Mode, gpus: int) -> Commun
     if mode.sharded == "no":
         buckets = math.ceil(gradients / BUCKET_BYTES)
         reduce = collective("all-reduce", gradients, buckets, gpus, nodes, machine)
-        return Communication(0, reduce, buckets, 0)
+        return Communication(0, reduce, min(buckets, work.regions), 0)
     ranks, span = (gpus, nodes) if mode.sharded == "all" else (min(gpus, machine.node), 1)
     groups = work.groups
     gather = collective("all-gather", 2 * work.parameters, groups, ranks, span, machine)

@@ -103,20 +103,23 @@ def feature_columns(preset: str) -> dict[str, FeatureColumn]:
     return columns
 
 
-def prepare(rung: Rung, arguments: argparse.Namespace, folder: Path) -> TrainState:
-    """Return a configuration's state: the same weights for all, none of them zero."""
+def settings(rung: Rung, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what a configuration changes of the preset's config."""
     released = "no" if arguments.device == "cpu" else "fp16"
     own = arguments.precision
     changes = {
         "compile": rung.compiled and not arguments.eager,
         "mixed_precision": released if rung.plain in ("recipe", "official") else own,
         "attention": "sdpa" if rung.plain else "auto",
+        "kernels": "auto" if rung.plain or arguments.device == "cpu" else "triton",
         **rung.config,
     }
-    if arguments.device == "cpu":
-        changes |= STOCK
-    elif not rung.plain:
-        changes["kernels"] = "triton"
+    return changes | STOCK if arguments.device == "cpu" else changes
+
+
+def prepare(rung: Rung, arguments: argparse.Namespace, folder: Path) -> TrainState:
+    """Return a configuration's state: the same weights for all, none of them zero."""
+    changes = settings(rung, arguments)
     if rung.cached:
         columns = feature_columns(arguments.preset)
         changes |= {"columns": columns, "features": ",".join(columns)}

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.gpu.pretended import build
-from benchmarks.harness.environment import RESULTS, at_least
+from benchmarks.harness.environment import ROOT, at_least
 from benchmarks.harness.rows import append, grid, read
 from benchmarks.step import matmuls
 from benchmarks.step.launches import KINDS, Eager, Launch, compiled
@@ -39,7 +39,7 @@ from repa_fast.train.leaves import add_leaves
 from repa_fast.train.step import losses, synthetic_batch
 
 PRESET, BACKEND = "sit-xl2-repa", "sdpa-cudnn"
-FILE = RESULTS / "offline" / "traffic.jsonl"
+FILE = ROOT / "benchmarks" / "results" / "offline" / "traffic.jsonl"
 COMMITTED = tuple((batch, residual) for batch in (32, 128) for residual in ("fp32", "bf16"))
 """Images of a forward pass, and dtype of the residual stream."""
 KEY = ("piece", "batch", "residual", "pass")
@@ -73,7 +73,7 @@ def prepared(config: TrainConfig, metadata: Metadata) -> SiT:
         model = build_model(config, metadata)
     if config.residual_dtype == "bf16":
         model.residual_dtype = torch.bfloat16
-    add_leaves(model)
+    add_leaves(model, joint=True)
     return model
 
 

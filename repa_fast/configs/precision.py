@@ -17,7 +17,7 @@ class PrecisionConfig(Part):
     residual_dtype: Literal["fp32", "bf16"] = "fp32"
     """Of the residual stream while training; bf16 halves its traffic and rounds every addition."""
     compile: bool = False
-    """torch.compile each block (fullgraph)."""
+    """torch.compile the blocks (fullgraph), up to four as one where they are whole."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     """Replay the training step as one CUDA graph. auto: on CUDA, in one process; on: also in
     several, with ddp."""

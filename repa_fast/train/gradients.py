@@ -5,6 +5,7 @@ over the processes while the backward pass goes on. DDP itself would sum those o
 bf16, over micro-batches too.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -36,9 +37,12 @@ class Bucket:
 
     def take(self, held: dict[nn.Parameter, Tensor]) -> None:
         """Take the gradients that have come, in addition to those of parameters in `held`."""
-        for known, move in ((False, torch._foreach_copy_), (True, torch._foreach_add_)):
-            if moved := [p for p in self.waiting if (p in held) == known]:
-                move([self.places[p] for p in moved], [p.grad for p in moved])
+        alike = defaultdict(list)  # foreach would launch a kernel for each of several dtypes
+        for p in self.waiting:
+            alike[p in held, p.grad.dtype].append(p)
+        for (known, _), moved in alike.items():
+            move = torch._foreach_add_ if known else torch._foreach_copy_
+            move([self.places[p] for p in moved], [p.grad for p in moved])
         for p in self.waiting:
             p.grad, held[p] = None, self.results[p]
         self.waiting = []
@@ -69,6 +73,7 @@ class Gradients:
         self._buckets: list[Bucket] = []
         self._bucket_of: dict[nn.Parameter, Bucket] = {}
         self._come: list[nn.Parameter] = []
+        self._expected = 0  # gradients in a step
 
     def room(self, passes: int) -> Tensor | None:
         """Return memory as large as the buffers, if a step of so many passes has them."""
@@ -80,7 +85,10 @@ class Gradients:
 
     @contextmanager
     def of_pass(self, *, first: bool, last: bool) -> Iterator[None]:
-        """Sum what comes in the backward pass of a micro-batch, of a step's `first` or `last`."""
+        """Sum what comes in the backward pass of a micro-batch, of a step's `first` or `last`.
+
+        RuntimeError if gradients of fewer weights, or of more, came than on other processes.
+        """
         self._moves, self._last = self.world.size > 1 or not (first and last), last
         self._closed, self._works = 0, []
         if first:
@@ -103,6 +111,16 @@ class Gradients:
         for work in self._works:
             work.wait()
         self._moves = False  # what others leave at parameters is theirs
+        if last and self.world.size > 1:
+            self._expect_as_many()
+
+    def _expect_as_many(self) -> None:
+        self._expected = self._expected or len(self.held)
+        if len(self.held) != self._expected:
+            raise RuntimeError(
+                f"gradients of {len(self.held)} weights came in this step, of {self._expected} in "
+                "the first: several processes expect those of the same weights in every step"
+            )
 
     def _arrive(self, parameter: nn.Parameter) -> None:
         if not self._moves:
@@ -128,6 +146,11 @@ class Gradients:
         """Form the buckets by what has come; what has not, and is trained, is last."""
         numbers = {p: n for n, p in enumerate(self.parameters)}
         order = self.world.on_first(lambda: [numbers[p] for p in self._come])
+        if self.world.any({*order} != {numbers[p] for p in self._come}):
+            raise RuntimeError(
+                "gradients of other weights came on a process than on the first one: several "
+                "processes expect those of the same weights"
+            )
         rest = [n for n, p in enumerate(self.parameters) if p.requires_grad and n not in order]
         ordered = [self.parameters[n] for n in order + rest]
         self._buckets = [

@@ -98,17 +98,20 @@ class JointLinear(torch.autograd.Function):
         return gradient @ weight, None, None, *of_weights, *of_biases
 
 
-def add_leaves(model: SiT) -> dict[torch.Tensor, torch.Tensor]:
+def add_leaves(model: SiT, *, joint: bool) -> dict[torch.Tensor, torch.Tensor]:
     """Put a LeafLinear in the place of every linear layer of `model`.
 
-    The adaLN layers of all blocks become one matmul. Returns {master: leaf} and {bias: its copy},
-    which are as the fp32 values are now; who changes those writes them.
+    If `joint`, the adaLN layers of all blocks become one matmul, whose gradients are the last of
+    all blocks: where they are summed over processes they would wait for nothing to hide them.
+    Returns {master: leaf} and {bias: its copy}, which are as the fp32 values are now; who changes
+    those writes them.
     """
     for parent in list(model.modules()):
         for name, layer in parent.named_children():
             if type(layer) is nn.Linear:
                 setattr(parent, name, LeafLinear(layer))
-    join_adaln(model)
+    if joint:
+        join_adaln(model)
     leaves = {}
     for layer in model.modules():
         if isinstance(layer, LeafLinear):

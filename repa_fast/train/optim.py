@@ -6,6 +6,7 @@ counts nor EMAs change.
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -158,8 +159,11 @@ class AdamWEMA(torch.optim.AdamW):
         if self.implementation == "cuda":
             squares = ops.sum_of_squares(parts, self.device, implementation="cuda")
         else:
-            squares = torch.stack(torch._foreach_norm(parts, 2.0, torch.float32)).norm()
-            squares = squares.double().square()
+            alike = defaultdict(list)  # foreach would launch a kernel for each of several dtypes
+            for part in parts:
+                alike[torch.promote_types(part.dtype, torch.float32), part.dtype].append(part)
+            norms = [torch._foreach_norm(some, 2.0, wide) for (wide, _), some in alike.items()]
+            squares = torch.stack([*itertools.chain(*norms)]).norm().double().square()
         if isinstance(one, DTensor):
             summed = [Partial() if p.is_shard() else Replicate() for p in one.placements]
             squares = DTensor.from_local(squares, one.device_mesh, summed, run_check=False)

@@ -127,11 +127,18 @@ class TrainState:
 
     @torch.no_grad()
     def expect_same_weights(self) -> None:
-        """Raise ValueError unless all processes with whole weights have the same, bit for bit."""
-        if self.mesh is not None:
+        """Raise ValueError unless all processes with whole weights and EMAs have the same.
+
+        Compared are sums of their bits, each times its place.
+        """
+        if self.mesh is not None or self.world.size == 1:
             return
-        weights = (weight.view(torch.int32) for weight in self.model.state_dict().values())
-        sums = self.world.gather(sum(weight.sum(dtype=torch.int64) for weight in weights))
+        models, total = (self.model, self.ema, *self.more_emas), 0
+        weights = (weight for model in models for weight in model.state_dict().values())
+        for number, weight in enumerate(weights, start=1):
+            bits = weight.flatten().view(torch.int32).long()
+            total += number * (bits * torch.arange(1, len(bits) + 1, device=bits.device)).sum()
+        sums = self.world.gather(total)
         if (sums != sums[0]).any():
             raise ValueError(
                 "processes begin with other weights than the first one: expected the same files "
@@ -195,7 +202,9 @@ def build_state(
     others = [*objective.others, *(f"align/{name}" for name in alignment.heads)]
     if config.residual_dtype == "bf16":
         model.residual_dtype = torch.bfloat16
-    leaves = add_leaves(model) if mesh is None and dtype == torch.bfloat16 else {}
+    leaves = {}
+    if mesh is None and dtype == torch.bfloat16:
+        leaves = add_leaves(model, joint=world.size == 1)
     parallelize(model, emas, config, mesh, dtype, alignment.teacher_depth)
     optimizer = build_optimizer(model, emas, config, leaves)
     gradients = sum_gradients(model, config, world)

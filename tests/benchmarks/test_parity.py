@@ -1,8 +1,10 @@
+from argparse import Namespace
+
 import pytest
 import torch
 
 from benchmarks.harness.rows import read
-from benchmarks.step import parity
+from benchmarks.step import ladder, parity
 from tests.refusals import refused
 
 DIGITS = ["--preset", "digits", "--device", "cpu", "--batch", "8", "--eager"]
@@ -25,6 +27,14 @@ def test_a_configuration_is_compared_with_fp32_and_with_plain_bf16(tmp_path, mon
     assert residual["least_cosine"] < usual["least_cosine"]  # its stream is rounded as well
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert "| bf16-residual | graph + bf16 residual stream |" in capsys.readouterr().out
+
+
+def test_what_is_compared_with_runs_no_kernel_of_ours_on_a_gpu_either():
+    on_gpu = Namespace(device="cuda", eager=False, precision="bf16")
+    for rung in (parity.EXACT, parity.USUAL):
+        assert ladder.settings(rung, on_gpu).items() >= parity.PLAIN.items()
+    for name in parity.OURS:
+        assert ladder.settings(ladder.RUNGS[name], on_gpu)["kernels"] == "triton"
 
 
 def test_the_worst_gradients_are_named():

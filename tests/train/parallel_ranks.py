@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from unittest import mock
 
 import torch
@@ -84,6 +85,7 @@ def steps(world: World, overrides: dict) -> dict:
     if world.size > 1 and state.config.loss_type != "nt-xent":
         state.micro_batch = -(-state.local_batch // 2)
     found = {"start": everything(state), "readings": [], "graphs": []}
+    found["joint"] = state.model.joint_adaln is not None
     for step in range(STEPS):
         if step and step == state.config.align_until:
             state.end_alignment()
@@ -99,15 +101,45 @@ def steps_in_buckets(world: World, overrides: dict, numbers: int) -> dict:
         return steps(world, overrides)
 
 
-def refused_weights(world: World) -> str:
-    """What is said where one value differs on the last process; the same weights pass."""
-    state = build(world, tiny_config())
-    state.expect_same_weights()
-    if world.rank == world.size - 1:
-        state.model.state_dict()["final_layer.linear.bias"][0] += 1e-6
-    try:
+def refused_weights(world: World) -> list[str]:
+    """What is said where a value, the order of classes or an EMA's value is the last process's own.
+
+    The same weights pass.
+    """
+    said = []
+    table = "y_embedder.embedding_table.weight"
+    for harm in (
+        lambda state: state.model.state_dict()["final_layer.linear.bias"][0].add_(1e-6),
+        lambda state: state.model.state_dict()[table].copy_(state.ema.state_dict()[table].flip(0)),
+        lambda state: state.ema.state_dict()["final_layer.linear.bias"][0].add_(1e-6),
+    ):
+        state = build(world, tiny_config())
         state.expect_same_weights()
-    except ValueError as error:
+        if world.rank == world.size - 1:
+            harm(state)
+        said.append(message(state.expect_same_weights))
+    return said
+
+
+def refused_gradients(world: World, odd_step: int) -> str:
+    """What is said where the last process has no gradient of a weight, in a step of two."""
+    used, unused = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    sums = summing.Gradients([used, unused], world, torch.float32)
+
+    def take_steps() -> None:
+        for step in range(2):
+            odd = step == odd_step and world.rank == world.size - 1
+            with sums.of_pass(first=True, last=True):
+                (used.sum() if odd else used.sum() + unused.sum()).backward()
+
+    return message(take_steps)
+
+
+def message(call: Callable[[], None]) -> str:
+    """What `call` is refused with; "" if it is not."""
+    try:
+        call()
+    except (ValueError, RuntimeError) as error:
         return str(error)
     return ""
 

@@ -229,6 +229,14 @@ def test_the_norm_of_bf16_gradients_is_summed_in_fp32():
     assert ours.gradient_norm().item() == pytest.approx(exact, rel=1e-6)
 
 
+def test_the_norm_of_gradients_of_several_dtypes_is_that_of_all():
+    params = [nn.Parameter(torch.zeros(3, dtype=dtype)) for dtype in (torch.float64, torch.float32)]
+    ours = AdamWEMA(params, implementation="torch")
+    for p in params:
+        p.grad = torch.full_like(p, 2.0)
+    assert ours.gradient_norm().item() == pytest.approx(24**0.5)
+
+
 def test_implementations_are_chosen_and_say_why(monkeypatch):
     params = make_parameters()
     auto = our_adamw(params, implementation="auto")

@@ -160,6 +160,7 @@ def test_bf16_leaves_on_two_processes_are_stepped_as_on_one_in_any_buckets(ranks
     for each in found[1]:
         assert unequal(each["end"], first["end"]) == []
     wanted = cases.steps(ALONE, BF16)
+    assert wanted["joint"] and not first["joint"]  # whose gradients would all come last
     for mine, theirs in zip(first["readings"], wanted["readings"], strict=True):
         assert numbers(mine) == pytest.approx(numbers(theirs), rel=2e-3, abs=2e-3)
     moved = distance(weights(wanted["start"]), weights(wanted["end"]))
@@ -167,7 +168,16 @@ def test_bf16_leaves_on_two_processes_are_stepped_as_on_one_in_any_buckets(ranks
 
 
 def test_processes_that_begin_with_other_weights_are_refused(ranks):
-    assert all("begin with other weights" in said for said in ranks(cases.refused_weights))
+    for said in ranks(cases.refused_weights):
+        assert len(said) == 3 and all("begin with other weights" in line for line in said)
+
+
+def test_gradients_of_other_weights_than_before_or_elsewhere_are_refused(ranks):
+    """Those of a process's own would be summed with what the others had before."""
+    at_first, later = (ranks(cases.refused_gradients, step) for step in (0, 1))
+    assert all("came on a process than on the first one" in said for said in at_first)
+    assert later[0] == ""
+    assert later[1].startswith("gradients of 1 weights came in this step, of 2 in the first: ")
 
 
 def test_negatives_of_a_process_are_fewer_than_those_of_all(ranks):

@@ -26,6 +26,7 @@ from benchmarks.step.step import parser
 from repa_fast import ops
 from repa_fast.backend import dispatch
 from repa_fast.data.loader import Batch
+from repa_fast.distributed import progress_bar
 from repa_fast.train.graph import stepper
 from repa_fast.train.state import TrainState
 from repa_fast.train.step import accumulate, draw_local, synthetic_batch
@@ -56,9 +57,12 @@ def gradients(state: TrainState, batch: Batch) -> dict[str, torch.Tensor]:
 def losses(state: TrainState, given: list[Batch], steps: int) -> list[float]:
     """Return the loss of each step, read after the last one: the host is ahead as in a run."""
     take_step, sums = stepper(state), [state.metrics.sums.clone()]
-    for step in range(steps):
-        take_step(given[step % len(given)])
-        sums.append(state.metrics.sums.clone())
+    with progress_bar("images whose losses are compared", shown=True) as progress:
+        advance = progress(steps * state.local_batch)
+        for step in range(steps):
+            take_step(given[step % len(given)])
+            sums.append(state.metrics.sums.clone())
+            advance((step + 1) * state.local_batch)
     if skipped := state.metrics.read(state.world)["skipped"]:
         raise RuntimeError(f"{skipped} steps were skipped; no figure")
     return torch.stack(sums)[:, 0].diff().tolist()

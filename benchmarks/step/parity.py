@@ -6,6 +6,9 @@ A configuration of the ladder, and plain eager bf16, against plain eager fp32, o
 - the gradient of every parameter, by its cosine and its norm;
 - the losses of some hundred steps.
 
+With --eager on a CPU bf16 matmuls are fp32 ones of the same values, rounded once, as on a GPU: many
+CPUs have no instructions for them, and take seventy times as long.
+
 Rows, a report and a picture go to a folder; the exit status is 1 if one does not hold what
 GRADIENT_COSINE, NORM_RATIO and LOSS_RATIO ask for.
 """
@@ -14,9 +17,11 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.harness.environment import at_least, results_folder, stamp
 from benchmarks.harness.rows import WITH_COMMAND, append, facts, grid
@@ -41,7 +46,17 @@ PLAIN = {"kernels": "reference", "attention": "sdpa", "optimizer_impl": "torch"}
 EXACT = Rung("plain fp32", compiled=False, config=PLAIN | {"mixed_precision": "no"})
 USUAL = Rung("plain bf16", compiled=False, config=EXACT.config)
 OURS = [name for name, rung in RUNGS.items() if not rung.plain and not rung.cached]
+MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 BATCHES = 8  # that the steps take in turn: few enough for the loss to fall
+
+
+class WideMatmuls(TorchDispatchMode):
+    """Computes matmuls of bf16 tensors in fp32, and rounds what comes out."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in MATMULS and args[-1].dtype == torch.bfloat16:
+            return function(*(tensor.float() for tensor in args), **kwargs or {}).bfloat16()
+        return function(*args, **kwargs or {})
 
 
 def gradients(state: TrainState, batch: Batch) -> dict[str, torch.Tensor]:
@@ -103,8 +118,10 @@ def measure(rung: Rung, arguments: argparse.Namespace) -> tuple[dict, list[float
             state.autocast_dtype = torch.bfloat16
         torch.manual_seed(3)  # the same batches for all
         given = [synthetic_batch(state, state.local_batch)[0] for _ in range(BATCHES)]
-        first = gradients(state, given[0])
-        return first, losses(state, given, arguments.train), state.notes
+        on_cpu = arguments.eager and arguments.device == "cpu"
+        with WideMatmuls() if on_cpu else nullcontext():
+            first = gradients(state, given[0])
+            return first, losses(state, given, arguments.train), state.notes
 
 
 def parity(arguments: argparse.Namespace) -> Iterator[dict]:

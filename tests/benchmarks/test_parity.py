@@ -37,6 +37,26 @@ def test_what_is_compared_with_runs_no_kernel_of_ours_on_a_gpu_either():
         assert ladder.settings(ladder.RUNGS[name], on_gpu)["kernels"] == "triton"
 
 
+def test_wide_matmuls_are_those_of_fp32_rounded_once_in_both_passes():
+    """Also of those that a batch, a bias or autocast asks for."""
+    x, w, b, y = (torch.randn(shape) for shape in ((3, 40, 64), (50, 64), (50,), (3, 64, 5)))
+    calls = (
+        lambda x: torch.nn.functional.linear(x[0], w.to(x.dtype), b.to(x.dtype)),
+        lambda x: x[0] @ w.to(x.dtype).T,
+        lambda x: x @ y.to(x.dtype),
+    )
+    x, w, b, y = (tensor.bfloat16().float() for tensor in (x, w, b, y))
+    for call in calls:
+        exact, narrow = x.clone().requires_grad_(), x.bfloat16().requires_grad_()
+        expected = call(exact)
+        expected.sum().backward()
+        with parity.WideMatmuls(), torch.autocast("cpu", torch.bfloat16):
+            found = call(narrow)
+            found.sum().backward()
+        assert torch.equal(found, expected.bfloat16())
+        assert torch.equal(narrow.grad, exact.grad.bfloat16())
+
+
 def test_the_worst_gradients_are_named():
     exact = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([1.0, 0.0]), "c": torch.ones(2)}
     found = {"a": torch.tensor([4.0, 3.0]), "b": torch.tensor([1.5, 0.0]), "c": torch.ones(2)}

@@ -82,12 +82,17 @@ COLLECTED = """
 import pytest
 import torch
 
+def most_of_the_card():
+    return torch.empty(45 * 2**30, dtype=torch.uint8, device="cuda")
+
 @pytest.mark.gpu
 def test_number():
+    held = most_of_the_card()
     assert torch.ones(8192, device="cuda").sum().item() == 8192
 
 @pytest.mark.gpu
 def test_no_number():
+    held = most_of_the_card()
     torch.testing.assert_close(torch.ones(0, device="cuda"), torch.ones(0, device="cuda"))
 
 @pytest.mark.gpu
@@ -98,7 +103,8 @@ def test_launch():
 def test_right():
     assert torch.ones(2, device="cuda").is_cuda
 """
-"""Wrong numbers, which are no failures, a wrong launch, which is one, and what passes."""
+"""Wrong numbers, which are no failures and keep no memory, a wrong launch, which is one, and what
+passes."""
 
 
 def run(*arguments, seconds=60, **values):

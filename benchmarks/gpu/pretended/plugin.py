@@ -7,7 +7,8 @@ other failures stay what they are.
 import os
 from collections import Counter
 from pathlib import Path
-from traceback import clear_frames
+from traceback import clear_frames, walk_tb
+from types import TracebackType
 
 import pytest
 
@@ -29,7 +30,7 @@ def pytest_runtest_makereport(item, call):
     report = outcome.get_result()
     if report.failed and call.when == "call" and of_numbers(call.excinfo):
         report.outcome, report.wasxfail = "skipped", "numbers are rubbish on a pretended card"
-        clear_frames(call.excinfo.tb)  # which keep the test's tensors until the next one fails
+        drop_locals(call.excinfo.tb)
         report.user_properties.append(("pretended", "numbers"))
     elif report.failed:
         report.user_properties.append(("pretended", call.excinfo.exconly().splitlines()[0]))
@@ -72,6 +73,13 @@ def of_numbers(error) -> bool:
     of_none = error.errisinstance(RuntimeError) and str(error.value).startswith("Comparing")
     wrong = error.errisinstance(AssertionError) or mean_of_none or of_none
     return wrong and any(part in file for part in COMPARES)
+
+
+def drop_locals(traceback: TracebackType) -> None:
+    """Free what a failed test has on the card, which pytest keeps until the next one fails."""
+    clear_frames(traceback)
+    for frame, _ in walk_tb(traceback):
+        frame.f_locals  # noqa: B018  # up to Python 3.12 a copy that pytest has made: made anew
 
 
 def pytest_report_header():

@@ -18,6 +18,7 @@ SLOW = {"heavy", "gpu", "smoke_full"}
 THROUGH = {
     "backend.registration": "ops",
     "backend.rows": "backend.launch",
+    "checkpoint.adamw": "train.resume",
     "diffusion.guidance": "diffusion.samplers",
     "encoders.files": "encoders.vit",
     "kernels.__init__": "ops",

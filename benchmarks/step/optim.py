@@ -139,7 +139,7 @@ def plain(params: Sequence[torch.Tensor], dtype: torch.dtype) -> list[list[torch
     zero = torch.zeros((), dtype=dtype, device=device)
     for _ in range(GATE_STEPS):
         adamw_ema_reference(
-            weights, grads, first, second, steps, average, (), (), grad_scale=scale, skip=zero,
+            weights, grads, first, second, steps, average, (), grad_scale=scale, skip=zero,
             ema_rate=zero + (1 - EMA), **ADAMW | {"lr": zero + ADAMW["lr"]},
         )  # fmt: skip
     return [weights, first, second, average]

@@ -202,9 +202,8 @@ def build_state(
     others = [*objective.others, *(f"align/{name}" for name in alignment.heads)]
     if config.residual_dtype == "bf16":
         model.residual_dtype = torch.bfloat16
-    leaves = {}
-    if mesh is None and dtype == torch.bfloat16:
-        leaves = add_leaves(model, joint=world.size == 1)
+    whole = mesh is None and dtype == torch.bfloat16
+    leaves = add_leaves(model, joint=world.size == 1) if whole else {}
     parallelize(model, emas, config, mesh, dtype, alignment.teacher_depth)
     optimizer = build_optimizer(model, emas, config, leaves)
     gradients = sum_gradients(model, config, world)

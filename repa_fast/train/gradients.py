@@ -73,7 +73,7 @@ class Gradients:
         self._buckets: list[Bucket] = []
         self._bucket_of: dict[nn.Parameter, Bucket] = {}
         self._come: list[nn.Parameter] = []
-        self._expected = 0  # gradients in a step
+        self._expected: set[int] = set()  # of what the gradients of a step are, by id
 
     def room(self, passes: int) -> Tensor | None:
         """Return memory as large as the buffers, if a step of so many passes has them."""
@@ -87,7 +87,8 @@ class Gradients:
     def of_pass(self, *, first: bool, last: bool) -> Iterator[None]:
         """Sum what comes in the backward pass of a micro-batch, of a step's `first` or `last`.
 
-        RuntimeError if gradients of fewer weights, or of more, came than on other processes.
+        RuntimeError if several processes are given gradients of other weights than in the first
+        step, or than each other in that one.
         """
         self._moves, self._last = self.world.size > 1 or not (first and last), last
         self._closed, self._works = 0, []
@@ -112,13 +113,14 @@ class Gradients:
             work.wait()
         self._moves = False  # what others leave at parameters is theirs
         if last and self.world.size > 1:
-            self._expect_as_many()
+            self._expect_the_same()
 
-    def _expect_as_many(self) -> None:
-        self._expected = self._expected or len(self.held)
-        if len(self.held) != self._expected:
+    def _expect_the_same(self) -> None:
+        came = {id(p) for p in self.held}  # a tensor's hash is slow
+        self._expected = self._expected or came
+        if came != self._expected:
             raise RuntimeError(
-                f"gradients of {len(self.held)} weights came in this step, of {self._expected} in "
+                f"gradients of {len(came)} weights came in this step, of {len(self._expected)} in "
                 "the first: several processes expect those of the same weights in every step"
             )
 

@@ -161,9 +161,11 @@ class AdamWEMA(torch.optim.AdamW):
         else:
             alike = defaultdict(list)  # foreach would launch a kernel for each of several dtypes
             for part in parts:
-                alike[torch.promote_types(part.dtype, torch.float32), part.dtype].append(part)
-            norms = [torch._foreach_norm(some, 2.0, wide) for (wide, _), some in alike.items()]
-            squares = torch.stack([*itertools.chain(*norms)]).norm().double().square()
+                alike[part.dtype].append(part)
+            norms = []
+            for dtype, some in alike.items():
+                norms += torch._foreach_norm(some, 2.0, torch.promote_types(dtype, torch.float32))
+            squares = torch.stack(norms).norm().double().square()
         if isinstance(one, DTensor):
             summed = [Partial() if p.is_shard() else Replicate() for p in one.placements]
             squares = DTensor.from_local(squares, one.device_mesh, summed, run_check=False)

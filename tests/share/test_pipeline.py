@@ -159,6 +159,8 @@ def test_latents_are_decoded_by_the_pipelines_autoencoder(tmp_path):
     ours_alone = [path for path in written if path.parent.name != "vae"]
     assert not [path for path in ours_alone if str(saved) in path.read_text()]
     again = quiet(SiTPipeline.from_pretrained(tmp_path / "with-vae"))
+    for name, weight in vae.state_dict().items():
+        assert torch.equal(again.vae.state_dict()[name], weight)
     images_again = again(names, output_type="pt", **given).images
     assert (images_again - images).abs().max() < 1e-5  # a convolution's bits depend on addresses
 

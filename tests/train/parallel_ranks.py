@@ -121,16 +121,21 @@ def refused_weights(world: World) -> list[str]:
     return said
 
 
-def refused_gradients(world: World, odd_step: int) -> str:
-    """What is said where the last process has no gradient of a weight, in a step of two."""
-    used, unused = (nn.Parameter(torch.ones(3)) for _ in range(2))
-    sums = summing.Gradients([used, unused], world, torch.float32)
+def refused_gradients(world: World, odd_step: int, swapped: bool) -> str:
+    """What is said where the last process has no gradient of a weight, in a step of two.
+
+    It has one of another weight if that is `swapped`.
+    """
+    used, unused, other = (nn.Parameter(torch.ones(3)) for _ in range(3))
+    sums = summing.Gradients([used, unused, other], world, torch.float32)
 
     def take_steps() -> None:
         for step in range(2):
-            odd = step == odd_step and world.rank == world.size - 1
+            taken = [used, unused]
+            if step == odd_step and world.rank == world.size - 1:
+                taken = [used, other] if swapped else [used]
             with sums.of_pass(first=True, last=True):
-                (used.sum() if odd else used.sum() + unused.sum()).backward()
+                torch.cat(taken).sum().backward()
 
     return message(take_steps)
 

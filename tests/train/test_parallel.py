@@ -172,12 +172,14 @@ def test_processes_that_begin_with_other_weights_are_refused(ranks):
         assert len(said) == 3 and all("begin with other weights" in line for line in said)
 
 
-def test_gradients_of_other_weights_than_before_or_elsewhere_are_refused(ranks):
+@pytest.mark.parametrize("swapped, count", [(False, 1), (True, 2)])
+def test_gradients_of_other_weights_than_before_or_elsewhere_are_refused(ranks, swapped, count):
     """Those of a process's own would be summed with what the others had before."""
-    at_first, later = (ranks(cases.refused_gradients, step) for step in (0, 1))
+    at_first, later = (ranks(cases.refused_gradients, step, swapped) for step in (0, 1))
     assert all("came on a process than on the first one" in said for said in at_first)
     assert later[0] == ""
-    assert later[1].startswith("gradients of 1 weights came in this step, of 2 in the first: ")
+    words = f"gradients of {count} weights came in this step, of 2 in the first: "
+    assert later[1].startswith(words)
 
 
 def test_negatives_of_a_process_are_fewer_than_those_of_all(ranks):
